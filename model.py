@@ -1,0 +1,265 @@
+"""A bank of low-rank bases on a frozen backbone, gated per sequence.
+
+Every target projection `y = W x` of a frozen language model gets N bases (A_i, B_i). For each sequence and layer a
+gating names K of them and their weights, and the projection becomes
+
+    y = W x + (alpha / r) * sum_k w_k B_{i_k} A_{i_k} x                                                     Eq. (2)
+
+The model runs twice for each input (section 4.4). Pass 1, the *probe*, gives h_bar, the mean of the last hidden
+states, from which field.py finds the coordinate and the gating. Pass 2 runs with that gating and gives the logits.
+
+Held here: sections 3.1, 4.1, 4.4 and Appendices A and C of the paper, Eqs. (1)-(5), (14), (15).
+Departures, and why:
+* By default the probe is *bare* (no adapters) and reads the *prompt* only. The paper pools over the whole sequence,
+  so pass 2 sees, through z, the tokens it is asked to predict; and at generation time there is no response to pool.
+  A bare probe depends on nothing that is trained, so it can be cached for ever and addresses never move.
+* Only response tokens count in loss and perplexity, EOS included.
+* We patch with forward hooks, not by replacing `forward`: removing a hook restores the module exactly.
+
+This file knows nothing of tasks, regions or run folders.
+"""
+import contextlib
+import hashlib
+import importlib.util
+import math
+import os
+import pathlib
+import re
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+TINY = str(pathlib.Path(__file__).parent / "assets" / "tiny")
+
+# Mistral, Llama, Qwen, Gemma, Phi-3-like names, and GPT-2's. Matched exactly against a module's own name.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj", "c_fc")
+
+
+class Refused(Exception):
+    """Something the user can mend. Its one line is all that is printed, and nothing on disk has been changed."""
+
+
+def load_backbone(name, device):
+    """name: "tiny" (embedded), "random:mistral-7b" (its shape, random weights), FILE.gguf, a Hub id or a local folder.
+    -> (backbone, tokenizer): bfloat16 on a GPU, float32 on a CPU and for tiny. Refused: it cannot be had."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    dtype = torch.float32 if device == "cpu" or name == "tiny" else torch.bfloat16
+    if name == "random:mistral-7b":
+        torch.manual_seed(0)
+        with torch.device(device):
+            backbone = transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(), dtype=dtype)
+        return backbone, transformers.AutoTokenizer.from_pretrained(TINY)
+    path, extra = TINY if name == "tiny" else name, {}
+    if name.endswith(".gguf"):
+        for package in ("gguf", "accelerate"):
+            if not importlib.util.find_spec(package):
+                raise Refused(f"backbone {name} needs `pip install {package}`")
+        path, extra["gguf_file"] = os.path.split(os.path.abspath(name))
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **extra)
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra).to(device), tokenizer
+    except (OSError, ValueError) as e:
+        raise Refused(f"backbone {name} cannot be loaded ({str(e).splitlines()[0]}); the embedded one is `--backbone tiny`") from e
+
+
+def fingerprint(backbone):
+    """sha256 over name, shape and 64 values of every weight: do adapters made for one backbone fit this one?"""
+    digest = hashlib.sha256()
+    for name, p in backbone.named_parameters():
+        flat = p.detach().flatten()
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        digest.update(flat[::max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_targets(backbone, names=TARGETS):
+    """{full name: module} of the leaf projections whose last name is in `names`. Refused if there are none."""
+    found = {full: m for full, m in backbone.named_modules()
+             if full.rpartition(".")[2] in names and isinstance(m, (nn.Linear, Conv1D))}
+    if not found:
+        raise Refused(f"the backbone has no linear module named {', '.join(names)}")
+    return found
+
+
+def in_out(module):
+    """(d_in, d_out) of a target. Conv1D is a linear layer whose weight is stored transposed."""
+    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def attach(targets, update):
+    """Make every target return `update(full_name, x, y)` in place of its own y. Returns handles for `detach`."""
+    return [m.register_forward_hook(lambda _, args, y, name=name: update(name, args[0], y)) for name, m in targets.items()]
+
+
+def detach(handles):
+    """Undo `attach`. The backbone then computes what a fresh one computes, to the last bit."""
+    for handle in handles:
+        handle.remove()
+
+
+class AdapterBank:
+    """N bases (A_i, B_i) for each target module, Eq. (1). Some are committed (read-only), some live (trained).
+
+    Tensors are keyed "{target}.A" with shape [n, r, d_in] and "{target}.B" with shape [n, r, d_out]. B is kept
+    transposed, so that the K gathered blocks line up without a copy. Bases are numbered committed first, then live.
+    Only live ones are Parameters: a committed basis has no gradient, no optimizer state and no weight decay.
+    """
+
+    def __init__(self, targets, rank=8, alpha=16):
+        self.rank, self.scale = rank, alpha / rank
+        self.shapes = {name: in_out(m) for name, m in targets.items()}
+        self.device = {name: m.weight.device for name, m in targets.items()}
+        numbers = {name: int((re.findall(r"\.(\d+)\.", name) or [0])[0]) for name in targets}
+        order = sorted(set(numbers.values()))
+        self.layer = {name: order.index(n) for name, n in numbers.items()}
+        self.layers = len(order)
+        self.gating = None  # (indices, weights), both [B, L, K]; None: adapters off
+        self.committed, self.live = {}, {}
+        for name, (d_in, d_out) in self.shapes.items():
+            self.committed[f"{name}.A"] = torch.empty(0, rank, d_in, device=self.device[name])
+            self.committed[f"{name}.B"] = torch.empty(0, rank, d_out, device=self.device[name])
+
+    def __len__(self):
+        """Bases a module holds, committed and live."""
+        return sum(len(next(iter(part.values()))) for part in (self.committed, self.live) if part)
+
+    def add(self, n):
+        """n fresh live bases: A Kaiming-uniform as in LoRA (bound 1/sqrt(d_in)), B zero, so that Delta W starts at 0."""
+        for name, (d_in, d_out) in self.shapes.items():
+            fresh = {"A": (torch.rand(n, self.rank, d_in) * 2 - 1) / math.sqrt(d_in), "B": torch.zeros(n, self.rank, d_out)}
+            for part, new in fresh.items():
+                key, new = f"{name}.{part}", new.to(self.device[name])
+                self.live[key] = nn.Parameter(torch.cat([self.live[key].data, new]) if key in self.live else new)
+
+    def commit(self, tensors):
+        """Append read-only bases, keyed as above."""
+        for key, committed in self.committed.items():
+            self.committed[key] = torch.cat([committed, tensors[key].to(committed)])
+
+    def unlock(self):
+        """Make every committed basis live: what the soft lock and no lock do to the bank."""
+        self.live = {key: nn.Parameter(t.clone()) for key, t in self.committed.items()}
+        self.committed = {key: t[:0] for key, t in self.committed.items()}
+
+    def gather(self, key, indices):
+        """Rows `indices` [B, K] of one tensor of the bank -> [B, K, r, d]. Gradient reaches live rows only."""
+        old, new = self.committed[key], self.live.get(key)
+        shape = (*indices.shape, *old.shape[1:])
+
+        def rows(tensor, i):  # an embedding lookup: its backward is many times faster than that of indexing
+            return nn.functional.embedding(i, tensor.flatten(1)).view(shape)
+        if new is None:
+            return rows(old, indices)
+        if not len(old):
+            return rows(new, indices)
+        is_live = (indices >= len(old))[..., None, None]
+        return torch.where(is_live, rows(new, (indices - len(old)).clamp(min=0)), rows(old, indices.clamp(max=len(old) - 1)))
+
+    def update(self, name, x, y):
+        """The hook: x [B, T, d_in], y = W x [B, T, d_out] -> y plus the gated low-rank update, Eq. (2)."""
+        if self.gating is None:
+            return y
+        indices, weights = (g[:, min(self.layer[name], g.shape[1] - 1)].to(x.device) for g in self.gating)  # [B, K]
+        # Section 3.1: one gating per sequence. The gathered tensors are [B, K, r, d], never [B, T, K, r, d].
+        A, B = self.gather(f"{name}.A", indices), self.gather(f"{name}.B", indices)
+        h = torch.einsum("btd,bkrd->btkr", x.to(A.dtype), A)           # Eq. (3): h_k = A_{i_k} x
+        h = h * (self.scale * weights)[:, None, :, None]               # Eq. (4): weigh by (alpha / r) w_k
+        return y + torch.einsum("btkr,bkro->bto", h, B).to(y.dtype)    # Eq. (5): sum_k B_{i_k} h_k
+
+    def parameter_count(self, bases):
+        """Eq. (14): sum over modules of N r (d_in + d_out). 335,544,320 for Mistral-7B, N = 16, r = 8 (Eq. 15)."""
+        return sum(bases * self.rank * (d_in + d_out) for d_in, d_out in self.shapes.values())
+
+
+def pad_left(rows, pad_id, device):
+    """Token lists -> ids [B, T] and mask [B, T], padded on the left: every row ends at the same column, so responses
+    line up for the loss, and generation continues all rows at once."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask
+
+
+def response_nll(logits, labels):
+    """logits [B, R, V], labels [B, R] (-100: not a response token) -> summed negative log-likelihood in nats [B]."""
+    nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    return nll.view(labels.shape).sum(1)
+
+
+def perplexity(nll, tokens):
+    """exp of the mean negative log-likelihood per response token; nll and tokens are sums over a set."""
+    return math.exp(nll / tokens)
+
+
+class NIWF:
+    """A frozen backbone with its bank and the two passes. An example is a pair (prompt ids, response ids with EOS)."""
+
+    def __init__(self, backbone, pad_id, rank=8, alpha=16):
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.pad_id = pad_id
+        targets = find_targets(backbone)
+        self.bank = AdapterBank(targets, rank, alpha)
+        self.handles = attach(targets, self.bank.update)
+        self.device = backbone.get_input_embeddings().weight.device
+        self.features = backbone.config.hidden_size
+
+    def detach(self):
+        """Take the hooks off the backbone."""
+        detach(self.handles)
+
+    @contextlib.contextmanager
+    def gated(self, gating):
+        """Within this block the adapters run with `gating`: (indices, weights), both [B, L or 1, K], or None for off."""
+        self.bank.gating = gating
+        try:
+            yield
+        finally:
+            self.bank.gating = None
+
+    def run(self, body, ids, mask, **kwargs):
+        """One pass over left-padded ids. Positions count real tokens, so padding does not shift them."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        return body(input_ids=ids, attention_mask=mask, position_ids=positions, **kwargs)
+
+    @torch.no_grad()
+    def probe(self, rows, gating=None):
+        """Pass 1. Token lists -> h_bar [B, features] in float32: mean over tokens of the last hidden states."""
+        ids, mask = pad_left(rows, self.pad_id, self.device)
+        with self.gated(gating):
+            hidden = self.run(self.backbone.base_model, ids, mask, use_cache=False).last_hidden_state
+        mask = mask[:, :, None].to(hidden.device)
+        # where, not a product: whatever a padding position holds must not reach the mean.
+        return (torch.where(mask > 0, hidden.float(), 0.0).sum(1) / mask.sum(1)).to(self.device)
+
+    def logits(self, examples, gating):
+        """Pass 2. B examples -> logits [B, R, V] that predict labels [B, R], R the longest response; -100 is padding."""
+        ids, mask = pad_left([p + r for p, r in examples], self.pad_id, self.device)
+        longest = max(len(r) for _, r in examples)
+        with self.gated(gating):
+            out = self.run(self.backbone, ids, mask, use_cache=False, logits_to_keep=longest + 1).logits
+        is_response = torch.tensor([[i >= longest - len(r) for i in range(longest)] for _, r in examples])
+        labels = ids[:, -longest:].masked_fill(~is_response.to(ids.device), -100)
+        return out[:, :-1], labels.to(out.device)
+
+    @torch.no_grad()
+    def generate(self, prompts, gating, eos_id, max_new_tokens=128):
+        """Greedy continuation of B prompts (token lists), EOS left out. One prefill, then one pass per token."""
+        ids, mask = pad_left(prompts, self.pad_id, self.device)
+        new = [[] for _ in prompts]
+        open_rows = torch.ones(len(prompts), dtype=torch.bool)
+        cache = None
+        with self.gated(gating):
+            for _ in range(max_new_tokens):
+                out = self.run(self.backbone, ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1).to(mask.device)  # ids [B, 1]
+                mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+                tokens = ids[:, 0].cpu()
+                open_rows &= tokens != eos_id
+                for row in open_rows.nonzero()[:, 0].tolist():
+                    new[row].append(int(tokens[row]))
+                if not open_rows.any():
+                    break
+        return new

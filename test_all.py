@@ -1,0 +1,594 @@
+"""What must stay true. Each test states one promise; `pytest test_all.py` takes a few minutes on two cores.
+
+No network, no GPU and nothing outside this folder is needed; the GPU test is skipped, visibly, where there is none.
+"""
+import json
+import math
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+
+import commit
+import eval as evaluation
+import train
+from commit import Refused, Region, Run, Version, route, sample_anchors
+from field import CoordinateDynamics, WeightField, top_k_gating
+from model import NIWF, TINY, AdapterBank, attach, detach, find_targets, perplexity, response_nll
+
+HERE = pathlib.Path(__file__).parent
+
+
+def micro_backbone(vocab=300, layers=2):
+    torch.manual_seed(7)
+    return transformers.MistralForCausalLM(transformers.MistralConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, max_position_embeddings=256, sliding_window=None)).eval()
+
+
+def random_bank(bank, n, seed=0):
+    """n live bases whose B is not zero."""
+    torch.manual_seed(seed)
+    bank.add(n)
+    for p in bank.live.values():
+        p.data.normal_(std=0.2)
+
+
+def micro_model(bases=6, committed=0):
+    model = NIWF(micro_backbone(), pad_id=0, rank=3, alpha=5)
+    if committed:
+        random_bank(model.bank, committed, seed=1)
+        tensors, model.bank.live = {k: p.data for k, p in model.bank.live.items()}, {}
+        model.bank.commit(tensors)
+    if bases:
+        random_bank(model.bank, bases)
+    return model
+
+
+def random_gating(batch, layers, n, k=2):
+    return top_k_gating(torch.randn(batch, layers, n), k)
+
+
+def random_examples(n, seed=0):
+    r = random.Random(seed)
+    return [([r.randrange(3, 300) for _ in range(r.randrange(4, 15))], [r.randrange(3, 300) for _ in range(r.randrange(1, 8))] + [2]) for _ in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------- field.py
+
+def test_field_is_equation_6_and_gating_equation_7():
+    torch.manual_seed(0)
+    phi, z = WeightField(layers=3, bases=5, coord_dim=4, hidden=7), torch.randn(2, 4)
+    logits = phi(z)
+    for b in range(2):
+        x = (z[b] - z[b].mean()) / (z[b].var(unbiased=False) + 1e-5).sqrt()
+        gelu = lambda t: 0.5 * t * (1 + torch.erf(t / math.sqrt(2)))  # noqa: E731
+        h = gelu(phi.w2.weight @ gelu(phi.w1.weight @ x + phi.w1.bias) + phi.w2.bias)
+        torch.testing.assert_close(logits[b].flatten(), phi.w3.weight @ h + phi.w3.bias)
+    indices, weights = top_k_gating(logits, 2)
+    for b in range(2):
+        for layer in range(3):
+            best = sorted(range(5), key=lambda i: -logits[b, layer, i])[:2]
+            assert indices[b, layer].tolist() == best
+            e = [math.exp(logits[b, layer, i].item()) for i in best]
+            torch.testing.assert_close(weights[b, layer], torch.tensor([x / sum(e) for x in e]))
+
+
+def test_a_grown_field_keeps_its_old_logits():
+    phi, z = WeightField(3, 5, 4, 7), torch.randn(6, 4)
+    torch.testing.assert_close(phi.grown(9)(z)[..., :5], phi(z))
+
+
+def test_coordinates_are_bounded_and_a_fixed_one_ignores_its_input():
+    h = 50 * torch.randn(10, 6)
+    z = CoordinateDynamics(6, 4)(h)
+    assert z.abs().max() <= 1 and (z[0] != z[1]).any()
+    z = CoordinateDynamics(6, 4, fixed=True)(h)
+    assert (z == z[0]).all()
+
+
+# ---------------------------------------------------------------------------------------------- model.py
+
+@pytest.mark.parametrize("committed,live", [(0, 6), (6, 0), (4, 2)])
+def test_update_is_equation_2(committed, live):
+    model = micro_model(live, committed)
+    name, module = next((n, m) for n, m in find_targets(model.backbone).items() if n.endswith("1.mlp.down_proj"))
+    x, gating = torch.randn(3, 5, 48), random_gating(3, 2, 6)
+    y = module(x)
+    with model.gated(gating):
+        adapted = module(x)
+    A, B = (torch.cat([model.bank.committed[f"{name}.{p}"], *([model.bank.live[f"{name}.{p}"]] if live else [])]) for p in "AB")
+    for b in range(3):
+        for t in range(5):
+            update = sum(w * B[i].T @ (A[i] @ x[b, t]) for i, w in zip(gating[0][b, 1].tolist(), gating[1][b, 1]))
+            torch.testing.assert_close(adapted[b, t], y[b, t] + 5 / 3 * update)
+    assert torch.equal(module(x), y), "gating must be off again"
+
+
+def test_only_live_and_chosen_bases_get_gradient():
+    model = micro_model(bases=3, committed=4)
+    indices = torch.tensor([[[0, 5], [1, 5]], [[3, 4], [2, 3]]])  # live bases are 4, 5, 6
+    logits, labels = model.logits(random_examples(2), (indices, torch.full((2, 2, 2), 0.5)))
+    response_nll(logits, labels).sum().backward()
+    assert not any(t.requires_grad for t in model.bank.committed.values())
+    for key, p in model.bank.live.items():
+        chosen = {4 - 4, 5 - 4} if model.bank.layer[key[:-2]] == 0 else {5 - 4}
+        assert {i for i in range(3) if p.grad[i].any()} == chosen, key
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def test_fresh_bases_change_nothing_and_detach_restores_every_bit():
+    ids, fresh = torch.randint(3, 300, (2, 9)), micro_backbone()
+    model = NIWF(micro_backbone(), pad_id=0)
+    model.bank.add(4)
+    with model.gated(random_gating(2, 2, 4)):
+        assert torch.equal(model.backbone(ids).logits, fresh(ids).logits)  # B is zero
+    random_bank(model.bank, 4)
+    with model.gated(random_gating(2, 2, 8)):
+        assert not torch.equal(model.backbone(ids).logits, fresh(ids).logits)
+    model.detach()
+    model.bank.gating = random_gating(2, 2, 8)
+    assert torch.equal(model.backbone(ids).logits, fresh(ids).logits)
+    assert not any(m._forward_hooks for m in model.backbone.modules())
+
+
+def test_conv1d_of_gpt2_is_patched_by_exact_name():
+    config = transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    backbone = transformers.GPT2LMHeadModel(config).eval()
+    targets = find_targets(backbone, ("c_attn",))
+    assert list(targets) == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    bank = AdapterBank(targets, rank=2)
+    assert bank.shapes["transformer.h.0.attn.c_attn"] == (16, 48)
+    random_bank(bank, 3)
+    handles, ids = attach(targets, bank.update), torch.randint(0, 50, (2, 6))
+    plain = backbone(ids).logits
+    bank.gating = random_gating(2, 2, 3)
+    assert not torch.equal(backbone(ids).logits, plain)
+    detach(handles)
+    assert torch.equal(backbone(ids).logits, plain)
+    with pytest.raises(Refused, match="no linear module"):
+        find_targets(backbone, ("attn",))  # a block, not a leaf
+
+
+def test_padding_and_mixed_batches_change_nothing():
+    model, examples = micro_model(), random_examples(6)
+    gating = random_gating(6, 2, 6)  # every row its own bases: as if each went to another version
+    logits, labels = model.logits(examples, gating)
+    h_bar = model.probe([p for p, _ in examples])
+    for i, (p, r) in enumerate(examples):
+        one, one_labels = model.logits([(p, r)], tuple(g[i:i + 1] for g in gating))
+        torch.testing.assert_close(logits[i, -len(r):], one[0], atol=1e-5, rtol=1e-5)
+        assert labels[i, -len(r):].tolist() == one_labels[0].tolist() == r
+        torch.testing.assert_close(h_bar[i], model.probe([p])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_loss_counts_response_tokens_with_eos_and_nothing_else():
+    model, examples = micro_model(), random_examples(4)
+    logits, labels = model.logits(examples, None)
+    for nll, (p, r) in zip(response_nll(logits, labels), examples):
+        log_p = model.backbone(torch.tensor([p + r])).logits[0].log_softmax(-1)
+        expected = -sum(log_p[len(p) - 1 + i, t] for i, t in enumerate(r))
+        torch.testing.assert_close(nll, expected, atol=1e-4, rtol=1e-4)
+    assert perplexity(2 * math.log(3), 2) == pytest.approx(3)
+
+
+def test_the_probe_reads_the_prompt_only_and_no_adapter():
+    model = micro_model()
+    (p, r), = random_examples(1)
+    hidden = model.backbone.base_model(torch.tensor([p])).last_hidden_state
+    torch.testing.assert_close(model.probe([p])[0], hidden[0].mean(0))
+    assert not torch.allclose(model.probe([p], random_gating(1, 2, 6))[0], hidden[0].mean(0))
+
+
+def test_generation_with_a_cache_is_greedy_decoding_without_one():
+    model, prompts = micro_model(), [p for p, _ in random_examples(5)]
+    gating = random_gating(5, 2, 6)
+    for i, (prompt, new) in enumerate(zip(prompts, model.generate(prompts, gating, eos_id=2, max_new_tokens=12))):
+        ids = list(prompt)
+        with model.gated(tuple(g[i:i + 1] for g in gating)):
+            while len(ids) < len(prompt) + 12:
+                ids.append(int(model.backbone(torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == 2:
+                    ids.pop()
+                    break
+        assert new == ids[len(prompt):]
+
+
+def test_mistral_7b_has_the_shapes_we_publish():
+    with torch.device("meta"):
+        backbone = transformers.MistralForCausalLM(transformers.MistralConfig())
+        model = NIWF(backbone, pad_id=0)
+        field, dynamics = WeightField(32, 16), CoordinateDynamics(model.features)
+    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    assert count(backbone) == 7_241_732_096 and len(model.bank.shapes) == 7 * 32
+    assert model.bank.shapes["model.layers.0.self_attn.o_proj"] == (4096, 4096)  # the paper's table says 1024 -> 4096
+    assert model.bank.parameter_count(16) == 335_544_320                        # and so 323 M
+    assert count(dynamics.gru) > 780_000 and 990_000 < count(field) + count(dynamics) < 1_100_000
+
+
+# ---------------------------------------------------------------------------------------------- commit.py
+
+def test_region_distance_is_mahalanobis_and_tau_the_quantile():
+    torch.manual_seed(0)
+    z = torch.randn(500, 6) @ torch.randn(6, 6)
+    region = Region.fit(z, 0.95)
+    d = [float(((x - region.mean) @ torch.linalg.inv(region.cov) @ (x - region.mean)).sqrt()) for x in z.double()]
+    torch.testing.assert_close(region.distance(z.double()), torch.tensor(d, dtype=torch.double))
+    assert sum(x <= region.tau for x in d) == 475
+    torch.testing.assert_close(region.cov, torch.cov(z.double().T), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("source", ["gaussian", "empirical"])
+def test_anchors_lie_inside_their_region(source):
+    z = torch.randn(400, 5)
+    region = Region.fit(z)
+    anchors = sample_anchors(region, z, 256, source, seed=3)
+    assert anchors.shape == (256, 5) and (region.distance(anchors) <= region.tau).all()
+    assert torch.equal(anchors, sample_anchors(region, z, 256, source, seed=3))
+    if source == "empirical":
+        assert all((z == a).all(1).any() for a in anchors)
+
+
+def test_a_fixed_coordinate_still_makes_a_region():
+    z = torch.full((30, 4), 0.3)
+    region = Region.fit(z)
+    assert sample_anchors(region, z, 16, "gaussian", 0).isfinite().all()
+
+
+def test_routing_is_the_nearest_mean_under_the_pooled_covariance():
+    torch.manual_seed(0)
+    groups = [torch.randn(n, 4) @ torch.randn(4, 4) + 3 * torch.randn(4) for n in (100, 300)]
+    regions = [Region.fit(g) for g in groups]
+    found = route(torch.cat(groups), regions)
+    inverse = torch.linalg.inv((100 * regions[0].cov + 300 * regions[1].cov) / 400)
+    for x, choice, p in zip(torch.cat(groups).double(), found.choice, found.probability):
+        d2 = [float((x - r.mean) @ inverse @ (x - r.mean)) for r in regions]
+        assert choice == d2.index(min(d2))
+        assert float(p) == pytest.approx(1 / (1 + math.exp((min(d2) - max(d2)) / 2)))
+
+
+def test_lock_and_separation_losses_are_equations_13_and_10():
+    torch.manual_seed(0)
+    phi, z = WeightField(2, 5, 4, 7), torch.randn(40, 4)
+    region = Region.fit(z)
+    anchors = sample_anchors(region, z, 8, "gaussian", 0)
+    old = Version("a", "first", [], 2, phi, CoordinateDynamics(3, 4), region, anchors, commit.take_snapshot(phi, anchors), {}, {})
+    assert commit.lock_loss(phi, [old]) == 0 and commit.lock_loss(phi, []) == 0
+    torch.nn.init.normal_(phi.w3.bias)
+    expected = sum(((phi(a[None])[0] - s) ** 2).sum() for a, s in zip(anchors, old.snapshot)) / 8
+    torch.testing.assert_close(commit.lock_loss(phi, [old]), expected)
+    torch.testing.assert_close(commit.lock_loss(phi.grown(7), [old]), expected)
+    x = torch.randn(6, 4, requires_grad=True)
+    loss = commit.separation_loss(x, [region], margin=1.0)
+    torch.testing.assert_close(loss, sum(max(0.0, region.tau + 1 - region.distance(v[None]).item()) ** 2 for v in x) / 6 * torch.ones(()))
+    loss.backward()
+    assert (region.distance(x - 0.1 * x.grad) > region.distance(x)).any(), "the gradient must push outwards"
+
+
+def a_version(tmp_path):
+    phi, z = WeightField(2, 3, 4, 7), torch.randn(40, 4)
+    region = Region.fit(z)
+    anchors = sample_anchors(region, z, 8, "gaussian", 0)
+    v = Version("a", "first", [], 2, phi, CoordinateDynamics(5, 4), region, anchors, commit.take_snapshot(phi, anchors), {"m.A": torch.randn(3, 2, 6)}, {"seed": 1})
+    return v, tmp_path / f"{v.save(tmp_path)}.safetensors"
+
+
+def test_a_version_comes_back_bit_for_bit_under_its_own_name(tmp_path):
+    v, path = a_version(tmp_path)
+    w = Version.load(path)
+    z = torch.randn(9, 4)
+    assert torch.equal(v.field(z), w.field(z)) and torch.equal(v.snapshot, w.snapshot) and torch.equal(v.bases["m.A"], w.bases["m.A"])
+    assert torch.equal(commit.take_snapshot(w.field, w.anchors), w.snapshot)
+    assert (w.task, w.lock, w.config, w.region.tau) == (v.task, v.lock, v.config, v.region.tau)
+    assert w.save(tmp_path) == v.hash
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_version_file_is_refused(tmp_path, damage):
+    _, path = a_version(tmp_path)
+    data = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data if damage == "flip" else data[:-10])
+    with pytest.raises(Refused, match="missing" if damage == "remove" else "corrupted"):
+        Version.load(path)
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(OSError):
+        with commit.atomic(tmp_path / "f") as tmp:
+            tmp.write_text("half of the n")
+            raise OSError("No space left on device")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "old"
+
+
+# ---------------------------------------------------------------------------------------------- train.py, whole runs
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory):
+    """A folder with a micro backbone, and the options of a small run on it."""
+    folder = tmp_path_factory.mktemp("micro") / "backbone"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    micro_backbone(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data = HERE / "assets" / "data"
+
+    def options(task, out, *more):
+        return [str(x) for x in ("--task", task, "--backbone", folder, "--data", data / f"{task}.train.json", "--out", out, "--device", "cpu",
+                                 "--examples", 96, "--val-examples", 32, "--batch", 8, "--grad-accum", 2, "--lr", 0.02, "--epochs", 2, "--bases", 4,
+                                 "--top-k", 2, "--rank", 2, "--field-hidden", 16, "--coord-dim", 8, "--anchors", 32, *more)]
+    return options
+
+
+@pytest.fixture(scope="session")
+def first(micro, tmp_path_factory):
+    """A run folder in which alpaca has been committed."""
+    out = tmp_path_factory.mktemp("first") / "run"
+    train.main(micro("alpaca", out))
+    return out
+
+
+def copy_of(run, tmp_path, name="run"):
+    return pathlib.Path(shutil.copytree(run, tmp_path / name))
+
+
+def tensors_of(run, i):
+    return commit.safe_open(run / "versions" / f"{Run(run).manifest['versions'][i]['hash']}.safetensors", "pt")
+
+
+def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, tmp_path, capsys):
+    out = copy_of(first, tmp_path)
+    before = {p.name: p.read_bytes() for p in (out / "versions").iterdir()}
+    train.main(micro("code", out, "--lock"))
+    row = Run(out).manifest["results"][-1]
+    assert row["identical"] == {"alpaca": [32, 32], "code": [32, 32]}
+    assert train.forgetting(Run(out).manifest["results"], "stored") == {"alpaca": 0.0, "code": 0.0}
+    assert all((out / "versions" / name).read_bytes() == data for name, data in before.items())
+    assert "+0.00 %  logits bit-identical on 32 of 32" in capsys.readouterr().out
+    run = Run(out)
+    backbone, tokenizer = train.open_backbone(run, run.manifest["backbone"]["name"], "cpu")
+    model = train.open_model(run, backbone, tokenizer)
+    assert len(model.bank) == 8 and run.versions[1].index.tolist() == list(range(8)) and run.versions[0].index.tolist() == list(range(4))
+    assert run.versions[1].reads == [run.versions[0].hash] and run.versions[1].dynamics is run.versions[0].dynamics
+    with tensors_of(out, 1) as f:
+        assert not any(k.startswith("dynamics") for k in f.keys())
+        assert {f.get_slice(k).get_shape()[0] for k in f.keys() if k.startswith("bank.")} == {4}
+        moved = [k for k in f.keys() if k.endswith(".B") and f.get_tensor(k).any()]
+    assert moved, "the second task must have learned something"
+    # A batch may mix prompts that go to different versions: as each would be answered alone.
+    h_bar = torch.randn(12, model.features)
+    (indices, weights), found = run.routed(h_bar)
+    for i in range(12):
+        alone = run.stored(int(found.choice[i]), h_bar[i:i + 1])
+        assert torch.equal(indices[i], alone[0][0])
+        torch.testing.assert_close(weights[i], alone[1][0])
+
+
+def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
+    run = Run(first)
+    args = train.parse_options(micro("code", first, "--lock"))
+    train.settle(args, run)
+    model = train.open_model(run, *train.open_backbone(run, args.backbone, "cpu"))
+    field, dynamics, reads = train.writable(run, model, args)
+    t = train.Training(tmp_path / "t", model.bank, field, dynamics, args.lr)
+    assert {k.split(".")[0] for k in t.weights} == {"bank", "field"} and reads == [run.versions[0].hash]
+    assert {len(p) for k, p in t.weights.items() if k.startswith("bank")} == {4} and len(model.bank) == 8
+    assert not any(p.requires_grad for v in run.versions for m in (v.field, v.dynamics) for p in m.parameters())
+
+
+@pytest.mark.parametrize("lock", ["soft", "none"])
+def test_without_the_exact_lock_one_bank_is_shared_and_task_one_moves(micro, first, tmp_path, lock):
+    out = copy_of(first, tmp_path)
+    train.main(micro("code", out, *(["--lock", "soft"] if lock == "soft" else [])))
+    run = Run(out)
+    row = run.manifest["results"][-1]
+    assert row["identical"]["alpaca"][0] < 32 and row["identical"]["code"] == [32, 32]
+    drift = row["drift"]["alpaca"]
+    assert drift["moved"] > 0 and (drift["lock_loss"] < 1e-2) == (lock == "soft")
+    with tensors_of(out, 0) as old, tensors_of(out, 1) as new:
+        assert {*old.keys()} == {*new.keys()}
+        assert not torch.equal(old.get_tensor("dynamics.w_z.weight"), new.get_tensor("dynamics.w_z.weight"))
+    with pytest.raises(Refused, match="cannot be mixed"):
+        train.main(micro("third", out, "--lock", "exact"))
+
+
+@pytest.mark.parametrize("more", [["--probe", "adapted", "--pool", "sequence"], ["--dense-gating"], ["--fixed-coordinate"], ["--shared-gating"],
+                                  ["--anchor-source", "empirical"]])
+def test_every_setting_of_the_paper_runs_and_is_read_back(micro, tmp_path, more):
+    out = tmp_path / "run"
+    train.main(micro("alpaca", out, *more))
+    train.main(micro("code", out, "--lock", "soft", *[m for m in more if m not in ("--probe", "adapted", "--pool", "sequence", "--fixed-coordinate")]))
+    rows = Run(out).manifest["results"]
+    evaluation.main(["--run", str(out), "--json", str(tmp_path / "e.json")])
+    again = json.loads((tmp_path / "e.json").read_text())
+    assert again["R"]["stored"] == [[rows[0]["stored"]["alpaca"], None], [rows[1]["stored"][t] for t in ("alpaca", "code")]]
+    assert again["R"]["routed"][1] == [rows[1]["routed"][t] for t in ("alpaca", "code")] and again["routing"] == rows[1]["routing"]
+
+
+def outcome(run):
+    """What must not depend on how often a training was killed."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    return [v["hash"] for v in manifest["versions"]], manifest["results"]
+
+
+def test_a_training_that_stops_anywhere_resumes_to_the_same_bits(micro, first, tmp_path, monkeypatch):
+    whole, broken = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "broken")
+    train.main(micro("code", whole, "--lock"))
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    schedule = train.learning_rate
+    for last in (0, 3, 4, 9, 10):
+        def fail(step, total, peak, last=last):
+            if step > last:
+                raise RuntimeError("pulled the plug")
+            return schedule(step, total, peak)
+        monkeypatch.setattr(train, "learning_rate", fail)
+        with pytest.raises(RuntimeError):
+            train.main(micro("code", broken, "--lock"))
+    assert (broken / "training.safetensors").exists()
+    with pytest.raises(Refused, match="unfinished training"):
+        train.main(micro("code", broken, "--lock", "--seed", "5"))
+    monkeypatch.setattr(train, "learning_rate", schedule)
+    train.main(micro("code", broken, "--lock"))
+    assert outcome(broken) == outcome(whole) and not (broken / "training.safetensors").exists()
+
+
+def test_sigkill_at_random_moments_changes_nothing(micro, first, tmp_path):
+    whole, killed = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "killed")
+    code = "import sys, train; train.SAVE_EVERY = 0; train.main(sys.argv[1:])"
+    start = lambda out: subprocess.Popen([sys.executable, "-c", code, *micro("code", out, "--lock", "--epochs", 6)], cwd=HERE,  # noqa: E731
+                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    began = time.time()
+    assert start(whole).wait() == 0
+    seconds, moments = time.time() - began, random.Random(0)
+    for _ in range(4):
+        process = start(killed)
+        time.sleep(seconds * moments.uniform(0.4, 1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(killed).wait() == 0
+    assert outcome(killed) == outcome(whole)
+
+
+def test_an_interrupt_saves_and_says_how_to_go_on(micro, first, tmp_path, monkeypatch):
+    whole, out = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "interrupted")
+    train.main(micro("code", whole, "--lock"))
+    schedule = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda s, *a: (signal.raise_signal(signal.SIGINT) if s == 5 else None, schedule(s, *a))[1])
+    with pytest.raises(KeyboardInterrupt, match="step 6 of 12; the same command goes on"):
+        train.main(micro("code", out, "--lock"))
+    monkeypatch.setattr(train, "learning_rate", schedule)
+    train.main(micro("code", out, "--lock"))
+    assert outcome(out) == outcome(whole)
+
+
+def snapshot_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+RECORD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
+
+
+@pytest.mark.parametrize("content,message", [
+    ("[{", "not readable as JSON"), ("{}", "expected a JSON list"), ("[]", "expected a JSON list"),
+    (json.dumps([RECORD, {"instruction": "x"}]), "record 2 has no text under 'output'"),
+    (json.dumps([RECORD, {**RECORD, "output": 3}]), "record 2 has no text under 'output'"),
+    (json.dumps([{**RECORD, "input": []}]), "record 1 has something other than text under 'input'"),
+    (json.dumps([{**RECORD, "output": " "}] * 3), "no usable records")])
+def test_bad_data_gets_one_line_and_loses_nothing(micro, first, tmp_path, content, message):
+    out, bad = copy_of(first, tmp_path), tmp_path / "bad.json"
+    bad.write_text(content)
+    before = snapshot_of(out)
+    with pytest.raises(Refused) as e:
+        train.main(micro("mine", out, "--lock", "--data", bad))
+    assert message in str(e.value) and "bad.json" in str(e.value) and "\n" not in str(e.value)
+    assert snapshot_of(out) == before
+
+
+@pytest.mark.parametrize("more,message", [
+    (["--rank", 5], "its first task fixed 2"), (["--probe", "adapted"], "its first task fixed bare"), (["--top-k", 99], "more than --bases 4"),
+    (["--backbone", "tiny"], "belongs to another backbone"), (["--backbone", "/no/such/folder"], "cannot be loaded"),
+    (["--backbone", "/no/such.gguf"], "such.gguf"), (["--data", "/no/such.json"], "no such file"), (["--device", "tpu"], "not available"),
+    (["--task", "../x"], "use letters")])
+def test_options_that_cannot_be_get_one_line_and_lose_nothing(micro, first, tmp_path, more, message):
+    out = copy_of(first, tmp_path)
+    before = snapshot_of(out)
+    with pytest.raises(Refused) as e:
+        train.main(micro("code", out, "--lock", *more))
+    assert message in str(e.value) and "\n" not in str(e.value)
+    assert snapshot_of(out) == before
+
+
+@pytest.mark.parametrize("argv,message", [
+    (["--task", "x", "--quantile", "2"], "out of range"), (["--task", "x", "--batch", "0"], "out of range"), (["--lr", "1"], "--task"),
+    (["--task", "x", "--lock", "hard"], "invalid choice"), (["--task", "x", "--lr", "fast"], "not a number")])
+def test_the_command_line_answers_in_one_line(capsys, argv, message):
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_unknown_task_damaged_state_and_foreign_manifest_are_refused(micro, first, tmp_path):
+    out = copy_of(first, tmp_path)
+    with pytest.raises(Refused, match="brings no data of its own"):
+        train.main(["--task", "poems", "--backbone", "tiny", "--device", "cpu", "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+    (out / "training.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(Refused, match="damaged training state"):
+        train.main(micro("code", out, "--lock"))
+    (out / "manifest.json").write_text('{"format": 99}')
+    with pytest.raises(Refused, match="not a run manifest"):
+        train.main(micro("code", out, "--lock"))
+
+
+def test_long_and_empty_records_are_counted(micro):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    records = [RECORD, {**RECORD, "output": ""}, {**RECORD, "output": "word " * 400}, {**RECORD, "instruction": "Say bye."}]
+    kept, examples, note = train.choose(records, tokenizer, 10, 64)
+    assert [r["instruction"] for r in kept] == ["Say hello.", "Say bye."] and note == "2 (1 empty and 1 over 64 tokens left out)"
+    assert examples[0][1][-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in examples[0][0]
+
+
+def test_own_data_is_held_out_by_prompt(micro, tmp_path, capsys):
+    (tmp_path / "mine.json").write_text(json.dumps([{**RECORD, "instruction": f"Say {i}."} for i in range(40)] * 2))
+    out = tmp_path / "run"
+    train.main(micro("mine", out, "--data", tmp_path / "mine.json"))
+    held_out = {r["instruction"] for r in json.loads((out / "data" / "mine.val.json").read_text())}
+    assert len(held_out) == 4 and "training 36" in capsys.readouterr().out
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [train.learning_rate(s, 100, 1.0) for s in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0
+    assert rates[-1] < 1e-3 and all(a >= b for a, b in zip(rates[5:], rates[6:]))
+
+
+def test_forgetting_is_relative_to_the_perplexity_when_learned():
+    rows = [{"task": "a", "stored": {"a": 4.0}}, {"task": "b", "stored": {"a": 5.0, "b": 2.0}}]
+    assert train.forgetting(rows, "stored") == {"a": 25.0, "b": 0.0}
+
+
+def test_prompt_and_exact_match_and_log(first, tmp_path, capsys):
+    evaluation.main(["--run", str(first), "--prompt", "Name three fruits.", "--max-new-tokens", "5"])
+    assert f"[version {Run(first).manifest['versions'][0]['hash'][:12]}; nearest region: alpaca, 100.0 % sure" in capsys.readouterr().out
+    evaluation.main(["--run", str(first), "--exact-match", "3", "--max-new-tokens", "3", "--json", str(tmp_path / "e.json")])
+    counts = json.loads((tmp_path / "e.json").read_text())["exact_match"]["alpaca"]
+    assert sum(n for _, n in counts.values()) == 32 and "of 32 answers exactly right" in capsys.readouterr().out
+    assert "(lock: first)" in "\n".join(commit.log(Run(first)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_the_exact_lock_holds_too(micro, tmp_path):
+    for task in ("alpaca", "code"):
+        train.main(micro(task, tmp_path / "run", "--lock", "--device", "cuda"))
+    assert Run(tmp_path / "run").manifest["results"][-1]["identical"]["alpaca"] == [32, 32]
+
+
+# ---------------------------------------------------------------------------------------------- assets
+
+@pytest.mark.parametrize("task", ["alpaca", "code"])
+def test_embedded_sets_are_what_the_readme_says(task):
+    sets = {side: train.read_records(HERE / "assets" / "data" / f"{task}.{side}.json") for side in ("train", "val")}
+    prompts = {side: {(r["instruction"], r["input"]) for r in records} for side, records in sets.items()}
+    assert len(prompts["train"]) >= 4000 and len(prompts["val"]) >= 400 and not prompts["train"] & prompts["val"]
+    assert len({r["kind"] for r in sets["val"]}) >= 25 and {r["kind"] for r in sets["val"]} == {r["kind"] for r in sets["train"]}
+
+
+def test_everything_embedded_takes_at_most_6_mb():
+    assert sum(p.stat().st_size for part in ("tiny", "data") for p in (HERE / "assets" / part).rglob("*") if p.is_file()) <= 6e6
+
+
+def test_the_tiny_tokenizer_gives_back_any_text():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    for text in ("def f(x):\n    return  x", "naïve café 漢字 🙂\r\n\t", " two  spaces ", "### Instruction:\n"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
