@@ -50,7 +50,7 @@ class Region:
     @classmethod
     def fit(cls, z, quantile=0.95):
         """Gaussian fitted to coordinates z [n, d]; tau is the given quantile of their own distances."""
-        z = z.double().cpu()
+        z = z.cpu().double()
         mean = z.mean(0)
         cov = (z - mean).T @ (z - mean) / max(len(z) - 1, 1)
         # A ridge: fewer examples than dimensions, or a fixed coordinate, would leave Sigma singular.
@@ -67,29 +67,32 @@ class Region:
 
 @dataclasses.dataclass
 class Route:
-    """Where B coordinates belong: choice [B] (index of a region), probability [B] of that choice, inside [B] (bool):
-    is the coordinate in the chosen region."""
+    """Where B coordinates belong: choice [B] (index of a region), probability [B] of that choice, and for each region
+    whether the coordinate is inside it, d_M <= tau [B, regions]."""
     choice: torch.Tensor
     probability: torch.Tensor
     inside: torch.Tensor
 
+    def at_home(self):
+        """[B]: is the coordinate inside the region that was chosen for it?"""
+        return self.inside.gather(1, self.choice[:, None])[:, 0]
+
 
 def route(z, regions):
     """Send coordinates z [B, d] to the region that is nearest under the pooled covariance. -> Route"""
-    z = z.double().cpu()
+    z = z.cpu().double()
     pooled = sum(r.n * r.cov for r in regions) / sum(r.n for r in regions)
     d2 = torch.stack([dataclasses.replace(r, cov=pooled).distance(z).square() for r in regions], 1)  # [B, regions]
     choice = d2.argmin(1)
-    own = torch.stack([r.distance(z) <= r.tau for r in regions], 1)
-    rows = torch.arange(len(z))
-    return Route(choice, (-d2 / 2).softmax(1)[rows, choice], own[rows, choice])
+    probability = (-d2 / 2).softmax(1).gather(1, choice[:, None])[:, 0]
+    return Route(choice, probability, torch.stack([r.distance(z) <= r.tau for r in regions], 1))
 
 
 def sample_anchors(region, z, count, source, seed):
     """`count` anchors a_j inside the region, [count, d] (Appendix B). source: "gaussian" draws from the fitted Gaussian
     and rejects what falls outside; "empirical" takes a subsample of the coordinates z that lie inside."""
     generator = torch.Generator().manual_seed(seed)
-    z = z.double().cpu()
+    z = z.cpu().double()
     if source == "empirical":
         inside = z[region.distance(z) <= region.tau]
         return inside[torch.randperm(len(inside), generator=generator)[:count]].float()
@@ -315,7 +318,7 @@ class Run:
                     for whole, part in zip(gating, v.gating(z[rows])):
                         whole[rows, :, :part.shape[-1]] = part.expand(-1, layers, -1)
         if outside == "base":  # weight 0: the low-rank update vanishes
-            gating = gating[0], gating[1] * found.inside.to(z.device)[:, None, None]
+            gating = gating[0], gating[1] * found.at_home().to(z.device)[:, None, None]
         return gating, found
 
 

@@ -77,9 +77,9 @@ def main(argv=None):
     if args.prompt:
         (text,), found = answer(run, model, tokenizer, [prompt_of({"instruction": args.prompt, "input": args.input})], args.outside, args.max_new_tokens)
         v = run.versions[found.choice[0]]
-        where = "inside" if found.inside[0] else "outside"
-        by = "the bare backbone" if args.outside == "base" and not found.inside[0] else f"version {v.hash[:12]}"
-        print(f"{text.strip()}\n\n[{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; the coordinate is {where} it]")
+        home = bool(found.at_home()[0])
+        by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
+        print(f"{text.strip()}\n\n[{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; the coordinate is {'inside' if home else 'outside'} it]")
         return
     out = {"tasks": run.tasks}
     rows = run.manifest["results"][:len(run.tasks) - 1] + [measure(run, model, tokenizer, args.outside)]
@@ -89,7 +89,7 @@ def main(argv=None):
     out["R"] = {k: [[row[k].get(t) for t in run.tasks] for row in rows] for k in ("stored", "routed")}
     out["forgetting"] = {k: forgetting(rows, k) for k in ("stored", "routed")}
     out["routing"] = rows[-1]["routing"]
-    out["identical"], out["drift"] = rows[-1]["identical"], rows[-1]["drift"]
+    out |= {k: rows[-1][k] for k in ("inside", "identical", "drift")}
     out["config"] = {"backbone": run.manifest["backbone"], "outside": args.outside, "memory": peak_memory(device), **provenance(),
                      **{v.task: {"lock": v.lock, **v.config} for v in run.versions}}
     if args.exact_match is not None:

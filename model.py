@@ -19,13 +19,18 @@ Departures, and why:
 This file knows nothing of tasks, regions or run folders.
 """
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import math
 import os
 import pathlib
 import re
+import socket
+import urllib.parse
+import urllib.request
 
+import huggingface_hub
 import torch
 import transformers
 from torch import nn
@@ -41,6 +46,17 @@ class Refused(Exception):
     """Something the user can mend. Its one line is all that is printed, and nothing on disk has been changed."""
 
 
+@functools.cache
+def hub_or_cache():
+    """Without a network the Hub's client retries for a minute; ask once, and let it use its cache alone if nobody answers."""
+    host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname
+    try:
+        if not urllib.request.getproxies():
+            socket.create_connection((host, 443), timeout=3).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 def load_backbone(name, device):
     """name: "tiny" (embedded), "random:mistral-7b" (its shape, random weights), FILE.gguf, a Hub id or a local folder.
     -> (backbone, tokenizer): bfloat16 on a GPU, float32 on a CPU and for tiny. Refused: it cannot be had."""
@@ -53,6 +69,8 @@ def load_backbone(name, device):
             backbone = transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(), dtype=dtype)
         return backbone, transformers.AutoTokenizer.from_pretrained(TINY)
     path, extra = TINY if name == "tiny" else name, {}
+    if not os.path.exists(path):
+        hub_or_cache()
     if name.endswith(".gguf"):
         for package in ("gguf", "accelerate"):
             if not importlib.util.find_spec(package):
@@ -204,7 +222,7 @@ class NIWF:
         self.bank = AdapterBank(targets, rank, alpha)
         self.handles = attach(targets, self.bank.update)
         self.device = backbone.get_input_embeddings().weight.device
-        self.features = backbone.config.hidden_size
+        self.features = backbone.config.get_text_config().hidden_size
 
     def detach(self):
         """Take the hooks off the backbone."""

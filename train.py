@@ -23,25 +23,29 @@ import os
 import pathlib
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
 
-os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")            # without a network, say so within seconds
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")   # one progress bar, ours
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same bits twice on a GPU, too
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from commit import Region, Run, Version, atomic, drift, lock_loss, sample_anchors, separation_loss, take_snapshot
 from field import CoordinateDynamics, WeightField, top_k_gating
-from model import NIWF, Refused, fingerprint, load_backbone, perplexity, response_nll
+from model import NIWF, Refused, fingerprint, hub_or_cache, load_backbone, perplexity, response_nll
 
 HERE = pathlib.Path(__file__).parent
 MISTRAL = "mistralai/Mistral-7B-v0.1"
@@ -210,7 +214,7 @@ def load_data(args, tokenizer):
         source = HERE / "assets" / "data" / f"{args.task}.train.json"
         val_file = val_file or HERE / "assets" / "data" / f"{args.task}.val.json"
     else:
-        from huggingface_hub import hf_hub_download
+        hub_or_cache()
         try:
             source = hf_hub_download(*HUB_DATA[args.task], repo_type="dataset")
         except Exception as e:  # the hub raises many kinds; to the user they are one
@@ -395,8 +399,11 @@ def learn(run, model, examples, args):
 
 def provenance():
     """What else the result depends on."""
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "git": git.stdout.strip() or None, "python": sys.version.split()[0],
+    try:
+        git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        git = ""
+    return {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "git": git or None, "python": sys.version.split()[0],
             "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
 
 
@@ -410,7 +417,7 @@ def measure(run, model, tokenizer, outside="nearest"):
     "identical": {task: [examples whose stored logits have the bits they had at commit, examples]}, "drift": {task: ...}}.
     Perplexity is over response tokens, EOS included, of the validation records kept in the run folder."""
     last = run.manifest["versions"][-1]
-    row = {"task": last["task"], "version": last["hash"], "base": {}, "stored": {}, "routed": {}, "routing": {}, "identical": {}, "drift": {}}
+    row = {"task": last["task"], "version": last["hash"], "base": {}, "stored": {}, "routed": {}, "routing": {}, "inside": {}, "identical": {}, "drift": {}}
     settings = run.manifest["settings"]
     known = {k: v for r in run.manifest["results"] for k, v in r["base"].items()}  # the bare backbone never changes
     for i, task in enumerate(run.tasks):
@@ -418,7 +425,7 @@ def measure(run, model, tokenizer, outside="nearest"):
         examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
         h_bar = probe_all(model, examples, settings["pool"], run.probe_gating())
         totals = dict.fromkeys(("base", "stored", "routed"), 0.0)
-        digests, choices = [], []
+        digests, choices, inside = [], [], 0
         for b in range(0, len(examples), EVAL_BATCH):
             batch, h = examples[b:b + EVAL_BATCH], h_bar[b:b + EVAL_BATCH]
             if task not in known:
@@ -431,10 +438,12 @@ def measure(run, model, tokenizer, outside="nearest"):
             same = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(stored, routed))  # then so are the logits
             totals["routed"] += nll if same else float(response_nll(*model.logits(batch, routed)).sum())
             choices += found.choice.tolist()
+            inside = inside + found.inside.sum(0)
         tokens = sum(len(r) for _, r in examples)
         row["base"][task] = known[task] if task in known else perplexity(totals["base"], tokens)
         row["stored"][task], row["routed"][task] = perplexity(totals["stored"], tokens), perplexity(totals["routed"], tokens)
         row["routing"][task] = {t: choices.count(j) for j, t in enumerate(run.tasks)}
+        row["inside"][task] = {t: int(inside[j]) for j, t in enumerate(run.tasks)}
         at_commit = run.folder / "data" / f"{task}.logits.json"
         if not at_commit.exists():
             with atomic(at_commit) as tmp:
@@ -468,7 +477,8 @@ def report(run):
                 note = "logits bit-identical on {} of {} examples".format(*row["identical"][t])
             else:
                 home, n = row["routing"][t].get(t, 0), sum(row["routing"][t].values())
-                note = f"{100 * home / n:.1f} % routed to {t}"
+                held = ", ".join(f"{r}'s {100 * k / n:.0f} %" for r, k in row["inside"][t].items())
+                note = f"{100 * home / n:.1f} % routed to {t}; inside region {held}"
             print(f"{t:{width}}  {protocol}  {row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}  "
                   f"{forgetting(results, protocol)[t]:+8.2f} %  {note}")
     for t, d in row["drift"].items():
@@ -481,6 +491,8 @@ def report(run):
 def peak_memory(device):
     if device.startswith("cuda"):
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+    if not resource:
+        return "not known here"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20):.2f} GiB"
 
 
