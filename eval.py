@@ -3,20 +3,27 @@
     python eval.py                                   # every task now: base, stored, routed, forgetting
     python eval.py --exact-match                     # greedy answers to the validation prompts, per kind of instruction
     python eval.py --prompt "Name three fruits."     # routed: says which version answered, and how sure it is
-    python eval.py --json results.json               # R matrices, forgetting, routing, config
+    python eval.py --bench 10                        # a training step beside peft's LoRA and beside Eq. (2) in plain loops
+    python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
+    python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
 
 Forgetting has two parts and every table prints both. *Stored*: the right version is given, so what is lost was
 overwritten. *Routed*: the coordinate decides, as it must when nobody says which task a prompt belongs to.
 """
 import argparse
 import collections
+import contextlib
+import importlib.util
 import json
 import pathlib
+import statistics
+import time
 
 import torch
 
-from commit import Refused, Run, atomic, latest_run
-from train import (EVAL_BATCH, encode, forgetting, measure, number, open_backbone, open_model, peak_memory, pick_device,
+from commit import Run, atomic, latest_run
+from model import Refused, attach, detach, find_targets, response_nll
+from train import (EVAL_BATCH, encode, forgetting, measure, number, open_backbone, open_model, pick_device,
                    prompt_of, provenance, report)
 
 
@@ -54,49 +61,125 @@ def exact_match(run, model, tokenizer, outside, max_new_tokens, show):
     return shares
 
 
+@torch.enable_grad()
+def bench(run, model, tokenizer, repeats):
+    """Time forward and backward of 16 validation examples four ways, in turn, so that ratios hold on a busy machine: the
+    bare backbone; ours; Eq. (2) in plain loops; peft's LoRA of the same active rank K r. Prints medians. -> {way: [seconds]}"""
+    if not importlib.util.find_spec("peft"):
+        raise Refused("--bench compares with peft: pip install peft")
+    import peft
+    records = json.loads((run.folder / "data" / f"{run.tasks[0]}.val.json").read_text(encoding="utf-8"))
+    examples = [encode(r, tokenizer) for r in records[:EVAL_BATCH]]
+    bank, rank = model.bank, run.versions[0].top_k * model.bank.rank
+    gating = run.stored(0, model.probe([p for p, _ in examples], run.probe_gating()))
+    bank.unlock()  # as in training: the bases have gradients
+
+    def loops(name, x, y):
+        A, B = bank.live[f"{name}.A"], bank.live[f"{name}.B"]
+        layer = min(bank.layer[name], gating[0].shape[1] - 1)
+        return y + bank.scale * torch.stack([sum(w * (x[b].to(A.dtype) @ A[i].T @ B[i]) for i, w in zip(gating[0][b, layer], gating[1][b, layer]))
+                                             for b in range(len(x))]).to(y.dtype)
+    model.detach()
+    targets = find_targets(model.backbone)
+    model.backbone.enable_input_require_grads()  # so that the bare backbone has a backward pass, too
+    lora = peft.get_peft_model(model.backbone, peft.LoraConfig(r=rank, target_modules=list(targets)))
+    ways = {"bare backbone": (None, lora.disable_adapter), "ours": (bank.update, lora.disable_adapter),
+            "Eq. (2) in loops": (loops, lora.disable_adapter), f"peft LoRA, rank {rank}": (None, contextlib.nullcontext)}
+    seconds = collections.defaultdict(list)
+    for turn in range(repeats + 1):
+        for way, (update, adapters) in ways.items():
+            handles = attach(targets, update) if update else []
+            began = time.perf_counter()
+            with adapters():
+                response_nll(*model.logits(examples, gating)).sum().backward()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first turn warms up
+                seconds[way].append(time.perf_counter() - began)
+            detach(handles)
+    print(f"\nforward and backward of {len(examples)} examples, median of {repeats}")
+    for way, times in seconds.items():
+        ratio = statistics.median(t / o for t, o in zip(times, seconds["ours"]))
+        print(f"  {way:20} {1000 * statistics.median(times):9.1f} ms  {ratio:6.2f} times ours")
+    return seconds
+
+
+def talk(run, model, tokenizer, args):
+    """Answer one prompt; say which version did, and how sure the routing is."""
+    prompt = prompt_of({"instruction": args.prompt, "input": args.input})
+    (text,), found = answer(run, model, tokenizer, [prompt], args.outside, args.max_new_tokens)
+    v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
+    by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
+    print(f"{text.strip()}\n\n[{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; "
+          f"the coordinate is {'inside' if home else 'outside'} it]")
+
+
+def know(run, model, tokenizer, args):
+    """Measure one run folder as it is now, print it, and return it as it goes to --json."""
+    rows = run.manifest["results"][:len(run.tasks) - 1] + [measure(run, model, tokenizer, args.outside)]
+    run.manifest["results"] = rows
+    report(run)
+    out = {"tasks": run.tasks, "base": rows[-1]["base"],
+           "R": {k: [[row[k].get(t) for t in run.tasks] for row in rows] for k in ("stored", "routed")},
+           "forgetting": {k: forgetting(rows, k) for k in ("stored", "routed")},
+           **{k: rows[-1][k] for k in ("routing", "inside", "identical", "drift")},
+           "config": {"backbone": run.manifest["backbone"], "outside": args.outside, **provenance(),
+                      **{v.task: {"lock": v.lock, **v.config} for v in run.versions}}}
+    if args.exact_match is not None:
+        out["exact_match"] = exact_match(run, model, tokenizer, args.outside, args.max_new_tokens, args.exact_match)
+    if args.bench:
+        out["bench"] = bench(run, model, tokenizer, args.bench)
+    return out
+
+
+def summary(outs):
+    """Lines of a table over several runs of the same tasks (seeds, say): mean and standard deviation."""
+    def over(values):
+        return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    yield f"{'task':8}  protocol  {'base':>16}  {'learned':>16}  {'now':>16}  {'forgetting %':>16}  {'routed home %':>16}"
+    for i, t in enumerate(outs[0]["tasks"]):
+        for protocol in ("stored", "routed"):
+            columns = [over([o["base"][t] for o in outs]), over([o["R"][protocol][i][i] for o in outs]), over([o["R"][protocol][-1][i] for o in outs]),
+                       over([o["forgetting"][protocol][t] for o in outs]),
+                       over([100 * o["routing"][t][t] / sum(o["routing"][t].values()) for o in outs]) if protocol == "routed" else ""]
+            yield f"{t:8}  {protocol}  " + "  ".join(f"{c:>16}" for c in columns)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description="Measure what a run folder knows.")
-    p.add_argument("--run", help="run folder [the latest under runs/]")
+    p.add_argument("--run", nargs="+", help="run folder, or several for mean and deviation [the latest under runs/]")
     p.add_argument("--device", help="cpu, cuda, mps [what is there]")
     p.add_argument("--outside", choices=["nearest", "base"], default="nearest",
                    help="who answers a prompt outside every region: the nearest version or the bare backbone")
     p.add_argument("--json", metavar="FILE", help="write what was measured")
     p.add_argument("--exact-match", nargs="?", type=number(int, 0), const=0, metavar="SHOW",
                    help="generate answers to the validation prompts and count the right ones; print SHOW of each task")
+    p.add_argument("--bench", type=number(int, 1), metavar="N", help="time a training step N times, beside peft's LoRA and plain loops")
     p.add_argument("--prompt", help="an instruction to answer, instead of measuring")
     p.add_argument("--input", default="", help="the input that goes with --prompt")
     p.add_argument("--max-new-tokens", type=number(int, 1), default=128)
     args = p.parse_args(argv)
-    run = Run(args.run or latest_run())
-    if not run.tasks:
-        raise Refused(f"{run.folder}: nothing has been committed there yet")
-    device = pick_device(args.device)
-    backbone, tokenizer = open_backbone(run, run.manifest["backbone"]["name"], device)
-    model = open_model(run, backbone, tokenizer)
-
-    if args.prompt:
-        (text,), found = answer(run, model, tokenizer, [prompt_of({"instruction": args.prompt, "input": args.input})], args.outside, args.max_new_tokens)
-        v = run.versions[found.choice[0]]
-        home = bool(found.at_home()[0])
-        by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
-        print(f"{text.strip()}\n\n[{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; the coordinate is {'inside' if home else 'outside'} it]")
-        return
-    out = {"tasks": run.tasks}
-    rows = run.manifest["results"][:len(run.tasks) - 1] + [measure(run, model, tokenizer, args.outside)]
-    run.manifest["results"] = rows
-    report(run)
-    out["base"] = rows[-1]["base"]
-    out["R"] = {k: [[row[k].get(t) for t in run.tasks] for row in rows] for k in ("stored", "routed")}
-    out["forgetting"] = {k: forgetting(rows, k) for k in ("stored", "routed")}
-    out["routing"] = rows[-1]["routing"]
-    out |= {k: rows[-1][k] for k in ("inside", "identical", "drift")}
-    out["config"] = {"backbone": run.manifest["backbone"], "outside": args.outside, "memory": peak_memory(device), **provenance(),
-                     **{v.task: {"lock": v.lock, **v.config} for v in run.versions}}
-    if args.exact_match is not None:
-        out["exact_match"] = exact_match(run, model, tokenizer, args.outside, args.max_new_tokens, args.exact_match)
+    folders = args.run or [latest_run()]
+    if args.prompt and len(folders) > 1:
+        raise Refused("--prompt talks to one run folder")
+    outs = []
+    for folder in folders:
+        run = Run(folder)
+        if not run.tasks:
+            raise Refused(f"{run.folder}: nothing has been committed there yet")
+        device = pick_device(args.device)
+        backbone, tokenizer = open_backbone(run, run.manifest["backbone"]["name"], device)
+        model = open_model(run, backbone, tokenizer)
+        if args.prompt:
+            return talk(run, model, tokenizer, args)
+        outs.append(know(run, model, tokenizer, args))
+    if len(outs) > 1:
+        print(f"\nmean and standard deviation over {len(outs)} runs")
+        for line in summary(outs):
+            print(line)
     if args.json:
         with atomic(pathlib.Path(args.json)) as tmp:
-            tmp.write_text(json.dumps(out, indent=1))
+            tmp.write_text(json.dumps(outs[0] if len(outs) == 1 else outs, indent=1))
         print(f"written to {args.json}")
 
 
