@@ -264,6 +264,10 @@ class Run:
         with atomic(self.folder / "manifest.json") as tmp:
             tmp.write_text(json.dumps(self.manifest, indent=1))
 
+    def validation_file(self, task):
+        """Where the validation records are kept that the task is measured on, now and after every later task."""
+        return self.folder / "data" / f"{task}.val.json"
+
     def load(self, model):
         """Read all versions and put their bases, read-only, into the model's empty bank."""
         self.versions = []

@@ -40,7 +40,7 @@ def exact_match(run, model, tokenizer, outside, max_new_tokens, show):
     of instruction (a record's "kind"; a record without one counts under its task). -> {task: {kind: [right, of]}}"""
     shares = {}
     for task in run.tasks:
-        records = json.loads((run.folder / "data" / f"{task}.val.json").read_text(encoding="utf-8"))
+        records = json.loads(run.validation_file(task).read_text())
         records.sort(key=lambda r: len(prompt_of(r)))
         kinds = collections.defaultdict(lambda: [0, 0])
         for b in range(0, len(records), 4 * EVAL_BATCH):
@@ -68,7 +68,7 @@ def bench(run, model, tokenizer, repeats):
     if not importlib.util.find_spec("peft"):
         raise Refused("--bench compares with peft: pip install peft")
     import peft
-    records = json.loads((run.folder / "data" / f"{run.tasks[0]}.val.json").read_text(encoding="utf-8"))
+    records = json.loads(run.validation_file(run.tasks[0]).read_text())
     examples = [encode(r, tokenizer) for r in records[:EVAL_BATCH]]
     bank, rank = model.bank, run.versions[0].top_k * model.bank.rank
     gating = run.stored(0, model.probe([p for p, _ in examples], run.probe_gating()))

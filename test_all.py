@@ -459,6 +459,16 @@ def test_sigkill_at_random_moments_changes_nothing(micro, first, tmp_path):
     assert outcome(killed) == outcome(whole)
 
 
+def test_a_kill_between_commit_and_measuring_is_made_good(micro, first, tmp_path, monkeypatch):
+    out, seen = copy_of(first, tmp_path), Run(first).manifest["results"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "results": []}))
+    train.main(micro("code", out, "--lock"))
+    assert Run(out).manifest["results"][0] == seen[0] and len(Run(out).manifest["results"]) == 2
+    train.main(micro("alpaca", out))  # nothing left to do: the report again, whatever the options
+    assert len(Run(out).manifest["results"]) == 2
+
+
 def test_an_interrupt_saves_and_says_how_to_go_on(micro, first, tmp_path, monkeypatch):
     whole, out = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "interrupted")
     train.main(micro("code", whole, "--lock"))

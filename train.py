@@ -16,7 +16,6 @@ Held here: sections 3.4, 3.6 and 5.1 of the paper, Eq. (9). The learning rate is
 import argparse
 import copy
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -39,7 +38,7 @@ except ImportError:  # Windows
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -372,7 +371,8 @@ def learn(run, model, examples, args):
             bar.update()
             bar.set_postfix_str(f"loss {average:.3f}, {speed:.0f} tok/s")
             if training.step % max(1, total // 10) == 0 or training.step == total:
-                tqdm.write(f"step {training.step}/{total}  loss {average:.4f}  lock {losses[1]:.1e}  separation {losses[2]:.1e}  {speed:.0f} tok/s")
+                penalties = f"  lock {losses[1]:.1e}  separation {losses[2]:.1e}" if protected else ""
+                tqdm.write(f"step {training.step}/{total}  loss {average:.4f}{penalties}  {speed:.0f} tok/s")
             log.write(json.dumps({"step": training.step, "tok/s": round(speed), **dict(zip(("lm", "lock", "sep", "budget"), losses.tolist()))}) + "\n")
             if stop or training.step == total or time.time() - saved > max(SAVE_EVERY, 20 * save_time):
                 saved = time.time()
@@ -421,7 +421,7 @@ def measure(run, model, tokenizer, outside="nearest"):
     settings = run.manifest["settings"]
     known = {k: v for r in run.manifest["results"] for k, v in r["base"].items()}  # the bare backbone never changes
     for i, task in enumerate(run.tasks):
-        examples = [encode(r, tokenizer) for r in json.loads((run.folder / "data" / f"{task}.val.json").read_text())]
+        examples = [encode(r, tokenizer) for r in json.loads(run.validation_file(task).read_text())]
         examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
         h_bar = probe_all(model, examples, settings["pool"], run.probe_gating())
         totals = dict.fromkeys(("base", "stored", "routed"), 0.0)
@@ -477,8 +477,9 @@ def report(run):
                 note = "logits bit-identical on {} of {} examples".format(*row["identical"][t])
             else:
                 home, n = row["routing"][t].get(t, 0), sum(row["routing"][t].values())
-                held = ", ".join(f"{r}'s {100 * k / n:.0f} %" for r, k in row["inside"][t].items())
-                note = f"{100 * home / n:.1f} % routed to {t}; inside region {held}"
+                own, others = row["inside"][t][t], [k for r, k in row["inside"][t].items() if r != t]
+                note = f"{100 * home / n:.1f} % routed to {t}; {100 * own / n:.0f} % lie in its region"
+                note += f", {100 * max(others) / n:.0f} % in another's" if others else ""
             print(f"{t:{width}}  {protocol}  {row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}  "
                   f"{forgetting(results, protocol)[t]:+8.2f} %  {note}")
     for t, d in row["drift"].items():
@@ -521,6 +522,15 @@ def open_backbone(run, name, device):
     return backbone, tokenizer
 
 
+def measure_last(run, backbone, tokenizer):
+    """Measure the state after the last task, unless that has been done. A kill may have come between commit and this."""
+    if len(run.manifest["results"]) < len(run.tasks):
+        model = open_model(run, backbone, tokenizer)
+        run.manifest["results"].append(measure(run, model, tokenizer))
+        run.save()
+        model.detach()
+
+
 def main(argv=None):
     args, started = parse_options(argv), time.time()
     args.device = pick_device(args.device)
@@ -530,23 +540,25 @@ def main(argv=None):
         args.backbone = MISTRAL if roomy else "tiny"
     run = Run(args.out or f"runs/{re.sub(r'[^A-Za-z0-9.]+', '-', os.path.basename(args.backbone.rstrip('/')))}")
     args.backbone = args.backbone or (run.manifest["backbone"] or {"name": "tiny"})["name"]
-    settle(args, run)
+    if args.task not in run.tasks:
+        settle(args, run)
     backbone, tokenizer = open_backbone(run, args.backbone, args.device)
     print(f"backbone  {args.backbone} on {args.device}, {sum(p.numel() for p in backbone.parameters()):,} frozen parameters")
     if args.task in run.tasks:
         print(f"{args.task} is already committed in {run.folder}: nothing to train")
+        measure_last(run, backbone, tokenizer)
     else:
         examples, val = load_data(args, tokenizer)
+        if run.tasks:
+            measure_last(run, backbone, tokenizer)
         run.manifest["settings"] = {key: getattr(args, key) for key in FIXED_BY_FIRST_TASK}
+        with atomic(run.validation_file(args.task)) as tmp:
+            tmp.write_text(json.dumps(val))
         model = open_model(run, backbone, tokenizer)
-        with atomic(run.folder / "data" / f"{args.task}.val.json") as tmp:
-            tmp.write_text(json.dumps(val, ensure_ascii=False, indent=0), encoding="utf-8")
         learn(run, model, examples, args)
         model.detach()
-    if len(run.manifest["results"]) < len(run.tasks):  # always after training; else only where a kill cut measuring short
-        model = open_model(run, backbone, tokenizer)  # read back from disk: what is measured is what was saved
-        run.manifest["results"].append(measure(run, model, tokenizer))
-        run.save()
+        del model  # its memory, before the same is read back from disk: what is measured is what was saved
+        measure_last(run, backbone, tokenizer)
     report(run)
     print(f"\n{time.time() - started:.0f} s in all, peak memory {peak_memory(args.device)}; saved in {run.folder}")
 
@@ -554,7 +566,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (Refused, OSError) as e:
+    except (Refused, OSError, SafetensorError) as e:  # the last two: a full disk, say
         raise SystemExit(f"train.py: {e}")
     except KeyboardInterrupt as e:
         raise SystemExit(f"\ntrain.py: {e or 'stopped'}")
