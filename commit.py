@@ -79,12 +79,19 @@ class Route:
 
 
 def route(z, regions):
-    """Send coordinates z [B, d] to the region that is nearest under the pooled covariance. -> Route"""
+    """Send coordinates z [B, d] to the region under whose Gaussian they are most likely. -> Route
+
+    Regularised discriminant analysis (Friedman 1989): each region's covariance is drawn towards the pooled one, the more
+    the fewer coordinates it was fitted on. With one pooled covariance alone (linear discriminant analysis) regions of
+    different shape are confused; with a region's own alone, small ones are."""
     z = z.cpu().double()
     pooled = sum(r.n * r.cov for r in regions) / sum(r.n for r in regions)
-    d2 = torch.stack([dataclasses.replace(r, cov=pooled).distance(z).square() for r in regions], 1)  # [B, regions]
-    choice = d2.argmin(1)
-    probability = (-d2 / 2).softmax(1).gather(1, choice[:, None])[:, 0]
+    scores = []
+    for r in regions:
+        cov = (r.n * r.cov + len(pooled) * pooled) / (r.n + len(pooled))
+        d2 = dataclasses.replace(r, cov=cov).distance(z).square()
+        scores.append(-(d2 + torch.logdet(cov)) / 2)  # log N(z; mu, cov) without its constant
+    probability, choice = torch.stack(scores, 1).softmax(1).max(1)
     return Route(choice, probability, torch.stack([r.distance(z) <= r.tau for r in regions], 1))
 
 

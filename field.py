@@ -8,8 +8,8 @@ therefore run different adapters, on one frozen backbone.
     h_bar --CoordinateDynamics, Eq. (8)--> z --WeightField, Eq. (6)--> logits --top_k_gating, Eq. (7)--> (i_k, w_k)
 
 Held here: sections 3.2, 3.3, 4.2, 4.3 of the paper, Eqs. (6)-(8).
-Departures: the paper does not say what the coordinate is before the first update; here z_0 = 0. It counts
-200K parameters for field and dynamics together; at Mistral's width the GRU alone has 4096*64*3 + ... = 0.8 M.
+Departures: the paper does not say what the coordinate is before the first update; here z_0 = 0. We scale h_bar to length
+sqrt(d) before the GRU. The paper counts 200K parameters for field and dynamics together; at Mistral's width the GRU alone has 4096*64*3 + ... = 0.8 M.
 
 This file needs only torch: try `python -c "import torch, field; print(field.WeightField(32, 16)(torch.zeros(1, 64)).shape)"`.
 """
@@ -68,7 +68,9 @@ class CoordinateDynamics(nn.Module):
         z0 = self.z0.expand(len(h_bar), -1)
         if self.fixed:
             return z0
-        # Eq. (8): z' = tanh(W_z LN(GRU(h_bar, z)))
+        # Eq. (8): z' = tanh(W_z LN(GRU(h_bar, z))). Without the scaling a wide backbone saturates the GRU's gates: their
+        # initial weights are of size 1/sqrt(d), made for inputs of about that length, and saturated gates blur addresses.
+        h_bar = len(self.z0) ** 0.5 * nn.functional.normalize(h_bar, dim=-1)
         return torch.tanh(self.w_z(self.norm(self.gru(h_bar, z0))))
 
 
