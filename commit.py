@@ -12,8 +12,9 @@ soft    The paper, Eqs. (9)-(13): one live bank, field and dynamics; a penalty h
         anchors. The bases and the dynamics move freely, and forgetting is what it is measured to be.
 none    The same live bank, field and dynamics with no penalty at all.
 
-Held here: sections 3.4-3.6 and Appendix B of the paper, Eqs. (9)-(13). Departure: routing compares *between* regions
-with a pooled covariance, as linear discriminant analysis does. One region's own 95 % ellipsoid cannot tell tasks apart.
+Held here: sections 3.4-3.6 and Appendix B of the paper, Eqs. (9)-(13). Departures: a region's Gaussian is fitted to
+artanh(z), not to z; and routing compares *between* regions, as discriminant analysis does, because one region's own
+95 % ellipsoid cannot tell tasks apart.
 
     python commit.py log [--run DIR]      # the versions of a run folder, newest first
 
@@ -39,9 +40,16 @@ from model import Refused
 
 # ---------------------------------------------------------------------------------------------- regions and anchors
 
+def unsquash(z):
+    """What Eq. (8) squashed: artanh(z). Coordinates pile up at the ends of (-1, 1), where no Gaussian fits; before the
+    tanh they do not."""
+    return torch.atanh(z.clamp(-1 + 1e-6, 1 - 1e-6))
+
+
 @dataclasses.dataclass
 class Region:
-    """R = {z : d_M(z; mu, Sigma) <= tau}, Eq. (11). mean [d], cov [d, d] in float64; n coordinates were fitted."""
+    """R = {z : d_M(z; mu, Sigma) <= tau}, Eq. (11). mean [d] and cov [d, d] are those of artanh(z), in float64; n
+    coordinates were fitted."""
     mean: torch.Tensor
     cov: torch.Tensor
     tau: float
@@ -50,19 +58,19 @@ class Region:
     @classmethod
     def fit(cls, z, quantile=0.95):
         """Gaussian fitted to coordinates z [n, d]; tau is the given quantile of their own distances."""
-        z = z.cpu().double()
-        mean = z.mean(0)
-        cov = (z - mean).T @ (z - mean) / max(len(z) - 1, 1)
+        u = unsquash(z.cpu().double())
+        mean = u.mean(0)
+        cov = (u - mean).T @ (u - mean) / max(len(u) - 1, 1)
         # A ridge: fewer examples than dimensions, or a fixed coordinate, would leave Sigma singular.
         cov += (1e-4 * cov.diagonal().mean() + 1e-10) * torch.eye(len(mean), dtype=cov.dtype)
-        region = cls(mean, cov, 0.0, len(z))
-        region.tau = float(region.distance(z).quantile(quantile))
+        region = cls(mean, cov, 0.0, len(u))
+        region.tau = float(region.distance(z.cpu().double()).quantile(quantile))
         return region
 
     def distance(self, z):
         """d_M(z; mu, Sigma) [B], differentiable in z [B, d]."""
-        whiten = torch.linalg.inv(torch.linalg.cholesky(self.cov)).to(z)  # d_M = |L^-1 (z - mu)| with Sigma = L L^T
-        return ((z - self.mean.to(z)) @ whiten.T).square().sum(1).clamp(min=1e-12).sqrt()
+        whiten = torch.linalg.inv(torch.linalg.cholesky(self.cov)).to(z)  # d_M = |L^-1 (u - mu)| with Sigma = L L^T
+        return ((unsquash(z) - self.mean.to(z)) @ whiten.T).square().sum(1).clamp(min=1e-12).sqrt()
 
 
 @dataclasses.dataclass
@@ -103,16 +111,16 @@ def sample_anchors(region, z, count, source, seed):
     if source == "empirical":
         inside = z[region.distance(z) <= region.tau]
         return inside[torch.randperm(len(inside), generator=generator)[:count]].float()
-    scale, anchors = torch.linalg.cholesky(region.cov), torch.empty(0, len(region.mean), dtype=z.dtype)
+    scale, anchors = torch.linalg.cholesky(region.cov), torch.empty(0, len(region.mean))
     for _ in range(100):
-        draws = region.mean + torch.randn(4 * count, len(region.mean), generator=generator, dtype=z.dtype) @ scale.T
-        anchors = torch.cat([anchors, draws[region.distance(draws) <= region.tau]])[:count]
+        draws = torch.randn(4 * count, len(region.mean), generator=generator, dtype=z.dtype) @ scale.T
+        inside = torch.tanh(region.mean + draws).float()
+        anchors = torch.cat([anchors, inside[region.distance(inside) <= region.tau]])[:count]
         if len(anchors) == count:
-            return anchors.float()
+            return anchors
     # tau can be so small that a Gaussian hardly ever falls inside (a fixed coordinate has tau = 0): pull draws in.
-    shrink = region.tau / region.distance(draws)
-    pulled = region.mean + (draws - region.mean) * shrink[:, None]
-    return torch.cat([anchors, pulled])[:count].float()
+    shrink = region.tau / region.distance(torch.tanh(region.mean + draws))
+    return torch.cat([anchors, torch.tanh(region.mean + shrink[:, None] * draws).float()])[:count]
 
 
 @torch.no_grad()
@@ -341,7 +349,7 @@ def drift(run, i, h_bar):
     sets = [torch.zeros_like(v.snapshot).scatter(-1, top_k_gating(x, v.top_k)[0], 1) for x in (logits, v.snapshot)]
     return {"inside_at_commit": float((v.region.distance(then) <= v.region.tau).double().mean()),
             "inside_now": float((v.region.distance(now) <= v.region.tau).double().mean()),
-            "moved": float((now - then).norm(dim=1).mean()), "spread": float(v.region.cov.trace().sqrt()),
+            "moved": float((now - then).norm(dim=1).mean()), "spread": float((then - then.mean(0)).norm(dim=1).mean()),
             "lock_loss": float((logits - v.snapshot).square().sum((1, 2)).mean()),
             "top_k_kept": float((sets[0] * sets[1]).sum() / sets[1].sum())}
 

@@ -217,20 +217,21 @@ def test_mistral_7b_has_the_shapes_we_publish():
 
 def test_region_distance_is_mahalanobis_and_tau_the_quantile():
     torch.manual_seed(0)
-    z = torch.randn(500, 6) @ torch.randn(6, 6)
-    region = Region.fit(z, 0.95)
-    d = [float(((x - region.mean) @ torch.linalg.inv(region.cov) @ (x - region.mean)).sqrt()) for x in z.double()]
-    torch.testing.assert_close(region.distance(z.double()), torch.tensor(d, dtype=torch.double))
+    u = torch.randn(500, 6, dtype=torch.double) @ torch.randn(6, 6, dtype=torch.double)
+    region, z = Region.fit(torch.tanh(u), 0.95), torch.tanh(u)
+    d = [float(((x - region.mean) @ torch.linalg.inv(region.cov) @ (x - region.mean)).sqrt()) for x in commit.unsquash(z)]
+    torch.testing.assert_close(region.distance(z), torch.tensor(d, dtype=torch.double))
     assert sum(x <= region.tau for x in d) == 475
-    torch.testing.assert_close(region.cov, torch.cov(z.double().T), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(region.cov, torch.cov(commit.unsquash(z).T), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(commit.unsquash(torch.tanh(0.1 * u)), 0.1 * u)
 
 
 @pytest.mark.parametrize("source", ["gaussian", "empirical"])
 def test_anchors_lie_inside_their_region(source):
-    z = torch.randn(400, 5)
+    z = torch.tanh(torch.randn(400, 5))
     region = Region.fit(z)
     anchors = sample_anchors(region, z, 256, source, seed=3)
-    assert anchors.shape == (256, 5) and (region.distance(anchors) <= region.tau).all()
+    assert anchors.shape == (256, 5) and anchors.abs().max() < 1 and (region.distance(anchors) <= region.tau).all()
     assert torch.equal(anchors, sample_anchors(region, z, 256, source, seed=3))
     if source == "empirical":
         assert all((z == a).all(1).any() for a in anchors)
@@ -242,21 +243,22 @@ def test_a_fixed_coordinate_still_makes_a_region():
     assert sample_anchors(region, z, 16, "gaussian", 0).isfinite().all()
 
 
-def test_routing_is_the_nearest_mean_under_the_pooled_covariance():
+def test_routing_is_regularised_discriminant_analysis():
     torch.manual_seed(0)
-    groups = [torch.randn(n, 4) @ torch.randn(4, 4) + 3 * torch.randn(4) for n in (100, 300)]
+    groups = [torch.tanh(torch.randn(n, 4) @ torch.randn(4, 4) / 3 + torch.randn(4)) for n in (100, 300)]
     regions = [Region.fit(g) for g in groups]
     found = route(torch.cat(groups), regions)
-    inverse = torch.linalg.inv((100 * regions[0].cov + 300 * regions[1].cov) / 400)
-    for x, choice, p in zip(torch.cat(groups).double(), found.choice, found.probability):
-        d2 = [float((x - r.mean) @ inverse @ (x - r.mean)) for r in regions]
-        assert choice == d2.index(min(d2))
-        assert float(p) == pytest.approx(1 / (1 + math.exp((min(d2) - max(d2)) / 2)))
+    pooled = (100 * regions[0].cov + 300 * regions[1].cov) / 400
+    gauss = [torch.distributions.MultivariateNormal(r.mean, (r.n * r.cov + 4 * pooled) / (r.n + 4)) for r in regions]
+    for x, choice, p in zip(commit.unsquash(torch.cat(groups).double()), found.choice, found.probability):
+        likelihood = [float(g.log_prob(x).exp()) for g in gauss]
+        assert choice == likelihood.index(max(likelihood))
+        assert float(p) == pytest.approx(max(likelihood) / sum(likelihood))
 
 
 def test_lock_and_separation_losses_are_equations_13_and_10():
     torch.manual_seed(0)
-    phi, z = WeightField(2, 5, 4, 7), torch.randn(40, 4)
+    phi, z = WeightField(2, 5, 4, 7), torch.tanh(torch.randn(40, 4))
     region = Region.fit(z)
     anchors = sample_anchors(region, z, 8, "gaussian", 0)
     old = Version("a", "first", [], 2, phi, CoordinateDynamics(3, 4), region, anchors, commit.take_snapshot(phi, anchors), {}, {})
@@ -265,15 +267,15 @@ def test_lock_and_separation_losses_are_equations_13_and_10():
     expected = sum(((phi(a[None])[0] - s) ** 2).sum() for a, s in zip(anchors, old.snapshot)) / 8
     torch.testing.assert_close(commit.lock_loss(phi, [old]), expected)
     torch.testing.assert_close(commit.lock_loss(phi.grown(7), [old]), expected)
-    x = torch.randn(6, 4, requires_grad=True)
+    x = torch.tanh(torch.randn(6, 4)).requires_grad_()
     loss = commit.separation_loss(x, [region], margin=1.0)
     torch.testing.assert_close(loss, sum(max(0.0, region.tau + 1 - region.distance(v[None]).item()) ** 2 for v in x) / 6 * torch.ones(()))
     loss.backward()
-    assert (region.distance(x - 0.1 * x.grad) > region.distance(x)).any(), "the gradient must push outwards"
+    assert (region.distance(x - 1e-3 * x.grad) > region.distance(x)).any(), "the gradient must push outwards"
 
 
 def a_version(tmp_path):
-    phi, z = WeightField(2, 3, 4, 7), torch.randn(40, 4)
+    phi, z = WeightField(2, 3, 4, 7), torch.tanh(torch.randn(40, 4))
     region = Region.fit(z)
     anchors = sample_anchors(region, z, 8, "gaussian", 0)
     v = Version("a", "first", [], 2, phi, CoordinateDynamics(5, 4), region, anchors, commit.take_snapshot(phi, anchors), {"m.A": torch.randn(3, 2, 6)}, {"seed": 1})

@@ -483,7 +483,7 @@ def report(run):
             print(f"{t:{width}}  {protocol}  {row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}  "
                   f"{forgetting(results, protocol)[t]:+8.2f} %  {note}")
     for t, d in row["drift"].items():
-        print(f"\nwhere {t} went: its inputs moved by {d['moved']:.2f} (its region's spread is {d['spread']:.2f}); {100 * d['inside_now']:.1f} % of "
+        print(f"\nwhere {t} went: its inputs moved by {d['moved']:.2f} (they were {d['spread']:.2f} from their mean); {100 * d['inside_now']:.1f} % of "
               f"them are still in its region, {100 * d['inside_at_commit']:.1f} % were at commit.\nhow the lock held: L_lock {d['lock_loss']:.1e} at "
               f"its anchors, {100 * d['top_k_kept']:.1f} % of their top-K choices unchanged. A lock on the anchors guards\naddresses; it "
               "holds neither the inputs to their addresses nor the bases that the addresses name.")
