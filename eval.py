@@ -122,7 +122,7 @@ def know(run, model, tokenizer, args):
     out = {"tasks": run.tasks, "base": rows[-1]["base"],
            "R": {k: [[row[k].get(t) for t in run.tasks] for row in rows] for k in ("stored", "routed")},
            "forgetting": {k: forgetting(rows, k) for k in ("stored", "routed")},
-           **{k: rows[-1][k] for k in ("routing", "inside", "identical", "drift")},
+           **{k: rows[-1][k] for k in ("routing", "inside", "identical", "gating", "drift")},
            "config": {"backbone": run.manifest["backbone"], "outside": args.outside, **provenance(),
                       **{v.task: {"lock": v.lock, **v.config} for v in run.versions}}}
     if args.exact_match is not None:

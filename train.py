@@ -414,10 +414,13 @@ def measure(run, model, tokenizer, outside="nearest"):
     """Measure every committed task as things stand: one row of R, stored and routed.
 
     -> {"task", "version": the last one, "base", "stored", "routed": {task: perplexity}, "routing": {task: {task: count}},
-    "identical": {task: [examples whose stored logits have the bits they had at commit, examples]}, "drift": {task: ...}}.
+    "identical": {task: [examples whose stored logits have the bits they had at commit, examples]},
+    "gating": {task: {"sets": different top-K choices a layer makes over all inputs, "bases": exp of the entropy of its weights}},
+    "drift": {task: ...}}.
     Perplexity is over response tokens, EOS included, of the validation records kept in the run folder."""
     last = run.manifest["versions"][-1]
-    row = {"task": last["task"], "version": last["hash"], "base": {}, "stored": {}, "routed": {}, "routing": {}, "inside": {}, "identical": {}, "drift": {}}
+    row = {"task": last["task"], "version": last["hash"], "base": {}, "stored": {}, "routed": {}, "routing": {}, "inside": {}, "identical": {}, "gating": {},
+           "drift": {}}
     settings = run.manifest["settings"]
     known = {k: v for r in run.manifest["results"] for k, v in r["base"].items()}  # the bare backbone never changes
     for i, task in enumerate(run.tasks):
@@ -425,12 +428,13 @@ def measure(run, model, tokenizer, outside="nearest"):
         examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
         h_bar = probe_all(model, examples, settings["pool"], run.probe_gating())
         totals = dict.fromkeys(("base", "stored", "routed"), 0.0)
-        digests, choices, inside = [], [], 0
+        digests, choices, inside, gatings = [], [], 0, []
         for b in range(0, len(examples), EVAL_BATCH):
             batch, h = examples[b:b + EVAL_BATCH], h_bar[b:b + EVAL_BATCH]
             if task not in known:
                 totals["base"] += float(response_nll(*model.logits(batch, None)).sum())
             stored, (routed, found) = run.stored(i, h), run.routed(h, outside)
+            gatings.append(stored)
             logits, labels = model.logits(batch, stored)
             digests += [hashlib.sha256(x.float().cpu().numpy().tobytes()).hexdigest()[:16] for x in logits]
             nll = float(response_nll(logits, labels).sum())
@@ -444,6 +448,9 @@ def measure(run, model, tokenizer, outside="nearest"):
         row["stored"][task], row["routed"][task] = perplexity(totals["stored"], tokens), perplexity(totals["routed"], tokens)
         row["routing"][task] = {t: choices.count(j) for j, t in enumerate(run.tasks)}
         row["inside"][task] = {t: int(inside[j]) for j, t in enumerate(run.tasks)}
+        indices, weights = (torch.cat(parts) for parts in zip(*gatings))  # [n, L, K]
+        sets = [len(layer.sort(-1).values.unique(dim=0)) for layer in indices.unbind(1)]
+        row["gating"][task] = {"sets": sum(sets) / len(sets), "bases": float(torch.special.entr(weights).sum(-1).exp().mean())}
         at_commit = run.folder / "data" / f"{task}.logits.json"
         if not at_commit.exists():
             with atomic(at_commit) as tmp:
@@ -482,6 +489,8 @@ def report(run):
                 note += f", {100 * max(others) / n:.0f} % in another's" if others else ""
             print(f"{t:{width}}  {protocol}  {row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}  "
                   f"{forgetting(results, protocol)[t]:+8.2f} %  {note}")
+    print("\ngating, a layer's mean: " + "; ".join(f"{t} makes {g['sets']:.1f} different top-K choices over all its inputs, its weight lies on "
+                                                 f"{g['bases']:.1f} bases" for t, g in row["gating"].items()))
     for t, d in row["drift"].items():
         print(f"\nwhere {t} went: its inputs moved by {d['moved']:.2f} (they were {d['spread']:.2f} from their mean); {100 * d['inside_now']:.1f} % of "
               f"them are still in its region, {100 * d['inside_at_commit']:.1f} % were at commit.\nhow the lock held: L_lock {d['lock_loss']:.1e} at "
