@@ -82,9 +82,10 @@ def number(kind, low, high=math.inf):
 
 
 def parse_options(argv=None):
-    p = Parser(prog="train.py", description="Learn a capability, commit it, report.", epilog="Defaults in brackets are the paper's; those of "
-               f"the tiny backbone differ in {', '.join(f'{k} {v:g}' for k, v in TINY.items())}. {', '.join(FIXED_BY_FIRST_TASK)} "
-               "are fixed by a run's first task.", argument_default=argparse.SUPPRESS)
+    p = Parser(prog="train.py", description="Learn a capability, commit it, report.", argument_default=argparse.SUPPRESS,
+               epilog="Defaults in brackets are the paper's, but for lr, margin, lambda-budget, pool and probe, which are our choice; those "
+               f"of the tiny backbone differ in {', '.join(f'{k} {v:g}' for k, v in TINY.items())}. {', '.join(FIXED_BY_FIRST_TASK)} "
+               "are fixed by a run's first task.")
     count, weight = number(int, 1), number(float, 0)
 
     def add(group, name, help, **kwargs):
