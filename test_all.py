@@ -376,6 +376,18 @@ def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, tmp_path, capsys
         torch.testing.assert_close(weights[i], alone[1][0])
 
 
+def test_a_third_task_reads_both_and_moves_neither(micro, first, tmp_path):
+    out = copy_of(first, tmp_path)
+    train.main(micro("code", out, "--lock"))
+    train.main(micro("third", out, "--lock", "--data", HERE / "assets" / "data" / "alpaca.val.json"))
+    run = Run(out)
+    assert run.manifest["results"][-1]["identical"] == {"alpaca": [32, 32], "code": [32, 32], "third": [32, 32]}
+    assert set(train.forgetting(run.manifest["results"], "stored").values()) == {0.0}
+    with tensors_of(out, 2) as f:
+        assert json.loads(f.metadata()["version"])["reads"] == [v["hash"] for v in run.manifest["versions"][:2]]
+        assert f.get_slice("snapshot").get_shape() == [32, 2, 12]  # logits over its own 4 bases and the 8 that it reads
+
+
 def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
     run = Run(first)
     args = train.parse_options(micro("code", first, "--lock"))
