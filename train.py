@@ -256,19 +256,16 @@ def writable(run, model, args):
     exact: new bases and a new field over all bases; the bank's committed bases and the dynamics are read only.
     soft, none: the one bank, field and dynamics of the last version, all of it."""
     torch.manual_seed(args.seed + len(run.versions))
-    bank, rows = model.bank, 1 if args.shared_gating else model.bank.layers
-    if not run.versions:
-        bank.add(args.bases)
-        field, dynamics = WeightField(rows, len(bank), args.coord_dim, args.field_hidden), \
-            CoordinateDynamics(model.features, args.coord_dim, args.fixed_coordinate)
-    elif args.lock == "exact":
-        bank.add(args.bases)
-        field, dynamics = WeightField(rows, len(bank), args.coord_dim, args.field_hidden), run.versions[0].dynamics
-    else:
+    bank = model.bank
+    if run.versions and args.lock != "exact":
         bank.unlock()
         bank.add(max(0, args.bases - len(bank)))
         field = run.versions[-1].field.grown(len(bank)).requires_grad_(True)
         dynamics = copy.deepcopy(run.versions[-1].dynamics).requires_grad_(True)
+    else:
+        bank.add(args.bases)
+        field = WeightField(1 if args.shared_gating else bank.layers, len(bank), args.coord_dim, args.field_hidden)
+        dynamics = run.versions[0].dynamics if run.versions else CoordinateDynamics(model.features, args.coord_dim, args.fixed_coordinate)
     reads = [v.hash for v in run.versions] if args.lock == "exact" else []
     return field.to(model.device), dynamics.to(model.device), reads
 
@@ -478,6 +475,7 @@ def report(run):
     row, width = results[-1], max(4, *map(len, run.tasks))
     print(f"\nvalidation perplexity after {row['task']} (version {row['version'][:12]})")
     print(f"{'task':{width}}  protocol      base  learned       now  forgetting")
+    forgotten = {protocol: forgetting(results, protocol) for protocol in ("stored", "routed")}
     for t in run.tasks:
         learned = next(r for r in results if r["task"] == t)
         for protocol in ("stored", "routed"):
@@ -489,7 +487,7 @@ def report(run):
                 note = f"{100 * home / n:.1f} % routed to {t}; {100 * own / n:.0f} % lie in its region"
                 note += f", {100 * max(others) / n:.0f} % in another's" if others else ""
             print(f"{t:{width}}  {protocol}  {row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}  "
-                  f"{forgetting(results, protocol)[t]:+8.2f} %  {note}")
+                  f"{forgotten[protocol][t]:+8.2f} %  {note}")
     print("\ngating, a layer's mean: " + "; ".join(f"{t} makes {g['sets']:.1f} different top-K choices over all its inputs, its weight lies on "
                                                  f"{g['bases']:.1f} bases" for t, g in row["gating"].items()))
     for t, d in row["drift"].items():
