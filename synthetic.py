@@ -1,0 +1,537 @@
+"""FTN's experiments, and their tables beside the paper's.
+
+    python synthetic.py                        # experiment 1: both variants, every method, one seed
+    python synthetic.py --seeds 8              # mean +- std over seeds, as in the paper
+    python synthetic.py --leaks                # what each broken precaution costs FixedMask
+    python synthetic.py --tasks 12 --methods ftn-slow ftn-slow-lock --grow     # beyond the capacity H/k = 8
+    python synthetic.py --bench                # a training step against the literal Algorithm 1
+
+Experiment 1 (section 3, Appendix B) is a stream of tasks under *concept shift*: the same inputs, other targets. Every
+method sees the same batches. After each task all tasks so far are scored, under two protocols:
+
+    stored      with the mask of the task's last training batch
+    recovered   with the mask that the search finds, from a cold start, on a support batch of the task
+
+R[i][j] is the score on task j after task i. ACC (or MSE) is the mean of the last row. FM, forgetting, is over earlier
+tasks the mean of best minus final accuracy, or of final minus best loss: positive always means forgetting.
+
+The paper does not give its generator; ours is `ConceptShift`. Finished rows are kept in runs/synthetic, so the same
+command, interrupted, goes on; a row is computed by one thread, so results do not depend on --workers.
+"""
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import itertools
+import json
+import multiprocessing
+import pathlib
+import platform
+import signal
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from commit import atomic
+from ftn import ALL, NeuronGrid, PrivateMLPs, SmoothKWTA, unpack
+from model import Refused
+
+VARIANTS = {"clf": dict(loss=F.cross_entropy, d_out=2, steps=1, lr=1.0),      # S and eta_m of the search
+            "reg": dict(loss=F.mse_loss, d_out=1, steps=10, lr=0.2)}
+METHODS = {"fixedmask": dict(mask="fixed"),
+           "ftn-slow": dict(mask="search", kernel=3, rounds=15),
+           "ftn-slow-lock": dict(mask="search", kernel=3, rounds=15, lock=True),
+           "ftn-fast": dict(mask="search", kernel=17, rounds=2),
+           "kwta": dict(mask="search", kernel=1, rounds=0),
+           "nomask": dict(mask="all"),
+           "ewc": dict(mask="all", ewc=400.0),
+           "supsup": dict(mask="weights"),
+           "supsup-wide": dict(mask="weights", wide=True)}
+LEAKS = ("none", "decay", "moments", "bias")
+PAPER = {"clf": {"nomask": (".666", ".466"), "fixedmask": (".938", ".000"), "kwta": (".640", ".152"), "ftn-fast": (".899", ".042"),
+                 "ftn-slow": (".896", ".014"), "ewc": (".665", ".463"), "supsup": (".645", ".000"), "supsup-wide": (".660", ".000")},
+         "reg": {"nomask": (".312", ".054"), "fixedmask": (".006", ".000"), "kwta": (".589", ".028"), "ftn-fast": (".126", ".013"),
+                 "ftn-slow": (".167", ".003"), "ewc": (".311", ".054"), "supsup": (".206", ".000"), "supsup-wide": (".216", ".101")}}
+TEST, CURVE_EVERY = 2048, 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a table: a method on a variant with a seed. The paper's values, but for what the paper lacks."""
+    variant: str
+    method: str
+    seed: int
+    inputs: str = "uniform"    # "gaussian": x ~ N(0, I) and no phases, the harder generator
+    leak: str = "none"         # one of Appendix C's precautions, left out
+    tasks: int = 3
+    steps: int = 1000          # training steps a task
+    grow: bool = False         # enlarge the grid when too few neurons are free
+    batch: int = 256
+    side: int = 32             # D, H = D^2
+    k: int = 128
+    layers: int = 8
+    width: int = 8
+    dropout: float = 0.2
+    lr: float = 3e-4
+
+
+# ------------------------------------------------------------------------------------------------------- the tasks
+
+class ConceptShift:
+    """x in R^2, h = W x + b in R^(8 tasks), y_t = sum over the task's own eight i of v_i sin(8 h_i), |v| = 1.
+
+    W_ij ~ N(0, 0.5^2), b ~ U(-pi, pi), x ~ U(-1, 1)^2; with inputs "gaussian" x ~ N(0, 1)^2 and b = 0.
+    Classification: is y_t above its median. Regression: 0.75 (y_t - mean).
+    """
+
+    def __init__(self, row):
+        self.row, rng = row, generator(row.seed, 0)
+        self.W = 0.5 * torch.randn(8 * row.tasks, 2, generator=rng)
+        self.b = (torch.rand(8 * row.tasks, 1, generator=rng) * 2 - 1) * torch.pi * (row.inputs == "uniform")
+        self.v = F.normalize(torch.randn(row.tasks, 8, generator=rng), dim=1)
+        self.centre = [0.0] * row.tasks
+        for t in range(row.tasks):
+            y = self.signal(t, self.draw(2 ** 16, rng))
+            self.centre[t] = y.median() if row.variant == "clf" else y.mean()
+
+    def draw(self, n, rng):
+        shape = (n, 2)
+        return torch.rand(shape, generator=rng) * 2 - 1 if self.row.inputs == "uniform" else torch.randn(shape, generator=rng)
+
+    def signal(self, t, x):
+        own = slice(8 * t, 8 * t + 8)
+        return torch.sin(8 * (self.W[own] @ x.T + self.b[own])).T @ self.v[t]
+
+    def batch(self, t, n, rng):
+        """x [n, 2] and y: classes [n] or values [n, 1]."""
+        x = self.draw(n, rng)
+        y = self.signal(t, x) - self.centre[t]
+        return x, (y > 0).long() if self.row.variant == "clf" else 0.75 * y[:, None]
+
+
+def generator(*key):
+    """A random stream of its own for every purpose: (seed, purpose, ...)."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
+
+
+# ------------------------------------------------------------------------------------------------------ the methods
+
+class Masked:
+    """FTN and what it is compared with on the same grid. A mask is known by its winners [k], or slice(None) for all."""
+
+    def __init__(self, row):
+        self.row, self.method, self.loss = row, METHODS[row.method], VARIANTS[row.variant]["loss"]
+        self.grid = NeuronGrid(row.side, 2, VARIANTS[row.variant]["d_out"], row.layers, row.width, bias=row.leak == "bias")
+        self.stored, self.touched, self.fisher, self.optimizer = [], [], [], None
+        if self.method["mask"] == "search":
+            self.search = SmoothKWTA(row.k, self.method["kernel"], self.method["rounds"], VARIANTS[row.variant]["steps"], VARIANTS[row.variant]["lr"])
+
+    def begin(self, t):
+        """Start task t. The precautions of Appendix C are here: no weight decay, and moments that start from zero."""
+        if self.row.grow and self.grid.free.sum() < self.row.k:
+            self.grid, index = self.grid.grown(round(self.grid.side * 1.5))
+            self.stored = [index[winners] for winners in self.stored]
+            self.touched = [torch.zeros(len(self.grid.free), dtype=torch.bool).index_put((index,), touched) for touched in self.touched]
+        if self.optimizer is None or self.row.leak != "moments":
+            self.optimizer = torch.optim.AdamW(self.grid.parameters(), lr=self.row.lr, fused=True,
+                                               weight_decay=0.01 if self.row.leak == "decay" else 0.0)
+        self.stored.append(None)
+        self.touched.append(torch.zeros(len(self.grid.free), dtype=torch.bool))
+
+    def choose(self, t, x, y, free=None):
+        if self.method["mask"] == "all":
+            return ALL
+        if self.method["mask"] == "fixed":
+            if (t + 1) * self.row.k > len(self.grid.free):
+                raise Refused(f"{len(self.grid.free)} neurons hold {len(self.grid.free) // self.row.k} fixed masks of {self.row.k}, not {t + 1}")
+            return torch.arange(t * self.row.k, (t + 1) * self.row.k)
+        return self.search.configure(self.grid.loss_of_mask(x, y, self.loss), self.grid.side, free)
+
+    def train(self, t, x, y):
+        winners = self.choose(t, x, y, self.grid.free if self.method.get("lock") else None)
+        self.optimizer.zero_grad()
+        self.loss(self.grid.respond(x, winners, self.row.dropout), y).backward()
+        for importance, anchor in self.fisher:  # the gradient of EWC's penalty, lambda/2 sum F (theta - theta*)^2
+            for p, f, a in zip(self.grid.parameters(), importance, anchor):
+                p.grad.add_(f * (p.detach() - a), alpha=self.method["ewc"])
+        self.optimizer.step()
+        self.stored[t] = winners
+        self.touched[t][winners] = True
+
+    def end(self, t, x, y):
+        if self.method.get("lock"):
+            self.grid.commit(self.stored[t])
+        if "ewc" in self.method:  # the diagonal Fisher information: mean squared gradient, one example at a time
+            importance = [torch.zeros_like(p) for p in self.grid.parameters()]
+            for i in range(len(x)):
+                grads = torch.autograd.grad(self.loss(self.grid.respond(x[i:i + 1], ALL), y[i:i + 1]), list(self.grid.parameters()))
+                for f, g in zip(importance, grads):
+                    f.addcmul_(g, g, value=1 / len(x))
+            self.fisher.append((importance, [p.detach().clone() for p in self.grid.parameters()]))
+
+    def recover(self, t, x, y):
+        """The mask for a support batch. FixedMask alone is told which task it is: it is the oracle."""
+        return self.choose(t, x, y)
+
+    @torch.no_grad()
+    def predict(self, winners, x):
+        return torch.cat([self.grid.respond(part, winners) for part in x.split(256)])
+
+    def parameters(self, t):
+        """A copy of what task t's prediction is computed from."""
+        winners = self.stored[t]
+        return [self.grid.theta.detach()[winners].clone(), self.grid.readout.detach()[:, winners].clone()]
+
+
+class SupSup:
+    """Supermasks: frozen random weights, and for each task a binary mask over them, learned through scores.
+
+    A weight is on where its score is positive (straight-through gradient), as in the SupSup authors' own example; scores
+    start at U(-1, 1) / sqrt(fan_in), so half are on. Masks are stored; the task is inferred by the lowest loss on the
+    support batch. "Wide" has twice the width and signed constants +-sqrt(2 / (fan_in / 2)) in place of normal weights.
+    """
+
+    def __init__(self, row):
+        self.row, self.loss, wide = row, VARIANTS[row.variant]["loss"], METHODS[row.method].get("wide")
+        self.grid = NeuronGrid(row.side, 2, VARIANTS[row.variant]["d_out"], row.layers, row.width * (2 if wide else 1))
+        self.weights = [p.detach() for p in self.grid.parameters()]
+        self.stored = []
+        if wide:
+            for W, _ in unpack(self.weights[0], self.grid.shapes):
+                W.sign_().mul_(2 / W.shape[2] ** 0.5)
+
+    def begin(self, t):
+        theta, readout = (torch.empty_like(w) for w in self.weights)
+        for W, b in unpack(theta, self.grid.shapes):
+            W.uniform_(-W.shape[2] ** -0.5, W.shape[2] ** -0.5)
+            b.zero_()
+        self.scores = [theta, readout.uniform_(-1 / self.row.side, 1 / self.row.side)]
+        for s in self.scores:
+            s.grad = torch.zeros_like(s)
+        self.on = [torch.zeros_like(w).requires_grad_() for w in self.weights]
+        self.optimizer = torch.optim.Adam(self.scores, lr=self.row.lr, fused=True)
+        self.stored.append([torch.empty_like(w, dtype=torch.bool) for w in self.weights])
+
+    def respond(self, weights, x, dropout=0.0):
+        return self.grid.read(F.dropout(PrivateMLPs.apply(weights[0], x, self.grid.shapes), dropout), weights[1])
+
+    def train(self, t, x, y):
+        with torch.no_grad():
+            for s, mask, on, w in zip(self.scores, self.stored[t], self.on, self.weights):
+                torch.mul(w, torch.gt(s, 0, out=mask), out=on)
+        grads = torch.autograd.grad(self.loss(self.respond(self.on, x, self.row.dropout), y), self.on)
+        for s, g, w in zip(self.scores, grads, self.weights):
+            torch.mul(g, w, out=s.grad)  # straight through: d(mask)/d(score) is taken as 1
+        self.optimizer.step()
+
+    def end(self, t, x, y):
+        pass
+
+    def recover(self, t, x, y):
+        return min(self.stored, key=lambda masks: self.loss(self.predict(masks, x), y).item())
+
+    @torch.no_grad()
+    def predict(self, masks, x):
+        weights = [w * m for w, m in zip(self.weights, masks)]
+        return torch.cat([self.respond(weights, part) for part in x.split(256)])
+
+    def parameters(self, t):
+        return [w * m for w, m in zip(self.weights, self.stored[t])]
+
+
+# ------------------------------------------------------------------------------------------------------- one stream
+
+def run(row):
+    """Learn the stream, score it, return everything about it as a dict that JSON can hold. One thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(row.seed)
+    began, world = time.perf_counter(), ConceptShift(row)
+    learner = (SupSup if METHODS[row.method]["mask"] == "weights" else Masked)(row)
+    support = [world.batch(t, row.batch, generator(row.seed, "support", t)) for t in range(row.tasks)]
+    test = [world.batch(t, TEST, generator(row.seed, "test", t)) for t in range(row.tasks)]
+
+    def score(handle, t):
+        x, y = test[t]
+        y_hat = learner.predict(handle, x)
+        return (y_hat.argmax(1) == y).float().mean().item() if row.variant == "clf" else F.mse_loss(y_hat, y).item()
+
+    def scores(t):
+        """Every task up to t under both protocols. Without a search both are the same mask."""
+        stored = [score(learner.stored[j], j) for j in range(t + 1)]
+        if METHODS[row.method]["mask"] in ("all", "fixed"):
+            return dict(stored=stored, recovered=stored)
+        return dict(stored=stored, recovered=[score(learner.recover(j, *support[j]), j) for j in range(t + 1)])
+
+    curve, kept, training = [], [], 0.0
+    for t in range(row.tasks):
+        learner.begin(t)
+        rng = generator(row.seed, "train", t)
+        for step in range(1, row.steps + 1):
+            x, y = world.batch(t, row.batch, rng)
+            started = time.perf_counter()
+            learner.train(t, x, y)
+            training += time.perf_counter() - started
+            if step % CURVE_EVERY == 0 or step == row.steps:
+                curve.append(dict(step=t * row.steps + step, **scores(t)))
+        learner.end(t, x, y)
+        kept.append((learner.parameters(t), learner.predict(learner.stored[t], test[t][0])))
+    moved = [bits_moved(before, (learner.parameters(t), learner.predict(learner.stored[t], test[t][0]))) for t, before in enumerate(kept)]
+    ends = [c for c in curve if c["step"] % row.steps == 0]
+    out = dict(dataclasses.asdict(row), R_stored=[c["stored"] for c in ends], R_recovered=[c["recovered"] for c in ends],
+               curve=curve, parameters_moved=[p for p, _ in moved], outputs_moved=[o for _, o in moved])
+    if METHODS[row.method]["mask"] in ("search", "fixed"):
+        last = [torch.zeros_like(u).index_fill(0, w, True) for u, w in zip(learner.touched, learner.stored)]
+        pairs = list(itertools.combinations(range(row.tasks), 2))
+        out.update(final_side=learner.grid.side, winners=[w.tolist() for w in learner.stored], touched=[int(u.sum()) for u in learner.touched],
+                   overlap_last=[(last[i] & last[j]).sum().item() / row.k for i, j in pairs],
+                   overlap_union=[(learner.touched[i] & learner.touched[j]).sum().item() / row.k for i, j in pairs],
+                   overwritten=[(last[i] & learner.touched[j]).sum().item() / row.k for i, j in pairs])
+    return dict(out, ms_per_step=1e3 * training / (row.tasks * row.steps), seconds=time.perf_counter() - began)
+
+
+def bits_moved(before, after):
+    """Shares of parameters and of outputs that are not the same to the last bit."""
+    def share(a, b):
+        return sum((x != y).sum().item() for x, y in zip(a, b)) / sum(x.numel() for x in a)
+    return share(before[0], after[0]), share([before[1]], [after[1]])
+
+
+# ------------------------------------------------------------------------------------------------------- the tables
+
+def forgetting(R, sign):
+    """FM over earlier tasks. sign +1 where a higher score is better, -1 for a loss."""
+    last, columns = R[-1], [[r[j] for r in R[j:]] for j in range(len(R) - 1)]
+    return statistics.mean(max(sign * s for s in column) - sign * last[j] for j, column in enumerate(columns))
+
+
+def summary(out):
+    """The numbers of a table's line from what `run` returned. Means over tasks, or over pairs of tasks."""
+    sign, mean = 1 if out["variant"] == "clf" else -1, statistics.mean
+    s = {f"{p}_{key}": value for p in ("stored", "recovered") for key, value in
+         (("last", mean(out["R_" + p][-1])), ("own", mean(r[-1] for r in out["R_" + p])), ("fm", forgetting(out["R_" + p], sign)))}
+    if sign < 0:  # "peak MSE minus final MSE", which is large where a task improves
+        s["recovered_fm_paper"] = forgetting(out["R_recovered"], 1)
+    s.update({key: mean(out[key]) for key in ("overlap_last", "overlap_union", "overwritten", "touched") if key in out})
+    return dict(s, parameters_moved=mean(out["parameters_moved"][:-1]), outputs_moved=mean(out["outputs_moved"][:-1]),
+                ms_per_step=out["ms_per_step"], seconds=out["seconds"])
+
+
+def spread(values, digits=3):
+    """mean +- standard deviation over seeds; nothing where there is no value."""
+    values = [v for v in values if v is not None]
+    text = f"{statistics.mean(values):.{digits}f}" if values else ""
+    return text + (f" ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def print_tables(outs):
+    for variant in VARIANTS:
+        group = [o for o in outs if o["variant"] == variant]
+        for inputs, leak in sorted({(o["inputs"], o["leak"]) for o in group}, key=lambda p: LEAKS.index(p[1])):
+            rows = {m: [summary(o) for o in group if (o["method"], o["inputs"], o["leak"]) == (m, inputs, leak)] for m in METHODS}
+            print_table(variant, inputs, leak, {m: r for m, r in rows.items() if r})
+        print_decomposition([o for o in group if o["leak"] == "none"], variant)
+
+
+def print_table(variant, inputs, leak, rows):
+    score = "ACC" if variant == "clf" else "MSE"
+    print(f"\n{dict(clf='classification (accuracy)', reg='regression (squared error)')[variant]}, {inputs} inputs"
+          + f", precaution left out: {leak}" * (leak != "none") + f", seeds: {max(map(len, rows.values()))}")
+    heads = [f"{score} recov.", "FM recov.", f"{score} stored", "FM stored", f"{score} R[i,i]", "overlap last", "union",
+             "params moved", "outputs", "paper " + score, "FM"] + ["FM as printed"] * (variant == "reg")
+    print(f"{'':<14}" + "".join(f"{h:>14}" for h in heads))
+    for method, seeds in rows.items():
+        def cell(key):
+            return spread([s.get(key) for s in seeds])
+        cells = [cell("recovered_last"), cell("recovered_fm"), cell("stored_last"), cell("stored_fm"), cell("stored_own"),
+                 spread([s.get("overlap_last") for s in seeds], 2), spread([s.get("overlap_union") for s in seeds], 2),
+                 cell("parameters_moved"), cell("outputs_moved"), *PAPER[variant].get(method, ("", ""))]
+        print(f"{method:<14}" + "".join(f"{c:>14}" for c in cells + [cell("recovered_fm_paper")] * (variant == "reg")))
+
+
+def print_decomposition(outs, variant):
+    """Table 4: what an earlier task lost against FixedMask, as overlap (stored) and recall (stored minus recovered)."""
+    sign, oracle = 1 if variant == "clf" else -1, {o["seed"]: o for o in outs if o["method"] == "fixedmask"}
+    lines = {}
+    for o in outs:
+        if o["seed"] in oracle and o["method"] != "fixedmask":
+            best, stored, recovered = oracle[o["seed"]]["R_stored"][-1][:-1], o["R_stored"][-1][:-1], o["R_recovered"][-1][:-1]
+            lines.setdefault(o["method"], []).append((sign * (statistics.mean(best) - statistics.mean(stored)),
+                                                      sign * (statistics.mean(stored) - statistics.mean(recovered))))
+    if lines:
+        print(f"\nloss on earlier tasks against FixedMask, {variant}\n{'':<14}{'overlap':>16}{'recall':>16}")
+        for method in METHODS:
+            if method in lines:
+                print(f"{method:<14}" + "".join(f"{spread(column):>16}" for column in zip(*lines[method])))
+
+
+def draw(outs, folder):
+    """Figure 1, masks as colours, and the curves of every task through the stream; as PNG files in `folder`."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise Refused("--figures needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for variant in dict.fromkeys(o["variant"] for o in outs):
+        group = [o for o in outs if o["variant"] == variant]
+        methods = [m for m in METHODS if any(o["method"] == m for o in group)]
+        tiles = [m for m in methods if METHODS[m]["mask"] == "search"]
+        seeds = sorted({o["seed"] for o in group})
+        if tiles:
+            fig, axes = plt.subplots(len(tiles), len(seeds), figsize=(1.3 * len(seeds) + 1, 1.4 * len(tiles)), squeeze=False)
+            for axis, (m, seed) in zip(axes.flat, itertools.product(tiles, seeds)):
+                axis.set(xticks=[], yticks=[])
+                if seed == seeds[0]:
+                    axis.set_ylabel(m, fontsize=8)
+                if m == tiles[0]:
+                    axis.set_title(f"seed {seed}", fontsize=8)
+                for o in group:
+                    if (o["method"], o["seed"]) == (m, seed):
+                        colours = [torch.tensor(matplotlib.colors.hsv_to_rgb((t / o["tasks"], 1, 1))).float() for t in range(o["tasks"])]
+                        image = torch.zeros(o["final_side"] ** 2, 3)
+                        for colour, winners in zip(colours, o["winners"]):
+                            image[winners] += colour
+                        axis.imshow(image.clamp(max=1).view(o["final_side"], o["final_side"], 3).numpy(), interpolation="nearest")
+            fig.tight_layout()
+            save(fig, folder / f"ftn-masks-{variant}.png")
+        fig, axes = plt.subplots(-(-len(methods) // 3), 3, figsize=(10, 2.3 * -(-len(methods) // 3)), sharex=True, sharey=True, squeeze=False)
+        for axis in axes.flat[len(methods):]:
+            axis.axis("off")
+        for axis, m in zip(axes.flat, methods):
+            same = [o["curve"] for o in group if o["method"] == m]
+            axis.set_title(m, fontsize=9)
+            for t, (protocol, style) in itertools.product(range(group[0]["tasks"]), (("recovered", "-"), ("stored", ":"))):
+                points = [(c[0]["step"], statistics.mean(p[protocol][t] for p in c)) for c in zip(*same) if len(c[0][protocol]) > t]
+                axis.plot(*zip(*points), style, color=f"C{t}", label=f"task {t + 1}, {protocol}")
+        axes[0, 0].legend(fontsize=6)
+        fig.supxlabel("training step", fontsize=9)
+        fig.supylabel("accuracy" if variant == "clf" else "squared error", fontsize=9)
+        fig.tight_layout()
+        save(fig, folder / f"ftn-curves-{variant}.png")
+
+
+def save(figure, path):
+    with atomic(path) as tmp:
+        figure.savefig(tmp, dpi=120, format="png", metadata={"Software": None})
+    print(f"wrote {path}")
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+def bench(repeats=20):
+    """A training step, mask search included, against the literal algorithm, in turns, on the same batches."""
+    torch.set_num_threads(1)
+    for variant in VARIANTS:
+        row = Row(variant, "ftn-slow", 0, dropout=0.0)
+        torch.manual_seed(0)
+        world, ours = ConceptShift(row), Masked(row)
+        literal = Masked(row)
+        literal.grid.load_state_dict(ours.grid.state_dict())
+        rng, times, same, worst = generator("bench"), ([], []), 0, 0.0
+        for learner in (ours, literal):
+            learner.begin(0)
+        for i in range(repeats + 2):
+            x, y = world.batch(0, row.batch, rng)
+            started = time.perf_counter()
+            ours.train(0, x, y)
+            times[0].append(time.perf_counter() - started)
+            gradient = ours.grid.theta.grad.clone()
+            started = time.perf_counter()
+            winners = literal.search.configure(lambda m: literal.loss(literal.grid(x, m), y), literal.grid.side)
+            mask = torch.zeros(len(literal.grid.theta)).index_fill(0, winners, 1.0)
+            literal.optimizer.zero_grad()
+            literal.loss(literal.grid(x, mask), y).backward()
+            literal.optimizer.step()
+            times[1].append(time.perf_counter() - started)
+            same += torch.equal(winners, ours.stored[0])
+            worst = max(worst, (gradient - literal.grid.theta.grad).abs().max().item() / gradient.abs().max().item())
+            literal.grid.load_state_dict(ours.grid.state_dict())  # rounding must not add up
+        fast, slow = (statistics.median(t[2:]) for t in times)
+        print(f"{variant}: {1e3 * fast:.1f} ms a step, literal {1e3 * slow:.1f} ms, ratio {slow / fast:.1f}; "
+              f"same mask in {same} of {repeats + 2} batches, gradients differ by {worst:.1e} of the largest")
+
+
+def work(row):
+    """A finished row from its file, or the row computed and written. What may be refused comes back as text."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
+    code = [pathlib.Path(__file__).with_name(name).read_bytes() for name in ("ftn.py", "synthetic.py")]
+    key = hashlib.sha256(repr((row, torch.__version__, code)).encode()).hexdigest()[:16]
+    path = pathlib.Path("runs", "synthetic", f"{row.variant}-{row.method}-{row.seed}-{key}.json")
+    if not path.exists():
+        try:
+            out = run(row)
+        except Refused as e:
+            return row, None, str(e)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as tmp:
+            tmp.write_text(json.dumps(out))
+    return row, json.loads(path.read_text()), None
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="synthetic.py", description="The FTN experiments and their tables.")
+    p.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=None, help="[all]")
+    p.add_argument("--seeds", type=int, default=1, help="how many")
+    p.add_argument("--first-seed", type=int, default=0)
+    p.add_argument("--inputs", choices=["uniform", "gaussian"], default="uniform", help="the generator: see Row")
+    p.add_argument("--tasks", type=int, default=3)
+    p.add_argument("--steps", type=int, default=1000, help="training steps a task")
+    p.add_argument("--grow", action="store_true", help="when too few neurons are free, go on with a larger grid")
+    p.add_argument("--leaks", action="store_true", help="FixedMask with each precaution of Appendix C left out")
+    p.add_argument("--bench", action="store_true", help="time a step against the literal Algorithm 1, and stop")
+    p.add_argument("--workers", type=int, default=multiprocessing.cpu_count(), help="rows computed side by side [one per core]")
+    p.add_argument("--json", help="write everything about every row to this file")
+    p.add_argument("--figures", nargs="?", const="runs/synthetic", metavar="DIR", help="draw masks and curves as PNG [runs/synthetic]")
+    args = p.parse_args(argv)
+    for name in ("seeds", "tasks", "steps", "workers"):
+        if getattr(args, name) < (2 if name == "tasks" else 1):
+            raise Refused(f"--{name} {getattr(args, name)} is too small")
+    if args.bench:
+        return bench()
+    methods = args.methods or (["fixedmask"] if args.leaks else list(METHODS))
+    cost = {"fixed": 0, "weights": 1, "all": 2, "search": 3}  # the first line soon, the longest next
+    rows = sorted((Row(v, m, seed, args.inputs, leak, args.tasks, args.steps, args.grow)
+                   for seed in range(args.first_seed, args.first_seed + args.seeds) for v in args.variant for m in methods
+                   for leak in (LEAKS if args.leaks else ["none"])), key=lambda r: (r.seed, cost[METHODS[r.method]["mask"]]))
+    outs, refused = [], []
+    with multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(min(args.workers, len(rows))) as pool, \
+            tqdm(total=len(rows), unit="row") as bar:
+        for row, out, message in pool.imap_unordered(work, rows):
+            bar.update()
+            name = f"{row.variant} {row.method} seed {row.seed}" + f" {row.leak}" * args.leaks
+            if out is None:
+                refused.append(f"{name}: {message}")
+                bar.write(refused[-1])
+                continue
+            outs.append(out)
+            s = summary(out)
+            bar.write(f"{name:<28} recovered {s['recovered_last']:.3f}  FM {s['recovered_fm']:+.3f}   stored {s['stored_last']:.3f}  "
+                      f"FM {s['stored_fm']:+.3f}   {out['seconds']:.0f} s")
+    outs.sort(key=lambda o: (o["seed"], list(VARIANTS).index(o["variant"]), list(METHODS).index(o["method"]), LEAKS.index(o["leak"])))
+    print_tables(outs)
+    if args.json:
+        with atomic(pathlib.Path(args.json)) as tmp:
+            tmp.write_text(json.dumps(dict(
+                command="python synthetic.py " + " ".join(argv if argv is not None else sys.argv[1:]), refused=refused,
+                date=datetime.date.today().isoformat(), machine=f"{platform.system()} {platform.machine()}, {multiprocessing.cpu_count()} cores",
+                torch=torch.__version__, python=platform.python_version(), rows=[dict(o, **summary(o)) for o in outs])))
+    if args.figures and outs:
+        draw(outs, args.figures)
+    if refused:
+        raise Refused(f"{len(refused)} of {len(rows)} rows were not computed: {refused[0]}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (Refused, OSError) as e:
+        raise SystemExit(f"synthetic.py: {e}")
+    except KeyboardInterrupt:
+        raise SystemExit("\nsynthetic.py: stopped; finished rows are kept, the same command goes on")
