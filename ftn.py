@@ -51,7 +51,7 @@ class PrivateMLPs(torch.autograd.Function):
         ctx.save_for_backward(theta, x)
         ctx.shapes, n = shapes, chunk_size(len(theta), shapes[0][0] * len(x))
         z = theta.new_empty(len(theta), 1, len(x))
-        inputs, (even, odd) = x.T.expand(n, -1, -1).contiguous(), workspace(n, shapes[0][0], len(x), 2)
+        inputs, (even, odd) = x.T.expand(n, -1, -1).contiguous(), workspace(n, shapes[0][0], len(x), 2, x.dtype)
         for *layers, (W_out, b_out), out in chunks(n, *unpack(theta, shapes), z):
             h = inputs                                                           # [n, d_in, batch]
             for W, b in layers:
@@ -63,8 +63,8 @@ class PrivateMLPs(torch.autograd.Function):
     def backward(ctx, grad_z):
         (theta, x), shapes = ctx.saved_tensors, ctx.shapes
         n, layers = chunk_size(len(theta), shapes[0][0] * len(x)), unpack(theta, shapes)
-        grads = [(torch.empty(W.shape), torch.empty(b.shape)) for W, b in layers]
-        inputs, (even, odd, *buffers) = x.T.expand(n, -1, -1).contiguous(), workspace(n, shapes[0][0], len(x), len(shapes) + 1)
+        grads = [(W.new_empty(W.shape), b.new_empty(b.shape)) for W, b in layers]
+        inputs, (even, odd, *buffers) = x.T.expand(n, -1, -1).contiguous(), workspace(n, shapes[0][0], len(x), len(shapes) + 1, x.dtype)
         for g, *pairs in chunks(n, grad_z[:, None].contiguous(), *layers, *grads):            # g [n, 1, batch]
             layers, grads_, h = pairs[:len(shapes)], pairs[len(shapes):], [inputs]
             for (W, b), buffer in zip(layers, buffers):
@@ -89,9 +89,9 @@ def chunks(n, *parts):
 
 
 @functools.cache
-def workspace(n, width, batch, count):
+def workspace(n, width, batch, count, dtype):
     """`count` buffers [n, width, batch], the same at every call: fresh memory would have to be fetched page by page."""
-    return [torch.empty(n, width, batch) for _ in range(count)]
+    return [torch.empty(n, width, batch, dtype=dtype) for _ in range(count)]
 
 
 def unpack(theta, shapes):
@@ -130,8 +130,11 @@ class NeuronGrid(nn.Module):
 
     def respond(self, x, winners, dropout=0.0):
         """`forward` with a binary mask, given as the indices of its winners: nothing else is run. [batch, d_out]"""
-        z = F.dropout(PrivateMLPs.apply(self.theta if winners is ALL else self.theta[winners], x, self.shapes), dropout)
-        return self.read(z, self.readout[:, winners])
+        return self.answer(self.theta[winners], self.readout[:, winners], x, dropout)
+
+    def answer(self, theta, readout, x, dropout=0.0):
+        """The neurons theta [n, P] with the readout [d_out, n] of their own. [batch, d_out]"""
+        return self.read(F.dropout(PrivateMLPs.apply(theta, x, self.shapes), dropout), readout)
 
     @torch.no_grad()
     def loss_of_mask(self, x, y, loss):
@@ -152,7 +155,7 @@ class NeuronGrid(nn.Module):
     def grown(self, side):
         """A larger grid that holds this one in its corner. Returns it and the new index of every old neuron [H]."""
         (width, d_in), layers = self.shapes[0], len(self.shapes) - 1
-        grid = NeuronGrid(side, d_in, len(self.readout), layers, width, self.bias is not None)
+        grid = NeuronGrid(side, d_in, len(self.readout), layers, width, self.bias is not None).to(self.theta)
         index = torch.arange(side * side).view(side, side)[:self.side, :self.side].flatten()
         grid.theta[index], grid.readout[:, index], grid.free[index] = self.theta, self.readout, self.free
         if self.bias is not None:

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from commit import atomic
-from ftn import ALL, NeuronGrid, PrivateMLPs, SmoothKWTA, unpack
+from ftn import ALL, NeuronGrid, SmoothKWTA, unpack
 from model import Refused
 
 VARIANTS = {"clf": dict(loss=F.cross_entropy, d_out=2, steps=1, lr=1.0),      # S and eta_m of the search
@@ -216,14 +216,11 @@ class SupSup:
         self.optimizer = torch.optim.Adam(self.scores, lr=self.row.lr, fused=True)
         self.stored.append([torch.empty_like(w, dtype=torch.bool) for w in self.weights])
 
-    def respond(self, weights, x, dropout=0.0):
-        return self.grid.read(F.dropout(PrivateMLPs.apply(weights[0], x, self.grid.shapes), dropout), weights[1])
-
     def train(self, t, x, y):
         with torch.no_grad():
             for s, mask, on, w in zip(self.scores, self.stored[t], self.on, self.weights):
                 torch.mul(w, torch.gt(s, 0, out=mask), out=on)
-        grads = torch.autograd.grad(self.loss(self.respond(self.on, x, self.row.dropout), y), self.on)
+        grads = torch.autograd.grad(self.loss(self.grid.answer(*self.on, x, self.row.dropout), y), self.on)
         for s, g, w in zip(self.scores, grads, self.weights):
             torch.mul(g, w, out=s.grad)  # straight through: d(mask)/d(score) is taken as 1
         self.optimizer.step()
@@ -237,7 +234,7 @@ class SupSup:
     @torch.no_grad()
     def predict(self, masks, x):
         weights = [w * m for w, m in zip(self.weights, masks)]
-        return torch.cat([self.respond(weights, part) for part in x.split(256)])
+        return torch.cat([self.grid.answer(*weights, part) for part in x.split(256)])
 
     def parameters(self, t):
         return [w * m for w, m in zip(self.weights, self.stored[t])]

@@ -18,9 +18,12 @@ import transformers
 
 import commit
 import eval as evaluation
+import ftn
+import synthetic
 import train
 from commit import Refused, Region, Run, Version, route, sample_anchors
 from field import CoordinateDynamics, WeightField, top_k_gating
+from ftn import ALL, NeuronGrid, PrivateMLPs, SmoothKWTA, k_winners, smooth, unpack
 from model import NIWF, TINY, AdapterBank, attach, detach, find_targets, perplexity, response_nll
 
 HERE = pathlib.Path(__file__).parent
@@ -616,3 +619,237 @@ def test_the_tiny_tokenizer_gives_back_any_text():
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     for text in ("def f(x):\n    return  x", "naïve café 漢字 🙂\r\n\t", " two  spaces ", "### Instruction:\n"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+# ------------------------------------------------------------------------------------------- functional task networks
+
+@pytest.fixture
+def double():
+    """Double precision, so that two orders of summation agree to far below any gradient."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def small_grid(**more):
+    torch.manual_seed(3)
+    grid = NeuronGrid(side=4, d_in=2, d_out=2, layers=3, width=4, **more)
+    for _, b in unpack(grid.theta.data, grid.shapes):
+        b.normal_(std=0.1)
+    return grid
+
+
+def shift_batch(n=24, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, 2, generator=rng) * 2 - 1
+    return x, (x[:, 0] * x[:, 1] > 0).long()
+
+
+@pytest.mark.parametrize("cache", [2 ** 17, 300, 1])  # one chunk, a few, one neuron at a time
+def test_private_mlps_are_the_literal_networks_and_their_gradient(double, monkeypatch, cache):
+    monkeypatch.setattr(ftn, "CACHE", cache)
+    grid, (x, _) = small_grid(), shift_batch()
+    theta = grid.theta.detach().clone().requires_grad_()
+    z = []
+    for k in range(len(theta)):
+        h, at = x, 0
+        for i, (o, n) in enumerate(grid.shapes):
+            W, b = theta[k, at:at + o * n].view(o, n), theta[k, at + o * n:at + o * n + o]
+            h, at = h @ W.T + b, at + o * n + o
+            h = h if i == len(grid.shapes) - 1 else h.relu()
+        z.append(h[:, 0])
+    ours = PrivateMLPs.apply(grid.theta, x, grid.shapes)
+    torch.testing.assert_close(ours, torch.stack(z))
+    weight = torch.randn_like(ours)
+    (ours * weight).sum().backward()
+    (torch.stack(z) * weight).sum().backward()
+    torch.testing.assert_close(grid.theta.grad, theta.grad)
+
+
+@pytest.mark.parametrize("kernel, rounds", [(3, 1), (3, 15), (5, 2), (1, 0)])
+def test_smoothing_is_the_convolution_repeated_on_a_torus(double, kernel, rounds):
+    m = torch.randn(7, 7)
+    literal = m.clone()
+    for _ in range(rounds):
+        literal = torch.stack([torch.stack([
+            sum(literal[(i + di) % 7, (j + dj) % 7] for di in range(-(kernel // 2), kernel // 2 + 1) for dj in range(-(kernel // 2), kernel // 2 + 1))
+            for j in range(7)]) for i in range(7)]) / kernel ** 2
+    torch.testing.assert_close(smooth(m, kernel, rounds), literal)
+
+
+def test_k_winners_breaks_ties_by_index_and_leaves_out_what_is_committed():
+    m = torch.tensor([0.0, 2.0, 1.0, 2.0, 1.0, 1.0])
+    assert k_winners(m, 4).tolist() == [1, 2, 3, 4]
+    free = torch.tensor([True, False, True, True, False, True])
+    assert k_winners(m, 3, free).tolist() == [2, 3, 5]
+    with pytest.raises(Refused, match="the grid is full: 2 of its 6 .* needs 5 and 4 are left .*--grow"):
+        k_winners(m, 5, free)
+    with pytest.raises(Refused, match="no centre"):
+        smooth(torch.zeros(5, 5), kernel=7, rounds=1)
+
+
+@pytest.mark.parametrize("steps, bias", [(1, False), (4, False), (4, True)])
+def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bias):
+    """Algorithm 1 line by line, Adam included, with autograd through everything; then a training step with all neurons."""
+    grid, (x, y), loss = small_grid(bias=bias), shift_batch(), torch.nn.functional.cross_entropy
+    search = SmoothKWTA(k=5, kernel=3, rounds=2, steps=steps, lr=0.3)
+    m, first, second = (torch.zeros(16) for _ in range(3))
+    for i in range(1, steps + 1):
+        leaf = m.clone().requires_grad_()
+        g, = torch.autograd.grad(loss(grid(x, leaf.sigmoid()), y), leaf)
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+        m = m - 0.3 * (first / (1 - 0.9 ** i)) / ((second / (1 - 0.999 ** i)).sqrt() + 1e-8)
+    literal = smooth(m.view(4, 4), 3, 2).flatten().topk(5).indices.sort().values
+    winners = search.configure(grid.loss_of_mask(x, y, loss), grid.side)
+    assert winners.tolist() == literal.tolist()
+
+    gradients = []
+    for y_hat in (grid.respond(x, winners), grid(x, torch.zeros(16).index_fill(0, winners, 1.0))):
+        grid.zero_grad()
+        loss(y_hat, y).backward()
+        gradients.append([p.grad.clone() for p in grid.parameters()])
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs)
+    others = torch.ones(16, dtype=torch.bool).index_fill(0, winners, False)
+    assert gradients[0][0][winners].abs().sum() > 0
+    assert (gradients[0][0][others] == 0).all() and (gradients[0][1][:, others] == 0).all()
+
+
+def test_a_grown_grid_answers_committed_masks_with_the_same_bits():
+    grid, (x, _) = small_grid(), shift_batch()
+    winners = torch.tensor([0, 5, 6, 15])
+    grid.commit(winners)
+    before = grid.respond(x, winners)
+    larger, index = grid.grown(6)
+    assert larger.respond(x, index[winners]).equal(before)
+    assert larger.free.sum() == 36 - 4 and not larger.free[index[winners]].any()
+    assert [(i // 6, i % 6) for i in index[winners].tolist()] == [(i // 4, i % 4) for i in winners.tolist()]
+
+
+SMALL = dict(steps=12, batch=32, side=8, k=8, layers=3, width=4)
+
+
+def test_every_task_has_the_same_inputs_and_targets_of_its_own():
+    for variant, inputs in (("clf", "uniform"), ("reg", "gaussian")):
+        row = synthetic.Row(variant, "nomask", 5, inputs)
+        world, again = synthetic.ConceptShift(row), synthetic.ConceptShift(row)
+        batches = [world.batch(t, 4000, synthetic.generator("x")) for t in range(3)]
+        assert all(torch.equal(x, batches[0][0]) for x, _ in batches)
+        assert torch.equal(again.batch(1, 4000, synthetic.generator("x"))[1], batches[1][1])
+        targets = [y.flatten().float() for _, y in batches]
+        assert all((targets[i] - targets[j]).abs().mean() > 0.1 for i, j in ((0, 1), (0, 2), (1, 2)))
+        centre = 0.5 if variant == "clf" else 0.0
+        assert all(abs(y.mean() - centre) < 0.05 for y in targets)
+
+
+@pytest.mark.parametrize("leak, parameters, outputs", [("none", 0, 0), ("decay", 1, 1), ("moments", 1, 1), ("bias", 0, 1)])
+def test_fixed_masks_keep_every_bit_unless_a_precaution_is_left_out(leak, parameters, outputs):
+    out = synthetic.run(synthetic.Row("clf", "fixedmask", 0, leak=leak, **SMALL))
+    assert [bool(share) for share in out["parameters_moved"]] == [bool(parameters)] * 2 + [False]
+    assert [bool(share) for share in out["outputs_moved"]] == [bool(outputs)] * 2 + [False]
+    if leak == "none":
+        assert synthetic.summary(out)["stored_fm"] == synthetic.summary(out)["recovered_fm"] == 0.0
+
+
+@pytest.mark.parametrize("variant, inputs", [("clf", "uniform"), ("clf", "gaussian"), ("reg", "uniform")])
+def test_the_lock_keeps_stored_tasks_to_the_bit_and_masks_apart(variant, inputs):
+    out = synthetic.run(synthetic.Row(variant, "ftn-slow-lock", 1, inputs, tasks=4, **SMALL))
+    assert not any(out["parameters_moved"] + out["outputs_moved"]) and synthetic.summary(out)["stored_fm"] == 0.0
+    assert not any(out["overlap_last"]) and not any(out["overwritten"])
+    assert len(set(sum(out["winners"], []))) == 4 * SMALL["k"]
+
+
+def test_without_the_lock_a_shared_neuron_forgets():
+    """Nothing keeps later masks off: of these eight tasks some overwrite another, and those, and no others, move."""
+    out = synthetic.run(synthetic.Row("clf", "ftn-slow", 0, tasks=8, **SMALL))
+    hit = [False] * 8
+    for (i, j), share in zip(synthetic.itertools.combinations(range(8), 2), out["overwritten"]):
+        hit[i] |= share > 0
+    assert any(hit) and [p > 0 for p in out["parameters_moved"]] == hit
+
+
+def test_a_full_grid_says_what_to_do_and_a_larger_one_goes_on():
+    nine = dict(SMALL, tasks=9, steps=2)
+    with pytest.raises(Refused, match="the grid is full: 64 of its 64 .*--grow"):
+        synthetic.run(synthetic.Row("clf", "ftn-slow-lock", 0, **nine))
+    out = synthetic.run(synthetic.Row("clf", "ftn-slow-lock", 0, grow=True, **nine))
+    assert out["final_side"] == 12 and len(out["R_stored"]) == 9
+    assert not any(out["parameters_moved"] + out["outputs_moved"])
+
+
+def test_ewc_adds_the_gradient_of_its_penalty():
+    learner = synthetic.Masked(synthetic.Row("reg", "ewc", 0, **SMALL))
+    world, rng = synthetic.ConceptShift(learner.row), synthetic.generator("ewc")
+    learner.begin(0)
+    for _ in range(5):
+        learner.train(0, *world.batch(0, 32, rng))
+    x, y = world.batch(0, 6, rng)
+    learner.end(0, x, y)
+    theta = list(learner.grid.parameters())
+    squares = [torch.zeros_like(p) for p in theta]
+    for i in range(6):
+        one = learner.grid(x[i:i + 1], torch.ones(64))
+        for s, g in zip(squares, torch.autograd.grad((one - y[i]).square().mean(), theta)):
+            s += g * g / 6
+    (importance, anchor), = learner.fisher
+    for s, f in zip(squares, importance):
+        torch.testing.assert_close(f, s, rtol=1e-3, atol=1e-9)
+    for p in theta:
+        p.data += 0.01 * torch.randn_like(p)
+    penalty = sum(400 / 2 * (f * (p - a) ** 2).sum() for f, p, a in zip(importance, theta, anchor))
+    x, y = world.batch(1, 32, rng)
+    learner.row = synthetic.dataclasses.replace(learner.row, dropout=0.0)
+    wanted = torch.autograd.grad(penalty + (learner.grid(x, torch.ones(64)) - y).square().mean(), theta)
+    learner.begin(1)
+    learner.optimizer.step = lambda: None
+    learner.train(1, x, y)
+    for p, g in zip(theta, wanted):
+        torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-6)
+
+
+def test_a_supermask_is_learned_straight_through_and_never_moves_again():
+    learner = synthetic.SupSup(synthetic.Row("clf", "supsup-wide", 0, dropout=0.0, **SMALL))
+    frozen = [w.clone() for w in learner.weights]
+    for W, b in unpack(frozen[0], learner.grid.shapes):
+        assert W.abs().unique().numel() == 1 and (b == 0).all()  # signed constants
+    x, y = synthetic.ConceptShift(learner.row).batch(0, 32, synthetic.generator("supsup"))
+    learner.begin(0)
+    scores = [s.clone().requires_grad_() for s in learner.scores]
+    theta, readout = [(s > 0).float() * w + (s - s.detach()) * w for s, w in zip(scores, frozen)]
+    wanted = torch.autograd.grad(learner.loss((readout @ PrivateMLPs.apply(theta, x, learner.grid.shapes)).T, y), scores)
+    learner.train(0, x, y)
+    for s, g in zip(learner.scores, wanted):
+        torch.testing.assert_close(s.grad, g)
+    out = synthetic.run(synthetic.Row("clf", "supsup", 0, **SMALL))
+    assert not any(out["parameters_moved"] + out["outputs_moved"])
+
+
+def test_forgetting_is_positive_where_a_score_got_worse():
+    accuracy = [[0.9], [0.7, 0.8], [0.6, 0.9, 0.9]]
+    assert synthetic.forgetting(accuracy, 1) == pytest.approx((0.3 + 0.0) / 2)
+    error = [[0.1], [0.4, 0.2], [0.3, 0.1, 0.1]]
+    assert synthetic.forgetting(error, -1) == pytest.approx((0.2 + 0.0) / 2)
+    assert synthetic.forgetting(error, 1) == pytest.approx((0.1 + 0.1) / 2)  # the formula as printed rewards the second
+
+
+def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["--variant", "clf", "--methods", "fixedmask", "ftn-slow", "--steps", "2"]
+    synthetic.main(command + ["--workers", "1", "--json", "one.json", "--figures", "."])
+    kept = {p: p.stat().st_mtime_ns for p in pathlib.Path("runs/synthetic").iterdir()}
+    synthetic.main(command + ["--workers", "2", "--json", "again.json"])
+    assert kept == {p: p.stat().st_mtime_ns for p in pathlib.Path("runs/synthetic").iterdir()}
+    shutil.rmtree("runs")
+    train.main(["--task", "synthetic"] + command + ["--workers", "2", "--json", "two.json"])
+    one, again, two = (json.loads(pathlib.Path(f"{n}.json").read_text())["rows"] for n in ("one", "again", "two"))
+    timing = ("seconds", "ms_per_step")
+    assert one == again and [{k: v for k, v in r.items() if k not in timing} for r in one] == [{k: v for k, v in r.items() if k not in timing} for r in two]
+    assert "classification" in capsys.readouterr().out
+    assert pathlib.Path("ftn-masks-clf.png").stat().st_size > 1000 and pathlib.Path("ftn-curves-clf.png").stat().st_size > 1000
+
+
+def test_the_experiments_refuse_in_one_line():
+    for argv, message in ((["--seeds", "0"], "--seeds 0 is too small"), (["--tasks", "1"], "--tasks 1 is too small"),
+                          (["--methods", "fixedmask", "--tasks", "9", "--steps", "1", "--variant", "clf"], "hold 8 fixed masks")):
+        with pytest.raises(Refused, match=message):
+            synthetic.main(argv)

@@ -3,6 +3,7 @@
     python train.py --task alpaca                  # learn, commit region "alpaca", report
     python train.py --task code --lock             # a second version; the first stays bit-identical
     python train.py --task mine --data my.json --lock   # your own: a JSON list of instruction, input, output
+    python train.py --task synthetic               # the FTN experiments, see synthetic.py
 
 The path of an example: read_records -> encode -> probe (model.py) -> coordinate -> gating (field.py) -> logits -> loss,
 Eq. (9). After the last step the task is committed (commit.py), every task is measured, and the table is printed.
@@ -42,6 +43,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import synthetic
 from commit import Region, Run, Version, atomic, drift, lock_loss, sample_anchors, separation_loss, take_snapshot
 from field import CoordinateDynamics, WeightField, top_k_gating
 from model import NIWF, Refused, fingerprint, hub_or_cache, load_backbone, perplexity, response_nll
@@ -540,6 +542,9 @@ def measure_last(run, backbone, tokenizer):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["--task", "synthetic"]:
+        return synthetic.main(argv[2:])
     args, started = parse_options(argv), time.time()
     args.device = pick_device(args.device)
     torch.use_deterministic_algorithms(args.device.startswith("cuda"), warn_only=True)  # CPU kernels are, and slower when told so
