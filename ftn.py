@@ -21,9 +21,13 @@ Commit is the sentence of the README again: freeze what a capability occupies, e
 `NeuronGrid.commit` takes a finished task's winners off the list that later masks choose from. The paper has no such
 lock: there the masks move with every batch, and a later task may write where an earlier one lives.
 
+LoRA-FTN (end of section 2, Appendix D) is the same mask over a pool of low-rank components of a frozen language model,
+`LoRAPool`. There the search costs S passes of the backbone with the gradient of H scalars; no adapter gets one.
+
 Departure: ties in the k-winner-take-all go to the lower index (the paper does not say). This file does not know which
 experiment is run.
 """
+import contextlib
 import dataclasses
 import functools
 
@@ -31,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Refused
+from model import Refused, in_out
 
 ALL = slice(None)
 CACHE = 2 ** 17  # floats: the activations of one layer of the neurons walked together fit in a core's cache
@@ -211,3 +215,64 @@ def k_winners(m, k, free=None):
                           f"{k} and {int(free.sum())} are left (--grow enlarges the grid and keeps every committed mask)")
         m = m.masked_fill(~free, float("-inf"))
     return m.argsort(descending=True, stable=True)[:k].sort().values
+
+
+# ------------------------------------------------------------------------------------------------- the pool, LoRA-FTN
+
+class LoRAPool:
+    """H components of rank r on every target of a frozen backbone; one mask for all targets, so a component spans the depth:
+
+        Delta W(m) = sum_k m_k B_k A_k,    y = (W + Delta W(m)) x                                      Eqs. (1), (2)
+
+    parts[target] = A [H, r, d_in], U(-1/sqrt(d_in), 1/sqrt(d_in)), and B [H, r, d_out], transposed, zero or N(0, b_std^2).
+    Delta W is formed once per pass from the chosen components, so the others cost nothing; a batch has more tokens than
+    an attention projection has columns, and then this is also less work than running the components on the tokens.
+    """
+
+    def __init__(self, targets, components, rank=4, b_std=0.0):
+        self.parts, self.delta = {}, None
+        for name, module in targets.items():
+            (d_in, d_out), device = in_out(module), module.weight.device
+            A = torch.empty(components, rank, d_in).uniform_(-d_in ** -0.5, d_in ** -0.5)
+            B = torch.empty(components, rank, d_out).normal_(std=b_std)
+            self.parts[name] = A.to(device), B.to(device)
+        self.free = torch.ones(components, dtype=torch.bool)     # not committed
+        self.silent = torch.full((components,), b_std == 0)      # B is zero: adds nothing, and its mask gets no gradient
+
+    def take(self, rows):
+        """Copies of the components `rows`, or of all: {target: (A, B)}."""
+        return {name: (A[rows].clone(), B[rows].clone()) for name, (A, B) in self.parts.items()}
+
+    def store(self, rows, components):
+        """Write components back where `take` found them."""
+        self.silent[rows] = False
+        for name, new in components.items():
+            for old, part in zip(self.parts[name], new):
+                old[rows] = part.detach()
+
+    @contextlib.contextmanager
+    def applied(self, components, weight=None):
+        """Within this block the targets compute (W + Delta W) x, with `components` {target: (A, B)} weighed by `weight` [n]."""
+        def delta(A, B):
+            B = B if weight is None else B * weight.to(B)[:, None, None]
+            return B.flatten(0, 1).T @ A.flatten(0, 1)                            # [d_out, d_in]
+        self.delta = {name: delta(A, B) for name, (A, B) in components.items()}
+        try:
+            yield
+        finally:
+            self.delta = None
+
+    def update(self, name, x, y):
+        """The hook for `attach`: x [batch, T, d_in], y = W x."""
+        return y if self.delta is None else y + F.linear(x.to(self.delta[name].dtype), self.delta[name]).to(y.dtype)
+
+    def loss_of_mask(self, loss):
+        """The function sigma(m) -> loss() under the relaxed mask, for `SmoothKWTA.configure`. Silent components are left
+        out: their gradient is exactly zero."""
+        rows = (~self.silent).nonzero()[:, 0]
+        components = self.take(rows)
+
+        def of_mask(mask):
+            with self.applied(components, mask[rows]):
+                return loss()
+        return of_mask

@@ -201,6 +201,23 @@ def pad_left(rows, pad_id, device):
     return ids, mask
 
 
+def run_padded(body, ids, mask, **kwargs):
+    """One pass over left-padded ids. Positions count real tokens, so padding does not shift them."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    return body(input_ids=ids, attention_mask=mask, position_ids=positions, **kwargs)
+
+
+def response_logits(backbone, pad_id, examples):
+    """B pairs (prompt ids, response ids) -> logits [B, R, V] that predict labels [B, R], R the longest response; -100 is
+    padding."""
+    ids, mask = pad_left([p + r for p, r in examples], pad_id, backbone.get_input_embeddings().weight.device)
+    longest = max(len(r) for _, r in examples)
+    out = run_padded(backbone, ids, mask, use_cache=False, logits_to_keep=longest + 1).logits
+    is_response = torch.tensor([[i >= longest - len(r) for i in range(longest)] for _, r in examples])
+    labels = ids[:, -longest:].masked_fill(~is_response.to(ids.device), -100)
+    return out[:, :-1], labels.to(out.device)
+
+
 def response_nll(logits, labels):
     """logits [B, R, V], labels [B, R] (-100: not a response token) -> summed negative log-likelihood in nats [B]."""
     nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
@@ -237,30 +254,20 @@ class NIWF:
         finally:
             self.bank.gating = None
 
-    def run(self, body, ids, mask, **kwargs):
-        """One pass over left-padded ids. Positions count real tokens, so padding does not shift them."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        return body(input_ids=ids, attention_mask=mask, position_ids=positions, **kwargs)
-
     @torch.no_grad()
     def probe(self, rows, gating=None):
         """Pass 1. Token lists -> h_bar [B, features] in float32: mean over tokens of the last hidden states."""
         ids, mask = pad_left(rows, self.pad_id, self.device)
         with self.gated(gating):
-            hidden = self.run(self.backbone.base_model, ids, mask, use_cache=False).last_hidden_state
+            hidden = run_padded(self.backbone.base_model, ids, mask, use_cache=False).last_hidden_state
         mask = mask[:, :, None].to(hidden.device)
         # where, not a product: whatever a padding position holds must not reach the mean.
         return (torch.where(mask > 0, hidden.float(), 0.0).sum(1) / mask.sum(1)).to(self.device)
 
     def logits(self, examples, gating):
-        """Pass 2. B examples -> logits [B, R, V] that predict labels [B, R], R the longest response; -100 is padding."""
-        ids, mask = pad_left([p + r for p, r in examples], self.pad_id, self.device)
-        longest = max(len(r) for _, r in examples)
+        """Pass 2. B examples -> logits [B, R, V] that predict labels [B, R], see `response_logits`."""
         with self.gated(gating):
-            out = self.run(self.backbone, ids, mask, use_cache=False, logits_to_keep=longest + 1).logits
-        is_response = torch.tensor([[i >= longest - len(r) for i in range(longest)] for _, r in examples])
-        labels = ids[:, -longest:].masked_fill(~is_response.to(ids.device), -100)
-        return out[:, :-1], labels.to(out.device)
+            return response_logits(self.backbone, self.pad_id, examples)
 
     @torch.no_grad()
     def generate(self, prompts, gating, eos_id, max_new_tokens=128):
@@ -271,7 +278,7 @@ class NIWF:
         cache = None
         with self.gated(gating):
             for _ in range(max_new_tokens):
-                out = self.run(self.backbone, ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                out = run_padded(self.backbone, ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1).to(mask.device)  # ids [B, 1]
                 mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
                 tokens = ids[:, 0].cpu()

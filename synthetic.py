@@ -1,18 +1,20 @@
-"""FTN's experiments, and their tables beside the paper's.
+"""FTN's two experiments, and their tables beside the paper's.
 
     python synthetic.py                        # experiment 1: both variants, every method, one seed
     python synthetic.py --seeds 8              # mean +- std over seeds, as in the paper
     python synthetic.py --leaks                # what each broken precaution costs FixedMask
     python synthetic.py --tasks 12 --methods ftn-slow ftn-slow-lock --grow     # beyond the capacity H/k = 8
+    python synthetic.py --experiment 2         # LoRA-FTN: six style tasks on one frozen language model
     python synthetic.py --bench                # a training step against the literal Algorithm 1
 
-Experiment 1 (section 3, Appendix B) is a stream of tasks under *concept shift*: the same inputs, other targets. Every
-method sees the same batches. After each task all tasks so far are scored, under two protocols:
+Both are a stream of tasks under *concept shift*: the same inputs, other targets. In experiment 1 (section 3, Appendix B)
+a grid of neurons learns three functions of two numbers, in experiment 2 (section 3, Appendices E and F) a pool of adapters
+learns six ways to rewrite a sentence. Every method sees the same batches. After each task all tasks so far are scored:
 
     stored      with the mask of the task's last training batch
     recovered   with the mask that the search finds, from a cold start, on a support batch of the task
 
-R[i][j] is the score on task j after task i. ACC (or MSE) is the mean of the last row. FM, forgetting, is over earlier
+R[i][j] is the score on task j after task i. ACC (MSE, CE) is the mean of the last row. FM, forgetting, is over earlier
 tasks the mean of best minus final accuracy, or of final minus best loss: positive always means forgetting.
 
 The paper does not give its generator; ours is `ConceptShift`. Finished rows are kept in runs/synthetic, so the same
@@ -27,6 +29,7 @@ import json
 import multiprocessing
 import pathlib
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -37,11 +40,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from commit import atomic
-from ftn import ALL, NeuronGrid, SmoothKWTA, unpack
-from model import Refused
+from ftn import ALL, LoRAPool, NeuronGrid, SmoothKWTA, unpack
+from model import Refused, attach, find_targets, load_backbone, response_logits, response_nll
 
-VARIANTS = {"clf": dict(loss=F.cross_entropy, d_out=2, steps=1, lr=1.0),      # S and eta_m of the search
-            "reg": dict(loss=F.mse_loss, d_out=1, steps=10, lr=0.2)}
+VARIANTS = {"clf": dict(score="ACC", sign=1, title="classification (accuracy)"),
+            "reg": dict(score="MSE", sign=-1, title="regression (squared error)"),
+            "style": dict(score="CE", sign=-1, title="style tasks (nats per token)")}
+HEAD = {"clf": dict(loss=F.cross_entropy, d_out=2, steps=1, lr=1.0), "reg": dict(loss=F.mse_loss, d_out=1, steps=10, lr=0.2)}
 METHODS = {"fixedmask": dict(mask="fixed"),
            "ftn-slow": dict(mask="search", kernel=3, rounds=15),
            "ftn-slow-lock": dict(mask="search", kernel=3, rounds=15, lock=True),
@@ -50,18 +55,55 @@ METHODS = {"fixedmask": dict(mask="fixed"),
            "nomask": dict(mask="all"),
            "ewc": dict(mask="all", ewc=400.0),
            "supsup": dict(mask="weights"),
-           "supsup-wide": dict(mask="weights", wide=True)}
+           "supsup-wide": dict(mask="weights", wide=True),
+           "lora-fixedmask": dict(mask="fixed"),
+           "lora-ftn": dict(mask="search"),
+           "lora-ftn-lock": dict(mask="search", lock=True),
+           "lora-naive": dict(mask="all"),
+           "lora-bank": dict(mask="bank")}
 LEAKS = ("none", "decay", "moments", "bias")
 PAPER = {"clf": {"nomask": (".666", ".466"), "fixedmask": (".938", ".000"), "kwta": (".640", ".152"), "ftn-fast": (".899", ".042"),
                  "ftn-slow": (".896", ".014"), "ewc": (".665", ".463"), "supsup": (".645", ".000"), "supsup-wide": (".660", ".000")},
          "reg": {"nomask": (".312", ".054"), "fixedmask": (".006", ".000"), "kwta": (".589", ".028"), "ftn-fast": (".126", ".013"),
-                 "ftn-slow": (".167", ".003"), "ewc": (".311", ".054"), "supsup": (".206", ".000"), "supsup-wide": (".216", ".101")}}
+                 "ftn-slow": (".167", ".003"), "ewc": (".311", ".054"), "supsup": (".206", ".000"), "supsup-wide": (".216", ".101")},
+         "style": {"lora-naive": ("8.22", "7.37"), "lora-fixedmask": ("1.39", "0.00"), "lora-bank": ("1.42", "0.04"), "lora-ftn": ("1.51", "0.07")}}
 TEST, CURVE_EVERY = 2048, 100
+BANK_STD = 1e-3  # of B in LoRA-Bank
+SENTENCES = """Anna keeps a red Kite in the attic. The Ferry to Oslo leaves before dawn. My uncle Paul bakes Bread on Sunday. Rain fell on the Market all
+day. A quiet Fox crossed the frozen River. Maria lost her Keys near the station. The old Clock in Vienna runs slow. We planted Beans behind the
+garden wall. Tom painted the Door a bright blue. Seven Geese followed the small boat. The Teacher from Lima reads every evening. Snow covered
+the Roof of the barn. Clara found a silver Coin in Rome. The Baker sold his last warm loaf. Our Train to Madrid stopped at noon. A green Lamp
+burned in the window. Peter carried Water up the hill. The Museum opens late on Friday. Nina wrote a long Letter to Carl. Two brown Dogs slept
+under the table. The Captain folded his paper Map. Honey from Crete tastes of thyme. My Sister repairs old radios. The Wind broke a branch of
+the Oak. Jonas learned to swim in Lake Como. A thin Moon hung over the harbor. The Doctor asked for a second Opinion. Ivan bought apples and
+dark Cheese. Every Winter the pond turns to Ice. The Orchestra played until midnight. Lucy hid the Map inside a book. A yellow Bus waits by the
+bridge. The Farmer counted forty Sheep. Emil dropped his Phone into the well. Fresh Mint grows along the fence. The Judge spoke slowly in
+Court. Olga knits wool Socks for her cousins. A heavy Truck blocked the narrow street. The Island has only one Road. Max forgot the name of the
+Song. Three Sailors told the same story. The Library in Porto smells of wood. Sara cut the Orange into eight parts. Dust settled on the silent
+Piano. The Painter mixed white and Grey. Leo climbed the Tower before lunch. A small Bell rang at the gate. The Nurse from Kenya speaks French.
+Warm Soup waits on the stove. Hugo drew a Whale on the wall. The River Elbe passes this town. Old Friends share a bench in May. The Pilot landed
+in heavy fog. Rosa planted Tulips in a broken pot. A wooden Chair stood by the fire. The Students built a Bridge of straw. Karl sings in the
+Choir of Bergen. Nobody saw the Cat leave. The Tailor measured my left Arm. Cold Wind came down from the Alps. Eva packed Bread and figs for the
+trip. A lonely Horse stood in the rain. The Actor forgot his first line. Our Neighbor grows Pears and plums. The Postman knows each Street in
+Ghent. Light from the Harbor fills the room. Ben solved the Puzzle in an hour. A grey Stone marks the border. The Queen of Hearts is missing.
+Mila feeds the Swans at noon. The Carpenter sharpened his Axe. Tea from Assam is strong and dark. My Boots are full of Sand. The Choir meets
+behind the Church. Oscar rode his Bicycle to Delft. A sudden Storm bent the trees. The Garden needs more Sun. Irene sold her Violin last spring.
+Thick Smoke rose from the Mill. The Guard counted the Lanterns twice. Felix reads Maps better than words. A broken Cup lay on the Floor. The Road
+to Cusco climbs for days. Grandma salts the Fish at night. The Comet returns every ninety Years. Vera hums while she paints Boats. A narrow Path
+leads to the Spring. The Chess club meets on Monday. Alan keeps Bees on his balcony. Ripe Figs fell into the grass. The Engine coughed and
+stopped. Julia mended the torn Sail. A curious Crow watched the Children. The Border closes after Dark. Milk and Cheese come from the valley. The
+Smith bent the Iron slowly. Noah swept the Yard at sunrise. A paper Boat drifted to the Sea. The Senate votes in early June. Lena borrowed a
+Ladder from Otto. Soft Moss covers the north side. The Cook tasted the Sauce again. Simon counts Stars from the roof. A long Shadow fell across
+the Square. The Winter in Tromso is dark. Greta sent Stamps to her nephew. The Tunnel under the Hill is wet. Young Wolves learn to hunt in Fall.
+The Fisher mends his Net at home. Paula dreams of Trains and rivers. A copper Kettle sang on the Stove. The Bridge at Mostar is stone. Adam
+hangs his Coat on a nail. Bright Flags line the main street. The Owl sleeps through the Noon bell. Tina mixed Flour and warm milk. A tired Clerk
+closed the Ledger. The Canal freezes in hard Winters. The Mason lays each Brick by hand. Old Maps hang in the
+hall of Ghent."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a table: a method on a variant with a seed. The paper's values, but for what the paper lacks."""
+    """A line of experiment 1: a method on a variant with a seed. The paper's values, but for what the paper lacks."""
     variant: str
     method: str
     seed: int
@@ -77,6 +119,26 @@ class Row:
     width: int = 8
     dropout: float = 0.2
     lr: float = 3e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class StyleRow:
+    """A line of experiment 2: a method on a backbone with a seed. The values of Appendix E."""
+    method: str
+    seed: int
+    backbone: str = "tiny"
+    reconfigure: str = "once"  # search the mask at the start of a task, or ("every") before every step
+    b_std: float = 0.0         # B starts at zero, or at N(0, b_std^2)
+    tasks: int = 6
+    steps: int = 200
+    variant: str = "style"
+    batch: int = 8
+    support: int = 16
+    side: int = 24
+    k: int = 72
+    rank: int = 4
+    lr: float = 5e-4
+    max_len: int = 96
 
 
 # ------------------------------------------------------------------------------------------------------- the tasks
@@ -97,6 +159,8 @@ class ConceptShift:
         for t in range(row.tasks):
             y = self.signal(t, self.draw(2 ** 16, rng))
             self.centre[t] = y.median() if row.variant == "clf" else y.mean()
+        self.support, self.test = ([self.batch(t, n, generator(row.seed, part, t)) for t in range(row.tasks)]
+                                   for part, n in (("support", row.batch), ("test", TEST)))
 
     def draw(self, n, rng):
         shape = (n, 2)
@@ -113,6 +177,29 @@ class ConceptShift:
         return x, (y > 0).long() if self.row.variant == "clf" else 0.75 * y[:, None]
 
 
+class StyleStream:
+    """The same sentences for every task, rewritten in the task's own way. A batch is a list of (prompt ids, response ids)."""
+
+    STYLES = {"upper": str.upper, "lower": str.lower, "reverse_words": lambda s: " ".join(reversed(s.split())),
+              "double_words": lambda s: " ".join(w for w in s.split() for _ in range(2)),
+              "starred_vowels": lambda s: re.sub("[aeiouAEIOU]", "*", s), "pirate": lambda s: f"Arr! {s} matey!"}
+
+    def __init__(self, row, tokenizer):
+        sentences = re.split(r"(?<=[.])\s+", SENTENCES.strip())
+        order = torch.randperm(len(sentences), generator=generator(row.seed, "split")).tolist()
+
+        def rewritten(style, part):
+            return [(tokenizer(sentences[i] + "\n").input_ids, (tokenizer(style(sentences[i]), add_special_tokens=False).input_ids
+                     + [tokenizer.eos_token_id])[:row.max_len]) for i in part]
+        styles = list(self.STYLES.values())[:row.tasks]
+        self.test = [(rewritten(style, order[:24]),) for style in styles]
+        self.support = [(rewritten(style, order[24:24 + row.support]),) for style in styles]
+        self.training = [rewritten(style, order[24 + row.support:]) for style in styles]
+
+    def batch(self, t, n, rng):
+        return [self.training[t][i] for i in torch.randperm(len(self.training[t]), generator=rng)[:n].tolist()],
+
+
 def generator(*key):
     """A random stream of its own for every purpose: (seed, purpose, ...)."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
@@ -120,15 +207,30 @@ def generator(*key):
 
 # ------------------------------------------------------------------------------------------------------ the methods
 
-class Masked:
-    """FTN and what it is compared with on the same grid. A mask is known by its winners [k], or slice(None) for all."""
+class OnGrid:
+    """A learner of experiment 1. Its `handle` for a task is whatever its own `predict` needs to select that task."""
+
+    def __init__(self, row, width, bias=False):
+        self.row, self.method, self.head = row, METHODS[row.method], HEAD[row.variant]
+        self.loss, self.world = self.head["loss"], ConceptShift(row)
+        self.grid = NeuronGrid(row.side, 2, self.head["d_out"], row.layers, width, bias)
+
+    def score(self, handle, x, y):
+        y_hat = self.predict(handle, x)
+        return (y_hat.argmax(1) == y).float().mean().item() if self.row.variant == "clf" else F.mse_loss(y_hat, y).item()
+
+    def outputs(self, handle, x, y):
+        return self.predict(handle, x)
+
+
+class Masked(OnGrid):
+    """FTN and what it is compared with on the same grid. A mask is known by its winners [k], or ALL."""
 
     def __init__(self, row):
-        self.row, self.method, self.loss = row, METHODS[row.method], VARIANTS[row.variant]["loss"]
-        self.grid = NeuronGrid(row.side, 2, VARIANTS[row.variant]["d_out"], row.layers, row.width, bias=row.leak == "bias")
+        super().__init__(row, row.width, row.leak == "bias")
         self.stored, self.touched, self.fisher, self.optimizer = [], [], [], None
         if self.method["mask"] == "search":
-            self.search = SmoothKWTA(row.k, self.method["kernel"], self.method["rounds"], VARIANTS[row.variant]["steps"], VARIANTS[row.variant]["lr"])
+            self.search = SmoothKWTA(row.k, self.method["kernel"], self.method["rounds"], self.head["steps"], self.head["lr"])
 
     def begin(self, t):
         """Start task t. The precautions of Appendix C are here: no weight decay, and moments that start from zero."""
@@ -187,7 +289,7 @@ class Masked:
         return [self.grid.theta.detach()[winners].clone(), self.grid.readout.detach()[:, winners].clone()]
 
 
-class SupSup:
+class SupSup(OnGrid):
     """Supermasks: frozen random weights, and for each task a binary mask over them, learned through scores.
 
     A weight is on where its score is positive (straight-through gradient), as in the SupSup authors' own example; scores
@@ -196,8 +298,8 @@ class SupSup:
     """
 
     def __init__(self, row):
-        self.row, self.loss, wide = row, VARIANTS[row.variant]["loss"], METHODS[row.method].get("wide")
-        self.grid = NeuronGrid(row.side, 2, VARIANTS[row.variant]["d_out"], row.layers, row.width * (2 if wide else 1))
+        wide = METHODS[row.method].get("wide")
+        super().__init__(row, row.width * (2 if wide else 1))
         self.weights = [p.detach() for p in self.grid.parameters()]
         self.stored = []
         if wide:
@@ -240,50 +342,119 @@ class SupSup:
         return [w * m for w, m in zip(self.weights, self.stored[t])]
 
 
+class Adapted:
+    """LoRA-FTN and what it is compared with, on a frozen language model."""
+
+    def __init__(self, row):
+        self.row, self.method = row, METHODS[row.method]
+        self.backbone, tokenizer = load_backbone(row.backbone, "cpu")
+        self.backbone.requires_grad_(False).eval()
+        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.world = StyleStream(row, tokenizer)
+        targets = find_targets(self.backbone, ("q_proj", "k_proj", "v_proj", "c_attn"))
+        banks = row.side ** 2 // row.k  # the bank: as many parameters, in H/k components, with B near zero to tell them apart
+        self.pool = (LoRAPool(targets, banks, row.rank * row.k, BANK_STD) if row.method == "lora-bank" else
+                     LoRAPool(targets, row.side ** 2, row.rank, row.b_std))
+        attach(targets, self.pool.update)
+        self.search = SmoothKWTA(row.k, kernel=3, rounds=15, steps=15, lr=0.5)
+        self.stored, self.touched = [], []
+
+    def loss(self, examples):
+        """Mean negative log-likelihood per response token, in nats."""
+        logits, labels = response_logits(self.backbone, self.pad_id, examples)
+        return response_nll(logits, labels).sum() / sum(len(r) for _, r in examples)
+
+    def choose(self, t, examples, free=None):
+        kind, k = self.method["mask"], self.row.k
+        if kind == "all":
+            return ALL
+        if kind == "fixed":
+            return torch.arange(t * k, (t + 1) * k)
+        if kind == "bank":
+            return min((torch.tensor([i]) for i in range(len(self.pool.free))), key=lambda i: self.score(i, examples))
+        return self.search.configure(self.pool.loss_of_mask(lambda: self.loss(examples)), self.row.side, free)
+
+    def begin(self, t):
+        self.rows = None
+        self.stored.append(None)
+        self.touched.append(torch.zeros(len(self.pool.free), dtype=torch.bool))
+
+    def train(self, t, examples):
+        """Only `rows` are trained: the winners, or, where the mask may move, all. Adam starts anew with each task."""
+        every = self.row.reconfigure == "every" and self.method["mask"] == "search"
+        if self.rows is None or every:
+            support = examples if every else self.world.batch(t, self.row.support, generator(self.row.seed, "install", t))[0]
+            self.stored[t] = self.choose(t, support, self.pool.free if self.method.get("lock") else None)
+        if self.rows is None:
+            self.rows = ALL if every else self.stored[t]
+            self.live = {name: tuple(p.requires_grad_() for p in pair) for name, pair in self.pool.take(self.rows).items()}
+            self.optimizer = torch.optim.AdamW([p for pair in self.live.values() for p in pair], lr=self.row.lr, weight_decay=0.0, fused=True)
+        active = {name: (A[self.stored[t]], B[self.stored[t]]) for name, (A, B) in self.live.items()} if every else self.live
+        self.optimizer.zero_grad()
+        with self.pool.applied(active):
+            self.loss(examples).backward()
+        self.optimizer.step()
+        self.touched[t][self.stored[t]] = True
+        if every:  # the next search looks at the pool
+            self.pool.store(self.rows, self.live)
+
+    def end(self, t, examples):
+        self.pool.store(self.rows, self.live)
+        if self.method.get("lock"):
+            self.pool.free[self.stored[t]] = False
+
+    def recover(self, t, examples):
+        return self.choose(t, examples)
+
+    @torch.no_grad()
+    def outputs(self, winners, examples):
+        """Negative log-likelihood of every response [batch]."""
+        with self.pool.applied(self.pool.take(winners)):
+            return response_nll(*response_logits(self.backbone, self.pad_id, examples))
+
+    def score(self, winners, examples):
+        return self.outputs(winners, examples).sum().item() / sum(len(r) for _, r in examples)
+
+    def parameters(self, t):
+        """A copy of task t's components on the first target, which stands for all."""
+        return list(next(iter(self.pool.take(self.stored[t]).values())))
+
+
 # ------------------------------------------------------------------------------------------------------- one stream
 
 def run(row):
     """Learn the stream, score it, return everything about it as a dict that JSON can hold. One thread."""
     torch.set_num_threads(1)
     torch.manual_seed(row.seed)
-    began, world = time.perf_counter(), ConceptShift(row)
-    learner = (SupSup if METHODS[row.method]["mask"] == "weights" else Masked)(row)
-    support = [world.batch(t, row.batch, generator(row.seed, "support", t)) for t in range(row.tasks)]
-    test = [world.batch(t, TEST, generator(row.seed, "test", t)) for t in range(row.tasks)]
-
-    def score(handle, t):
-        x, y = test[t]
-        y_hat = learner.predict(handle, x)
-        return (y_hat.argmax(1) == y).float().mean().item() if row.variant == "clf" else F.mse_loss(y_hat, y).item()
-
-    def scores(t):
-        """Every task up to t under both protocols. Without a search both are the same mask."""
-        stored = [score(learner.stored[j], j) for j in range(t + 1)]
-        if METHODS[row.method]["mask"] in ("all", "fixed"):
-            return dict(stored=stored, recovered=stored)
-        return dict(stored=stored, recovered=[score(learner.recover(j, *support[j]), j) for j in range(t + 1)])
-
-    curve, kept, training = [], [], 0.0
+    began, kept, curve, training = time.perf_counter(), [], [], 0.0
+    kind = METHODS[row.method]["mask"]
+    learner = (Adapted if row.variant == "style" else SupSup if kind == "weights" else Masked)(row)
+    world = learner.world
     for t in range(row.tasks):
-        learner.begin(t)
         rng = generator(row.seed, "train", t)
+        learner.begin(t)
         for step in range(1, row.steps + 1):
-            x, y = world.batch(t, row.batch, rng)
+            batch = world.batch(t, row.batch, rng)
             started = time.perf_counter()
-            learner.train(t, x, y)
+            learner.train(t, *batch)
+            if step == row.steps:
+                learner.end(t, *batch)
             training += time.perf_counter() - started
-            if step % CURVE_EVERY == 0 or step == row.steps:
-                curve.append(dict(step=t * row.steps + step, **scores(t)))
-        learner.end(t, x, y)
-        kept.append((learner.parameters(t), learner.predict(learner.stored[t], test[t][0])))
-    moved = [bits_moved(before, (learner.parameters(t), learner.predict(learner.stored[t], test[t][0]))) for t, before in enumerate(kept)]
+            if step % CURVE_EVERY == 0 and row.variant != "style" or step == row.steps:
+                stored = [learner.score(learner.stored[j], *world.test[j]) for j in range(t + 1)]
+                recovered = stored if kind in ("all", "fixed") else [  # without a search both are the same mask
+                    learner.score(learner.recover(j, *world.support[j]), *world.test[j]) for j in range(t + 1)]
+                curve.append(dict(step=t * row.steps + step, stored=stored, recovered=recovered))
+        kept.append((learner.parameters(t), learner.outputs(learner.stored[t], *world.test[t])))
+    moved = [bits_moved(before, (learner.parameters(t), learner.outputs(learner.stored[t], *world.test[t]))) for t, before in enumerate(kept)]
     ends = [c for c in curve if c["step"] % row.steps == 0]
     out = dict(dataclasses.asdict(row), R_stored=[c["stored"] for c in ends], R_recovered=[c["recovered"] for c in ends],
                curve=curve, parameters_moved=[p for p, _ in moved], outputs_moved=[o for _, o in moved])
-    if METHODS[row.method]["mask"] in ("search", "fixed"):
+    if kind in ("search", "fixed"):
         last = [torch.zeros_like(u).index_fill(0, w, True) for u, w in zip(learner.touched, learner.stored)]
         pairs = list(itertools.combinations(range(row.tasks), 2))
-        out.update(final_side=learner.grid.side, winners=[w.tolist() for w in learner.stored], touched=[int(u.sum()) for u in learner.touched],
+        out.update(final_side=round(len(last[0]) ** 0.5), winners=[w.tolist() for w in learner.stored],
+                   touched=[int(u.sum()) for u in learner.touched],
                    overlap_last=[(last[i] & last[j]).sum().item() / row.k for i, j in pairs],
                    overlap_union=[(learner.touched[i] & learner.touched[j]).sum().item() / row.k for i, j in pairs],
                    overwritten=[(last[i] & learner.touched[j]).sum().item() / row.k for i, j in pairs])
@@ -307,10 +478,10 @@ def forgetting(R, sign):
 
 def summary(out):
     """The numbers of a table's line from what `run` returned. Means over tasks, or over pairs of tasks."""
-    sign, mean = 1 if out["variant"] == "clf" else -1, statistics.mean
+    sign, mean = VARIANTS[out["variant"]]["sign"], statistics.mean
     s = {f"{p}_{key}": value for p in ("stored", "recovered") for key, value in
          (("last", mean(out["R_" + p][-1])), ("own", mean(r[-1] for r in out["R_" + p])), ("fm", forgetting(out["R_" + p], sign)))}
-    if sign < 0:  # "peak MSE minus final MSE", which is large where a task improves
+    if out["variant"] == "reg":  # "peak MSE minus final MSE", which is large where a task improves
         s["recovered_fm_paper"] = forgetting(out["R_recovered"], 1)
     s.update({key: mean(out[key]) for key in ("overlap_last", "overlap_union", "overwritten", "touched") if key in out})
     return dict(s, parameters_moved=mean(out["parameters_moved"][:-1]), outputs_moved=mean(out["outputs_moved"][:-1]),
@@ -327,16 +498,16 @@ def spread(values, digits=3):
 def print_tables(outs):
     for variant in VARIANTS:
         group = [o for o in outs if o["variant"] == variant]
-        for inputs, leak in sorted({(o["inputs"], o["leak"]) for o in group}, key=lambda p: LEAKS.index(p[1])):
-            rows = {m: [summary(o) for o in group if (o["method"], o["inputs"], o["leak"]) == (m, inputs, leak)] for m in METHODS}
-            print_table(variant, inputs, leak, {m: r for m, r in rows.items() if r})
-        print_decomposition([o for o in group if o["leak"] == "none"], variant)
+        for leak in LEAKS:
+            rows = {m: [summary(o) for o in group if o["method"] == m and o.get("leak", "none") == leak] for m in METHODS}
+            if any(rows.values()):
+                print_table(variant, leak, {m: r for m, r in rows.items() if r})
+        print_decomposition([o for o in group if o.get("leak", "none") == "none"], variant)
 
 
-def print_table(variant, inputs, leak, rows):
-    score = "ACC" if variant == "clf" else "MSE"
-    print(f"\n{dict(clf='classification (accuracy)', reg='regression (squared error)')[variant]}, {inputs} inputs"
-          + f", precaution left out: {leak}" * (leak != "none") + f", seeds: {max(map(len, rows.values()))}")
+def print_table(variant, leak, rows):
+    score = VARIANTS[variant]["score"]
+    print(f"\n{VARIANTS[variant]['title']}" + f", precaution left out: {leak}" * (leak != "none") + f", seeds: {max(map(len, rows.values()))}")
     heads = [f"{score} recov.", "FM recov.", f"{score} stored", "FM stored", f"{score} R[i,i]", "overlap last", "union",
              "params moved", "outputs", "paper " + score, "FM"] + ["FM as printed"] * (variant == "reg")
     print(f"{'':<14}" + "".join(f"{h:>14}" for h in heads))
@@ -351,10 +522,10 @@ def print_table(variant, inputs, leak, rows):
 
 def print_decomposition(outs, variant):
     """Table 4: what an earlier task lost against FixedMask, as overlap (stored) and recall (stored minus recovered)."""
-    sign, oracle = 1 if variant == "clf" else -1, {o["seed"]: o for o in outs if o["method"] == "fixedmask"}
+    sign, oracle = VARIANTS[variant]["sign"], {o["seed"]: o for o in outs if o["method"].endswith("fixedmask")}
     lines = {}
     for o in outs:
-        if o["seed"] in oracle and o["method"] != "fixedmask":
+        if o["seed"] in oracle and oracle[o["seed"]] is not o:
             best, stored, recovered = oracle[o["seed"]]["R_stored"][-1][:-1], o["R_stored"][-1][:-1], o["R_recovered"][-1][:-1]
             lines.setdefault(o["method"], []).append((sign * (statistics.mean(best) - statistics.mean(stored)),
                                                       sign * (statistics.mean(stored) - statistics.mean(recovered))))
@@ -408,7 +579,7 @@ def draw(outs, folder):
                 axis.plot(*zip(*points), style, color=f"C{t}", label=f"task {t + 1}, {protocol}")
         axes[0, 0].legend(fontsize=6)
         fig.supxlabel("training step", fontsize=9)
-        fig.supylabel("accuracy" if variant == "clf" else "squared error", fontsize=9)
+        fig.supylabel(VARIANTS[variant]["title"], fontsize=9)
         fig.tight_layout()
         save(fig, folder / f"ftn-curves-{variant}.png")
 
@@ -424,17 +595,16 @@ def save(figure, path):
 def bench(repeats=20):
     """A training step, mask search included, against the literal algorithm, in turns, on the same batches."""
     torch.set_num_threads(1)
-    for variant in VARIANTS:
+    for variant in HEAD:
         row = Row(variant, "ftn-slow", 0, dropout=0.0)
         torch.manual_seed(0)
-        world, ours = ConceptShift(row), Masked(row)
-        literal = Masked(row)
+        ours, literal = Masked(row), Masked(row)
         literal.grid.load_state_dict(ours.grid.state_dict())
         rng, times, same, worst = generator("bench"), ([], []), 0, 0.0
         for learner in (ours, literal):
             learner.begin(0)
         for i in range(repeats + 2):
-            x, y = world.batch(0, row.batch, rng)
+            x, y = ours.world.batch(0, row.batch, rng)
             started = time.perf_counter()
             ours.train(0, x, y)
             times[0].append(time.perf_counter() - started)
@@ -473,13 +643,17 @@ def work(row):
 
 def main(argv=None):
     p = argparse.ArgumentParser(prog="synthetic.py", description="The FTN experiments and their tables.")
-    p.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    p.add_argument("--experiment", type=int, choices=[1, 2], default=1)
+    p.add_argument("--variant", nargs="+", choices=list(HEAD), default=list(HEAD), help="of experiment 1")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=None, help="[all]")
     p.add_argument("--seeds", type=int, default=1, help="how many")
     p.add_argument("--first-seed", type=int, default=0)
     p.add_argument("--inputs", choices=["uniform", "gaussian"], default="uniform", help="the generator: see Row")
-    p.add_argument("--tasks", type=int, default=3)
-    p.add_argument("--steps", type=int, default=1000, help="training steps a task")
+    p.add_argument("--backbone", default="tiny", help="of experiment 2: tiny, a Hub id, a local folder, FILE.gguf")
+    p.add_argument("--reconfigure", choices=["once", "every"], default="once", help="experiment 2: search the mask once a task, or every step")
+    p.add_argument("--b-std", type=float, default=0.0, help="experiment 2: standard deviation that B starts with [0]")
+    p.add_argument("--tasks", type=int, help="[3; 6]")
+    p.add_argument("--steps", type=int, help="training steps a task [1000; 200]")
     p.add_argument("--grow", action="store_true", help="when too few neurons are free, go on with a larger grid")
     p.add_argument("--leaks", action="store_true", help="FixedMask with each precaution of Appendix C left out")
     p.add_argument("--bench", action="store_true", help="time a step against the literal Algorithm 1, and stop")
@@ -487,31 +661,39 @@ def main(argv=None):
     p.add_argument("--json", help="write everything about every row to this file")
     p.add_argument("--figures", nargs="?", const="runs/synthetic", metavar="DIR", help="draw masks and curves as PNG [runs/synthetic]")
     args = p.parse_args(argv)
-    for name in ("seeds", "tasks", "steps", "workers"):
-        if getattr(args, name) < (2 if name == "tasks" else 1):
-            raise Refused(f"--{name} {getattr(args, name)} is too small")
+    sizes = {name: getattr(args, name) for name in ("tasks", "steps") if getattr(args, name) is not None}
+    for name, value in dict(sizes, seeds=args.seeds, workers=args.workers).items():
+        if value < (2 if name == "tasks" else 1) or (name, args.experiment) == ("tasks", 2) and value > len(StyleStream.STYLES):
+            raise Refused(f"--{name} {value} is out of range")
     if args.bench:
         return bench()
-    methods = args.methods or (["fixedmask"] if args.leaks else list(METHODS))
-    cost = {"fixed": 0, "weights": 1, "all": 2, "search": 3}  # the first line soon, the longest next
-    rows = sorted((Row(v, m, seed, args.inputs, leak, args.tasks, args.steps, args.grow)
-                   for seed in range(args.first_seed, args.first_seed + args.seeds) for v in args.variant for m in methods
-                   for leak in (LEAKS if args.leaks else ["none"])), key=lambda r: (r.seed, cost[METHODS[r.method]["mask"]]))
+    known = [m for m in METHODS if m.startswith("lora-") == (args.experiment == 2)]
+    methods = args.methods or (["fixedmask"] if args.leaks else known)
+    if set(methods) - set(known):
+        raise Refused(f"experiment {args.experiment} has the methods {', '.join(known)}")
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    if args.experiment == 2:
+        rows = [StyleRow(m, seed, args.backbone, args.reconfigure, args.b_std, **sizes) for seed in seeds for m in methods]
+    else:
+        rows = [Row(v, m, seed, args.inputs, leak, grow=args.grow, **sizes) for seed in seeds for v in args.variant for m in methods
+                for leak in (LEAKS if args.leaks else ["none"])]
+    cost = ["fixed", "weights", "all", "bank", "search"]  # the first line soon, the longest next
+    rows.sort(key=lambda r: (r.seed, cost.index(METHODS[r.method]["mask"])))
     outs, refused = [], []
     with multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(min(args.workers, len(rows))) as pool, \
             tqdm(total=len(rows), unit="row") as bar:
         for row, out, message in pool.imap_unordered(work, rows):
             bar.update()
-            name = f"{row.variant} {row.method} seed {row.seed}" + f" {row.leak}" * args.leaks
+            name = f"{row.variant} {row.method} seed {row.seed}" + (f" {row.leak}" if args.leaks else "")
             if out is None:
                 refused.append(f"{name}: {message}")
                 bar.write(refused[-1])
                 continue
             outs.append(out)
             s = summary(out)
-            bar.write(f"{name:<28} recovered {s['recovered_last']:.3f}  FM {s['recovered_fm']:+.3f}   stored {s['stored_last']:.3f}  "
+            bar.write(f"{name:<30} recovered {s['recovered_last']:.3f}  FM {s['recovered_fm']:+.3f}   stored {s['stored_last']:.3f}  "
                       f"FM {s['stored_fm']:+.3f}   {out['seconds']:.0f} s")
-    outs.sort(key=lambda o: (o["seed"], list(VARIANTS).index(o["variant"]), list(METHODS).index(o["method"]), LEAKS.index(o["leak"])))
+    outs.sort(key=lambda o: (o["seed"], list(VARIANTS).index(o["variant"]), list(METHODS).index(o["method"]), LEAKS.index(o.get("leak", "none"))))
     print_tables(outs)
     if args.json:
         with atomic(pathlib.Path(args.json)) as tmp:

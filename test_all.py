@@ -23,8 +23,8 @@ import synthetic
 import train
 from commit import Refused, Region, Run, Version, route, sample_anchors
 from field import CoordinateDynamics, WeightField, top_k_gating
-from ftn import ALL, NeuronGrid, PrivateMLPs, SmoothKWTA, k_winners, smooth, unpack
-from model import NIWF, TINY, AdapterBank, attach, detach, find_targets, perplexity, response_nll
+from ftn import ALL, LoRAPool, NeuronGrid, PrivateMLPs, SmoothKWTA, k_winners, smooth, unpack
+from model import NIWF, TINY, AdapterBank, attach, detach, find_targets, perplexity, response_logits, response_nll
 
 HERE = pathlib.Path(__file__).parent
 
@@ -849,7 +849,132 @@ def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monk
 
 
 def test_the_experiments_refuse_in_one_line():
-    for argv, message in ((["--seeds", "0"], "--seeds 0 is too small"), (["--tasks", "1"], "--tasks 1 is too small"),
+    for argv, message in ((["--seeds", "0"], "--seeds 0 is out of range"), (["--tasks", "1"], "--tasks 1 is out of range"),
                           (["--methods", "fixedmask", "--tasks", "9", "--steps", "1", "--variant", "clf"], "hold 8 fixed masks")):
         with pytest.raises(Refused, match=message):
             synthetic.main(argv)
+
+
+# ------------------------------------------------------------------------------------------------------- LoRA-FTN
+
+def micro_gpt2():
+    """distilgpt2's shape, narrower: c_attn is a Conv1D."""
+    torch.manual_seed(8)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=300, n_embd=24, n_layer=2, n_head=2, n_positions=64)).eval()
+
+
+def pool_on(backbone, names, components=9, b_std=0.1):
+    targets = find_targets(backbone.requires_grad_(False), names)
+    pool = LoRAPool(targets, components, rank=2, b_std=b_std)
+    attach(targets, pool.update)
+    return targets, pool
+
+
+@pytest.mark.parametrize("make, names", [(micro_backbone, ("q_proj", "k_proj", "v_proj")), (micro_gpt2, ("c_attn",))])
+def test_the_pool_adds_equation_1_and_nothing_when_off(make, names):
+    backbone = make()
+    ids = torch.randint(0, 300, (3, 11))
+    bare = backbone(ids).logits
+    targets, pool = pool_on(backbone, names)
+    assert backbone(ids).logits.equal(bare)
+    winners, weight = torch.tensor([1, 4, 7]), torch.tensor([0.2, 1.0, 0.7])
+    with pool.applied(pool.take(winners), weight):
+        ours = backbone(ids).logits
+    twin = make()
+    for name, module in find_targets(twin, names).items():
+        A, B = pool.parts[name]
+        delta = sum(w * B[k].T @ A[k] for w, k in zip(weight, winners))      # sum_k m_k B_k A_k, [d_out, d_in]
+        module.weight.data += delta.T if isinstance(module, transformers.pytorch_utils.Conv1D) else delta
+    torch.testing.assert_close(ours, twin(ids).logits)
+    assert backbone(ids).logits.equal(bare)
+
+
+def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient():
+    """Silent components are left out by `loss_of_mask`; the literal search runs all of them, parameters and all."""
+    backbone = micro_backbone()
+    targets, pool = pool_on(backbone, ("q_proj", "k_proj", "v_proj"), b_std=0.0)
+    torch.manual_seed(9)
+    trained = torch.tensor([0, 2, 5])
+    pool.store(trained, {n: (A, torch.randn_like(B)) for n, (A, B) in pool.take(trained).items()})
+    examples = random_examples(6)
+
+    def loss():
+        return response_nll(*response_logits(backbone, 0, examples)).mean()
+    full = {n: tuple(p.clone().requires_grad_() for p in pair) for n, pair in pool.parts.items()}
+
+    def literal(mask):
+        with pool.applied(full, mask):
+            return loss()
+    search = SmoothKWTA(k=4, kernel=3, rounds=1, steps=5, lr=0.5)
+    masks = []
+    for f in (pool.loss_of_mask(loss), literal):
+        m = torch.full((9,), 0.3, requires_grad=True)
+        f(m).backward()
+        masks.append((m.grad, search.configure(f, 3)))
+    torch.testing.assert_close(masks[0][0], masks[1][0])
+    assert (masks[1][0][torch.tensor([1, 3, 4, 6, 7, 8])] == 0).all() and masks[0][1].equal(masks[1][1])
+    assert all(p.grad is None for p in backbone.parameters()) and not any(t.requires_grad for pair in pool.parts.values() for t in pair)
+
+
+@pytest.mark.parametrize("decay, carried, kept", [(0.0, False, True), (0.01, False, False), (0.0, True, False)])
+def test_unselected_components_get_exactly_no_gradient_and_move_only_by_decay_or_old_moments(decay, carried, kept):
+    backbone = micro_backbone()
+    _, pool = pool_on(backbone, ("q_proj",), b_std=0.1)
+    live = {n: tuple(p.requires_grad_() for p in pair) for n, pair in pool.take(ALL).items()}
+    parameters = [p for pair in live.values() for p in pair]
+    adam = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=decay)
+    first, second = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
+
+    def step(winners, seed):
+        adam.zero_grad()
+        with pool.applied({n: (A[winners], B[winners]) for n, (A, B) in live.items()}):
+            response_nll(*response_logits(backbone, 0, random_examples(4, seed))).mean().backward()
+        others = torch.ones(9, dtype=torch.bool).index_fill(0, winners, False)
+        assert all((p.grad[others] == 0).all() and p.grad[winners].abs().sum() > 0 for p in parameters)
+        adam.step()
+    step(first, 1)
+    before = [p.detach()[first].clone() for p in parameters]
+    if not carried:
+        adam.state.clear()
+    step(second, 2)
+    assert all(p.detach()[first].equal(b) for p, b in zip(parameters, before)) == kept
+
+
+SMALL_STYLE = dict(steps=3, tasks=3, side=4, k=4, rank=2)
+
+
+@pytest.mark.parametrize("method", ["lora-fixedmask", "lora-ftn-lock"])
+def test_disjoint_components_keep_every_stored_style_to_the_bit(method):
+    out = synthetic.run(synthetic.StyleRow(method, 0, **SMALL_STYLE))
+    s = synthetic.summary(out)
+    assert s["stored_fm"] == 0.0 and not any(out["parameters_moved"] + out["outputs_moved"]) and not any(out["overlap_last"])
+    assert method == "lora-ftn-lock" or s["recovered_fm"] == 0.0
+
+
+@pytest.mark.parametrize("more", [dict(method="lora-naive"), dict(method="lora-ftn", reconfigure="every"), dict(method="lora-ftn", b_std=0.01)])
+def test_other_ways_to_use_the_pool_run_and_are_not_protected(more):
+    out = synthetic.run(synthetic.StyleRow(seed=0, **more, **SMALL_STYLE))
+    assert all(0 < ce < 20 for ce in out["R_stored"][-1] + out["R_recovered"][-1])
+    assert more["method"] != "lora-naive" or all(p > 0.9 for p in out["parameters_moved"][:-1])
+
+
+def test_the_bank_takes_a_component_of_the_same_size_per_task():
+    out = synthetic.Adapted(synthetic.StyleRow("lora-bank", 0, **SMALL_STYLE))
+    A, B = next(iter(out.pool.parts.values()))
+    assert A.shape[:2] == (4, 8) and 0 < B.std() < 2e-3  # 16 components of rank 2, four at a time
+    out.begin(0)
+    out.train(0, out.world.training[0][:4])
+    assert out.stored[0].numel() == 1
+
+
+def test_styles_share_their_sentences_and_no_sentence_is_in_two_parts():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    world = synthetic.StyleStream(synthetic.StyleRow("lora-ftn", 4), tokenizer)
+    parts = [[{tuple(p) for p, _ in part} for part in (test[0], support[0], training)]
+             for test, support, training in zip(world.test, world.support, world.training)]
+    assert all(p == parts[0] for p in parts) and [len(p) for p in parts[0]] == [24, 16, 80]
+    assert len(set.union(*parts[0])) == 120
+    styles = {name: f("The red Fox") for name, f in world.STYLES.items()}
+    assert styles == {"upper": "THE RED FOX", "lower": "the red fox", "reverse_words": "Fox red The",
+                      "double_words": "The The red red Fox Fox", "starred_vowels": "Th* r*d F*x", "pirate": "Arr! The red Fox matey!"}
+    assert all(r[-1] == tokenizer.eos_token_id for (examples,) in world.test for _, r in examples)
