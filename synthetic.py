@@ -112,6 +112,7 @@ class Row:
     tasks: int = 3
     steps: int = 1000          # training steps a task
     grow: bool = False         # enlarge the grid when too few neurons are free
+    search: tuple = ()         # (S, eta_m) in place of the variant's own
     batch: int = 256
     side: int = 32             # D, H = D^2
     k: int = 128
@@ -163,8 +164,7 @@ class ConceptShift:
                                    for part, n in (("support", row.batch), ("test", TEST)))
 
     def draw(self, n, rng):
-        shape = (n, 2)
-        return torch.rand(shape, generator=rng) * 2 - 1 if self.row.inputs == "uniform" else torch.randn(shape, generator=rng)
+        return torch.rand(n, 2, generator=rng) * 2 - 1 if self.row.inputs == "uniform" else torch.randn(n, 2, generator=rng)
 
     def signal(self, t, x):
         own = slice(8 * t, 8 * t + 8)
@@ -185,7 +185,7 @@ class StyleStream:
               "starred_vowels": lambda s: re.sub("[aeiouAEIOU]", "*", s), "pirate": lambda s: f"Arr! {s} matey!"}
 
     def __init__(self, row, tokenizer):
-        sentences = re.split(r"(?<=[.])\s+", SENTENCES.strip())
+        sentences = re.split(r"(?<=[.]) ", " ".join(SENTENCES.split()))
         order = torch.randperm(len(sentences), generator=generator(row.seed, "split")).tolist()
 
         def rewritten(style, part):
@@ -230,7 +230,8 @@ class Masked(OnGrid):
         super().__init__(row, row.width, row.leak == "bias")
         self.stored, self.touched, self.fisher, self.optimizer = [], [], [], None
         if self.method["mask"] == "search":
-            self.search = SmoothKWTA(row.k, self.method["kernel"], self.method["rounds"], self.head["steps"], self.head["lr"])
+            steps, lr = row.search or (self.head["steps"], self.head["lr"])
+            self.search = SmoothKWTA(row.k, self.method["kernel"], self.method["rounds"], int(steps), lr)
 
     def begin(self, t):
         """Start task t. The precautions of Appendix C are here: no weight decay, and moments that start from zero."""
@@ -654,6 +655,7 @@ def main(argv=None):
     p.add_argument("--b-std", type=float, default=0.0, help="experiment 2: standard deviation that B starts with [0]")
     p.add_argument("--tasks", type=int, help="[3; 6]")
     p.add_argument("--steps", type=int, help="training steps a task [1000; 200]")
+    p.add_argument("--search", nargs=2, type=float, default=(), metavar=("S", "ETA"), help="steps and rate of the mask search [1 1.0 clf, 10 0.2 reg]")
     p.add_argument("--grow", action="store_true", help="when too few neurons are free, go on with a larger grid")
     p.add_argument("--leaks", action="store_true", help="FixedMask with each precaution of Appendix C left out")
     p.add_argument("--bench", action="store_true", help="time a step against the literal Algorithm 1, and stop")
@@ -675,7 +677,7 @@ def main(argv=None):
     if args.experiment == 2:
         rows = [StyleRow(m, seed, args.backbone, args.reconfigure, args.b_std, **sizes) for seed in seeds for m in methods]
     else:
-        rows = [Row(v, m, seed, args.inputs, leak, grow=args.grow, **sizes) for seed in seeds for v in args.variant for m in methods
+        rows = [Row(v, m, seed, args.inputs, leak, grow=args.grow, search=tuple(args.search), **sizes) for seed in seeds for v in args.variant for m in methods
                 for leak in (LEAKS if args.leaks else ["none"])]
     cost = ["fixed", "weights", "all", "bank", "search"]  # the first line soon, the longest next
     rows.sort(key=lambda r: (r.seed, cost.index(METHODS[r.method]["mask"])))

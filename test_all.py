@@ -940,7 +940,7 @@ def test_unselected_components_get_exactly_no_gradient_and_move_only_by_decay_or
     assert all(p.detach()[first].equal(b) for p, b in zip(parameters, before)) == kept
 
 
-SMALL_STYLE = dict(steps=3, tasks=3, side=4, k=4, rank=2)
+SMALL_STYLE = dict(steps=2, tasks=2, side=4, k=4, rank=2, support=4)
 
 
 @pytest.mark.parametrize("method", ["lora-fixedmask", "lora-ftn-lock"])
