@@ -346,13 +346,15 @@ class SupSup(OnGrid):
 class Adapted:
     """LoRA-FTN and what it is compared with, on a frozen language model."""
 
+    TARGETS = ("q_proj", "k_proj", "v_proj", "c_attn")  # the attention's inputs; GPT-2 has all three in one
+
     def __init__(self, row):
         self.row, self.method = row, METHODS[row.method]
         self.backbone, tokenizer = load_backbone(row.backbone, "cpu")
         self.backbone.requires_grad_(False).eval()
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.world = StyleStream(row, tokenizer)
-        targets = find_targets(self.backbone, ("q_proj", "k_proj", "v_proj", "c_attn"))
+        targets = find_targets(self.backbone, self.TARGETS)
         banks = row.side ** 2 // row.k  # the bank: as many parameters, in H/k components, with B near zero to tell them apart
         self.pool = (LoRAPool(targets, banks, row.rank * row.k, BANK_STD) if row.method == "lora-bank" else
                      LoRAPool(targets, row.side ** 2, row.rank, row.b_std))
@@ -504,6 +506,8 @@ def print_tables(outs):
             if any(rows.values()):
                 print_table(variant, leak, {m: r for m, r in rows.items() if r})
         print_decomposition([o for o in group if o.get("leak", "none") == "none"], variant)
+        if variant == "style":
+            print_overlaps(group)
 
 
 def print_table(variant, leak, rows):
@@ -535,6 +539,19 @@ def print_decomposition(outs, variant):
         for method in METHODS:
             if method in lines:
                 print(f"{method:<14}" + "".join(f"{spread(column):>16}" for column in zip(*lines[method])))
+
+
+def print_overlaps(outs):
+    """Table 5: |m_i and m_j| / k for every pair of tasks, the mean over seeds."""
+    for method in ("lora-ftn", "lora-ftn-lock"):
+        same = [o for o in outs if o["method"] == method]
+        if same:
+            n = same[0]["tasks"]
+            mean = dict(zip(itertools.combinations(range(n), 2), map(statistics.mean, zip(*(o["overlap_last"] for o in same)))))
+            styles = list(StyleStream.STYLES)[:n]
+            print(f"\noverlap of stored masks, {method}\n{'':<16}" + "".join(f"{s[:10]:>12}" for s in styles))
+            for i, style in enumerate(styles):
+                print(f"{style:<16}" + "".join(f"{'.' if i == j else format(mean[min(i, j), max(i, j)], '.2f'):>12}" for j in range(n)))
 
 
 def draw(outs, folder):
@@ -569,6 +586,19 @@ def draw(outs, folder):
                         axis.imshow(image.clamp(max=1).view(o["final_side"], o["final_side"], 3).numpy(), interpolation="nearest")
             fig.tight_layout()
             save(fig, folder / f"ftn-masks-{variant}.png")
+        if variant == "style":  # figure 2: R[i][j], recovered
+            fig, axes = plt.subplots(1, len(methods), figsize=(2.2 * len(methods), 2.6), squeeze=False)
+            for axis, m in zip(axes.flat, methods):
+                R = [o["R_recovered"] for o in group if o["method"] == m]
+                n = len(R[0])
+                cells = [[statistics.mean(r[i][j] for r in R) if j <= i else float("nan") for j in range(n)] for i in range(n)]
+                axis.imshow(cells, vmin=0, vmax=8, cmap="viridis_r")
+                for i, j in ((i, j) for i in range(n) for j in range(i + 1)):
+                    axis.text(j, i, f"{cells[i][j]:.1f}", ha="center", va="center", fontsize=6)
+                axis.set_title(m, fontsize=8)
+                axis.set(xticks=[], yticks=[], xlabel="task", ylabel="after task")
+            fig.tight_layout()
+            save(fig, folder / f"ftn-matrices-{variant}.png")
         fig, axes = plt.subplots(-(-len(methods) // 3), 3, figsize=(10, 2.3 * -(-len(methods) // 3)), sharex=True, sharey=True, squeeze=False)
         for axis in axes.flat[len(methods):]:
             axis.axis("off")
@@ -625,6 +655,75 @@ def bench(repeats=20):
               f"same mask in {same} of {repeats + 2} batches, gradients differ by {worst:.1e} of the largest")
 
 
+def bench_lora(backbone, repeats=5):
+    """A training step and a mask search of LoRA-FTN in its second task, against all H components on every token, with a
+    gradient for each; in turns, on the same batches."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    ours = Adapted(StyleRow("lora-ftn", 0, backbone))
+    world, pool, rank = ours.world, ours.pool, ours.row.rank
+    ours.begin(0)
+    for _ in range(20):
+        ours.train(0, world.training[0][:8])
+    ours.end(0, None)
+    full = {name: tuple(p.clone().requires_grad_() for p in pair) for name, pair in pool.parts.items()}
+    adam = torch.optim.AdamW([p for pair in full.values() for p in pair], lr=ours.row.lr, weight_decay=0.0, fused=True)
+    literal_mask = None
+
+    def update(name, x, y):
+        if literal_mask is None:
+            return y
+        A, B = (p.flatten(0, 1) for p in full[name])                              # [H r, d]
+        return y + (F.linear(x, A) * literal_mask.repeat_interleave(rank)) @ B
+    attach(find_targets(ours.backbone, ours.TARGETS), update)
+
+    def under(mask, examples):
+        nonlocal literal_mask
+        literal_mask = mask
+        try:
+            return ours.loss(examples)
+        finally:
+            literal_mask = None
+    times, same = {"search": ([], []), "step": ([], [])}, []
+    ours.begin(1)
+    ours.train(1, world.training[1][:8])
+    for i in range(repeats + 1):
+        support, examples = world.training[1][16:32], world.training[1][8 * i:8 * i + 8]
+        pool.store(ours.rows, ours.live)
+        for pair, parts in zip(full.values(), pool.parts.values()):  # both at the same point
+            for p, part in zip(pair, parts):
+                p.data.copy_(part)
+
+        def search_ours():
+            return ours.choose(1, support)
+
+        def search_literal():
+            return ours.search.configure(lambda m: under(m, support), ours.row.side)
+
+        def step_ours():
+            ours.optimizer.zero_grad()
+            with pool.applied(ours.live):
+                ours.loss(examples).backward()
+            ours.optimizer.step()
+
+        def step_literal():
+            adam.zero_grad()
+            under(torch.zeros(len(pool.free)).index_fill(0, ours.stored[1], 1.0), examples).backward()
+            adam.step()
+        for name, pair in (("search", (search_ours, search_literal)), ("step", (step_ours, step_literal))):
+            results = []
+            for f, spent in zip(pair, times[name]):
+                started = time.perf_counter()
+                results.append(f())
+                spent.append(time.perf_counter() - started)
+            if name == "search":
+                same.append(len(set(results[0].tolist()) & set(results[1].tolist())) / ours.row.k)
+    for name, pair in times.items():
+        fast, slow = (statistics.median(t[1:]) for t in pair)
+        print(f"{name}: {1e3 * fast:.0f} ms, literal {1e3 * slow:.0f} ms, ratio {slow / fast:.1f}"
+              + f"; the two masks share {statistics.mean(same):.1%} of their winners" * (name == "search"))
+
+
 def work(row):
     """A finished row from its file, or the row computed and written. What may be refused comes back as text."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
@@ -668,7 +767,7 @@ def main(argv=None):
         if value < (2 if name == "tasks" else 1) or (name, args.experiment) == ("tasks", 2) and value > len(StyleStream.STYLES):
             raise Refused(f"--{name} {value} is out of range")
     if args.bench:
-        return bench()
+        return bench() if args.experiment == 1 else bench_lora(args.backbone)
     known = [m for m in METHODS if m.startswith("lora-") == (args.experiment == 2)]
     methods = args.methods or (["fixedmask"] if args.leaks else known)
     if set(methods) - set(known):
