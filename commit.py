@@ -16,26 +16,44 @@ Held here: sections 3.4-3.6 and Appendix B of the paper, Eqs. (9)-(13). Departur
 artanh(z), not to z; and routing compares *between* regions, as discriminant analysis does, because one region's own
 95 % ellipsoid cannot tell tasks apart.
 
-    python commit.py log [--run DIR]      # the versions of a run folder, newest first
+    python commit.py log                              # the versions of a run folder, newest first
+    python commit.py show VERSION                     # everything about one; VERSION is a task or the start of a hash
+    python commit.py verify                           # every hash, every anchor recomputed and compared bit for bit
+    python commit.py rollback VERSION [--cascade]     # take a version out, and those that stand on it
+    python commit.py compose A B --weights .5 .5 --name AB    # a gating over both, which owns no bases
+    python commit.py merge OTHER_RUN                  # take in versions learned elsewhere from the same first one
+    python commit.py export VERSION --to DIR          # an ordinary LoRA adapter in PEFT's format
+
+None of these trains, needs data or loads the backbone. All take `--run DIR` (default: the latest under runs/) and
+`--json`. Whatever they do, every other version stays what it was, to the last bit.
 
 A run folder holds `manifest.json`, `versions/<sha256>.safetensors` (named by content, as in git), `data/<task>.val.json`,
 `training.safetensors` while a task is being trained, and `log.jsonl`. Every write is atomic. Nothing is pickled.
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import re
+import shutil
+import sys
 import time
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from field import CoordinateDynamics, WeightField, top_k_gating
-from model import Refused
+from model import Refused, layer_numbers
 
 
 # ---------------------------------------------------------------------------------------------- regions and anchors
@@ -194,18 +212,11 @@ class Version:
     def load(cls, path, dynamics=None):
         """Read a version; `dynamics` are those of the run, for a version that has none of its own.
 
-        Refused: the file is missing, truncated, or its contents no longer have the hash that is its name."""
-        if not path.exists():
-            raise Refused(f"{path}: this version is listed in the manifest, but its file is missing")
-        with open(path, "rb") as f:
-            digest = hashlib.sha256()
-            while chunk := f.read(1 << 22):
-                digest.update(chunk)
-        if digest.hexdigest() != path.stem:
-            raise Refused(f"{path}: corrupted version file (its contents hash to {digest.hexdigest()[:12]}…); restore it from a copy")
+        Refused: see `check`."""
+        check(path)
         try:
             with safe_open(path, "pt") as f:
-                header, tensors = json.loads(f.metadata()["version"]), {k: f.get_tensor(k) for k in f.keys()}
+                head, tensors = json.loads(f.metadata()["version"]), {k: f.get_tensor(k) for k in f.keys()}
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
             raise Refused(f"{path}: not a version file ({e})") from e
 
@@ -215,14 +226,57 @@ class Version:
         hidden, coord_dim = tensors["field.w1.weight"].shape
         field = WeightField(layers, bases, coord_dim, hidden)
         field.load_state_dict(part("field."))
-        if not header["reads"]:
+        if not head["reads"]:
             weights = part("dynamics.")
-            dynamics = CoordinateDynamics(weights["gru.weight_ih"].shape[1], coord_dim, header["fixed"])
+            dynamics = CoordinateDynamics(weights["gru.weight_ih"].shape[1], coord_dim, head["fixed"])
             dynamics.load_state_dict(weights)
-        return cls(header["task"], header["lock"], header["reads"], header["top_k"], field.requires_grad_(False),
+        return cls(head["task"], head["lock"], head["reads"], head["top_k"], field.requires_grad_(False),
                    dynamics.requires_grad_(False),
-                   Region(tensors["region.mean"], tensors["region.cov"], header["tau"], header["n"]), tensors["anchors"],
-                   tensors["snapshot"], part("bank."), header["config"], hash=path.stem)
+                   Region(tensors["region.mean"], tensors["region.cov"], head["tau"], head["n"]), tensors["anchors"],
+                   tensors["snapshot"], part("bank."), head["config"], hash=path.stem)
+
+
+@dataclasses.dataclass
+class Composition:
+    """A gating over several versions, each with a weight: Delta W is their weighted sum. It owns no bases and no region, so
+    no prompt is routed to it; it is asked for by name."""
+    task: str
+    reads: list                     # hashes of the versions
+    weights: list
+    hash: str = ""
+    versions: list = ()             # set when a run folder is loaded
+
+    def gating(self, h_bar):
+        """h_bar [B, features] -> (indices into the bank, weights), both [B, L, sum of the K]."""
+        parts = [v.gating(v.dynamics(h_bar)) for v in self.versions]
+        layers = max(indices.shape[1] for indices, _ in parts)
+        return (torch.cat([indices.expand(-1, layers, -1) for indices, _ in parts], -1),
+                torch.cat([share * weights.expand(-1, layers, -1) for share, (_, weights) in zip(self.weights, parts)], -1))
+
+    def save(self, folder):
+        header = {"task": self.task, "lock": "composed", "reads": self.reads, "weights": self.weights}
+        data = save({}, {"version": json.dumps(header, sort_keys=True)})
+        self.hash = hashlib.sha256(data).hexdigest()
+        with atomic(folder / f"{self.hash}.safetensors") as tmp:
+            tmp.write_bytes(data)
+
+
+def check(path):
+    """Refused: the version file is missing, or its contents no longer have the hash that is its name."""
+    if not path.exists():
+        raise Refused(f"{path}: this version is listed in the manifest, but its file is missing")
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            digest.update(chunk)
+    if digest.hexdigest() != path.stem:
+        raise Refused(f"{path}: corrupted version file (its contents hash to {digest.hexdigest()[:12]}…); restore it from a copy")
+
+
+def header(path):
+    """What a version file says of itself, without its tensors."""
+    with safe_open(path, "pt") as f:
+        return json.loads(f.metadata()["version"])
 
 
 # --------------------------------------------------------------------------------------------------- run folders
@@ -255,14 +309,15 @@ class Run:
     def __init__(self, folder):
         """Refused: the folder holds a manifest that is not ours or cannot be read."""
         self.folder = pathlib.Path(folder)
-        self.versions = []
-        self.manifest = {"format": 1, "backbone": None, "settings": {}, "versions": [], "results": []}
+        self.versions, self.compositions = [], []
+        self.manifest = {"format": 1, "backbone": None, "settings": {}, "versions": [], "results": [], "compositions": []}
         path = self.folder / "manifest.json"
         if path.exists():
             try:
                 manifest = json.loads(path.read_text())
+                manifest.setdefault("compositions", [])
                 assert manifest["format"] == 1 and {*self.manifest} <= {*manifest}
-            except (ValueError, KeyError, TypeError, AssertionError) as e:
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
                 raise Refused(f"{path}: not a run manifest of this program") from e
             self.manifest = manifest
 
@@ -275,6 +330,49 @@ class Run:
     def shared(self):
         return bool(self.versions) and self.versions[-1].lock in ("soft", "none")
 
+    def path(self, digest):
+        """The file of a version."""
+        return self.folder / "versions" / f"{digest}.safetensors"
+
+    def find(self, name):
+        """The manifest's entry for a task name or the start of a hash, as in git. Refused: none, or more than one."""
+        entries = self.manifest["versions"] + self.manifest["compositions"]
+        found = ([e for e in entries if e["task"] == name]
+                 or [e for e in entries if len(name) >= 4 and e["hash"].startswith(name.lower())])
+        if len(found) != 1:
+            raise Refused(f"{self.folder}: {'no version' if not found else 'more than one version'} is called {name!r}; "
+                          "see `python commit.py log`")
+        return found[0]
+
+    @contextlib.contextmanager
+    def exclusive(self):
+        """Within this block no other process changes the run folder. The lock dies with its process. Refused: it is taken."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "a") as f:
+            if fcntl:
+                try:
+                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise Refused(f"{self.folder}: another process is at work on this run folder; wait for it, or choose another") from None
+            self.__init__(self.folder)  # as the other process may just have left it
+            self.sweep()
+            try:
+                yield self
+            finally:
+                if [p.name for p in self.folder.iterdir()] == [".lock"]:  # nothing came of it: leave no empty folder
+                    shutil.rmtree(self.folder)
+
+    def sweep(self):
+        """Remove what a killed command left: files that no manifest names. A training in progress keeps its own."""
+        kept = {e["hash"] for e in self.manifest["versions"] + self.manifest["compositions"]}
+        for p in [*self.folder.rglob("*.tmp"), *(self.folder / "versions").glob("*.safetensors")]:
+            if p.stem not in kept:
+                p.unlink()
+        if not (self.folder / "training.safetensors").exists():
+            for p in (self.folder / "data").glob("*.*.json"):
+                if p.name.rsplit(".", 2)[0] not in self.tasks:
+                    p.unlink()
+
     def save(self):
         with atomic(self.folder / "manifest.json") as tmp:
             tmp.write_text(json.dumps(self.manifest, indent=1))
@@ -285,10 +383,10 @@ class Run:
 
     def load(self, model):
         """Read all versions and put their bases, read-only, into the model's empty bank."""
-        self.versions = []
+        self.versions, self.compositions = [], []
         for entry in self.manifest["versions"]:
             root = self.versions[0].dynamics if self.versions else None
-            self.versions.append(Version.load(self.folder / "versions" / f"{entry['hash']}.safetensors", root))
+            self.versions.append(Version.load(self.path(entry["hash"]), root))
         span = {}
         for v in self.versions[-1:] if self.shared else self.versions:
             if v.bases.keys() != model.bank.committed.keys():
@@ -300,13 +398,19 @@ class Run:
         for v in self.versions:
             v.bases = {}
             v.field.to(model.device), v.dynamics.to(model.device)
+        by_hash = {v.hash: v for v in self.versions}
+        for entry in self.manifest["compositions"]:
+            check(self.path(entry["hash"]))
+            head = header(self.path(entry["hash"]))
+            self.compositions.append(Composition(head["task"], head["reads"], head["weights"], entry["hash"], [by_hash[h] for h in head["reads"]]))
 
     def commit(self, version):
         """Add a version: its file first, then the manifest that names it. A kill in between leaves an unnamed file, which
         the same training writes again under the same name."""
         version.save(self.folder / "versions")
-        self.manifest["versions"].append({"hash": version.hash, "task": version.task, "lock": version.lock,
-                                          "date": time.strftime("%Y-%m-%d %H:%M:%S")})
+        listed = self.manifest["compositions" if isinstance(version, Composition) else "versions"]
+        listed.append({"hash": version.hash, "task": version.task, "lock": getattr(version, "lock", "composed"),
+                       "date": time.strftime("%Y-%m-%d %H:%M:%S")})
         self.save()
 
     def probe_gating(self):
@@ -362,28 +466,237 @@ def latest_run(root="runs"):
     return manifests[-1].parent
 
 
+# ---------------------------------------------------------------------------------------------------- commands
+
+def describe(run, entry):
+    """Everything a manifest and a version's header say about it, as a dict."""
+    row = next((r for r in run.manifest["results"] if r["version"] == entry["hash"]), None)
+    about = dict(entry, **{k: v for k, v in header(run.path(entry["hash"])).items() if k not in entry},
+                 bytes=run.path(entry["hash"]).stat().st_size,
+                 read_by=[e["hash"] for e in dependents(run, entry["hash"])])
+    return dict(about, perplexity={k: row[k][entry["task"]] for k in ("base", "stored", "routed")}) if row else about
+
+
+def dependents(run, digest):
+    """Entries that stand on a version: that read its bases, or were trained from its shared bank (soft lock and none)."""
+    entries = run.manifest["versions"] + run.manifest["compositions"]
+    found = [e for e in entries if digest in header(run.path(e["hash"]))["reads"]]
+    hashes = [e["hash"] for e in entries]
+    return found + [e for e in entries[hashes.index(digest) + 1:] if e["lock"] in ("soft", "none")]
+
+
 def log(run):
     """Lines of `python commit.py log`: newest first, as in git. Reads the files' headers only."""
-    for entry in reversed(run.manifest["versions"]):
-        with safe_open(run.folder / "versions" / f"{entry['hash']}.safetensors", "pt") as f:
-            head = json.loads(f.metadata()["version"])
-        row = next((r for r in run.manifest["results"] if r["version"] == entry["hash"]), None)
-        yield f"version {entry['hash'][:12]}  {entry['task']}  (lock: {head['lock']})"
-        yield f"Date:   {entry['date']}"
-        yield f"        writes {head['writes']} bases, reads {', '.join(h[:12] for h in head['reads']) or 'nothing'}"
-        yield f"        region of {head['n']} coordinates, tau {head['tau']:.2f}, {head['anchors']} anchors"
-        if row:
-            base, stored, routed = (row[k][entry["task"]] for k in ("base", "stored", "routed"))
-            yield f"        perplexity {base:.3f} before, {stored:.3f} stored, {routed:.3f} routed"
-        yield ""
+    for entry in sorted(run.manifest["versions"] + run.manifest["compositions"], key=lambda e: e["date"], reverse=True):
+        about = describe(run, entry)
+        yield f"* version {entry['hash'][:12]}  {entry['task']}  (lock: {about['lock']})"
+        yield f"| Date:   {entry['date']}"
+        if about["lock"] == "composed":
+            yield "|         " + " + ".join(f"{w:g} x {h[:12]}" for h, w in zip(about["reads"], about["weights"]))
+        else:
+            yield f"|         writes {about['writes']} bases, reads {', '.join(h[:12] for h in about['reads']) or 'nothing'}"
+            yield f"|         region of {about['n']} coordinates, tau {about['tau']:.2f}, {about['anchors']} anchors"
+        if "perplexity" in about:
+            yield "|         perplexity {base:.3f} before, {stored:.3f} stored, {routed:.3f} routed".format(**about["perplexity"])
+        yield "|"
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Look at the versions of a run folder.")
-    parser.add_argument("command", choices=["log"])
-    parser.add_argument("--run", help="run folder (default: the latest under runs/)")
-    args = parser.parse_args()
-    print("\n".join(log(Run(args.run or latest_run()))))
+def verify(run):
+    """[(entry, what is wrong or "")]: the hash of every file, what it reads, and its field on every anchor, bit for bit."""
+    found, root, known = [], None, set()
+    for entry in run.manifest["versions"] + run.manifest["compositions"]:
+        wrong = ""
+        try:
+            check(run.path(entry["hash"]))
+            missing = [h for h in header(run.path(entry["hash"]))["reads"] if h not in known]
+            if missing:
+                wrong = f"reads {missing[0][:12]}, which is not here"
+            elif entry in run.manifest["versions"]:
+                version = Version.load(run.path(entry["hash"]), root)
+                root = root or version.dynamics
+                now = take_snapshot(version.field, version.anchors)
+                different = int((now != version.snapshot).flatten(1).any(1).sum())
+                wrong = f"{different} of {len(now)} anchors give other logits than when it was committed" if different else ""
+        except (Refused, SafetensorError) as e:
+            wrong = str(e)
+        known.add(entry["hash"])
+        found.append((entry, wrong))
+    return found
+
+
+def rollback(run, name, cascade=False):
+    """Take a version out, with all that stand on it if `cascade`. Returns the entries removed. Refused: see there."""
+    gone = [run.find(name)]
+    for entry in gone:
+        gone += [e for e in dependents(run, entry["hash"]) if e not in gone]
+    if len(gone) > 1 and not cascade:
+        raise Refused(f"{gone[0]['task']} is read by {', '.join(e['task'] for e in gone[1:])}; --cascade removes them too")
+    hashes, tasks = {e["hash"] for e in gone}, {e["task"] for e in gone}
+    manifest = copy.deepcopy(run.manifest)
+    for kind in ("versions", "compositions"):
+        manifest[kind] = [e for e in manifest[kind] if e["hash"] not in hashes]
+    manifest["results"] = [{k: {t: x for t, x in v.items() if t not in tasks} if isinstance(v, dict) else v for k, v in row.items()}
+                           for row in manifest["results"] if row["version"] not in hashes]
+    if not manifest["versions"]:
+        manifest["settings"] = {}
+    run.manifest = manifest
+    run.save()   # from here on the versions are gone; their files are only litter
+    run.sweep()
+    return gone
+
+
+def compose(run, names, weights, name):
+    """Commit a version that owns no bases: the gatings of several, weighed. Returns its entry."""
+    entries = [run.find(n) for n in names]
+    if len(weights) != len(entries):
+        raise Refused(f"{len(entries)} versions and {len(weights)} weights")
+    for e in entries:
+        if e["lock"] not in ("first", "exact") or any(v["lock"] in ("soft", "none") for v in run.manifest["versions"]):
+            raise Refused(f"{e['task']} cannot be composed: only versions that stand for themselves can, those of the exact lock")
+    if name in {e["task"] for e in run.manifest["versions"] + run.manifest["compositions"]}:
+        raise Refused(f"{run.folder} already has a version called {name}")
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+        raise Refused(f"--name {name!r}: use letters, digits, '_', '-' and '.'")
+    run.commit(Composition(name, [e["hash"] for e in entries], list(weights)))
+    return run.manifest["compositions"][-1]
+
+
+def merge(run, other):
+    """Take in the versions of another run that this one lacks. Returns their entries. Refused, with nothing changed: the two
+    have no first version in common, names clash, a version is damaged or its parents are missing."""
+    ours, theirs = run.manifest, other.manifest
+    if not theirs["versions"]:
+        raise Refused(f"{other.folder}: no versions to merge")
+    if not ours["versions"] or ours["versions"][0]["hash"] != theirs["versions"][0]["hash"]:
+        raise Refused(f"{run.folder} and {other.folder} have no common first version, so no common coordinates; cannot be merged")
+    if ours["backbone"]["fingerprint"] != theirs["backbone"]["fingerprint"]:
+        raise Refused(f"{other.folder} belongs to another backbone ({theirs['backbone']['name']}) than {run.folder}")
+    for m, folder in ((ours, run.folder), (theirs, other.folder)):
+        if any(e["lock"] in ("soft", "none") for e in m["versions"]):
+            raise Refused(f"{folder} was trained without the exact lock: its versions do not stand for themselves")
+    known = {e["hash"] for e in ours["versions"] + ours["compositions"]}
+    names = {e["task"] for e in ours["versions"] + ours["compositions"]}
+    manifest, new = copy.deepcopy(ours), []
+    for kind in ("versions", "compositions"):
+        for entry in theirs[kind]:
+            if entry["hash"] in known:
+                continue
+            if entry["task"] in names:
+                raise Refused(f"both runs have a version called {entry['task']}; roll one back or rename its task")
+            check(other.path(entry["hash"]))
+            missing = [h for h in header(other.path(entry["hash"]))["reads"] if h not in known]
+            if missing:
+                raise Refused(f"{entry['task']} reads version {missing[0][:12]}, which neither run has")
+            known.add(entry["hash"])
+            names.add(entry["task"])
+            manifest[kind].append(entry)
+            new.append(entry)
+    for entry in new:
+        for source in [other.path(entry["hash"]), *(other.folder / "data").glob(f"{entry['task']}.*.json")]:
+            with atomic(run.folder / source.parent.name / source.name) as tmp:
+                shutil.copyfile(source, tmp)
+    manifest["results"] += [row for row in theirs["results"] if row["version"] in {e["hash"] for e in new}]
+    run.manifest = manifest
+    if new:
+        run.save()
+    return new
+
+
+def export(run, name, folder):
+    """Write a version as a LoRA adapter in PEFT's format: its gating at its region's mean coordinate, of rank K r, with
+    A the chosen A_i one under the other and B the chosen B_i, times (alpha / r) w_i. A composition joins its versions'."""
+    entry, folder = run.find(name), pathlib.Path(folder)
+    if any(e["lock"] in ("soft", "none") for e in run.manifest["versions"]):
+        raise Refused(f"{run.folder} was trained without the exact lock: its versions do not stand for themselves")
+    if folder.exists() and any(folder.iterdir()):
+        raise Refused(f"{folder} is not empty")
+    head = header(run.path(entry["hash"]))
+    parts = list(zip(head["reads"], head["weights"])) if entry["lock"] == "composed" else [(entry["hash"], 1.0)]
+    loaded, root = {}, None
+    for e in run.manifest["versions"]:
+        loaded[e["hash"]] = Version.load(run.path(e["hash"]), root)
+        root = root or loaded[e["hash"]].dynamics
+    A, B = {}, {}
+    for digest, share in parts:
+        v = loaded[digest]
+        z = torch.tanh(v.region.mean).float()[None]
+        indices, weights = (g[0] for g in top_k_gating(v.field(z), v.top_k))                   # [L, K]
+        targets = dict.fromkeys(key.rpartition(".")[0] for key in v.bases)
+        numbers = layer_numbers(targets)
+        for target in targets:
+            l = min(numbers[target], len(indices) - 1)
+            bank = {p: torch.cat([loaded[h].bases[f"{target}.{p}"] for h in v.reads + [digest]])[indices[l]] for p in "AB"}  # [K, r, d]
+            scale = share * run.manifest["settings"]["alpha"] / run.manifest["settings"]["rank"] * weights[l]
+            A.setdefault(target, []).append(bank["A"].flatten(0, 1))
+            B.setdefault(target, []).append((scale[:, None, None] * bank["B"]).flatten(0, 1))
+    rank = sum(len(a) for a in next(iter(A.values())))
+    tensors = {f"base_model.model.{t}.lora_A.weight": torch.cat(a).contiguous() for t, a in A.items()}
+    tensors |= {f"base_model.model.{t}.lora_B.weight": torch.cat(b).T.contiguous() for t, b in B.items()}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": run.manifest["backbone"]["name"], "r": rank,
+              "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+              "target_modules": sorted(A)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic(folder / "adapter_model.safetensors") as tmp:
+        tmp.write_bytes(save(tensors, {"format": "pt"}))
+    with atomic(folder / "adapter_config.json") as tmp:
+        tmp.write_text(json.dumps(config, indent=1))
+    return dict(config, folder=str(folder))
+
+
+def main(argv=None):
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--run", help="run folder (default: the latest under runs/)")
+    common.add_argument("--json", action="store_true", help="print JSON")
+    parser = argparse.ArgumentParser(prog="commit.py", description="Look after the versions of a run folder.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, help, *arguments):
+        p = commands.add_parser(name, help=help, parents=[common])
+        for flag, options in arguments:
+            p.add_argument(flag, **options)
+    version = ("version", dict(help="a task, or the start of a hash"))
+    command("log", "the versions, newest first")
+    command("show", "everything about one version", version)
+    command("verify", "recompute every hash and every anchor")
+    command("rollback", "take a version out", version, ("--cascade", dict(action="store_true", help="and those that stand on it")))
+    command("compose", "a gating over several versions", ("versions", dict(nargs="+")),
+            ("--weights", dict(nargs="+", type=float, required=True)), ("--name", dict(required=True)))
+    command("merge", "take in another run's versions", ("other", dict(metavar="OTHER_RUN")))
+    command("export", "write a LoRA adapter in PEFT's format", version, ("--to", dict(required=True, metavar="DIR")))
+    args = parser.parse_args(argv)
+    run = Run(args.run or latest_run())
+    if not (run.folder / "manifest.json").exists():
+        raise Refused(f"{run.folder}: not a run folder")
+    short = lambda entries: ", ".join(f"{e['task']} {e['hash'][:12]}" for e in entries)  # noqa: E731
+    if args.command == "log":
+        result = [describe(run, e) for e in run.manifest["versions"] + run.manifest["compositions"]]
+        text = "\n".join(log(run))
+    elif args.command == "show":
+        result = describe(run, run.find(args.version))
+        text = "\n".join(f"{k:12} {json.dumps(v) if isinstance(v, (dict, list)) else v}" for k, v in result.items())
+    elif args.command == "verify":
+        found = verify(run)
+        result = [{"version": e["hash"], "task": e["task"], "wrong": wrong} for e, wrong in found]
+        text = "\n".join(f"{e['hash'][:12]}  {e['task']}  {wrong or 'ok'}" for e, wrong in found)
+    elif args.command == "export":
+        result = export(run, args.version, args.to)
+        text = f"wrote {result['folder']}: rank {result['r']}, {len(result['target_modules'])} modules"
+    else:
+        with run.exclusive():
+            if args.command != "compose" and (run.folder / "training.safetensors").exists():
+                raise Refused(f"{run.folder}: an unfinished training builds on these versions; finish it, or delete training.safetensors")
+            if args.command == "rollback":
+                result = rollback(run, args.version, args.cascade)
+                text = f"removed {short(result)}"
+            elif args.command == "compose":
+                result = compose(run, args.versions, args.weights, args.name)
+                text = f"committed {short([result])}"
+            else:
+                result = merge(run, Run(args.other))
+                text = f"merged {short(result)}" if result else "already up to date"
+    print(json.dumps(result, indent=1) if args.json else text)
+    if args.command == "verify" and any(r["wrong"] for r in result):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,13 @@ def find_targets(backbone, names=TARGETS):
     return found
 
 
+def layer_numbers(targets):
+    """{full name: number of its layer, counted from 0}. The layer is the first number in a name."""
+    numbers = {name: int((re.findall(r"\.(\d+)\.", name) or [0])[0]) for name in targets}
+    order = sorted(set(numbers.values()))
+    return {name: order.index(n) for name, n in numbers.items()}
+
+
 def in_out(module):
     """(d_in, d_out) of a target. Conv1D is a linear layer whose weight is stored transposed."""
     return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
@@ -130,10 +137,8 @@ class AdapterBank:
         self.rank, self.scale = rank, alpha / rank
         self.shapes = {name: in_out(m) for name, m in targets.items()}
         self.device = {name: m.weight.device for name, m in targets.items()}
-        numbers = {name: int((re.findall(r"\.(\d+)\.", name) or [0])[0]) for name in targets}
-        order = sorted(set(numbers.values()))
-        self.layer = {name: order.index(n) for name, n in numbers.items()}
-        self.layers = len(order)
+        self.layer = layer_numbers(targets)
+        self.layers = len(set(self.layer.values()))
         self.gating = None  # (indices, weights), both [B, L, K]; None: adapters off
         self.committed, self.live = {}, {}
         for name, (d_in, d_out) in self.shapes.items():

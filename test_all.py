@@ -4,6 +4,7 @@ No network, no GPU and nothing outside this folder is needed; the GPU test is sk
 """
 import json
 import math
+import os
 import pathlib
 import random
 import shutil
@@ -619,6 +620,272 @@ def test_the_tiny_tokenizer_gives_back_any_text():
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     for text in ("def f(x):\n    return  x", "naïve café 漢字 🙂\r\n\t", " two  spaces ", "### Instruction:\n"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+# ------------------------------------------------------------------------------------------------- commit.py, the command
+
+@pytest.fixture(scope="session")
+def two(micro, first, tmp_path_factory):
+    """A run folder in which alpaca and then code have been committed under the exact lock."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    shutil.copytree(first, out)
+    train.main(micro("code", out, "--lock"))
+    return out
+
+
+def opened(folder, backbone=None):
+    """A run and a model that holds its versions."""
+    run = Run(folder)
+    model = NIWF(backbone or micro_backbone(), pad_id=0, rank=2, alpha=16)
+    run.load(model)
+    return run, model
+
+
+def fake_commit(folder, task, seed, reads_all=True):
+    """Commit a version as training would leave it, with random contents. Its dynamics are the root's."""
+    run, model = opened(folder)
+    torch.manual_seed(seed)
+    reads = [v.hash for v in run.versions] if reads_all else [v.hash for v in run.versions[:1]]
+    random_bank(model.bank, 2, seed)
+    bases = {k: p.data for k, p in model.bank.live.items()}
+    field = WeightField(2, 2 * len(reads) + 2, 6, 8)
+    dynamics = run.versions[0].dynamics if run.versions else CoordinateDynamics(32, 6)
+    z = torch.tanh(torch.randn(40, 6) + torch.randn(6))
+    region = Region.fit(z)
+    anchors = sample_anchors(region, z, 8, "empirical", 0)
+    run.manifest["settings"] = {"rank": 2, "alpha": 16.0, "probe": "bare", "pool": "prompt"}
+    run.manifest["backbone"] = {"name": "micro", "fingerprint": "x"}
+    run.commit(Version(task, "exact" if run.versions else "first", reads, 2, field.requires_grad_(False), dynamics, region, anchors,
+                       commit.take_snapshot(field, anchors), bases, {}))
+    return run.manifest["versions"][-1]["hash"]
+
+
+def answers(folder, backbone, examples):
+    """{hash: logits} of every version and composition, each at its own coordinates."""
+    run, model = opened(folder, backbone)
+    h_bar = model.probe([p for p, _ in examples])
+    out = {v.hash: model.logits(examples, run.stored(i, h_bar))[0] for i, v in enumerate(run.versions)}
+    out |= {c.hash: model.logits(examples, c.gating(h_bar))[0] for c in run.compositions}
+    model.detach()
+    return out
+
+
+@torch.no_grad()
+def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
+    r, backbone, examples = random.Random(0), micro_backbone(), random_examples(3)
+    folder, count = tmp_path / "run", iter(range(10 ** 6))
+    fake_commit(folder, "root", 0)
+    seen = answers(folder, backbone, examples)
+    done = dict.fromkeys(("commit", "rollback", "compose", "merge"), 0)
+    for step in range(200):
+        run, n = Run(folder), next(count)
+        entries = run.manifest["versions"] + run.manifest["compositions"]
+        kind = r.choice(["rollback", "rollback", "compose", "merge"] if len(entries) > 7 else ["commit", "compose", "merge"])
+        if kind == "commit":
+            fake_commit(folder, f"t{n}", n, reads_all=r.random() < 0.4)
+        elif kind == "compose":
+            picked = [e["hash"][:16] for e in r.sample(run.manifest["versions"], min(2, len(run.manifest["versions"])))]
+            commit.main(["compose", *picked, "--weights", *["0.5"] * len(picked), "--name", f"c{n}", "--run", str(folder)])
+        elif kind == "merge":
+            branch = tmp_path / "branch"
+            shutil.rmtree(branch, ignore_errors=True)
+            shutil.copytree(folder, branch)
+            for i in range(r.randint(1, 2)):
+                fake_commit(branch, f"b{n}.{i}", 1000 + n + i, reads_all=r.random() < 0.4)
+            for e in Run(branch).manifest["versions"][-1:]:
+                seen[e["hash"]] = answers(branch, backbone, examples)[e["hash"]]
+            commit.main(["merge", str(branch), "--run", str(folder)])
+        else:
+            victim = r.choice([e for e in entries if e["task"] != "root"])
+            commit.main(["rollback", victim["hash"][:16], "--cascade", "--run", str(folder)])
+        done[kind] += 1
+        now = answers(folder, backbone, examples)
+        for digest, logits in now.items():
+            assert logits.equal(seen.setdefault(digest, logits)), (step, kind)
+        assert {p.stem for p in (folder / "versions").iterdir()} == set(now)
+    assert min(done.values()) > 10 and not any(wrong for _, wrong in commit.verify(Run(folder)))
+
+
+def test_rollback_refuses_while_another_version_reads_and_cascades_when_told(micro, two, tmp_path, capsys):
+    out = copy_of(two, tmp_path)
+    with pytest.raises(Refused, match="alpaca is read by code; --cascade removes them too"):
+        commit.main(["rollback", "alpaca", "--run", str(out)])
+    before = Run(out).manifest["results"][0]
+    commit.main(["rollback", "code", "--run", str(out)])
+    run = Run(out)
+    assert run.tasks == ["alpaca"] and run.manifest["results"] == [before] and len(list((out / "versions").iterdir())) == 1
+    assert not list((out / "data").glob("code.*"))
+    train.main(micro("code", out, "--lock"))  # learned again, it is the same version
+    assert Run(out).manifest["versions"][1]["hash"] == Run(two).manifest["versions"][1]["hash"]
+    assert Run(out).manifest["results"] == Run(two).manifest["results"]
+    commit.main(["rollback", "alpaca", "--cascade", "--run", str(out), "--json"])
+    assert Run(out).manifest["versions"] == [] and not list((out / "versions").iterdir())
+
+
+def test_branches_merge_as_if_trained_one_after_the_other(micro, first, tmp_path, capsys):
+    left, right = copy_of(first, tmp_path, "left"), copy_of(first, tmp_path, "right")
+    train.main(micro("code", left, "--lock"))
+    train.main(micro("third", right, "--lock", "--data", HERE / "assets" / "data" / "code.val.json", "--seed", "3"))
+    rows = {p: Run(p).manifest["results"][-1] for p in (left, right)}
+    commit.main(["merge", str(right), "--run", str(left)])
+    assert Run(left).tasks == ["alpaca", "code", "third"] and "merged third" in capsys.readouterr().out
+    run = Run(left)
+    backbone, tokenizer = train.open_backbone(run, run.manifest["backbone"]["name"], "cpu")
+    row = train.measure(run, train.open_model(run, backbone, tokenizer), tokenizer)
+    assert row["identical"] == {"alpaca": [32, 32], "code": [32, 32], "third": [32, 32]}
+    assert row["stored"] == {**rows[left]["stored"], **rows[right]["stored"]}
+    commit.main(["merge", str(right), "--run", str(left)])
+    assert "already up to date" in capsys.readouterr().out
+
+
+def test_merge_refuses_what_does_not_belong_together_and_changes_nothing(two, first, micro, tmp_path):
+    def refused(folder, other, message):
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        with pytest.raises(Refused, match=message):
+            commit.main(["merge", str(other), "--run", str(folder)])
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == {p: b for p, b in before.items() if p.name != ".lock"}
+    ours = copy_of(first, tmp_path, "ours")
+    other = tmp_path / "other"
+    train.main(micro("alpaca", other, "--seed", "9"))
+    refused(ours, other, "no common first version")
+    foreign = copy_of(two, tmp_path, "foreign")
+    path = foreign / "manifest.json"
+    path.write_text(path.read_text().replace(Run(foreign).manifest["backbone"]["fingerprint"], "0" * 64))
+    refused(ours, foreign, "another backbone")
+    clash = copy_of(first, tmp_path, "clash")
+    train.main(micro("code", clash, "--lock", "--seed", "5"))
+    refused(copy_of(two, tmp_path, "mine"), clash, "both runs have a version called code")
+    torn = copy_of(two, tmp_path, "torn")
+    manifest = json.loads((torn / "manifest.json").read_text())
+    entry = manifest["versions"][1]
+    (torn / "versions" / f"{entry['hash']}.safetensors").write_bytes(b"no longer")
+    refused(ours, torn, "corrupted version file")
+    soft = copy_of(first, tmp_path, "soft")
+    train.main(micro("code", soft, "--lock", "soft"))
+    refused(ours, soft, "do not stand for themselves")
+
+
+def test_verify_finds_a_flipped_bit_and_a_moved_field(two, tmp_path, capsys):
+    commit.main(["verify", "--run", str(two)])
+    assert capsys.readouterr().out.count(" ok") == 2
+    out = copy_of(two, tmp_path)
+    path = next((out / "versions").glob(Run(out).manifest["versions"][1]["hash"] + "*"))
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SystemExit):
+        commit.main(["verify", "--run", str(out), "--json"])
+    assert [bool(e["wrong"]) for e in json.loads(capsys.readouterr().out)] == [False, True]
+    out = tmp_path / "moved"
+    root = fake_commit(out, "root", 0)
+    run, _ = opened(out)
+    version = run.versions[0]
+    version.bases = Version.load(run.path(root)).bases
+    version.snapshot = version.snapshot + 1e-6
+    run.manifest["versions"] = []
+    run.commit(version)
+    assert "8 of 8 anchors" in commit.verify(Run(out))[0][1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["root", "late", "mix"])
+def test_an_exported_adapter_is_the_version_at_its_mean_coordinate(tmp_path, name):
+    folder, examples = tmp_path / "run", random_examples(3)
+    fake_commit(folder, "root", 0)
+    fake_commit(folder, "late", 1)
+    commit.main(["compose", "root", "late", "--weights", "0.3", "0.7", "--name", "mix", "--run", str(folder)])
+    commit.main(["export", name, "--to", str(tmp_path / "lora"), "--run", str(folder)])
+    run, model = opened(folder)
+    versions = {v.task: v for v in run.versions}
+    parts = [(versions["root"], 0.3), (versions["late"], 0.7)] if name == "mix" else [(versions[name], 1.0)]
+    gatings = [(v.gating(torch.tanh(v.region.mean).float()[None].expand(3, -1)), w) for v, w in parts]
+    gating = torch.cat([g[0] for g, _ in gatings], -1), torch.cat([w * g[1] for g, w in gatings], -1)
+    wanted = model.logits(examples, gating)[0]
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    with commit.safe_open(tmp_path / "lora" / "adapter_model.safetensors", "pt") as f:
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+    twin = micro_backbone()
+    for target, module in find_targets(twin).items():
+        A, B = (tensors[f"base_model.model.{target}.lora_{p}.weight"] for p in "AB")
+        assert len(A) == config["r"] == (8 if name == "mix" else 4)
+        module.weight += config["lora_alpha"] / config["r"] * B @ A
+    torch.testing.assert_close(response_logits(twin, 0, examples)[0], wanted, rtol=0, atol=1e-5)
+    peft = pytest.importorskip("peft")
+    adapted = peft.PeftModel.from_pretrained(micro_backbone(), tmp_path / "lora")
+    torch.testing.assert_close(response_logits(adapted.base_model.model, 0, examples)[0], wanted, rtol=0, atol=1e-5)
+    with pytest.raises(Refused, match="not empty"):
+        commit.main(["export", name, "--to", str(tmp_path / "lora"), "--run", str(folder)])
+
+
+def test_show_log_and_names(two, tmp_path, capsys):
+    out = copy_of(two, tmp_path)
+    commit.main(["compose", "alpaca", "code", "--weights", ".5", ".5", "--name", "AB", "--run", str(out)])
+    commit.main(["log", "--run", str(out)])
+    log = capsys.readouterr().out
+    digest = Run(out).manifest["versions"][1]["hash"]
+    assert f"version {digest[:12]}  code  (lock: exact)" in log and "0.5 x " in log and "perplexity" in log
+    commit.main(["show", digest[:6], "--run", str(out), "--json"])
+    about = json.loads(capsys.readouterr().out)
+    assert about["task"] == "code" and about["writes"] == 4 and about["read_by"] == [Run(out).manifest["compositions"][0]["hash"]]
+    for argv, message in ((["show", "nobody"], "no version is called 'nobody'"), (["show", digest[:3]], "no version"),
+                          (["compose", "alpaca", "--weights", "1", "2", "--name", "x"], "1 versions and 2 weights"),
+                          (["compose", "alpaca", "--weights", "1", "--name", "code"], "already has a version called code"),
+                          (["compose", "alpaca", "--weights", "1", "--name", "a/b"], "use letters"),
+                          (["rollback", "alpaca"], "is read by code, AB")):
+        with pytest.raises(Refused, match=message):
+            commit.main(argv + ["--run", str(out)])
+    with pytest.raises(Refused, match="not a run folder"):
+        commit.main(["log", "--run", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.skipif(not commit.fcntl, reason="no fcntl here")
+def test_a_second_process_is_refused_and_the_lock_dies_with_the_first(micro, first, tmp_path):
+    out = copy_of(first, tmp_path)
+    holder = subprocess.Popen([sys.executable, "-c", f"import commit, time\nwith commit.Run({str(out)!r}).exclusive():\n print('in', flush=True); time.sleep(60)"],
+                              stdout=subprocess.PIPE, cwd=HERE)
+    holder.stdout.readline()
+    for command in (lambda: train.main(micro("code", out, "--lock")), lambda: commit.main(["rollback", "alpaca", "--run", str(out)])):
+        with pytest.raises(Refused, match="another process is at work"):
+            command()
+    holder.kill()
+    holder.wait()
+    commit.main(["rollback", "alpaca", "--run", str(out)])
+    assert Run(out).tasks == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_sigkill_at_any_moment_leaves_the_state_before_or_after(tmp_path):
+    base, branch = tmp_path / "base", tmp_path / "branch"
+    fake_commit(base, "root", 0)
+    shutil.copytree(base, branch)
+    fake_commit(branch, "b", 2, reads_all=False)
+    fake_commit(base, "a", 1)
+    commands = {"commit": lambda f: fake_commit(f, "c", 3), "rollback": lambda f: commit.main(["rollback", "a", "--run", str(f)]),
+                "merge": lambda f: commit.main(["merge", str(branch), "--run", str(f)]),
+                "compose": lambda f: commit.main(["compose", "root", "a", "--weights", "1", "1", "--name", "AB", "--run", str(f)])}
+    state = lambda f: sorted(e["hash"] for k in ("versions", "compositions") for e in Run(f).manifest[k])  # noqa: E731
+    r = random.Random(0)
+    for name, command in commands.items():
+        after = copy_of(base, tmp_path, f"{name}-after")
+        started = time.perf_counter()
+        command(after)
+        took = time.perf_counter() - started
+        for i in range(5):
+            folder = copy_of(base, tmp_path, f"{name}-{i}")
+            child = os.fork()
+            if child == 0:
+                try:
+                    command(folder)
+                finally:
+                    os._exit(0)
+            time.sleep(r.uniform(0, 1.5 * took))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            assert state(folder) in (state(base), state(after)), (name, i)
+            assert not any(wrong for _, wrong in commit.verify(Run(folder)))
+            with Run(folder).exclusive() as run:  # and what was left over is swept
+                assert {p.stem for p in (folder / "versions").iterdir()} == set(state(folder))
+                assert not list(folder.rglob("*.tmp")), run
 
 
 # ------------------------------------------------------------------------------------------- functional task networks

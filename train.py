@@ -148,6 +148,8 @@ def settle(args, run):
         raise Refused(f"--top-k {args.top_k} is more than --bases {args.bases}")
     if not re.fullmatch(r"\w[\w.-]{0,63}", args.task):
         raise Refused(f"--task {args.task!r}: use letters, digits, '_', '-' and '.'")
+    if args.task in [c["task"] for c in run.manifest["compositions"]]:
+        raise Refused(f"{run.folder} already has a composition called {args.task}")
     later = {v["lock"] for v in run.manifest["versions"][1:]}
     if later and (args.lock == "exact") != ("exact" in later):
         raise Refused(f"{run.folder} holds tasks trained with --lock {'/'.join(sorted(later))}, which cannot be mixed with "
@@ -534,24 +536,15 @@ def open_backbone(run, name, device):
 
 def measure_last(run, backbone, tokenizer):
     """Measure the state after the last task, unless that has been done. A kill may have come between commit and this."""
-    if len(run.manifest["results"]) < len(run.tasks):
+    if run.manifest["versions"][-1]["hash"] not in {r["version"] for r in run.manifest["results"]}:
         model = open_model(run, backbone, tokenizer)
         run.manifest["results"].append(measure(run, model, tokenizer))
         run.save()
         model.detach()
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:2] == ["--task", "synthetic"]:
-        return synthetic.main(argv[2:])
-    args, started = parse_options(argv), time.time()
-    args.device = pick_device(args.device)
-    torch.use_deterministic_algorithms(args.device.startswith("cuda"), warn_only=True)  # CPU kernels are, and slower when told so
-    if not args.backbone and not args.out:
-        roomy = args.device.startswith("cuda") and torch.cuda.get_device_properties(args.device).total_memory >= 20e9
-        args.backbone = MISTRAL if roomy else "tiny"
-    run = Run(args.out or f"runs/{re.sub(r'[^A-Za-z0-9.]+', '-', os.path.basename(args.backbone.rstrip('/')))}")
+def work(run, args):
+    """Train the task, unless that has been done, and measure everything that the run then knows."""
     args.backbone = args.backbone or (run.manifest["backbone"] or {"name": "tiny"})["name"]
     if args.task not in run.tasks:
         settle(args, run)
@@ -572,6 +565,20 @@ def main(argv=None):
         model.detach()
         del model  # its memory, before the same is read back from disk: what is measured is what was saved
         measure_last(run, backbone, tokenizer)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["--task", "synthetic"]:
+        return synthetic.main(argv[2:])
+    args, started = parse_options(argv), time.time()
+    args.device = pick_device(args.device)
+    torch.use_deterministic_algorithms(args.device.startswith("cuda"), warn_only=True)  # CPU kernels are, and slower when told so
+    if not args.backbone and not args.out:
+        roomy = args.device.startswith("cuda") and torch.cuda.get_device_properties(args.device).total_memory >= 20e9
+        args.backbone = MISTRAL if roomy else "tiny"
+    with Run(args.out or f"runs/{re.sub(r'[^A-Za-z0-9.]+', '-', os.path.basename(args.backbone.rstrip('/')))}").exclusive() as run:
+        work(run, args)
     report(run)
     print(f"\n{time.time() - started:.0f} s in all, peak memory {peak_memory(args.device)}; saved in {run.folder}")
 
