@@ -3,6 +3,7 @@
     python eval.py                                   # every task now: base, stored, routed, forgetting
     python eval.py --exact-match                     # greedy answers to the validation prompts, per kind of instruction
     python eval.py --prompt "Name three fruits."     # routed: says which version answered, and how sure it is
+    python eval.py --version alpaca code AB          # every task under these versions or compositions; with --prompt: ask one
     python eval.py --bench 10                        # a training step beside peft's LoRA and beside Eq. (2) in plain loops
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
@@ -17,14 +18,15 @@ import importlib.util
 import json
 import pathlib
 import statistics
+import tempfile
 import time
 
 import torch
 
-from commit import Run, atomic, latest_run
-from model import Refused, attach, detach, find_targets, response_nll
+from commit import Composition, Run, atomic, export, latest_run
+from model import Refused, attach, detach, find_targets, perplexity, response_logits, response_nll
 from train import (EVAL_BATCH, encode, forgetting, measure, number, open_backbone, open_model, pick_device,
-                   prompt_of, provenance, report)
+                   probe_all, prompt_of, provenance, report)
 
 
 def answer(run, model, tokenizer, prompts, outside, max_new_tokens):
@@ -104,9 +106,63 @@ def bench(run, model, tokenizer, repeats):
     return seconds
 
 
+def named(run, name):
+    """-> (the version or composition called `name`, its gating as a function of h_bar)."""
+    digest = run.find(name)["hash"]
+    for i, v in enumerate(run.versions):
+        if v.hash == digest:
+            return v, lambda h_bar: run.stored(i, h_bar)
+    composition = next(c for c in run.compositions if c.hash == digest)
+    return composition, composition.gating
+
+
+def under(run, model, tokenizer, names):
+    """Print the perplexity of every task under each of the named versions or compositions, and, where peft is installed,
+    under what its `add_weighted_adapter` makes of a composition's exported versions. -> {task: {name: perplexity}}"""
+    data = {}
+    for task in run.tasks:
+        examples = sorted((encode(r, tokenizer) for r in json.loads(run.validation_file(task).read_text())), key=lambda e: len(e[0]) + len(e[1]))
+        data[task] = examples, probe_all(model, examples, run.manifest["settings"]["pool"], run.probe_gating())
+    table = {task: {} for task in run.tasks}
+
+    def fill(name, logits_of):
+        for task, (examples, h_bar) in data.items():
+            nll = sum(float(response_nll(*logits_of(examples[b:b + EVAL_BATCH], h_bar[b:b + EVAL_BATCH])).sum()) for b in range(0, len(examples), EVAL_BATCH))
+            table[task][name] = perplexity(nll, sum(len(r) for _, r in examples))
+    found = {name: named(run, name) for name in names}
+    for name, (_, gating) in found.items():
+        fill(name, lambda batch, h: model.logits(batch, gating(h)))
+    model.detach()
+    for name, (version, _) in found.items():
+        if isinstance(version, Composition) and importlib.util.find_spec("peft"):
+            import peft
+            with tempfile.TemporaryDirectory() as folder:
+                adapted, parts = None, [f"part{i}" for i in range(len(version.reads))]
+                for part, digest in zip(parts, version.reads):
+                    path = export(run, digest, pathlib.Path(folder) / part)["folder"]
+                    if adapted is None:
+                        adapted = peft.PeftModel.from_pretrained(model.backbone, path, adapter_name=part)
+                    else:
+                        adapted.load_adapter(path, part)
+            adapted.add_weighted_adapter(parts, version.weights, "sum", combination_type="cat")
+            adapted.set_adapter("sum")
+            fill(f"{name}, peft", lambda batch, h: response_logits(adapted.base_model.model, model.pad_id, batch))
+            adapted.unload()
+    width = max(map(len, run.tasks))
+    print(f"\nvalidation perplexity under\n{'':{width}}" + "".join(f"{n:>14}" for n in table[run.tasks[0]]))
+    for task, row in table.items():
+        print(f"{task:{width}}" + "".join(f"{x:14.3f}" for x in row.values()))
+    return table
+
+
 def talk(run, model, tokenizer, args):
     """Answer one prompt; say which version did, and how sure the routing is."""
     prompt = prompt_of({"instruction": args.prompt, "input": args.input})
+    if args.version:
+        version, gating = named(run, args.version[0])
+        ids = [tokenizer(prompt).input_ids]
+        new = model.generate(ids, gating(model.probe(ids, run.probe_gating())), tokenizer.eos_token_id, args.max_new_tokens)
+        return print(f"{tokenizer.decode(new[0], skip_special_tokens=True).strip()}\n\n[version {version.hash[:12]}, as asked]")
     (text,), found = answer(run, model, tokenizer, [prompt], args.outside, args.max_new_tokens)
     v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
     by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
@@ -127,6 +183,8 @@ def know(run, model, tokenizer, args):
                       **{v.task: {"lock": v.lock, **v.config} for v in run.versions}}}
     if args.exact_match is not None:
         out["exact_match"] = exact_match(run, model, tokenizer, args.outside, args.max_new_tokens, args.exact_match)
+    if args.version:
+        out["under"] = under(run, model, tokenizer, args.version)
     if args.bench:
         out["bench"] = bench(run, model, tokenizer, args.bench)
     return out
@@ -154,6 +212,7 @@ def main(argv=None):
     p.add_argument("--json", metavar="FILE", help="write what was measured")
     p.add_argument("--exact-match", nargs="?", type=number(int, 0), const=0, metavar="SHOW",
                    help="generate answers to the validation prompts and count the right ones; print SHOW of each task")
+    p.add_argument("--version", nargs="+", metavar="NAME", help="measure every task under these, or let the first answer the --prompt")
     p.add_argument("--bench", type=number(int, 1), metavar="N", help="time a training step N times, beside peft's LoRA and plain loops")
     p.add_argument("--prompt", help="an instruction to answer, instead of measuring")
     p.add_argument("--input", default="", help="the input that goes with --prompt")

@@ -801,7 +801,7 @@ def main(argv=None):
             tmp.write_text(json.dumps(dict(
                 command="python synthetic.py " + " ".join(argv if argv is not None else sys.argv[1:]), refused=refused,
                 date=datetime.date.today().isoformat(), machine=f"{platform.system()} {platform.machine()}, {multiprocessing.cpu_count()} cores",
-                torch=torch.__version__, python=platform.python_version(), rows=[dict(o, **summary(o)) for o in outs])))
+                torch=torch.__version__, python=platform.python_version(), rows=[dict(o, summary=summary(o)) for o in outs])))
     if args.figures and outs:
         draw(outs, args.figures)
     if refused:
