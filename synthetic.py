@@ -766,6 +766,8 @@ def main(argv=None):
     for name, value in dict(sizes, seeds=args.seeds, workers=args.workers).items():
         if value < (2 if name == "tasks" else 1) or (name, args.experiment) == ("tasks", 2) and value > len(StyleStream.STYLES):
             raise Refused(f"--{name} {value} is out of range")
+    if args.b_std < 0 or args.search and min(args.search) <= 0:
+        raise Refused("--b-std must not be negative, and --search takes two numbers above 0")
     if args.bench:
         return bench() if args.experiment == 1 else bench_lora(args.backbone)
     known = [m for m in METHODS if m.startswith("lora-") == (args.experiment == 2)]

@@ -1135,6 +1135,9 @@ def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monk
 
 def test_the_experiments_refuse_in_one_line():
     for argv, message in ((["--seeds", "0"], "--seeds 0 is out of range"), (["--tasks", "1"], "--tasks 1 is out of range"),
+                          (["--experiment", "2", "--tasks", "7"], "--tasks 7 is out of range"), (["--b-std", "-1"], "--b-std must not"),
+                          (["--experiment", "2", "--methods", "ewc"], "experiment 2 has the methods lora-fixedmask"),
+                          (["--experiment", "2", "--backbone", "no/such", "--methods", "lora-ftn"], "rows were not computed: .*no/such"),
                           (["--methods", "fixedmask", "--tasks", "9", "--steps", "1", "--variant", "clf"], "hold 8 fixed masks")):
         with pytest.raises(Refused, match=message):
             synthetic.main(argv)
