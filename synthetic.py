@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import datetime
 import hashlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -556,10 +557,7 @@ def print_overlaps(outs):
 
 def draw(outs, folder):
     """Figure 1, masks as colours, and the curves of every task through the stream; as PNG files in `folder`."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise Refused("--figures needs matplotlib: pip install matplotlib")
+    import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     folder = pathlib.Path(folder)
@@ -768,6 +766,8 @@ def main(argv=None):
             raise Refused(f"--{name} {value} is out of range")
     if args.b_std < 0 or args.search and min(args.search) <= 0:
         raise Refused("--b-std must not be negative, and --search takes two numbers above 0")
+    if args.figures and not importlib.util.find_spec("matplotlib"):
+        raise Refused("--figures needs matplotlib: pip install matplotlib")
     if args.bench:
         return bench() if args.experiment == 1 else bench_lora(args.backbone)
     known = [m for m in METHODS if m.startswith("lora-") == (args.experiment == 2)]

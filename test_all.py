@@ -1117,7 +1117,7 @@ def test_forgetting_is_positive_where_a_score_got_worse():
 def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["--variant", "clf", "--methods", "fixedmask", "ftn-slow", "--steps", "2"]
-    synthetic.main(command + ["--workers", "1", "--json", "one.json", "--figures", "."])
+    synthetic.main(command + ["--workers", "1", "--json", "one.json"])
     kept = {p: p.stat().st_mtime_ns for p in pathlib.Path("runs/synthetic").iterdir()}
     synthetic.main(command + ["--workers", "2", "--json", "again.json"])
     assert kept == {p: p.stat().st_mtime_ns for p in pathlib.Path("runs/synthetic").iterdir()}
@@ -1130,7 +1130,18 @@ def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monk
             del part["seconds"], part["ms_per_step"]
     assert one == two
     assert "classification" in capsys.readouterr().out
-    assert pathlib.Path("ftn-masks-clf.png").stat().st_size > 1000 and pathlib.Path("ftn-curves-clf.png").stat().st_size > 1000
+
+
+def test_figures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["--variant", "clf", "--methods", "ftn-slow", "--steps", "2", "--figures", "."]
+    with monkeypatch.context() as m:
+        m.setattr(synthetic.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(Refused, match="pip install matplotlib"):
+            synthetic.main(command)
+    pytest.importorskip("matplotlib")
+    synthetic.main(command)
+    assert all(pathlib.Path(f"ftn-{kind}-clf.png").stat().st_size > 1000 for kind in ("masks", "curves"))
 
 
 def test_the_experiments_refuse_in_one_line():
