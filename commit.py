@@ -34,6 +34,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -198,14 +199,10 @@ class Version:
         if not self.reads:  # the coordinate space belongs to a version that stands on no other
             tensors |= {f"dynamics.{k}": t for k, t in self.dynamics.state_dict().items()}
         tensors |= {"region.mean": self.region.mean, "region.cov": self.region.cov, "anchors": self.anchors, "snapshot": self.snapshot}
-        header = {"task": self.task, "lock": self.lock, "reads": self.reads, "writes": len(next(iter(self.bases.values()))),
-                  "top_k": self.top_k, "tau": self.region.tau, "n": self.region.n, "anchors": len(self.anchors),
-                  "fixed": self.dynamics.fixed, "config": self.config}
-        # One metadata key: safetensors does not promise an order, and the bytes are the name.
-        data = save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"version": json.dumps(header, sort_keys=True)})
-        self.hash = hashlib.sha256(data).hexdigest()
-        with atomic(folder / f"{self.hash}.safetensors") as tmp:
-            tmp.write_bytes(data)
+        head = {"task": self.task, "lock": self.lock, "reads": self.reads, "writes": len(next(iter(self.bases.values()))),
+                "top_k": self.top_k, "tau": self.region.tau, "n": self.region.n, "anchors": len(self.anchors),
+                "fixed": self.dynamics.fixed, "config": self.config}
+        self.hash = write(folder, head, tensors)
         return self.hash
 
     @classmethod
@@ -245,6 +242,7 @@ class Composition:
     weights: list
     hash: str = ""
     versions: list = ()             # set when a run folder is loaded
+    lock = "composed"
 
     def gating(self, h_bar):
         """h_bar [B, features] -> (indices into the bank, weights), both [B, L, sum of the K]."""
@@ -254,11 +252,19 @@ class Composition:
                 torch.cat([share * weights.expand(-1, layers, -1) for share, (_, weights) in zip(self.weights, parts)], -1))
 
     def save(self, folder):
-        header = {"task": self.task, "lock": "composed", "reads": self.reads, "weights": self.weights}
-        data = save({}, {"version": json.dumps(header, sort_keys=True)})
-        self.hash = hashlib.sha256(data).hexdigest()
-        with atomic(folder / f"{self.hash}.safetensors") as tmp:
-            tmp.write_bytes(data)
+        """As `Version.save`."""
+        self.hash = write(folder, {"task": self.task, "lock": self.lock, "reads": self.reads, "weights": self.weights}, {})
+        return self.hash
+
+
+def write(folder, head, tensors):
+    """Write a version file under the hash of its contents, which is returned."""
+    # One metadata key: safetensors does not promise an order, and the bytes are the name.
+    data = save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"version": json.dumps(head, sort_keys=True)})
+    digest = hashlib.sha256(data).hexdigest()
+    with atomic(folder / f"{digest}.safetensors") as tmp:
+        tmp.write_bytes(data)
+    return digest
 
 
 def check(path):
@@ -273,8 +279,9 @@ def check(path):
         raise Refused(f"{path}: corrupted version file (its contents hash to {digest.hexdigest()[:12]}…); restore it from a copy")
 
 
+@functools.cache
 def header(path):
-    """What a version file says of itself, without its tensors."""
+    """What a version file says of itself, without its tensors. A file never changes, so it is asked once."""
     with safe_open(path, "pt") as f:
         return json.loads(f.metadata()["version"])
 
@@ -309,6 +316,10 @@ class Run:
     def __init__(self, folder):
         """Refused: the folder holds a manifest that is not ours or cannot be read."""
         self.folder = pathlib.Path(folder)
+        self.read()
+
+    def read(self):
+        """Take the manifest from disk; no version is loaded then."""
         self.versions, self.compositions = [], []
         self.manifest = {"format": 1, "backbone": None, "settings": {}, "versions": [], "results": [], "compositions": []}
         path = self.folder / "manifest.json"
@@ -327,8 +338,13 @@ class Run:
         return [v["task"] for v in self.manifest["versions"]]
 
     @property
+    def entries(self):
+        """The manifest's entries of all versions and compositions."""
+        return self.manifest["versions"] + self.manifest["compositions"]
+
+    @property
     def shared(self):
-        return bool(self.versions) and self.versions[-1].lock in ("soft", "none")
+        return bool(self.manifest["versions"]) and self.manifest["versions"][-1]["lock"] in ("soft", "none")
 
     def path(self, digest):
         """The file of a version."""
@@ -336,9 +352,8 @@ class Run:
 
     def find(self, name):
         """The manifest's entry for a task name or the start of a hash, as in git. Refused: none, or more than one."""
-        entries = self.manifest["versions"] + self.manifest["compositions"]
-        found = ([e for e in entries if e["task"] == name]
-                 or [e for e in entries if len(name) >= 4 and e["hash"].startswith(name.lower())])
+        found = ([e for e in self.entries if e["task"] == name]
+                 or [e for e in self.entries if len(name) >= 4 and e["hash"].startswith(name.lower())])
         if len(found) != 1:
             raise Refused(f"{self.folder}: {'no version' if not found else 'more than one version'} is called {name!r}; "
                           "see `python commit.py log`")
@@ -354,7 +369,7 @@ class Run:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise Refused(f"{self.folder}: another process is at work on this run folder; wait for it, or choose another") from None
-            self.__init__(self.folder)  # as the other process may just have left it
+            self.read()  # as the other process may just have left it
             self.sweep()
             try:
                 yield self
@@ -364,7 +379,7 @@ class Run:
 
     def sweep(self):
         """Remove what a killed command left: files that no manifest names. A training in progress keeps its own."""
-        kept = {e["hash"] for e in self.manifest["versions"] + self.manifest["compositions"]}
+        kept = {e["hash"] for e in self.entries}
         for p in [*self.folder.rglob("*.tmp"), *(self.folder / "versions").glob("*.safetensors")]:
             if p.stem not in kept:
                 p.unlink()
@@ -380,6 +395,10 @@ class Run:
     def validation_file(self, task):
         """Where the validation records are kept that the task is measured on, now and after every later task."""
         return self.folder / "data" / f"{task}.val.json"
+
+    def validation(self, task):
+        """Those records."""
+        return json.loads(self.validation_file(task).read_text())
 
     def load(self, model):
         """Read all versions and put their bases, read-only, into the model's empty bank."""
@@ -409,7 +428,7 @@ class Run:
         the same training writes again under the same name."""
         version.save(self.folder / "versions")
         listed = self.manifest["compositions" if isinstance(version, Composition) else "versions"]
-        listed.append({"hash": version.hash, "task": version.task, "lock": getattr(version, "lock", "composed"),
+        listed.append({"hash": version.hash, "task": version.task, "lock": version.lock,
                        "date": time.strftime("%Y-%m-%d %H:%M:%S")})
         self.save()
 
@@ -479,15 +498,14 @@ def describe(run, entry):
 
 def dependents(run, digest):
     """Entries that stand on a version: that read its bases, or were trained from its shared bank (soft lock and none)."""
-    entries = run.manifest["versions"] + run.manifest["compositions"]
-    found = [e for e in entries if digest in header(run.path(e["hash"]))["reads"]]
-    hashes = [e["hash"] for e in entries]
-    return found + [e for e in entries[hashes.index(digest) + 1:] if e["lock"] in ("soft", "none")]
+    found = [e for e in run.entries if digest in header(run.path(e["hash"]))["reads"]]
+    hashes = [e["hash"] for e in run.entries]
+    return found + [e for e in run.entries[hashes.index(digest) + 1:] if e["lock"] in ("soft", "none")]
 
 
 def log(run):
     """Lines of `python commit.py log`: newest first, as in git. Reads the files' headers only."""
-    for entry in sorted(run.manifest["versions"] + run.manifest["compositions"], key=lambda e: e["date"], reverse=True):
+    for entry in sorted(run.entries, key=lambda e: e["date"], reverse=True):
         about = describe(run, entry)
         yield f"* version {entry['hash'][:12]}  {entry['task']}  (lock: {about['lock']})"
         yield f"| Date:   {entry['date']}"
@@ -501,10 +519,21 @@ def log(run):
         yield "|"
 
 
+def refuse_shared(run):
+    if run.shared:
+        raise Refused(f"{run.folder} was trained without the exact lock: its versions do not stand for themselves")
+
+
+def check_name(option, name):
+    """Names become file names. Refused: this one cannot."""
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+        raise Refused(f"{option} {name!r}: use letters, digits, '_', '-' and '.'")
+
+
 def verify(run):
     """[(entry, what is wrong or "")]: the hash of every file, what it reads, and its field on every anchor, bit for bit."""
     found, root, known = [], None, set()
-    for entry in run.manifest["versions"] + run.manifest["compositions"]:
+    for entry in run.entries:
         wrong = ""
         try:
             check(run.path(entry["hash"]))
@@ -551,12 +580,11 @@ def compose(run, names, weights, name):
     if len(weights) != len(entries):
         raise Refused(f"{len(entries)} versions and {len(weights)} weights")
     for e in entries:
-        if e["lock"] not in ("first", "exact") or any(v["lock"] in ("soft", "none") for v in run.manifest["versions"]):
+        if e["lock"] not in ("first", "exact") or run.shared:
             raise Refused(f"{e['task']} cannot be composed: only versions that stand for themselves can, those of the exact lock")
-    if name in {e["task"] for e in run.manifest["versions"] + run.manifest["compositions"]}:
+    if name in {e["task"] for e in run.entries}:
         raise Refused(f"{run.folder} already has a version called {name}")
-    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
-        raise Refused(f"--name {name!r}: use letters, digits, '_', '-' and '.'")
+    check_name("--name", name)
     run.commit(Composition(name, [e["hash"] for e in entries], list(weights)))
     return run.manifest["compositions"][-1]
 
@@ -571,11 +599,10 @@ def merge(run, other):
         raise Refused(f"{run.folder} and {other.folder} have no common first version, so no common coordinates; cannot be merged")
     if ours["backbone"]["fingerprint"] != theirs["backbone"]["fingerprint"]:
         raise Refused(f"{other.folder} belongs to another backbone ({theirs['backbone']['name']}) than {run.folder}")
-    for m, folder in ((ours, run.folder), (theirs, other.folder)):
-        if any(e["lock"] in ("soft", "none") for e in m["versions"]):
-            raise Refused(f"{folder} was trained without the exact lock: its versions do not stand for themselves")
-    known = {e["hash"] for e in ours["versions"] + ours["compositions"]}
-    names = {e["task"] for e in ours["versions"] + ours["compositions"]}
+    refuse_shared(run)
+    refuse_shared(other)
+    known = {e["hash"] for e in run.entries}
+    names = {e["task"] for e in run.entries}
     manifest, new = copy.deepcopy(ours), []
     for kind in ("versions", "compositions"):
         for entry in theirs[kind]:
@@ -606,16 +633,17 @@ def export(run, name, folder):
     """Write a version as a LoRA adapter in PEFT's format: its gating at its region's mean coordinate, of rank K r, with
     A the chosen A_i one under the other and B the chosen B_i, times (alpha / r) w_i. A composition joins its versions'."""
     entry, folder = run.find(name), pathlib.Path(folder)
-    if any(e["lock"] in ("soft", "none") for e in run.manifest["versions"]):
-        raise Refused(f"{run.folder} was trained without the exact lock: its versions do not stand for themselves")
+    refuse_shared(run)
     if folder.exists() and any(folder.iterdir()):
         raise Refused(f"{folder} is not empty")
     head = header(run.path(entry["hash"]))
     parts = list(zip(head["reads"], head["weights"])) if entry["lock"] == "composed" else [(entry["hash"], 1.0)]
+    needed = {h for digest, _ in parts for h in [digest, *header(run.path(digest))["reads"]]}
     loaded, root = {}, None
-    for e in run.manifest["versions"]:
-        loaded[e["hash"]] = Version.load(run.path(e["hash"]), root)
-        root = root or loaded[e["hash"]].dynamics
+    for e in run.manifest["versions"]:  # the first comes first: it has the dynamics of all
+        if e["hash"] in needed:
+            loaded[e["hash"]] = Version.load(run.path(e["hash"]), root)
+            root = root or loaded[e["hash"]].dynamics
     A, B = {}, {}
     for digest, share in parts:
         v = loaded[digest]
@@ -669,7 +697,7 @@ def main(argv=None):
         raise Refused(f"{run.folder}: not a run folder")
     short = lambda entries: ", ".join(f"{e['task']} {e['hash'][:12]}" for e in entries)  # noqa: E731
     if args.command == "log":
-        result = [describe(run, e) for e in run.manifest["versions"] + run.manifest["compositions"]]
+        result = [describe(run, e) for e in run.entries]
         text = "\n".join(log(run))
     elif args.command == "show":
         result = describe(run, run.find(args.version))

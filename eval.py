@@ -26,7 +26,7 @@ import torch
 from commit import Composition, Run, atomic, export, latest_run
 from model import Refused, attach, detach, find_targets, perplexity, response_logits, response_nll
 from train import (EVAL_BATCH, encode, forgetting, measure, number, open_backbone, open_model, pick_device,
-                   probe_all, prompt_of, provenance, report)
+                   prompt_of, provenance, report, validation)
 
 
 def answer(run, model, tokenizer, prompts, outside, max_new_tokens):
@@ -42,7 +42,7 @@ def exact_match(run, model, tokenizer, outside, max_new_tokens, show):
     of instruction (a record's "kind"; a record without one counts under its task). -> {task: {kind: [right, of]}}"""
     shares = {}
     for task in run.tasks:
-        records = json.loads(run.validation_file(task).read_text())
+        records = run.validation(task)
         records.sort(key=lambda r: len(prompt_of(r)))
         kinds = collections.defaultdict(lambda: [0, 0])
         for b in range(0, len(records), 4 * EVAL_BATCH):
@@ -70,7 +70,7 @@ def bench(run, model, tokenizer, repeats):
     if not importlib.util.find_spec("peft"):
         raise Refused("--bench compares with peft: pip install peft")
     import peft
-    records = json.loads(run.validation_file(run.tasks[0]).read_text())
+    records = run.validation(run.tasks[0])
     examples = [encode(r, tokenizer) for r in records[:EVAL_BATCH]]
     bank, rank = model.bank, run.versions[0].top_k * model.bank.rank
     gating = run.stored(0, model.probe([p for p, _ in examples], run.probe_gating()))
@@ -119,10 +119,7 @@ def named(run, name):
 def under(run, model, tokenizer, names):
     """Print the perplexity of every task under each of the named versions or compositions, and, where peft is installed,
     under what its `add_weighted_adapter` makes of a composition's exported versions. -> {task: {name: perplexity}}"""
-    data = {}
-    for task in run.tasks:
-        examples = sorted((encode(r, tokenizer) for r in json.loads(run.validation_file(task).read_text())), key=lambda e: len(e[0]) + len(e[1]))
-        data[task] = examples, probe_all(model, examples, run.manifest["settings"]["pool"], run.probe_gating())
+    data = {task: validation(run, model, tokenizer, task) for task in run.tasks}
     table = {task: {} for task in run.tasks}
 
     def fill(name, logits_of):

@@ -206,6 +206,11 @@ def pad_left(rows, pad_id, device):
     return ids, mask
 
 
+def pad_of(tokenizer):
+    """The id that padding is made of. It is masked, so any will do."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def run_padded(body, ids, mask, **kwargs):
     """One pass over left-padded ids. Positions count real tokens, so padding does not shift them."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from commit import atomic
 from ftn import ALL, LoRAPool, NeuronGrid, SmoothKWTA, unpack
-from model import Refused, attach, find_targets, load_backbone, response_logits, response_nll
+from model import Refused, attach, find_targets, load_backbone, pad_of, response_logits, response_nll
 
 VARIANTS = {"clf": dict(score="ACC", sign=1, title="classification (accuracy)"),
             "reg": dict(score="MSE", sign=-1, title="regression (squared error)"),
@@ -209,12 +209,21 @@ def generator(*key):
 # ------------------------------------------------------------------------------------------------------ the methods
 
 class OnGrid:
-    """A learner of experiment 1. Its `handle` for a task is whatever its own `predict` needs to select that task."""
+    """A learner of experiment 1. Its `handle` for a task is whatever its own `select` needs to give that task's weights."""
 
     def __init__(self, row, width, bias=False):
         self.row, self.method, self.head = row, METHODS[row.method], HEAD[row.variant]
         self.loss, self.world = self.head["loss"], ConceptShift(row)
         self.grid = NeuronGrid(row.side, 2, self.head["d_out"], row.layers, width, bias)
+
+    @torch.no_grad()
+    def predict(self, handle, x):
+        weights = self.select(handle)
+        return torch.cat([self.grid.answer(*weights, part) for part in x.split(256)])
+
+    def parameters(self, t):
+        """A copy of what task t's prediction is computed from."""
+        return [p.clone() for p in self.select(self.stored[t])]
 
     def score(self, handle, x, y):
         y_hat = self.predict(handle, x)
@@ -246,7 +255,8 @@ class Masked(OnGrid):
         self.stored.append(None)
         self.touched.append(torch.zeros(len(self.grid.free), dtype=torch.bool))
 
-    def choose(self, t, x, y, free=None):
+    def find(self, t, x, y, free=None):
+        """The mask for a batch, in training and to recover it. FixedMask alone is told which task it is: it is the oracle."""
         if self.method["mask"] == "all":
             return ALL
         if self.method["mask"] == "fixed":
@@ -256,7 +266,7 @@ class Masked(OnGrid):
         return self.search.configure(self.grid.loss_of_mask(x, y, self.loss), self.grid.side, free)
 
     def train(self, t, x, y):
-        winners = self.choose(t, x, y, self.grid.free if self.method.get("lock") else None)
+        winners = self.find(t, x, y, self.grid.free if self.method.get("lock") else None)
         self.optimizer.zero_grad()
         self.loss(self.grid.respond(x, winners, self.row.dropout), y).backward()
         for importance, anchor in self.fisher:  # the gradient of EWC's penalty, lambda/2 sum F (theta - theta*)^2
@@ -277,18 +287,8 @@ class Masked(OnGrid):
                     f.addcmul_(g, g, value=1 / len(x))
             self.fisher.append((importance, [p.detach().clone() for p in self.grid.parameters()]))
 
-    def recover(self, t, x, y):
-        """The mask for a support batch. FixedMask alone is told which task it is: it is the oracle."""
-        return self.choose(t, x, y)
-
-    @torch.no_grad()
-    def predict(self, winners, x):
-        return torch.cat([self.grid.respond(part, winners) for part in x.split(256)])
-
-    def parameters(self, t):
-        """A copy of what task t's prediction is computed from."""
-        winners = self.stored[t]
-        return [self.grid.theta.detach()[winners].clone(), self.grid.readout.detach()[:, winners].clone()]
+    def select(self, winners):
+        return [self.grid.theta.detach()[winners], self.grid.readout.detach()[:, winners]]
 
 
 class SupSup(OnGrid):
@@ -332,16 +332,11 @@ class SupSup(OnGrid):
     def end(self, t, x, y):
         pass
 
-    def recover(self, t, x, y):
+    def find(self, t, x, y):
         return min(self.stored, key=lambda masks: self.loss(self.predict(masks, x), y).item())
 
-    @torch.no_grad()
-    def predict(self, masks, x):
-        weights = [w * m for w, m in zip(self.weights, masks)]
-        return torch.cat([self.grid.answer(*weights, part) for part in x.split(256)])
-
-    def parameters(self, t):
-        return [w * m for w, m in zip(self.weights, self.stored[t])]
+    def select(self, masks):
+        return [w * m for w, m in zip(self.weights, masks)]
 
 
 class Adapted:
@@ -353,7 +348,7 @@ class Adapted:
         self.row, self.method = row, METHODS[row.method]
         self.backbone, tokenizer = load_backbone(row.backbone, "cpu")
         self.backbone.requires_grad_(False).eval()
-        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_id = pad_of(tokenizer)
         self.world = StyleStream(row, tokenizer)
         targets = find_targets(self.backbone, self.TARGETS)
         banks = row.side ** 2 // row.k  # the bank: as many parameters, in H/k components, with B near zero to tell them apart
@@ -368,7 +363,7 @@ class Adapted:
         logits, labels = response_logits(self.backbone, self.pad_id, examples)
         return response_nll(logits, labels).sum() / sum(len(r) for _, r in examples)
 
-    def choose(self, t, examples, free=None):
+    def find(self, t, examples, free=None):
         kind, k = self.method["mask"], self.row.k
         if kind == "all":
             return ALL
@@ -388,7 +383,7 @@ class Adapted:
         every = self.row.reconfigure == "every" and self.method["mask"] == "search"
         if self.rows is None or every:
             support = examples if every else self.world.batch(t, self.row.support, generator(self.row.seed, "install", t))[0]
-            self.stored[t] = self.choose(t, support, self.pool.free if self.method.get("lock") else None)
+            self.stored[t] = self.find(t, support, self.pool.free if self.method.get("lock") else None)
         if self.rows is None:
             self.rows = ALL if every else self.stored[t]
             self.live = {name: tuple(p.requires_grad_() for p in pair) for name, pair in self.pool.take(self.rows).items()}
@@ -406,9 +401,6 @@ class Adapted:
         self.pool.store(self.rows, self.live)
         if self.method.get("lock"):
             self.pool.free[self.stored[t]] = False
-
-    def recover(self, t, examples):
-        return self.choose(t, examples)
 
     @torch.no_grad()
     def outputs(self, winners, examples):
@@ -447,7 +439,7 @@ def run(row):
             if step % CURVE_EVERY == 0 and row.variant != "style" or step == row.steps:
                 stored = [learner.score(learner.stored[j], *world.test[j]) for j in range(t + 1)]
                 recovered = stored if kind in ("all", "fixed") else [  # without a search both are the same mask
-                    learner.score(learner.recover(j, *world.support[j]), *world.test[j]) for j in range(t + 1)]
+                    learner.score(learner.find(j, *world.support[j]), *world.test[j]) for j in range(t + 1)]
                 curve.append(dict(step=t * row.steps + step, stored=stored, recovered=recovered))
         kept.append((learner.parameters(t), learner.outputs(learner.stored[t], *world.test[t])))
     moved = [bits_moved(before, (learner.parameters(t), learner.outputs(learner.stored[t], *world.test[t]))) for t, before in enumerate(kept)]
@@ -693,7 +685,7 @@ def bench_lora(backbone, repeats=5):
                 p.data.copy_(part)
 
         def search_ours():
-            return ours.choose(1, support)
+            return ours.find(1, support)
 
         def search_literal():
             return ours.search.configure(lambda m: under(m, support), ours.row.side)

@@ -44,9 +44,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import synthetic
-from commit import Region, Run, Version, atomic, drift, lock_loss, sample_anchors, separation_loss, take_snapshot
+from commit import Region, Run, Version, atomic, check_name, drift, lock_loss, sample_anchors, separation_loss, take_snapshot
 from field import CoordinateDynamics, WeightField, top_k_gating
-from model import NIWF, Refused, fingerprint, hub_or_cache, load_backbone, perplexity, response_nll
+from model import NIWF, Refused, fingerprint, hub_or_cache, load_backbone, pad_of, perplexity, response_nll
 
 HERE = pathlib.Path(__file__).parent
 MISTRAL = "mistralai/Mistral-7B-v0.1"
@@ -146,8 +146,7 @@ def settle(args, run):
         raise Refused("--lock exact needs --probe bare: an adapted probe moves whenever an adapter is trained")
     if args.top_k > args.bases:
         raise Refused(f"--top-k {args.top_k} is more than --bases {args.bases}")
-    if not re.fullmatch(r"\w[\w.-]{0,63}", args.task):
-        raise Refused(f"--task {args.task!r}: use letters, digits, '_', '-' and '.'")
+    check_name("--task", args.task)
     if args.task in [c["task"] for c in run.manifest["compositions"]]:
         raise Refused(f"{run.folder} already has a composition called {args.task}")
     later = {v["lock"] for v in run.manifest["versions"][1:]}
@@ -411,6 +410,13 @@ def provenance():
 
 # ----------------------------------------------------------------------------------------------------- measuring
 
+def validation(run, model, tokenizer, task):
+    """-> a task's validation examples, in the order that every measurement takes them in batches, and their h_bar."""
+    examples = [encode(r, tokenizer) for r in run.validation(task)]
+    examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
+    return examples, probe_all(model, examples, run.manifest["settings"]["pool"], run.probe_gating())
+
+
 @torch.no_grad()
 def measure(run, model, tokenizer, outside="nearest"):
     """Measure every committed task as things stand: one row of R, stored and routed.
@@ -423,12 +429,9 @@ def measure(run, model, tokenizer, outside="nearest"):
     last = run.manifest["versions"][-1]
     row = {"task": last["task"], "version": last["hash"], "base": {}, "stored": {}, "routed": {}, "routing": {}, "inside": {}, "identical": {}, "gating": {},
            "drift": {}}
-    settings = run.manifest["settings"]
     known = {k: v for r in run.manifest["results"] for k, v in r["base"].items()}  # the bare backbone never changes
     for i, task in enumerate(run.tasks):
-        examples = [encode(r, tokenizer) for r in json.loads(run.validation_file(task).read_text())]
-        examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
-        h_bar = probe_all(model, examples, settings["pool"], run.probe_gating())
+        examples, h_bar = validation(run, model, tokenizer, task)
         totals = dict.fromkeys(("base", "stored", "routed"), 0.0)
         digests, choices, inside, gatings = [], [], 0, []
         for b in range(0, len(examples), EVAL_BATCH):
@@ -518,8 +521,7 @@ def pick_device(wanted):
 
 def open_model(run, backbone, tokenizer):
     """The backbone with a bank that holds what the run has committed."""
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model = NIWF(backbone, pad, run.manifest["settings"]["rank"], run.manifest["settings"]["alpha"])
+    model = NIWF(backbone, pad_of(tokenizer), run.manifest["settings"]["rank"], run.manifest["settings"]["alpha"])
     run.load(model)
     return model
 
