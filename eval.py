@@ -5,6 +5,7 @@
     python eval.py --prompt "Name three fruits."     # routed: says which version answered, and how sure it is
     python eval.py --version alpaca code AB          # every task under these versions or compositions; with --prompt: ask one
     python eval.py --bench 10                        # a training step beside peft's LoRA and beside Eq. (2) in plain loops
+    python eval.py --stream 24 --figures             # learn 24 kinds of instruction one after another, and what that costs
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
 
@@ -15,6 +16,7 @@ import argparse
 import collections
 import contextlib
 import importlib.util
+import itertools
 import json
 import pathlib
 import statistics
@@ -23,10 +25,11 @@ import time
 
 import torch
 
-from commit import Composition, Run, atomic, export, latest_run
+from commit import Composition, Run, Version, atomic, export, latest_run
 from model import Refused, attach, detach, find_targets, perplexity, response_logits, response_nll
-from train import (EVAL_BATCH, encode, forgetting, measure, number, open_backbone, open_model, pick_device,
-                   prompt_of, provenance, report, validation)
+from synthetic import save_figure
+from train import (EVAL_BATCH, HERE, HUB_DATA, encode, forgetting, measure, number, open_backbone, open_model, parse_options, pick_device,
+                   prompt_of, provenance, read_records, report, validation, work)
 
 
 def answer(run, model, tokenizer, prompts, outside, max_new_tokens):
@@ -152,6 +155,62 @@ def under(run, model, tokenizer, names):
     return table
 
 
+def stream(folder, count, device):
+    """Learn `count` tasks one after another under the exact lock: kinds of instruction of the embedded sets in alphabetical
+    order, general and code in turn. What the run folder already knows is not learned again."""
+    sets = {(name, part): read_records(HERE / "assets" / "data" / f"{name}.{part}.json") for name in HUB_DATA for part in ("train", "val")}
+    kinds = [sorted({(name, r["kind"]) for r in sets[name, "train"]}) for name in HUB_DATA]
+    for name, kind in list(itertools.chain.from_iterable(zip(*kinds)))[:count]:
+        with tempfile.TemporaryDirectory() as tmp:
+            for part in ("train", "val"):
+                pathlib.Path(tmp, part).write_text(json.dumps([r for r in sets[name, part] if r["kind"] == kind]))
+            args = parse_options(["--task", f"{name}-{kind}", "--data", f"{tmp}/train", "--val-data", f"{tmp}/val", "--lock",
+                                  "--backbone", "tiny", "--device", device, "--epochs", "8", "--out", str(folder)])
+            with Run(folder).exclusive() as run:
+                work(run, args)
+
+
+def growth(run, backbone, tokenizer, repeats=5):
+    """What the first n versions of a run folder cost and know, for every n. Prints a table; returns its lines as dicts. Times
+    are medians; those per token are of one pass over the first task's validation examples."""
+    whole, lines = run.manifest, []
+
+    def milliseconds(f, per=1):
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            f()
+            times.append(time.perf_counter() - began)
+        return 1000 * statistics.median(times) / per
+    for n, entry in enumerate(whole["versions"], 1):
+        run.manifest = dict(whole, versions=whole["versions"][:n], compositions=[])
+        model = open_model(run, backbone, tokenizer)
+        examples, h_bar = validation(run, model, tokenizer, run.tasks[0])
+        prompts, tokens = [p for p, _ in examples], sum(len(p) + len(r) for p, r in examples)
+        version, results = Version.load(run.path(entry["hash"]), run.versions[0].dynamics), whole["results"][:n]
+        routing = results[-1]["routing"]
+        with tempfile.TemporaryDirectory() as tmp:  # written again, as at commit: hash, fsync, rename
+            lines.append({
+                "task": entry["task"], "bases_read": len(run.versions[-1].index) - len(next(iter(version.bases.values()))),
+                "bases_written": len(next(iter(version.bases.values()))), "bytes": run.path(entry["hash"]).stat().st_size,
+                "commit_ms": milliseconds(lambda: version.save(pathlib.Path(tmp))),
+                "bare_ms": milliseconds(lambda: model.logits(examples, None), tokens),
+                "stored_ms": milliseconds(lambda: model.logits(examples, run.stored(0, h_bar)), tokens),
+                "routed_ms": milliseconds(lambda: model.logits(examples, run.routed(model.probe(prompts))[0]), tokens),
+                "learned": results[-1]["stored"][entry["task"]],
+                **{f"{p}_forgetting": statistics.mean(forgetting(results, p).values()) for p in ("stored", "routed")},
+                "routed_home": sum(c[t] for t, c in routing.items()) / sum(sum(c.values()) for c in routing.values())})
+        model.detach()
+    run.manifest = whole
+    print(f"\n{'':>3} {'':20}{'bases':>12}{'':>8}{'commit':>8}{'ms per token':>26}{'perplexity':>12}{'forgetting %':>16}{'routed':>8}")
+    print(f"{'n':>3} {'task':20}{'read + new':>12}{'MB':>8}{'ms':>8}{'bare':>10}{'stored':>8}{'routed':>8}{'learned':>12}{'stored':>8}{'routed':>8}{'home %':>8}")
+    for n, x in enumerate(lines, 1):
+        print(f"{n:>3} {x['task']:20}{x['bases_read']:>7} +{x['bases_written']:>3}{x['bytes'] / 1e6:>8.2f}{x['commit_ms']:>8.1f}{x['bare_ms']:>10.3f}"
+              f"{x['stored_ms']:>8.3f}{x['routed_ms']:>8.3f}{x['learned']:>12.3f}{x['stored_forgetting']:>8.2f}{x['routed_forgetting']:>8.2f}"
+              f"{100 * x['routed_home']:>8.1f}")
+    return lines
+
+
 def talk(run, model, tokenizer, args):
     """Answer one prompt; say which version did, and how sure the routing is."""
     prompt = prompt_of({"instruction": args.prompt, "input": args.input})
@@ -184,7 +243,31 @@ def know(run, model, tokenizer, args):
         out["under"] = under(run, model, tokenizer, args.version)
     if args.bench:
         out["bench"] = bench(run, model, tokenizer, args.bench)
+    if args.stream:
+        model.detach()
+        out["growth"] = growth(run, model.backbone, tokenizer)
     return out
+
+
+def draw(out, path):
+    """R relative to the diagonal, stored and routed, and who answers whose prompts; as a PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    tasks = out["tasks"]
+    fig, axes = plt.subplots(1, 3, figsize=(4.2 * 3, 4.9))
+    for axis, protocol in zip(axes, ("stored", "routed")):
+        R = out["R"][protocol]
+        cells = [[float("nan") if r is None else 100 * (r / R[j][j] - 1) for j, r in enumerate(row)] for row in R]
+        image = axis.imshow(cells, vmin=-10, vmax=10, cmap="RdBu_r")
+        axis.set(title=f"{protocol}: change since learned, %", xlabel="task", ylabel="after task")
+        fig.colorbar(image, ax=axis, fraction=0.046)
+    shares = [[out["routing"][t][v] / sum(out["routing"][t].values()) for v in tasks] for t in tasks]
+    image = axes[2].imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    axes[2].set(title="share of prompts answered by", xlabel="version", ylabel="prompts of task")
+    fig.colorbar(image, ax=axes[2], fraction=0.046)
+    fig.tight_layout()
+    save_figure(fig, path)
 
 
 def summary(outs):
@@ -211,15 +294,22 @@ def main(argv=None):
                    help="generate answers to the validation prompts and count the right ones; print SHOW of each task")
     p.add_argument("--version", nargs="+", metavar="NAME", help="measure every task under these, or let the first answer the --prompt")
     p.add_argument("--bench", type=number(int, 1), metavar="N", help="time a training step N times, beside peft's LoRA and plain loops")
+    p.add_argument("--stream", type=number(int, 1, 72), metavar="N", help="first learn N kinds of instruction, a task each, in --run [runs/stream]")
+    p.add_argument("--figures", nargs="?", const="runs", metavar="DIR", help="draw the matrices of each run as DIR/<run>.png [runs]")
     p.add_argument("--prompt", help="an instruction to answer, instead of measuring")
     p.add_argument("--input", default="", help="the input that goes with --prompt")
     p.add_argument("--max-new-tokens", type=number(int, 1), default=128)
     args = p.parse_args(argv)
-    folders = args.run or [latest_run()]
+    if args.figures and not importlib.util.find_spec("matplotlib"):
+        raise Refused("--figures needs matplotlib: pip install matplotlib")
+    folders = args.run or ["runs/stream" if args.stream else latest_run()]
     if args.prompt and len(folders) > 1:
         raise Refused("--prompt talks to one run folder")
     outs = []
     for folder in folders:
+        if args.stream:
+            with torch.enable_grad():
+                stream(folder, args.stream, pick_device(args.device))
         run = Run(folder)
         if not run.tasks:
             raise Refused(f"{run.folder}: nothing has been committed there yet")
@@ -229,6 +319,8 @@ def main(argv=None):
         if args.prompt:
             return talk(run, model, tokenizer, args)
         outs.append(know(run, model, tokenizer, args))
+        if args.figures:
+            draw(outs[-1], pathlib.Path(args.figures) / f"{run.folder.name}.png")
     if len(outs) > 1:
         print(f"\nmean and standard deviation over {len(outs)} runs")
         for line in summary(outs):

@@ -402,6 +402,9 @@ def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
     assert {k.split(".")[0] for k in t.weights} == {"bank", "field"} and reads == [run.versions[0].hash]
     assert {len(p) for k, p in t.weights.items() if k.startswith("bank")} == {4} and len(model.bank) == 8
     assert not any(p.requires_grad for v in run.versions for m in (v.field, v.dynamics) for p in m.parameters())
+    indices, weights = top_k_gating(field(torch.zeros(1, 8)), 3)
+    assert (indices[..., :2] >= 4).all() and (indices[..., 2] < 4).any()  # its own two lead at the start; it may read the next
+    assert weights.min() > 0.25
 
 
 @pytest.mark.parametrize("lock", ["soft", "none"])
@@ -830,6 +833,22 @@ def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp
         assert table[task]["onlyA"] == pytest.approx(table[task]["alpaca"], rel=1e-5)  # weight 0 takes code out again
         assert table[task].get("onlyA, peft", table[task]["alpaca"]) == pytest.approx(table[task]["alpaca"], rel=0.05)
     assert "as asked" in capsys.readouterr().out
+
+
+def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "TINY", dict(train.TINY, examples=16, val_examples=4))
+    command = ["--run", str(tmp_path / "run"), "--json", str(tmp_path / "s.json"), "--device", "cpu"]
+    with torch.no_grad():
+        evaluation.main(["--stream", "1", *command])
+        first = Run(tmp_path / "run").manifest["versions"]
+        evaluation.main(["--stream", "2", *command])
+    run, out = Run(tmp_path / "run"), json.loads((tmp_path / "s.json").read_text())
+    assert out["tasks"] == run.tasks == ["alpaca-before", "code-append"] and run.manifest["versions"][:1] == first
+    assert {r["kind"] for r in run.validation("alpaca-before")} == {"before"}
+    assert [x["bases_read"] for x in out["growth"]] == [0, 16] and all(x["bases_written"] == 16 for x in out["growth"])
+    assert [x["bytes"] for x in out["growth"]] == [run.path(v["hash"]).stat().st_size for v in run.manifest["versions"]]
+    assert [x["stored_forgetting"] for x in out["growth"]] == [0, 0] and out["R"]["stored"][0][1] is None
+    assert out["growth"][1]["routed_home"] == sum(out["routing"][t][t] for t in run.tasks) / 8
 
 
 def test_show_log_and_names(two, tmp_path, capsys):

@@ -269,6 +269,12 @@ def writable(run, model, args):
         bank.add(args.bases)
         field = WeightField(1 if args.shared_gating else bank.layers, len(bank), args.coord_dim, args.field_hidden)
         dynamics = run.versions[0].dynamics if run.versions else CoordinateDynamics(model.features, args.coord_dim, args.fixed_coordinate)
+        old = len(bank) - args.bases
+        if old:  # start with the top K among the task's own: of many bases, hardly one of a random top K could be trained
+            with torch.no_grad():
+                logits = field(torch.zeros(1, args.coord_dim))[0]                                 # [L, N]
+                behind = logits[:, :old].max(1).values - logits[:, old:].topk(args.top_k).values[:, -1]
+                field.w3.bias.view(field.layers, -1)[:, old:] += behind.clamp(min=0)[:, None]
     reads = [v.hash for v in run.versions] if args.lock == "exact" else []
     return field.to(model.device), dynamics.to(model.device), reads
 
