@@ -268,8 +268,10 @@ class LoRAPool:
 
     def loss_of_mask(self, loss):
         """The function sigma(m) -> loss() under the relaxed mask, for `SmoothKWTA.configure`. Silent components are left
-        out: their gradient is exactly zero."""
+        out: their gradient is exactly zero. Where all are silent, nothing has to be run to know that."""
         rows = (~self.silent).nonzero()[:, 0]
+        if not len(rows):
+            return lambda mask: 0 * mask.sum()
         components = self.take(rows)
 
         def of_mask(mask):

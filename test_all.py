@@ -1212,6 +1212,8 @@ def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient()
     backbone = micro_backbone()
     targets, pool = pool_on(backbone, ("q_proj", "k_proj", "v_proj"), b_std=0.0)
     torch.manual_seed(9)
+    first = SmoothKWTA(k=2, kernel=3, rounds=1, steps=3, lr=0.5).configure(pool.loss_of_mask(None), 3)
+    assert first.tolist() == [0, 1]  # all are silent: the backbone is not even asked, and ties go to the lower index
     trained = torch.tensor([0, 2, 5])
     pool.store(trained, {n: (A, torch.randn_like(B)) for n, (A, B) in pool.take(trained).items()})
     examples = random_examples(6)
