@@ -584,12 +584,13 @@ def draw(outs, folder):
                 cells = [[statistics.mean(r[i][j] for r in R) if j <= i else float("nan") for j in range(n)] for i in range(n)]
                 axis.imshow(cells, vmin=0, vmax=8, cmap="viridis_r")
                 for i, j in ((i, j) for i in range(n) for j in range(i + 1)):
-                    axis.text(j, i, f"{cells[i][j]:.1f}", ha="center", va="center", fontsize=6)
+                    axis.text(j, i, f"{cells[i][j]:.1f}", ha="center", va="center", fontsize=6, color="white" if cells[i][j] > 4 else "black")
                 axis.set_title(m, fontsize=8)
                 axis.set(xticks=[], yticks=[], xlabel="task", ylabel="after task")
             fig.tight_layout()
             save_figure(fig, folder / f"ftn-matrices-{variant}.png")
-        fig, axes = plt.subplots(-(-len(methods) // 3), 3, figsize=(10, 2.3 * -(-len(methods) // 3)), sharex=True, sharey=True, squeeze=False)
+        fig, axes = plt.subplots(-(-len(methods) // 3), 3, figsize=(11, 2.3 * -(-len(methods) // 3)), sharex=True, sharey=True,
+                                 squeeze=False, layout="constrained")
         for axis in axes.flat[len(methods):]:
             axis.axis("off")
         for axis, m in zip(axes.flat, methods):
@@ -597,11 +598,11 @@ def draw(outs, folder):
             axis.set_title(m, fontsize=9)
             for t, (protocol, style) in itertools.product(range(group[0]["tasks"]), (("recovered", "-"), ("stored", ":"))):
                 points = [(c[0]["step"], statistics.mean(p[protocol][t] for p in c)) for c in zip(*same) if len(c[0][protocol]) > t]
-                axis.plot(*zip(*points), style, color=f"C{t}", label=f"task {t + 1}, {protocol}")
-        axes[0, 0].legend(fontsize=6)
+                axis.plot(*zip(*points), style, marker=".", markersize=3, color=f"C{t}", label=f"task {t + 1}, {protocol}")
+            axis.tick_params(labelbottom=True)
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
         fig.supxlabel("training step", fontsize=9)
         fig.supylabel(VARIANTS[variant]["title"], fontsize=9)
-        fig.tight_layout()
         save_figure(fig, folder / f"ftn-curves-{variant}.png")
 
 
