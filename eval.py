@@ -5,7 +5,7 @@
     python eval.py --prompt "Name three fruits."     # routed: says which version answered, and how sure it is
     python eval.py --version alpaca code AB          # every task under these versions or compositions; with --prompt: ask one
     python eval.py --bench 10                        # a training step beside peft's LoRA and beside Eq. (2) in plain loops
-    python eval.py --stream 24 --figures             # learn 24 kinds of instruction one after another, and what that costs
+    python eval.py --stream 24                       # learn 24 kinds of instruction one after another, and what that costs
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
 
@@ -27,7 +27,6 @@ import torch
 
 from commit import Composition, Run, Version, atomic, export, latest_run
 from model import Refused, attach, detach, find_targets, perplexity, response_logits, response_nll
-from synthetic import save_figure
 from train import (EVAL_BATCH, HERE, HUB_DATA, encode, forgetting, measure, number, open_backbone, open_model, parse_options, pick_device,
                    prompt_of, provenance, read_records, report, validation, work)
 
@@ -249,27 +248,6 @@ def know(run, model, tokenizer, args):
     return out
 
 
-def draw(out, path):
-    """R relative to the diagonal, stored and routed, and who answers whose prompts; as a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    tasks = out["tasks"]
-    fig, axes = plt.subplots(1, 3, figsize=(4.2 * 3, 4.9))
-    for axis, protocol in zip(axes, ("stored", "routed")):
-        R = out["R"][protocol]
-        cells = [[float("nan") if r is None else 100 * (r / R[j][j] - 1) for j, r in enumerate(row)] for row in R]
-        image = axis.imshow(cells, vmin=-10, vmax=10, cmap="RdBu_r")
-        axis.set(title=f"{protocol}: change since learned, %", xlabel="task", ylabel="after task")
-        fig.colorbar(image, ax=axis, fraction=0.046)
-    shares = [[out["routing"][t][v] / sum(out["routing"][t].values()) for v in tasks] for t in tasks]
-    image = axes[2].imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    axes[2].set(title="share of prompts answered by", xlabel="version", ylabel="prompts of task")
-    fig.colorbar(image, ax=axes[2], fraction=0.046)
-    fig.tight_layout()
-    save_figure(fig, path)
-
-
 def summary(outs):
     """Lines of a table over several runs of the same tasks (seeds, say): mean and standard deviation."""
     def over(values):
@@ -295,13 +273,10 @@ def main(argv=None):
     p.add_argument("--version", nargs="+", metavar="NAME", help="measure every task under these, or let the first answer the --prompt")
     p.add_argument("--bench", type=number(int, 1), metavar="N", help="time a training step N times, beside peft's LoRA and plain loops")
     p.add_argument("--stream", type=number(int, 1, 72), metavar="N", help="first learn N kinds of instruction, a task each, in --run [runs/stream]")
-    p.add_argument("--figures", nargs="?", const="runs", metavar="DIR", help="draw the matrices of each run as DIR/<run>.png [runs]")
     p.add_argument("--prompt", help="an instruction to answer, instead of measuring")
     p.add_argument("--input", default="", help="the input that goes with --prompt")
     p.add_argument("--max-new-tokens", type=number(int, 1), default=128)
     args = p.parse_args(argv)
-    if args.figures and not importlib.util.find_spec("matplotlib"):
-        raise Refused("--figures needs matplotlib: pip install matplotlib")
     folders = args.run or ["runs/stream" if args.stream else latest_run()]
     if args.prompt and len(folders) > 1:
         raise Refused("--prompt talks to one run folder")
@@ -319,8 +294,6 @@ def main(argv=None):
         if args.prompt:
             return talk(run, model, tokenizer, args)
         outs.append(know(run, model, tokenizer, args))
-        if args.figures:
-            draw(outs[-1], pathlib.Path(args.figures) / f"{run.folder.name}.png")
     if len(outs) > 1:
         print(f"\nmean and standard deviation over {len(outs)} runs")
         for line in summary(outs):

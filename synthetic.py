@@ -575,7 +575,7 @@ def draw(outs, folder):
                             image[winners] += colour
                         axis.imshow(image.clamp(max=1).view(o["final_side"], o["final_side"], 3).numpy(), interpolation="nearest")
             fig.tight_layout()
-            save_figure(fig, folder / f"ftn-masks-{variant}.png")
+            save(fig, folder / f"ftn-masks-{variant}.png")
         if variant == "style":  # figure 2: R[i][j], recovered
             fig, axes = plt.subplots(1, len(methods), figsize=(2.2 * len(methods), 2.6), squeeze=False)
             for axis, m in zip(axes.flat, methods):
@@ -588,7 +588,7 @@ def draw(outs, folder):
                 axis.set_title(m, fontsize=8)
                 axis.set(xticks=[], yticks=[], xlabel="task", ylabel="after task")
             fig.tight_layout()
-            save_figure(fig, folder / f"ftn-matrices-{variant}.png")
+            save(fig, folder / f"ftn-matrices-{variant}.png")
         fig, axes = plt.subplots(-(-len(methods) // 3), 3, figsize=(11, 2.3 * -(-len(methods) // 3)), sharex=True, sharey=True,
                                  squeeze=False, layout="constrained")
         for axis in axes.flat[len(methods):]:
@@ -603,10 +603,10 @@ def draw(outs, folder):
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
         fig.supxlabel("training step", fontsize=9)
         fig.supylabel(VARIANTS[variant]["title"], fontsize=9)
-        save_figure(fig, folder / f"ftn-curves-{variant}.png")
+        save(fig, folder / f"ftn-curves-{variant}.png")
 
 
-def save_figure(figure, path):
+def save(figure, path):
     with atomic(path) as tmp:
         figure.savefig(tmp, dpi=120, format="png", metadata={"Software": None})
     print(f"wrote {path}")
