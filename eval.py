@@ -25,7 +25,7 @@ import time
 
 import torch
 
-from commit import Composition, Run, Version, atomic, export, latest_run
+from commit import Composition, Run, Version, atomic, describe, export, latest_run
 from model import Refused, attach, detach, find_targets, perplexity, response_logits, response_nll
 from train import (EVAL_BATCH, HERE, HUB_DATA, encode, forgetting, measure, number, open_backbone, open_model, parse_options, pick_device,
                    prompt_of, provenance, read_records, report, validation, work)
@@ -169,10 +169,12 @@ def stream(folder, count, device):
                 work(run, args)
 
 
-def growth(run, backbone, tokenizer, repeats=5):
+def growth(run, model, tokenizer, repeats=5):
     """What the first n versions of a run folder cost and know, for every n. Prints a table; returns its lines as dicts. Times
     are medians; those per token are of one pass over the first task's validation examples."""
     whole, lines = run.manifest, []
+    examples, h_bar = validation(run, model, tokenizer, run.tasks[0])
+    prompts, tokens = [p for p, _ in examples], sum(len(p) + len(r) for p, r in examples)
 
     def milliseconds(f, per=1):
         times = []
@@ -181,22 +183,21 @@ def growth(run, backbone, tokenizer, repeats=5):
             f()
             times.append(time.perf_counter() - began)
         return 1000 * statistics.median(times) / per
+    model.detach()
     for n, entry in enumerate(whole["versions"], 1):
         run.manifest = dict(whole, versions=whole["versions"][:n], compositions=[])
-        model = open_model(run, backbone, tokenizer)
-        examples, h_bar = validation(run, model, tokenizer, run.tasks[0])
-        prompts, tokens = [p for p, _ in examples], sum(len(p) + len(r) for p, r in examples)
-        version, results = Version.load(run.path(entry["hash"]), run.versions[0].dynamics), whole["results"][:n]
-        routing = results[-1]["routing"]
+        model = open_model(run, model.backbone, tokenizer)
+        version, about = Version.load(run.path(entry["hash"]), run.versions[0].dynamics), describe(run, entry)
+        results, routing = whole["results"][:n], whole["results"][n - 1]["routing"]
         with tempfile.TemporaryDirectory() as tmp:  # written again, as at commit: hash, fsync, rename
             lines.append({
-                "task": entry["task"], "bases_read": len(run.versions[-1].index) - len(next(iter(version.bases.values()))),
-                "bases_written": len(next(iter(version.bases.values()))), "bytes": run.path(entry["hash"]).stat().st_size,
+                "task": entry["task"], "bases_read": len(run.versions[-1].index) - about["writes"], "bases_written": about["writes"],
+                "bytes": about["bytes"],
                 "commit_ms": milliseconds(lambda: version.save(pathlib.Path(tmp))),
                 "bare_ms": milliseconds(lambda: model.logits(examples, None), tokens),
                 "stored_ms": milliseconds(lambda: model.logits(examples, run.stored(0, h_bar)), tokens),
                 "routed_ms": milliseconds(lambda: model.logits(examples, run.routed(model.probe(prompts))[0]), tokens),
-                "learned": results[-1]["stored"][entry["task"]],
+                "learned": about["perplexity"]["stored"],
                 **{f"{p}_forgetting": statistics.mean(forgetting(results, p).values()) for p in ("stored", "routed")},
                 "routed_home": sum(c[t] for t, c in routing.items()) / sum(sum(c.values()) for c in routing.values())})
         model.detach()
@@ -243,8 +244,7 @@ def know(run, model, tokenizer, args):
     if args.bench:
         out["bench"] = bench(run, model, tokenizer, args.bench)
     if args.stream:
-        model.detach()
-        out["growth"] = growth(run, model.backbone, tokenizer)
+        out["growth"] = growth(run, model, tokenizer)
     return out
 
 

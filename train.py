@@ -553,6 +553,7 @@ def measure_last(run, backbone, tokenizer):
 
 def work(run, args):
     """Train the task, unless that has been done, and measure everything that the run then knows."""
+    torch.use_deterministic_algorithms(args.device.startswith("cuda"), warn_only=True)  # CPU kernels are, and slower when told so
     args.backbone = args.backbone or (run.manifest["backbone"] or {"name": "tiny"})["name"]
     if args.task not in run.tasks:
         settle(args, run)
@@ -581,7 +582,6 @@ def main(argv=None):
         return synthetic.main(argv[2:])
     args, started = parse_options(argv), time.time()
     args.device = pick_device(args.device)
-    torch.use_deterministic_algorithms(args.device.startswith("cuda"), warn_only=True)  # CPU kernels are, and slower when told so
     if not args.backbone and not args.out:
         roomy = args.device.startswith("cuda") and torch.cuda.get_device_properties(args.device).total_memory >= 20e9
         args.backbone = MISTRAL if roomy else "tiny"
