@@ -38,6 +38,10 @@ from transformers.pytorch_utils import Conv1D
 
 TINY = str(pathlib.Path(__file__).parent / "assets" / "tiny")
 
+# MKL's vector functions find out which CPU this is in the first call of any of them, and not under a lock: two threads that
+# make it together (in the rotary embedding's cosine) may take different kernels, whose last bits differ. So one thread makes it.
+torch.ones(1).cos()
+
 # Mistral, Llama, Qwen, Gemma, Phi-3-like names, and GPT-2's. Matched exactly against a module's own name.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj", "c_fc")
 
