@@ -12,7 +12,8 @@ a grid of neurons learns three functions of two numbers, in experiment 2 (sectio
 learns six ways to rewrite a sentence. Every method sees the same batches. After each task all tasks so far are scored:
 
     stored      with the mask of the task's last training batch
-    recovered   with the mask that the search finds, from a cold start, on a support batch of the task
+    recovered   with the mask that the search finds, from a cold start, on a support batch of the task; under the lock,
+                with the stored mask that is nearest to it
 
 R[i][j] is the score on task j after task i. ACC (MSE, CE) is the mean of the last row. FM, forgetting, is over earlier
 tasks the mean of best minus final accuracy, or of final minus best loss: positive always means forgetting.
@@ -41,7 +42,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from commit import atomic
-from ftn import ALL, LoRAPool, NeuronGrid, SmoothKWTA, unpack
+from ftn import ALL, LoRAPool, NeuronGrid, SmoothKWTA, recall, unpack
 from model import Refused, attach, find_targets, load_backbone, pad_of, response_logits, response_nll
 
 VARIANTS = {"clf": dict(score="ACC", sign=1, title="classification (accuracy)"),
@@ -256,14 +257,16 @@ class Masked(OnGrid):
         self.touched.append(torch.zeros(len(self.grid.free), dtype=torch.bool))
 
     def find(self, t, x, y, free=None):
-        """The mask for a batch, in training and to recover it. FixedMask alone is told which task it is: it is the oracle."""
+        """The mask for a batch, in training (the lock then says which neurons are `free`) and to recover it. FixedMask alone is told which task
+        it is: it is the oracle."""
         if self.method["mask"] == "all":
             return ALL
         if self.method["mask"] == "fixed":
             if (t + 1) * self.row.k > len(self.grid.free):
                 raise Refused(f"{len(self.grid.free)} neurons hold {len(self.grid.free) // self.row.k} fixed masks of {self.row.k}, not {t + 1}")
             return torch.arange(t * self.row.k, (t + 1) * self.row.k)
-        return self.search.configure(self.grid.loss_of_mask(x, y, self.loss), self.grid.side, free)
+        winners = self.search.configure(self.grid.loss_of_mask(x, y, self.loss), self.grid.side, free)
+        return recall(winners, self.stored) if self.method.get("lock") and free is None else winners
 
     def train(self, t, x, y):
         winners = self.find(t, x, y, self.grid.free if self.method.get("lock") else None)
@@ -371,7 +374,8 @@ class Adapted:
             return torch.arange(t * k, (t + 1) * k)
         if kind == "bank":
             return min((torch.tensor([i]) for i in range(len(self.pool.free))), key=lambda i: self.score(i, examples))
-        return self.search.configure(self.pool.loss_of_mask(lambda: self.loss(examples)), self.row.side, free)
+        winners = self.search.configure(self.pool.loss_of_mask(lambda: self.loss(examples)), self.row.side, free)
+        return recall(winners, self.stored) if self.method.get("lock") and free is None else winners
 
     def begin(self, t):
         self.rows = None

@@ -24,7 +24,7 @@ import synthetic
 import train
 from commit import Refused, Region, Run, Version, route, sample_anchors
 from field import CoordinateDynamics, WeightField, top_k_gating
-from ftn import ALL, LoRAPool, NeuronGrid, PrivateMLPs, SmoothKWTA, k_winners, smooth, unpack
+from ftn import ALL, LoRAPool, NeuronGrid, PrivateMLPs, SmoothKWTA, k_winners, recall, smooth, unpack
 from model import NIWF, TINY, AdapterBank, attach, detach, find_targets, perplexity, response_logits, response_nll
 
 HERE = pathlib.Path(__file__).parent
@@ -1028,6 +1028,7 @@ def test_a_grown_grid_answers_committed_masks_with_the_same_bits():
 
 
 SMALL = dict(steps=12, batch=32, side=8, k=8, layers=3, width=4)
+SMALL_STYLE = dict(steps=2, tasks=2, side=4, k=4, rank=2, support=4)
 
 
 def test_every_task_has_the_same_inputs_and_targets_of_its_own():
@@ -1058,6 +1059,26 @@ def test_the_lock_keeps_stored_tasks_to_the_bit_and_masks_apart(variant, inputs)
     assert not any(out["parameters_moved"] + out["outputs_moved"]) and synthetic.summary(out)["stored_fm"] == 0.0
     assert not any(out["overlap_last"]) and not any(out["overwritten"])
     assert len(set(sum(out["winners"], []))) == 4 * SMALL["k"]
+
+
+@pytest.mark.parametrize("row", [synthetic.Row("clf", "ftn-slow-lock", 0, **SMALL), synthetic.StyleRow("lora-ftn-lock", 0, **SMALL_STYLE)])
+def test_under_the_lock_a_support_batch_recovers_a_committed_mask_whole(row):
+    learner = synthetic.Masked(row) if row.variant == "clf" else synthetic.Adapted(row)
+    for t in range(2):
+        learner.begin(t)
+        batch = learner.world.batch(t, row.batch, synthetic.generator(t))
+        learner.train(t, *batch)
+        learner.end(t, *batch)
+    for t in range(2):
+        winners = learner.find(t, *learner.world.support[t])
+        assert any(winners is mask for mask in learner.stored)
+
+
+def test_recall_takes_the_committed_mask_that_shares_most():
+    committed = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])]
+    assert recall(torch.tensor([1, 4, 5, 7]), committed) is committed[1]
+    assert recall(torch.tensor([0, 1, 2, 9]), committed) is committed[0]
+    assert recall(torch.tensor([2, 3, 4, 5]), committed) is committed[0]
 
 
 def test_without_the_lock_a_shared_neuron_forgets():
@@ -1258,9 +1279,6 @@ def test_unselected_components_get_exactly_no_gradient_and_move_only_by_decay_or
         adam.state.clear()
     step(second, 2)
     assert all(p.detach()[first].equal(b) for p, b in zip(parameters, before)) == kept
-
-
-SMALL_STYLE = dict(steps=2, tasks=2, side=4, k=4, rank=2, support=4)
 
 
 @pytest.mark.parametrize("method", ["lora-fixedmask", "lora-ftn-lock"])
