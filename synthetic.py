@@ -257,8 +257,8 @@ class Masked(OnGrid):
         self.touched.append(torch.zeros(len(self.grid.free), dtype=torch.bool))
 
     def find(self, t, x, y, free=None):
-        """The mask for a batch, in training (the lock then says which neurons are `free`) and to recover it. FixedMask alone is told which task
-        it is: it is the oracle."""
+        """The mask for a batch: in training, where the lock says which neurons are `free`, and to recover it. FixedMask alone is
+        told which task it is: it is the oracle."""
         if self.method["mask"] == "all":
             return ALL
         if self.method["mask"] == "fixed":
