@@ -18,8 +18,8 @@ Two facts make it fast, and both are tested against the literal algorithm:
 * Under a binary mask only the winners can receive a gradient. A step runs, forward and backward, k of H neurons.
 
 Commit is the sentence of the README again: freeze what a capability occupies, everything else stays writable.
-`NeuronGrid.commit` takes a finished task's winners off the list that later masks choose from, and at test time the
-search only has to say which committed mask is meant (`recall`). The paper has no such lock: there the masks move with
+`commit` takes a finished task's winners off the list that later masks choose from, and at test time the search only has
+to say which committed mask is meant (`recall`). The paper has no such lock: there the masks move with
 every batch, and a later task may write where an earlier one lives.
 
 LoRA-FTN (end of section 2, Appendix D) is the same mask over a pool of low-rank components of a frozen language model,
@@ -255,6 +255,10 @@ class LoRAPool:
         for name, new in components.items():
             for old, part in zip(self.parts[name], new):
                 old[rows] = part.detach()
+
+    def commit(self, winners):
+        """As `NeuronGrid.commit`."""
+        self.free[winners] = False
 
     @contextlib.contextmanager
     def applied(self, components, weight=None):

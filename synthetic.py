@@ -404,7 +404,7 @@ class Adapted:
     def end(self, t, examples):
         self.pool.store(self.rows, self.live)
         if self.method.get("lock"):
-            self.pool.free[self.stored[t]] = False
+            self.pool.commit(self.stored[t])
 
     @torch.no_grad()
     def outputs(self, winners, examples):
