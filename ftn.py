@@ -17,10 +17,10 @@ Two facts make it fast, and both are tested against the literal algorithm:
   the literal model (`NeuronGrid.forward`), the fast one (`NeuronGrid.loss_of_mask`) and any other pool of components.
 * Under a binary mask only the winners can receive a gradient. A step runs, forward and backward, k of H neurons.
 
-Commit is the sentence of the README again: freeze what a capability occupies, everything else stays writable.
-`commit` takes a finished task's winners off the list that later masks choose from, and at test time the search only has
-to say which committed mask is meant (`recall`). The paper has no such lock: there the masks move with
-every batch, and a later task may write where an earlier one lives.
+Commit is the sentence of the README again: freeze what a capability occupies, everything else stays writable. `commit`
+takes a finished task's winners off the list that later masks choose from, and at test time the search only has to say
+which committed mask is meant (`recall`). The paper has no such lock: there the masks move with every batch, and a later
+task may write where an earlier one lives.
 
 LoRA-FTN (end of section 2, Appendix D) is the same mask over a pool of low-rank components of a frozen language model,
 `LoRAPool`. There the search costs S passes of the backbone with the gradient of H scalars; no adapter gets one.
