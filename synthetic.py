@@ -257,16 +257,14 @@ class Masked(OnGrid):
         self.touched.append(torch.zeros(len(self.grid.free), dtype=torch.bool))
 
     def find(self, t, x, y, free=None):
-        """The mask for a batch: in training, where the lock says which neurons are `free`, and to recover it. FixedMask alone is
-        told which task it is: it is the oracle."""
+        """The mask for a batch, in training and to recover it. FixedMask alone is told which task it is: it is the oracle."""
         if self.method["mask"] == "all":
             return ALL
         if self.method["mask"] == "fixed":
             if (t + 1) * self.row.k > len(self.grid.free):
                 raise Refused(f"{len(self.grid.free)} neurons hold {len(self.grid.free) // self.row.k} fixed masks of {self.row.k}, not {t + 1}")
             return torch.arange(t * self.row.k, (t + 1) * self.row.k)
-        winners = self.search.configure(self.grid.loss_of_mask(x, y, self.loss), self.grid.side, free)
-        return recall(winners, self.stored) if self.method.get("lock") and free is None else winners
+        return self.search.configure(self.grid.loss_of_mask(x, y, self.loss), self.grid.side, free)
 
     def train(self, t, x, y):
         winners = self.find(t, x, y, self.grid.free if self.method.get("lock") else None)
@@ -374,8 +372,7 @@ class Adapted:
             return torch.arange(t * k, (t + 1) * k)
         if kind == "bank":
             return min((torch.tensor([i]) for i in range(len(self.pool.free))), key=lambda i: self.score(i, examples))
-        winners = self.search.configure(self.pool.loss_of_mask(lambda: self.loss(examples)), self.row.side, free)
-        return recall(winners, self.stored) if self.method.get("lock") and free is None else winners
+        return self.search.configure(self.pool.loss_of_mask(lambda: self.loss(examples)), self.row.side, free)
 
     def begin(self, t):
         self.rows = None
@@ -443,7 +440,7 @@ def run(row):
             if step % CURVE_EVERY == 0 and row.variant != "style" or step == row.steps:
                 stored = [learner.score(learner.stored[j], *world.test[j]) for j in range(t + 1)]
                 recovered = stored if kind in ("all", "fixed") else [  # without a search both are the same mask
-                    learner.score(learner.find(j, *world.support[j]), *world.test[j]) for j in range(t + 1)]
+                    learner.score(recover(learner, j), *world.test[j]) for j in range(t + 1)]
                 curve.append(dict(step=t * row.steps + step, stored=stored, recovered=recovered))
         kept.append((learner.parameters(t), learner.outputs(learner.stored[t], *world.test[t])))
     moved = [bits_moved(before, (learner.parameters(t), learner.outputs(learner.stored[t], *world.test[t]))) for t, before in enumerate(kept)]
@@ -459,6 +456,12 @@ def run(row):
                    overlap_union=[(learner.touched[i] & learner.touched[j]).sum().item() / row.k for i, j in pairs],
                    overwritten=[(last[i] & learner.touched[j]).sum().item() / row.k for i, j in pairs])
     return dict(out, ms_per_step=1e3 * training / (row.tasks * row.steps), seconds=time.perf_counter() - began)
+
+
+def recover(learner, t):
+    """What the search finds for task t's support batch; under the lock, the committed mask that it means."""
+    found = learner.find(t, *learner.world.support[t])
+    return recall(found, learner.stored) if learner.method.get("lock") else found
 
 
 def bits_moved(before, after):

@@ -1070,7 +1070,7 @@ def test_under_the_lock_a_support_batch_recovers_a_committed_mask_whole(row):
         learner.train(t, *batch)
         learner.end(t, *batch)
     for t in range(2):
-        winners = learner.find(t, *learner.world.support[t])
+        winners = synthetic.recover(learner, t)
         assert any(winners is mask for mask in learner.stored)
 
 
