@@ -18,9 +18,8 @@ Two facts make it fast, and both are tested against the literal algorithm:
 * Under a binary mask only the winners can receive a gradient. A step runs, forward and backward, k of H neurons.
 
 Commit is the sentence of the README again: freeze what a capability occupies, everything else stays writable. `commit`
-takes a finished task's winners off the list that later masks choose from, and at test time the search only has to say
-which committed mask is meant (`recall`). The paper has no such lock: there the masks move with every batch, and a later
-task may write where an earlier one lives.
+takes a finished task's winners off the list that later masks choose from. The paper has no such lock: there the masks move
+with every batch, and a later task may write where an earlier one lives.
 
 LoRA-FTN (end of section 2, Appendix D) is the same mask over a pool of low-rank components of a frozen language model,
 `LoRAPool`. There the search costs S passes of the backbone with the gradient of H scalars; no adapter gets one.
@@ -216,11 +215,6 @@ def k_winners(m, k, free=None):
                           f"{k} and {int(free.sum())} are left (--grow enlarges the grid and keeps every committed mask)")
         m = m.masked_fill(~free, float("-inf"))
     return m.argsort(descending=True, stable=True)[:k].sort().values
-
-
-def recall(winners, committed):
-    """The committed mask [k] that shares most components with the found `winners` [k]; a tie goes to the earlier one."""
-    return max(committed, key=lambda mask: torch.isin(winners, mask).sum().item())
 
 
 # ------------------------------------------------------------------------------------------------- the pool, LoRA-FTN

@@ -12,8 +12,8 @@ a grid of neurons learns three functions of two numbers, in experiment 2 (sectio
 learns six ways to rewrite a sentence. Every method sees the same batches. After each task all tasks so far are scored:
 
     stored      with the mask of the task's last training batch
-    recovered   with the mask that the search finds, from a cold start, on a support batch of the task; under the lock,
-                with the stored mask that is nearest to it
+    recovered   with the mask that the search finds, from a cold start, on a support batch of the task; where masks are
+                kept, under the lock and in SupSup, with the stored mask that has the lowest loss on that batch
 
 R[i][j] is the score on task j after task i. ACC (MSE, CE) is the mean of the last row. FM, forgetting, is over earlier
 tasks the mean of best minus final accuracy, or of final minus best loss: positive always means forgetting.
@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from commit import atomic
-from ftn import ALL, LoRAPool, NeuronGrid, SmoothKWTA, recall, unpack
+from ftn import ALL, LoRAPool, NeuronGrid, SmoothKWTA, unpack
 from model import Refused, attach, find_targets, load_backbone, pad_of, response_logits, response_nll
 
 VARIANTS = {"clf": dict(score="ACC", sign=1, title="classification (accuracy)"),
@@ -56,8 +56,8 @@ METHODS = {"fixedmask": dict(mask="fixed"),
            "kwta": dict(mask="search", kernel=1, rounds=0),
            "nomask": dict(mask="all"),
            "ewc": dict(mask="all", ewc=400.0),
-           "supsup": dict(mask="weights"),
-           "supsup-wide": dict(mask="weights", wide=True),
+           "supsup": dict(mask="weights", lock=True),
+           "supsup-wide": dict(mask="weights", lock=True, wide=True),
            "lora-fixedmask": dict(mask="fixed"),
            "lora-ftn": dict(mask="search"),
            "lora-ftn-lock": dict(mask="search", lock=True),
@@ -222,6 +222,10 @@ class OnGrid:
         weights = self.select(handle)
         return torch.cat([self.grid.answer(*weights, part) for part in x.split(256)])
 
+    def recall(self, x, y):
+        """The stored handle with the lowest loss on a batch; a tie goes to the earlier task."""
+        return min(self.stored, key=lambda handle: self.loss(self.predict(handle, x), y).item())
+
     def parameters(self, t):
         """A copy of what task t's prediction is computed from."""
         return [p.clone() for p in self.select(self.stored[t])]
@@ -256,18 +260,18 @@ class Masked(OnGrid):
         self.stored.append(None)
         self.touched.append(torch.zeros(len(self.grid.free), dtype=torch.bool))
 
-    def find(self, t, x, y, free=None):
-        """The mask for a batch, in training and to recover it. FixedMask alone is told which task it is: it is the oracle."""
+    def find(self, t, x, y):
+        """The mask for a batch. FixedMask alone is told which task it is: it is the oracle."""
         if self.method["mask"] == "all":
             return ALL
         if self.method["mask"] == "fixed":
             if (t + 1) * self.row.k > len(self.grid.free):
                 raise Refused(f"{len(self.grid.free)} neurons hold {len(self.grid.free) // self.row.k} fixed masks of {self.row.k}, not {t + 1}")
             return torch.arange(t * self.row.k, (t + 1) * self.row.k)
-        return self.search.configure(self.grid.loss_of_mask(x, y, self.loss), self.grid.side, free)
+        return self.search.configure(self.grid.loss_of_mask(x, y, self.loss), self.grid.side, self.grid.free)
 
     def train(self, t, x, y):
-        winners = self.find(t, x, y, self.grid.free if self.method.get("lock") else None)
+        winners = self.find(t, x, y)
         self.optimizer.zero_grad()
         self.loss(self.grid.respond(x, winners, self.row.dropout), y).backward()
         for importance, anchor in self.fisher:  # the gradient of EWC's penalty, lambda/2 sum F (theta - theta*)^2
@@ -296,8 +300,8 @@ class SupSup(OnGrid):
     """Supermasks: frozen random weights, and for each task a binary mask over them, learned through scores.
 
     A weight is on where its score is positive (straight-through gradient), as in the SupSup authors' own example; scores
-    start at U(-1, 1) / sqrt(fan_in), so half are on. Masks are stored; the task is inferred by the lowest loss on the
-    support batch. "Wide" has twice the width and signed constants +-sqrt(2 / (fan_in / 2)) in place of normal weights.
+    start at U(-1, 1) / sqrt(fan_in), so half are on. Masks are stored, and recalled as under the lock. "Wide" has twice the
+    width and signed constants +-sqrt(2 / (fan_in / 2)) in place of normal weights.
     """
 
     def __init__(self, row):
@@ -333,9 +337,6 @@ class SupSup(OnGrid):
     def end(self, t, x, y):
         pass
 
-    def find(self, t, x, y):
-        return min(self.stored, key=lambda masks: self.loss(self.predict(masks, x), y).item())
-
     def select(self, masks):
         return [w * m for w, m in zip(self.weights, masks)]
 
@@ -364,7 +365,7 @@ class Adapted:
         logits, labels = response_logits(self.backbone, self.pad_id, examples)
         return response_nll(logits, labels).sum() / sum(len(r) for _, r in examples)
 
-    def find(self, t, examples, free=None):
+    def find(self, t, examples):
         kind, k = self.method["mask"], self.row.k
         if kind == "all":
             return ALL
@@ -372,7 +373,11 @@ class Adapted:
             return torch.arange(t * k, (t + 1) * k)
         if kind == "bank":
             return min((torch.tensor([i]) for i in range(len(self.pool.free))), key=lambda i: self.score(i, examples))
-        return self.search.configure(self.pool.loss_of_mask(lambda: self.loss(examples)), self.row.side, free)
+        return self.search.configure(self.pool.loss_of_mask(lambda: self.loss(examples)), self.row.side, self.pool.free)
+
+    def recall(self, examples):
+        """As in `OnGrid`."""
+        return min(self.stored, key=lambda winners: self.score(winners, examples))
 
     def begin(self, t):
         self.rows = None
@@ -384,7 +389,7 @@ class Adapted:
         every = self.row.reconfigure == "every" and self.method["mask"] == "search"
         if self.rows is None or every:
             support = examples if every else self.world.batch(t, self.row.support, generator(self.row.seed, "install", t))[0]
-            self.stored[t] = self.find(t, support, self.pool.free if self.method.get("lock") else None)
+            self.stored[t] = self.find(t, support)
         if self.rows is None:
             self.rows = ALL if every else self.stored[t]
             self.live = {name: tuple(p.requires_grad_() for p in pair) for name, pair in self.pool.take(self.rows).items()}
@@ -459,9 +464,9 @@ def run(row):
 
 
 def recover(learner, t):
-    """What the search finds for task t's support batch; under the lock, the committed mask that it means."""
-    found = learner.find(t, *learner.world.support[t])
-    return recall(found, learner.stored) if learner.method.get("lock") else found
+    """The mask for task t's support batch: searched from a cold start, or, where masks are kept, one of those."""
+    support = learner.world.support[t]
+    return learner.recall(*support) if learner.method.get("lock") else learner.find(t, *support)
 
 
 def bits_moved(before, after):
