@@ -65,7 +65,7 @@ def unsquash(z):
     return torch.atanh(z.clamp(-1 + 1e-6, 1 - 1e-6))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Region:
     """R = {z : d_M(z; mu, Sigma) <= tau}, Eq. (11). mean [d] and cov [d, d] are those of artanh(z), in float64; n
     coordinates were fitted."""
@@ -86,10 +86,14 @@ class Region:
         region.tau = float(region.distance(z.cpu().double()).quantile(quantile))
         return region
 
+    @functools.cached_property
+    def whiten(self):
+        """L^-1 [d, d] with Sigma = L L^T: d_M = |L^-1 (u - mu)|."""
+        return torch.linalg.inv(torch.linalg.cholesky(self.cov))
+
     def distance(self, z):
         """d_M(z; mu, Sigma) [B], differentiable in z [B, d]."""
-        whiten = torch.linalg.inv(torch.linalg.cholesky(self.cov)).to(z)  # d_M = |L^-1 (u - mu)| with Sigma = L L^T
-        return ((unsquash(z) - self.mean.to(z)) @ whiten.T).square().sum(1).clamp(min=1e-12).sqrt()
+        return ((unsquash(z) - self.mean.to(z)) @ self.whiten.to(z).T).square().sum(1).clamp(min=1e-12).sqrt()
 
 
 @dataclasses.dataclass
@@ -112,14 +116,17 @@ def route(z, regions):
     the fewer coordinates it was fitted on. With one pooled covariance alone (linear discriminant analysis) regions of
     different shape are confused; with a region's own alone, small ones are."""
     z = z.cpu().double()
-    pooled = sum(r.n * r.cov for r in regions) / sum(r.n for r in regions)
-    scores = []
-    for r in regions:
-        cov = (r.n * r.cov + len(pooled) * pooled) / (r.n + len(pooled))
-        d2 = dataclasses.replace(r, cov=cov).distance(z).square()
-        scores.append(-(d2 + torch.logdet(cov)) / 2)  # log N(z; mu, cov) without its constant
+    # log N(z; mu, Sigma) without its constant; log |Sigma|^(-1/2) is the sum of the logarithms on the diagonal of L^-1
+    scores = [r.whiten.diagonal().log().sum() - r.distance(z).square() / 2 for r in shrunk(tuple(regions))]
     probability, choice = torch.stack(scores, 1).softmax(1).max(1)
     return Route(choice, probability, torch.stack([r.distance(z) <= r.tau for r in regions], 1))
+
+
+@functools.lru_cache(maxsize=1)
+def shrunk(regions):
+    """The regions with the covariances that `route` compares: the same for every batch, so factored once."""
+    pooled = sum(r.n * r.cov for r in regions) / sum(r.n for r in regions)
+    return [dataclasses.replace(r, cov=(r.n * r.cov + len(pooled) * pooled) / (r.n + len(pooled))) for r in regions]
 
 
 def sample_anchors(region, z, count, source, seed):
