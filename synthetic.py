@@ -443,9 +443,11 @@ def run(row):
                 learner.end(t, *batch)
             training += time.perf_counter() - started
             if step % CURVE_EVERY == 0 and row.variant != "style" or step == row.steps:
-                stored = [learner.score(learner.stored[j], *world.test[j]) for j in range(t + 1)]
-                recovered = stored if kind in ("all", "fixed") else [  # without a search both are the same mask
-                    learner.score(recover(learner, j), *world.test[j]) for j in range(t + 1)]
+                stored, recovered = [], []
+                for j, mask in enumerate(learner.stored):
+                    found = recover(learner, j)
+                    stored.append(learner.score(mask, *world.test[j]))
+                    recovered.append(stored[j] if found is mask else learner.score(found, *world.test[j]))
                 curve.append(dict(step=t * row.steps + step, stored=stored, recovered=recovered))
         kept.append((learner.parameters(t), learner.outputs(learner.stored[t], *world.test[t])))
     moved = [bits_moved(before, (learner.parameters(t), learner.outputs(learner.stored[t], *world.test[t]))) for t, before in enumerate(kept)]
