@@ -190,11 +190,12 @@ class AdapterBank:
         if self.gating is None:
             return y
         indices, weights = (g[:, min(self.layer[name], g.shape[1] - 1)].to(x.device) for g in self.gating)  # [B, K]
-        # Section 3.1: one gating per sequence. The gathered tensors are [B, K, r, d], never [B, T, K, r, d].
-        A, B = self.gather(f"{name}.A", indices), self.gather(f"{name}.B", indices)
-        h = torch.einsum("btd,bkrd->btkr", x.to(A.dtype), A)           # Eq. (3): h_k = A_{i_k} x
-        h = h * (self.scale * weights)[:, None, :, None]               # Eq. (4): weigh by (alpha / r) w_k
-        return y + torch.einsum("btkr,bkro->bto", h, B).to(y.dtype)    # Eq. (5): sum_k B_{i_k} h_k
+        # Section 3.1: one gating per sequence. The gathered tensors are [B, K, r, d], never [B, T, K, r, d]. The bank is float32; what
+        # is multiplied, and kept for the backward pass, has the backbone's type: at 7B in bfloat16 that is 1.2 GB less.
+        A, B = (self.gather(f"{name}.{part}", indices).to(x.dtype) for part in "AB")
+        h = torch.einsum("btd,bkrd->btkr", x, A)                                # Eq. (3): h_k = A_{i_k} x
+        h = (h * (self.scale * weights)[:, None, :, None]).to(x.dtype)          # Eq. (4): weigh by (alpha / r) w_k
+        return y + torch.einsum("btkr,bkro->bto", h, B)                         # Eq. (5): sum_k B_{i_k} h_k
 
     def parameter_count(self, bases):
         """Eq. (14): sum over modules of N r (d_in + d_out). 335,544,320 for Mistral-7B, N = 16, r = 8 (Eq. 15)."""
