@@ -56,30 +56,31 @@ class PrivateMLPs(torch.autograd.Function):
         ctx.shapes, n = shapes, chunk_size(len(theta), shapes[0][0] * len(x))
         z = theta.new_empty(len(theta), 1, len(x))
         inputs, (even, odd) = x.T.expand(n, -1, -1).contiguous(), workspace(n, shapes[0][0], len(x), 2, x.dtype)
-        for *layers, (W_out, b_out), out in chunks(n, *unpack(theta, shapes), z):
+        for W, b, (out,) in chunks(n, *unpack(theta, shapes), [z]):
             h = inputs                                                           # [n, d_in, batch]
-            for W, b in layers:
-                h, even, odd = torch._add_relu_(torch.bmm(W, h, out=even), b), odd, even  # [n, width, batch]
-            torch.bmm(W_out, h, out=out).add_(b_out)
+            for l in range(len(shapes) - 1):
+                h, even, odd = torch._add_relu_(torch.bmm(W[l], h, out=even), b[l]), odd, even  # [n, width, batch]
+            torch.bmm(W[-1], h, out=out).add_(b[-1])
         return z[:, 0]
 
     @staticmethod
     def backward(ctx, grad_z):
         (theta, x), shapes = ctx.saved_tensors, ctx.shapes
-        n, layers = chunk_size(len(theta), shapes[0][0] * len(x)), unpack(theta, shapes)
-        grads = [(W.new_empty(W.shape), b.new_empty(b.shape)) for W, b in layers]
-        inputs, (even, odd, *buffers) = x.T.expand(n, -1, -1).contiguous(), workspace(n, shapes[0][0], len(x), len(shapes) + 1, x.dtype)
-        for g, *pairs in chunks(n, grad_z[:, None].contiguous(), *layers, *grads):            # g [n, 1, batch]
-            layers, grads_, h = pairs[:len(shapes)], pairs[len(shapes):], [inputs]
-            for (W, b), buffer in zip(layers, buffers):
-                h.append(torch._add_relu_(torch.bmm(W, h[-1], out=buffer), b))
-            for (W, _), (grad_W, grad_b), a in zip(layers[::-1], grads_[::-1], h[::-1]):
-                torch.bmm(g, a.mT, out=grad_W)
-                torch.sum(g, 2, keepdim=True, out=grad_b)
-                if a is not inputs:  # through the ReLU: the gradient passes where the activation is positive
-                    g, even, odd = torch.bmm(W.mT, g, out=even), odd, even
-                    torch.ops.aten.threshold_backward.grad_input(g, a, 0, grad_input=g)
-        return torch.cat([part.flatten(1) for pair in grads for part in pair], 1), None, None
+        n, depth = chunk_size(len(theta), shapes[0][0] * len(x)), len(shapes) - 1
+        weights, biases = unpack(theta, shapes)
+        grads = [[p.new_empty(p.shape) for p in part] for part in (weights, biases)]
+        buffer, *h = workspace(n, shapes[0][0], len(x), depth + 1, x.dtype)
+        h = [x.T.expand(n, -1, -1).contiguous(), *h]
+        h_T, threshold = [a.mT for a in h], torch.ops.aten.threshold_backward.grad_input
+        for W, b, W_T, grad_W, grad_b, (g,) in chunks(n, weights, biases, [W.mT for W in weights], *grads, [grad_z[:, None].contiguous()]):
+            for l in range(depth):
+                torch._add_relu_(torch.bmm(W[l], h[l], out=h[l + 1]), b[l])
+            for l in range(depth, -1, -1):                                       # g is [n, width, batch], at first [n, 1, batch]
+                torch.bmm(g, h_T[l], out=grad_W[l])
+                torch.sum(g, 2, keepdim=True, out=grad_b[l])
+                if l:  # through the ReLU: the gradient passes where the activation is positive, and takes its place
+                    g = threshold(torch.bmm(W_T[l], g, out=buffer), h[l], 0, grad_input=h[l])
+        return torch.cat([p.flatten(1) for layer in zip(*grads) for p in layer], 1), None, None
 
 
 def chunk_size(n, activations):
@@ -87,9 +88,9 @@ def chunk_size(n, activations):
     return next(c for c in range(min(n, max(1, CACHE // activations)), 0, -1) if n % c == 0)
 
 
-def chunks(n, *parts):
-    """Walk tensors, or pairs of tensors, n rows at a time."""
-    return zip(*[zip(*(p.unflatten(0, (-1, n)) for p in part)) if isinstance(part, tuple) else part.unflatten(0, (-1, n)) for part in parts])
+def chunks(n, *lists):
+    """Walk lists of tensors n rows at a time."""
+    return zip(*[zip(*(t.split(n) for t in tensors)) for tensors in lists])
 
 
 @functools.cache
@@ -99,9 +100,9 @@ def workspace(n, width, batch, count, dtype):
 
 
 def unpack(theta, shapes):
-    """Rows [n, P] as a list of (W [n, out, in], b [n, out, 1]), views of the same memory."""
-    parts = iter(theta.split([size for o, i in shapes for size in (o * i, o)], dim=1))
-    return [(next(parts).unflatten(1, (o, i)), next(parts).unsqueeze(2)) for o, i in shapes]
+    """Rows [n, P] as views: the layers' weights, W [n, out, in] each, and their biases, b [n, out, 1] each."""
+    parts = theta.split([size for o, i in shapes for size in (o * i, o)], dim=1)
+    return [W.unflatten(1, shape) for W, shape in zip(parts[::2], shapes)], [b.unsqueeze(2) for b in parts[1::2]]
 
 
 class NeuronGrid(nn.Module):
@@ -115,7 +116,7 @@ class NeuronGrid(nn.Module):
         super().__init__()
         self.side, self.shapes = side, [(width, d_in)] + [(width, width)] * (layers - 1) + [(1, width)]
         theta = torch.empty(side * side, sum(o * i + o for o, i in self.shapes))
-        for W, b in unpack(theta, self.shapes):
+        for W, b in zip(*unpack(theta, self.shapes)):
             W.normal_(std=W.shape[2] ** -0.5)
             b.zero_()
         self.theta = nn.Parameter(theta)
@@ -126,7 +127,7 @@ class NeuronGrid(nn.Module):
     def forward(self, x, mask, dropout=0.0):
         """The paper's model as it is written: every neuron runs, `mask` [H] multiplies. Returns [batch, d_out]."""
         h = x[:, None].expand(-1, len(self.theta), -1)                           # [batch, H, d_in]
-        for l, (W, b) in enumerate(unpack(self.theta, self.shapes)):
+        for l, (W, b) in enumerate(zip(*unpack(self.theta, self.shapes))):
             h = torch.einsum("bhi,hoi->bho", h, W) + b[..., 0]
             h = h if l == len(self.shapes) - 1 else F.relu(h)
         z = F.dropout(h[..., 0], dropout)                                        # [batch, H]

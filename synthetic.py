@@ -310,12 +310,12 @@ class SupSup(OnGrid):
         self.weights = [p.detach() for p in self.grid.parameters()]
         self.stored = []
         if wide:
-            for W, _ in unpack(self.weights[0], self.grid.shapes):
+            for W in unpack(self.weights[0], self.grid.shapes)[0]:
                 W.sign_().mul_(2 / W.shape[2] ** 0.5)
 
     def begin(self, t):
         theta, readout = (torch.empty_like(w) for w in self.weights)
-        for W, b in unpack(theta, self.grid.shapes):
+        for W, b in zip(*unpack(theta, self.grid.shapes)):
             W.uniform_(-W.shape[2] ** -0.5, W.shape[2] ** -0.5)
             b.zero_()
         self.scores = [theta, readout.uniform_(-1 / self.row.side, 1 / self.row.side)]

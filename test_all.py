@@ -963,7 +963,7 @@ def double():
 def small_grid(**more):
     torch.manual_seed(3)
     grid = NeuronGrid(side=4, d_in=2, d_out=2, layers=3, width=4, **more)
-    for _, b in unpack(grid.theta.data, grid.shapes):
+    for b in unpack(grid.theta.data, grid.shapes)[1]:
         b.normal_(std=0.1)
     return grid
 
@@ -1162,7 +1162,7 @@ def test_ewc_adds_the_gradient_of_its_penalty():
 def test_a_supermask_is_learned_straight_through_and_never_moves_again():
     learner = synthetic.SupSup(synthetic.Row("clf", "supsup-wide", 0, dropout=0.0, **SMALL))
     frozen = [w.clone() for w in learner.weights]
-    for W, b in unpack(frozen[0], learner.grid.shapes):
+    for W, b in zip(*unpack(frozen[0], learner.grid.shapes)):
         assert W.abs().unique().numel() == 1 and (b == 0).all()  # signed constants
     x, y = synthetic.ConceptShift(learner.row).batch(0, 32, synthetic.generator("supsup"))
     learner.begin(0)
