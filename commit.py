@@ -68,7 +68,7 @@ def unsquash(z):
 @dataclasses.dataclass(eq=False)
 class Region:
     """R = {z : d_M(z; mu, Sigma) <= tau}, Eq. (11). mean [d] and cov [d, d] are those of artanh(z), in float64; n
-    coordinates were fitted."""
+    coordinates were fitted. A region is itself and equals no other, so that `shrunk` can know it again."""
     mean: torch.Tensor
     cov: torch.Tensor
     tau: float

@@ -18,8 +18,9 @@ Two facts make it fast, and both are tested against the literal algorithm:
 * Under a binary mask only the winners can receive a gradient. A step runs, forward and backward, k of H neurons.
 
 Commit is the sentence of the README again: freeze what a capability occupies, everything else stays writable. `commit`
-takes a finished task's winners off the list that later masks choose from. The paper has no such lock: there the masks move
-with every batch, and a later task may write where an earlier one lives.
+takes a finished task's winners off the list that later masks choose from; at test time the committed mask with the lowest
+loss is the one that is meant. The paper has no such lock: there the masks move with every batch, and a later task may write
+where an earlier one lives.
 
 LoRA-FTN (end of section 2, Appendix D) is the same mask over a pool of low-rank components of a frozen language model,
 `LoRAPool`. There the search costs S passes of the backbone with the gradient of H scalars; no adapter gets one.
