@@ -173,17 +173,18 @@ class AdapterBank:
 
     def gather(self, key, indices):
         """Rows `indices` [B, K] of one tensor of the bank -> [B, K, r, d]. Gradient reaches live rows only."""
-        old, new = self.committed[key], self.live.get(key)
-        shape = (*indices.shape, *old.shape[1:])
+        old, new, flat = self.committed[key], self.live.get(key), indices.flatten()
 
         def rows(tensor, i):  # an embedding lookup: its backward is many times faster than that of indexing
-            return nn.functional.embedding(i, tensor.flatten(1)).view(shape)
-        if new is None:
-            return rows(old, indices)
-        if not len(old):
-            return rows(new, indices)
-        is_live = (indices >= len(old))[..., None, None]
-        return torch.where(is_live, rows(new, (indices - len(old)).clamp(min=0)), rows(old, indices.clamp(max=len(old) - 1)))
+            return nn.functional.embedding(i, tensor.flatten(1))
+        if new is None or not len(old):
+            found = rows(old if new is None else new, flat)
+        else:
+            live = (flat >= len(old)).nonzero()[:, 0]
+            found = rows(new, flat[live] - len(old))
+            if len(live) < len(flat):
+                found = rows(old, flat.clamp(max=len(old) - 1)).index_copy(0, live, found)
+        return found.view(*indices.shape, *old.shape[1:])
 
     def update(self, name, x, y):
         """The hook: x [B, T, d_in], y = W x [B, T, d_out] -> y plus the gated low-rank update, Eq. (2)."""
