@@ -171,20 +171,20 @@ class AdapterBank:
         self.live = {key: nn.Parameter(t.clone()) for key, t in self.committed.items()}
         self.committed = {key: t[:0] for key, t in self.committed.items()}
 
-    def gather(self, key, indices):
-        """Rows `indices` [B, K] of one tensor of the bank -> [B, K, r, d]. Gradient reaches live rows only."""
-        old, new, flat = self.committed[key], self.live.get(key), indices.flatten()
+    def gather(self, name, indices):
+        """Bases `indices` [B, K] of one module -> A [B, K, r, d_in], B [B, K, r, d_out]. Gradient reaches live ones only."""
+        keys, flat, committed = (f"{name}.A", f"{name}.B"), indices.flatten(), len(self.committed[f"{name}.A"])
 
         def rows(tensor, i):  # an embedding lookup: its backward is many times faster than that of indexing
             return nn.functional.embedding(i, tensor.flatten(1))
-        if new is None or not len(old):
-            found = rows(old if new is None else new, flat)
+        if not self.live or not committed:
+            found = [rows((self.live or self.committed)[key], flat) for key in keys]
         else:
-            live = (flat >= len(old)).nonzero()[:, 0]
-            found = rows(new, flat[live] - len(old))
+            live = (flat >= committed).nonzero()[:, 0]  # on a GPU this waits for it, so once for A and B
+            found = [rows(self.live[key], flat[live] - committed) for key in keys]
             if len(live) < len(flat):
-                found = rows(old, flat.clamp(max=len(old) - 1)).index_copy(0, live, found)
-        return found.view(*indices.shape, *old.shape[1:])
+                found = [rows(self.committed[key], flat.clamp(max=committed - 1)).index_copy(0, live, own) for key, own in zip(keys, found)]
+        return [tensor.view(*indices.shape, self.rank, -1) for tensor in found]
 
     def update(self, name, x, y):
         """The hook: x [B, T, d_in], y = W x [B, T, d_out] -> y plus the gated low-rank update, Eq. (2)."""
@@ -193,7 +193,7 @@ class AdapterBank:
         indices, weights = (g[:, min(self.layer[name], g.shape[1] - 1)].to(x.device) for g in self.gating)  # [B, K]
         # Section 3.1: one gating per sequence. The gathered tensors are [B, K, r, d], never [B, T, K, r, d]. The bank is float32; what
         # is multiplied, and kept for the backward pass, has the backbone's type: at 7B in bfloat16 that is 1.2 GB less.
-        A, B = (self.gather(f"{name}.{part}", indices).to(x.dtype) for part in "AB")
+        A, B = (tensor.to(x.dtype) for tensor in self.gather(name, indices))
         h = torch.einsum("btd,bkrd->btkr", x, A)                                # Eq. (3): h_k = A_{i_k} x
         h = (h * (self.scale * weights)[:, None, :, None]).to(x.dtype)          # Eq. (4): weigh by (alpha / r) w_k
         return y + torch.einsum("btkr,bkro->bto", h, B)                         # Eq. (5): sum_k B_{i_k} h_k

@@ -222,17 +222,17 @@ class OnGrid:
         weights = self.select(handle)
         return torch.cat([self.grid.answer(*weights, part) for part in x.split(256)])
 
-    def recall(self, x, y):
-        """The stored handle with the lowest loss on a batch; a tie goes to the earlier task."""
-        return min(self.stored, key=lambda handle: self.loss(self.predict(handle, x), y).item())
-
     def parameters(self, t):
         """A copy of what task t's prediction is computed from."""
         return [p.clone() for p in self.select(self.stored[t])]
 
+    def mean_loss(self, handle, x, y):
+        return self.loss(self.predict(handle, x), y).item()
+
     def score(self, handle, x, y):
-        y_hat = self.predict(handle, x)
-        return (y_hat.argmax(1) == y).float().mean().item() if self.row.variant == "clf" else F.mse_loss(y_hat, y).item()
+        if self.row.variant == "clf":
+            return (self.predict(handle, x).argmax(1) == y).float().mean().item()
+        return self.mean_loss(handle, x, y)
 
     def outputs(self, handle, x, y):
         return self.predict(handle, x)
@@ -300,7 +300,7 @@ class SupSup(OnGrid):
     """Supermasks: frozen random weights, and for each task a binary mask over them, learned through scores.
 
     A weight is on where its score is positive (straight-through gradient), as in the SupSup authors' own example; scores
-    start at U(-1, 1) / sqrt(fan_in), so half are on. Masks are stored, and recalled as under the lock. "Wide" has twice the
+    start at U(-1, 1) / sqrt(fan_in), so half are on. Masks are stored, and recalled as under the lock (`recover`). "Wide" has twice the
     width and signed constants +-sqrt(2 / (fan_in / 2)) in place of normal weights.
     """
 
@@ -372,12 +372,8 @@ class Adapted:
         if kind == "fixed":
             return torch.arange(t * k, (t + 1) * k)
         if kind == "bank":
-            return min((torch.tensor([i]) for i in range(len(self.pool.free))), key=lambda i: self.score(i, examples))
+            return min((torch.tensor([i]) for i in range(len(self.pool.free))), key=lambda i: self.mean_loss(i, examples))
         return self.search.configure(self.pool.loss_of_mask(lambda: self.loss(examples)), self.row.side, self.pool.free)
-
-    def recall(self, examples):
-        """As in `OnGrid`."""
-        return min(self.stored, key=lambda winners: self.score(winners, examples))
 
     def begin(self, t):
         self.rows = None
@@ -414,8 +410,10 @@ class Adapted:
         with self.pool.applied(self.pool.take(winners)):
             return response_nll(*response_logits(self.backbone, self.pad_id, examples))
 
-    def score(self, winners, examples):
+    def mean_loss(self, winners, examples):
         return self.outputs(winners, examples).sum().item() / sum(len(r) for _, r in examples)
+
+    score = mean_loss
 
     def parameters(self, t):
         """A copy of task t's components on the first target, which stands for all."""
@@ -466,11 +464,14 @@ def run(row):
 
 
 def recover(learner, t):
-    """The mask for task t's support batch: searched from a cold start, or, where masks are kept, one of those."""
+    """The mask for task t's support batch: searched from a cold start, or *recalled*: where masks are kept, the stored one with
+    the lowest loss on it; a tie goes to the earlier task."""
     if learner.method["mask"] == "fixed":  # the oracle is told which task it is
         return learner.stored[t]
     support = learner.world.support[t]
-    return learner.recall(*support) if learner.method.get("lock") else learner.find(t, *support)
+    if learner.method.get("lock"):
+        return min(learner.stored, key=lambda handle: learner.mean_loss(handle, *support))
+    return learner.find(t, *support)
 
 
 def bits_moved(before, after):
