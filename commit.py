@@ -39,9 +39,13 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 
 try:
@@ -50,6 +54,7 @@ except ImportError:  # Windows
     fcntl = None
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -492,7 +497,75 @@ def latest_run(root="runs"):
     return manifests[-1].parent
 
 
-# ---------------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------- the rest is the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def number(kind, low, high=1e9):
+    """An argparse type: a number of this kind in [low, high], which leaves out nan and inf."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low:g}, at most {high:g}")
+        return value
+
+    return parse
+
+
+def output_file(text):
+    """An argparse type: a JSON file to write results to, tried before anything is computed. An older file of results is
+    replaced, any other file is not."""
+    path = pathlib.Path(text)
+    try:
+        if path.exists():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            if not all({"command", "config"} & {*part} for part in (old if isinstance(old, list) else [old])):
+                raise ValueError
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({e.strerror})") from None
+    except (ValueError, TypeError, RecursionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is there and holds no results of this program") from None
+    return path
+
+
+def provenance():
+    """What a result depends on besides its options: date, revision, versions, machine."""
+    here = pathlib.Path(__file__).parent
+    git = ""
+    with contextlib.suppress(OSError):
+        git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "git": git or None, "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
+
+
+def run_program(main):
+    """Run a program's `main`. What the user can mend, or asked for by Ctrl-C, is one line and not a traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    name = pathlib.Path(sys.argv[0]).name
+    try:
+        main()
+    except (Refused, OSError, SafetensorError, MemoryError) as e:
+        raise SystemExit(f"{name}: {' '.join(str(e).split()) or 'not enough memory'}") from None
+    except RuntimeError as e:
+        if "memory" not in str(e):
+            raise
+        raise SystemExit(f"{name}: not enough memory ({str(e).splitlines()[0]})") from None
+    except KeyboardInterrupt as e:
+        raise SystemExit(f"\n{name}: {e or 'stopped'}") from None
+
 
 def describe(run, entry):
     """Everything a manifest and a version's header say about it, as a dict."""
@@ -735,7 +808,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (Refused, OSError) as e:
-        raise SystemExit(f"commit.py: {e}")
+    run_program(main)
