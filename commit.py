@@ -1,20 +1,16 @@
-"""Regions, locks and versions: what is committed stays.
+"""Git for capabilities: what is committed stays, on disk and in what it answers.
 
-After a task has been learned, its training inputs occupy a *region* of coordinate space. Committing the task writes
-an immutable *version*: the bases it wrote, its field, its region, *anchors* in that region and a *snapshot* of the
-field on them. One sentence holds for everything here: commit = freeze what a capability occupies; everything else
-stays writable. There are two ways to keep that promise, and `train.py --lock` chooses:
+Committing a task writes an immutable *version*: the bases it wrote, its field, its region, *anchors* in that
+region and a *snapshot* of the field on them. One sentence holds for everything here: commit = freeze what a
+capability occupies; everything else stays writable. There are two ways to keep that promise, and `train.py
+--lock` chooses:
 
-exact   Addresses do not move: the probe is bare and the dynamics freeze at the first commit. Contents do not change:
-        a later version may read committed bases but has a field and bases of its own to write. Nothing committed has
-        a gradient, a moment or decay, so a stored capability stays bit-identical.
-soft    The paper, Eqs. (9)-(13): one live bank, field and dynamics; a penalty holds the field's logits on the
-        anchors. The bases and the dynamics move freely, and forgetting is what it is measured to be.
-none    The same live bank, field and dynamics with no penalty at all.
-
-Held here: sections 3.4-3.6 and Appendix B of the paper, Eqs. (9)-(13). Departures: a region's Gaussian is fitted to
-artanh(z), not to z; and routing compares *between* regions, as discriminant analysis does, because one region's own
-95 % ellipsoid cannot tell tasks apart.
+exact   Addresses do not move: the probe is bare and the dynamics freeze at the first commit. Contents do not
+change: a later version may read committed bases but has a field and bases of its own to write. Nothing
+committed has a gradient, a moment or decay, so a stored capability stays bit-identical. soft    The paper,
+Eqs. (9)-(13): one live bank, field and dynamics; a penalty holds the field's logits on the anchors. The bases
+and the dynamics move freely, and forgetting is what it is measured to be. none    The same live bank, field
+and dynamics with no penalty at all.
 
     python commit.py log                              # the versions of a run folder, newest first
     python commit.py show VERSION                     # everything about one; VERSION is a task or the start of a hash
@@ -24,25 +20,34 @@ artanh(z), not to z; and routing compares *between* regions, as discriminant ana
     python commit.py merge OTHER_RUN                  # take in versions learned elsewhere from the same first one
     python commit.py export VERSION --to DIR          # an ordinary LoRA adapter in PEFT's format
 
-None of these trains, needs data or loads the backbone. All take `--run DIR` (default: the latest under runs/) and
-`--json`. Whatever they do, every other version stays what it was, to the last bit.
+None of these trains, needs data or loads the backbone. All take `--run DIR` (default: the latest under runs/)
+and `--json`. Whatever they do, every other version stays what it was, to the last bit.
 
-A run folder holds `manifest.json`, `versions/<sha256>.safetensors` (named by content, as in git), `data/<task>.val.json`,
-`training.safetensors` while a task is being trained, and `log.jsonl`. Every write is atomic. Nothing is pickled.
+A run folder holds `manifest.json`, `versions/<sha256>.safetensors` (named by content, as in git), for every
+task `data/<task>.val.json` and `data/<task>.logits.json`, `training.safetensors` while a task is being
+trained, and `log.jsonl`. It trusts nobody: what is read is validated whole before it is used, a symbolic link
+is refused, and nothing is removed but what the manifest names and the temporary files of a killed command.
+Every write is atomic.
+
+Held here: sections 3.5 and 3.6 of the NIWF paper, and what it calls versioning.
 """
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\ncommit.py: stopped\n") and 130))
+
 import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import json
-import os
 import pathlib
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -58,254 +63,122 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from field import CoordinateDynamics, WeightField, top_k_gating
-from model import Refused, layer_numbers
+from field import CoordinateDynamics, Region, WeightField, route, take_snapshot, top_k_gating
+from model import NIWF, Refused, fingerprint, layer_numbers, load_backbone, pad_of
+
+# ------------------------------------------------------------------------------------ what files look like, and how
+
+NAME, SHA = re.compile(r"\w[\w.-]{0,63}"), re.compile(r"[0-9a-f]{64}")
+DATE, TEXT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), re.compile(r"[^\x00-\x1f]*")
+COUNT, COUNT_OR_0 = range(1, 2**31), range(2**31)
+POSITIVE = lambda x: type(x) in (int, float) and 0 < x < 1e300
+
+# fmt: off
+SETTINGS = {"rank": COUNT, "alpha": float, "coord_dim": COUNT, "pool": ("prompt", "sequence"),
+            "probe": ("bare", "adapted"), "fixed_coordinate": bool}  # the options that a run's first task fixes
+ENTRY = {"hash": SHA, "task": NAME, "lock": ("first", "exact", "soft", "none"), "date": DATE}
+DRIFT = ("inside_at_commit", "inside_now", "moved", "spread", "lock_loss", "top_k_kept")
+RESULT = {"task": NAME, "version": SHA, **dict.fromkeys(("base", "stored", "routed"), {NAME: POSITIVE}),
+          **dict.fromkeys(("routing", "inside"), {NAME: {NAME: COUNT_OR_0}}), "identical": {NAME: [COUNT_OR_0]},
+          "gating": {NAME: {"sets": POSITIVE, "bases": POSITIVE}}, "drift": {NAME: dict.fromkeys(DRIFT, float)}}
+MANIFEST = {"format": 1, "backbone": (None, {"name": TEXT, "fingerprint": SHA}), "settings": ({}, SETTINGS),
+            "versions": [ENTRY], "results": [RESULT], "compositions": [{**ENTRY, "lock": "composed"}]}
+VERSION = {"task": NAME, "lock": ENTRY["lock"], "reads": [SHA], "writes": COUNT, "top_k": COUNT, "tau": float, "n": COUNT,
+           "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, TEXT)}}
+TENSORS = {"snapshot": "count L N", "anchors": "count d", "region.mean": "d", "region.cov": "d d",
+           "field.norm.weight": "d", "field.norm.bias": "d", "field.w1.weight": "hidden d", "field.w1.bias": "hidden",
+           "field.w2.weight": "hidden hidden", "field.w2.bias": "hidden", "field.w3.weight": "LN hidden", "field.w3.bias": "LN"}
+DYNAMICS = {"z0": "d", "norm.weight": "d", "norm.bias": "d", "w_z.weight": "d d", "w_z.bias": "d", "gru.weight_ih": "3d features",
+            "gru.weight_hh": "3d d", "gru.bias_ih": "3d", "gru.bias_hh": "3d"}
+COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
+# fmt: on
 
 
-# ---------------------------------------------------------------------------------------------- regions and anchors
-
-def unsquash(z):
-    """What Eq. (8) squashed: artanh(z). Coordinates pile up at the ends of (-1, 1), where no Gaussian fits; before the
-    tanh they do not."""
-    return torch.atanh(z.clamp(-1 + 1e-6, 1 - 1e-6))
-
-
-@dataclasses.dataclass(eq=False)
-class Region:
-    """R = {z : d_M(z; mu, Sigma) <= tau}, Eq. (11). mean [d] and cov [d, d] are those of artanh(z), in float64; n
-    coordinates were fitted. A region is itself and equals no other, so that `shrunk` can know it again."""
-    mean: torch.Tensor
-    cov: torch.Tensor
-    tau: float
-    n: int
-
-    @classmethod
-    def fit(cls, z, quantile=0.95):
-        """Gaussian fitted to coordinates z [n, d]; tau is the given quantile of their own distances."""
-        u = unsquash(z.cpu().double())
-        mean = u.mean(0)
-        cov = (u - mean).T @ (u - mean) / max(len(u) - 1, 1)
-        # A ridge: fewer examples than dimensions, or a fixed coordinate, would leave Sigma singular.
-        cov += (1e-4 * cov.diagonal().mean() + 1e-10) * torch.eye(len(mean), dtype=cov.dtype)
-        region = cls(mean, cov, 0.0, len(u))
-        region.tau = float(region.distance(z.cpu().double()).quantile(quantile))
-        return region
-
-    @functools.cached_property
-    def whiten(self):
-        """L^-1 [d, d] with Sigma = L L^T: d_M = |L^-1 (u - mu)|."""
-        return torch.linalg.inv(torch.linalg.cholesky(self.cov))
-
-    def distance(self, z):
-        """d_M(z; mu, Sigma) [B], differentiable in z [B, d]."""
-        return ((unsquash(z) - self.mean.to(z)) @ self.whiten.to(z).T).square().sum(1).clamp(min=1e-12).sqrt()
+def validate(value, form, where):
+    """Refused, naming the field, unless `value` has this form: a type, a pattern, a range, a test or a
+    constant; [form] for a list; {key: form} for just these keys, {pattern: form} for any keys like it; (form,
+    ...) for one of them."""
+    if isinstance(form, tuple):
+        for option in form[:-1]:
+            with contextlib.suppress(Refused):
+                return validate(value, option, where)
+        return validate(value, form[-1], where)
+    if isinstance(form, dict) and isinstance(value, dict):
+        likeness = next((key for key in form if isinstance(key, re.Pattern)), None)
+        for key in value if likeness else dict.fromkeys((*form, *value)):
+            if likeness is None and (key not in form or key not in value):
+                raise Refused(f"{where}: {key!r} is {'missing' if key in form else 'unknown'}")
+            if likeness:
+                validate(key, likeness, where)
+            validate(value[key], form[likeness or key], f"{where}: {key}")
+        return value
+    if isinstance(form, list) and isinstance(value, list):
+        for i, part in enumerate(value):
+            validate(part, form[0], f"{where}[{i}]")
+        return value
+    if isinstance(form, re.Pattern):
+        fits = isinstance(value, str) and form.fullmatch(value)
+    elif form is float:
+        fits = type(value) in (int, float) and abs(value) < 1e300
+    elif isinstance(form, range):
+        fits = type(value) is int and value in form
+    elif isinstance(form, type):
+        fits = type(value) is form
+    else:
+        fits = form(value) if callable(form) else type(value) is type(form) and value == form
+    if not fits:
+        raise Refused(f"{where}: {ascii(value)[:60]} is not what belongs there")
+    return value
 
 
-@dataclasses.dataclass
-class Route:
-    """Where B coordinates belong: choice [B] (index of a region), probability [B] of that choice, and for each region
-    whether the coordinate is inside it, d_M <= tau [B, regions]."""
-    choice: torch.Tensor
-    probability: torch.Tensor
-    inside: torch.Tensor
-
-    def at_home(self):
-        """[B]: is the coordinate inside the region that was chosen for it?"""
-        return self.inside.gather(1, self.choice[:, None])[:, 0]
+def check_name(option, name):
+    """Names become file names. Refused: this one cannot."""
+    if not NAME.fullmatch(name) or len(name.encode()) > 200:
+        raise Refused(f"{option} {name!r}: use letters, digits, '_', '-' and '.'")
 
 
-def route(z, regions):
-    """Send coordinates z [B, d] to the region under whose Gaussian they are most likely. -> Route
-
-    Regularised discriminant analysis (Friedman 1989): each region's covariance is drawn towards the pooled one, the more
-    the fewer coordinates it was fitted on. With one pooled covariance alone (linear discriminant analysis) regions of
-    different shape are confused; with a region's own alone, small ones are."""
-    z = z.cpu().double()
-    # log N(z; mu, Sigma) without its constant; log |Sigma|^(-1/2) is the sum of the logarithms on the diagonal of L^-1
-    scores = [r.whiten.diagonal().log().sum() - r.distance(z).square() / 2 for r in shrunk(tuple(regions))]
-    probability, choice = torch.stack(scores, 1).softmax(1).max(1)
-    return Route(choice, probability, torch.stack([r.distance(z) <= r.tau for r in regions], 1))
+def refuse_constant(text):
+    raise ValueError(f"{text} is no number")
 
 
-@functools.lru_cache(maxsize=1)
-def shrunk(regions):
-    """The regions with the covariances that `route` compares: the same for every batch, so factored once."""
-    pooled = sum(r.n * r.cov for r in regions) / sum(r.n for r in regions)
-    return [dataclasses.replace(r, cov=(r.n * r.cov + len(pooled) * pooled) / (r.n + len(pooled))) for r in regions]
+def read_json(path, own=True):
+    """What a JSON file holds. own: it lies in a run folder. Refused: it is no plain file, or not JSON."""
+    path = pathlib.Path(path)
+    if not path.is_file() or own and path.is_symlink():
+        raise Refused(f"{path}: no such file" if not path.exists() else f"{path}: not a plain file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError, OSError) as e:
+        raise Refused(f"{path}: not readable as JSON ({e})") from None
 
 
-def sample_anchors(region, z, count, source, seed):
-    """`count` anchors a_j inside the region, [count, d] (Appendix B). source: "gaussian" draws from the fitted Gaussian
-    and rejects what falls outside; "empirical" takes a subsample of the coordinates z that lie inside."""
-    generator = torch.Generator().manual_seed(seed)
-    z = z.cpu().double()
-    if source == "empirical":
-        inside = z[region.distance(z) <= region.tau]
-        return inside[torch.randperm(len(inside), generator=generator)[:count]].float()
-    scale, anchors = torch.linalg.cholesky(region.cov), torch.empty(0, len(region.mean))
-    for _ in range(100):
-        draws = torch.randn(4 * count, len(region.mean), generator=generator, dtype=z.dtype) @ scale.T
-        inside = torch.tanh(region.mean + draws).float()
-        anchors = torch.cat([anchors, inside[region.distance(inside) <= region.tau]])[:count]
-        if len(anchors) == count:
-            return anchors
-    # tau can be so small that a Gaussian hardly ever falls inside (a fixed coordinate has tau = 0): pull draws in.
-    shrink = region.tau / region.distance(torch.tanh(region.mean + draws))
-    return torch.cat([anchors, torch.tanh(region.mean + shrink[:, None] * draws).float()])[:count]
-
-
-@torch.no_grad()
-def take_snapshot(field, anchors):
-    """Eq. (12): Phi(a_j) for every anchor, [count, L, N]. On the CPU, so that it can be recomputed anywhere."""
-    device = field.w3.weight.device
-    snapshot = field.cpu()(anchors.cpu())
-    field.to(device)
-    return snapshot
-
-
-# ------------------------------------------------------------------------------------------ the soft (paper) lock
-
-def lock_loss(field, versions):
-    """Eq. (13): mean over anchors of |Phi(a_j) - snapshot_j|^2, summed over committed versions. It sees gating logits
-    and nothing else: A and B of shared bases, and the dynamics that give z, are free to move."""
-    total = torch.zeros((), device=field.w3.weight.device)
-    for v in versions:
-        now = field(v.anchors.to(total.device))[..., :v.snapshot.shape[-1]]  # a bank that grew has more logits
-        total = total + (now - v.snapshot.to(total.device)).square().sum((1, 2)).mean()
-    return total
-
-
-def separation_loss(z, regions, margin):
-    """Eq. (10): sum over regions of mean(max(0, tau_R + margin - d_M(z; R))^2). Pushes z [B, d] out of committed regions."""
-    return sum(((r.tau + margin - r.distance(z)).clamp(min=0).square().mean() for r in regions), z.new_zeros(()))
-
-
-# ---------------------------------------------------------------------------------------------------- versions
-
-@dataclasses.dataclass
-class Version:
-    """One committed capability. `index` [N] gives, for each logit of its field, the number of the basis in the bank."""
-    task: str
-    lock: str                       # how it was trained: "exact", "soft", "none"; "first" had nothing to protect
-    reads: list                     # hashes of the versions whose bases its field may choose, before its own
-    top_k: int
-    field: WeightField
-    dynamics: CoordinateDynamics    # under the exact lock, that of the run's first version
-    region: Region
-    anchors: torch.Tensor           # [count, d]
-    snapshot: torch.Tensor          # [count, L, N]
-    bases: dict                     # the bases it wrote, keyed as in AdapterBank; emptied once they are in the bank
-    config: dict                    # the options it was trained with
-    hash: str = ""
-    index: torch.Tensor = None
-
-    def gating(self, z):
-        """z [B, d] -> (indices into the bank, weights), both [B, L, K]."""
-        indices, weights = top_k_gating(self.field(z), self.top_k)
-        return self.index.to(indices.device)[indices], weights
-
-    def save(self, folder):
-        """Write it to `folder` under the hash of its contents, which is set and returned."""
-        tensors = {f"bank.{k}": t for k, t in self.bases.items()}
-        tensors |= {f"field.{k}": t for k, t in self.field.state_dict().items()}
-        if not self.reads:  # the coordinate space belongs to a version that stands on no other
-            tensors |= {f"dynamics.{k}": t for k, t in self.dynamics.state_dict().items()}
-        tensors |= {"region.mean": self.region.mean, "region.cov": self.region.cov, "anchors": self.anchors, "snapshot": self.snapshot}
-        head = {"task": self.task, "lock": self.lock, "reads": self.reads, "writes": len(next(iter(self.bases.values()))),
-                "top_k": self.top_k, "tau": self.region.tau, "n": self.region.n, "anchors": len(self.anchors),
-                "fixed": self.dynamics.fixed, "config": self.config}
-        self.hash = write(folder, head, tensors)
-        return self.hash
-
-    @classmethod
-    def load(cls, path, dynamics=None):
-        """Read a version; `dynamics` are those of the run, for a version that has none of its own.
-
-        Refused: see `check`."""
-        check(path)
+def read_records(path, own=False):
+    """A JSON list in Alpaca's format -> list of dicts. Refused with the file and the number of the record."""
+    records = read_json(path, own)
+    if not isinstance(records, list) or not records:
+        raise Refused(f"{path}: expected a JSON list of records")
+    for i, record in enumerate(records, 1):
+        for key in ("instruction", "output"):
+            if not isinstance(record, dict) or not isinstance(record.get(key), str):
+                raise Refused(f"{path}: record {i} has no text under {key!r}")
+        for key in ("input", "kind"):
+            if not isinstance(record.get(key, ""), str):
+                raise Refused(f"{path}: record {i} has something other than text under {key!r}")
         try:
-            with safe_open(path, "pt") as f:
-                head, tensors = json.loads(f.metadata()["version"]), {k: f.get_tensor(k) for k in f.keys()}
-        except (SafetensorError, KeyError, TypeError, ValueError) as e:
-            raise Refused(f"{path}: not a version file ({e})") from e
+            json.dumps(record, ensure_ascii=False).encode()
+        except ValueError:
+            raise Refused(f"{path}: record {i} holds half a character (a lone surrogate)") from None
+    return records
 
-        def part(prefix):
-            return {k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)}
-        layers, bases = tensors["snapshot"].shape[1:]
-        hidden, coord_dim = tensors["field.w1.weight"].shape
-        field = WeightField(layers, bases, coord_dim, hidden)
-        field.load_state_dict(part("field."))
-        if not head["reads"]:
-            weights = part("dynamics.")
-            dynamics = CoordinateDynamics(weights["gru.weight_ih"].shape[1], coord_dim, head["fixed"])
-            dynamics.load_state_dict(weights)
-        return cls(head["task"], head["lock"], head["reads"], head["top_k"], field.requires_grad_(False),
-                   dynamics.requires_grad_(False),
-                   Region(tensors["region.mean"], tensors["region.cov"], head["tau"], head["n"]), tensors["anchors"],
-                   tensors["snapshot"], part("bank."), head["config"], hash=path.stem)
-
-
-@dataclasses.dataclass
-class Composition:
-    """A gating over several versions, each with a weight: Delta W is their weighted sum. It owns no bases and no region, so
-    no prompt is routed to it; it is asked for by name."""
-    task: str
-    reads: list                     # hashes of the versions
-    weights: list
-    hash: str = ""
-    versions: list = ()             # set when a run folder is loaded
-    lock = "composed"
-
-    def gating(self, h_bar):
-        """h_bar [B, features] -> (indices into the bank, weights), both [B, L, sum of the K]."""
-        parts = [v.gating(v.dynamics(h_bar)) for v in self.versions]
-        layers = max(indices.shape[1] for indices, _ in parts)
-        return (torch.cat([indices.expand(-1, layers, -1) for indices, _ in parts], -1),
-                torch.cat([share * weights.expand(-1, layers, -1) for share, (_, weights) in zip(self.weights, parts)], -1))
-
-    def save(self, folder):
-        """As `Version.save`."""
-        self.hash = write(folder, {"task": self.task, "lock": self.lock, "reads": self.reads, "weights": self.weights}, {})
-        return self.hash
-
-
-def write(folder, head, tensors):
-    """Write a version file under the hash of its contents, which is returned."""
-    # One metadata key: safetensors does not promise an order, and the bytes are the name.
-    data = save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"version": json.dumps(head, sort_keys=True)})
-    digest = hashlib.sha256(data).hexdigest()
-    with atomic(folder / f"{digest}.safetensors") as tmp:
-        tmp.write_bytes(data)
-    return digest
-
-
-def check(path):
-    """Refused: the version file is missing, or its contents no longer have the hash that is its name."""
-    if not path.exists():
-        raise Refused(f"{path}: this version is listed in the manifest, but its file is missing")
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 22):
-            digest.update(chunk)
-    if digest.hexdigest() != path.stem:
-        raise Refused(f"{path}: corrupted version file (its contents hash to {digest.hexdigest()[:12]}…); restore it from a copy")
-
-
-@functools.cache
-def header(path):
-    """What a version file says of itself, without its tensors. A file never changes, so it is asked once."""
-    with safe_open(path, "pt") as f:
-        return json.loads(f.metadata()["version"])
-
-
-# --------------------------------------------------------------------------------------------------- run folders
 
 @contextlib.contextmanager
 def atomic(path):
-    """Gives a temporary path beside `path`; on success it is fsynced and renamed over it. A reader, or a run started
-    after a kill, sees the old contents or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
+    """Gives a temporary path beside `path`; on success it is fsynced and renamed over it. A reader, or a run
+    started after a kill, sees the old contents or the new, never a part."""
+    path.parent.mkdir(exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.niwf-tmp")
+    with open(tmp, "xb"):  # never through a link, never over another file
+        pass
     try:
         yield tmp
         with open(tmp, "rb+") as f:
@@ -319,30 +192,304 @@ def atomic(path):
         tmp.unlink(missing_ok=True)
 
 
-class Run:
-    """A run folder: one backbone, the settings fixed by its first task, and its versions in the order of commitment.
+TEMPORARY = re.compile(
+    r"\.(manifest\.json|training\.safetensors|[0-9a-f]{64}\.safetensors|\w[\w.-]*\.(val|logits)\.json)"
+    r"\.\d+\.niwf-tmp"
+)
 
-    Under the exact lock every version stands for itself. Under the soft lock and none, versions share one live bank,
-    field and dynamics: the last version holds their present state, and speaks for all (`shared`)."""
+
+# --------------------------------------------------------------------------------------------------------- versions
+
+
+def write_version(folder, head, tensors):
+    """Write a version file under the hash of its contents, which is returned."""
+    # One metadata key: safetensors does not promise an order, and the bytes are the name.
+    tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    data = save(tensors, {"version": json.dumps(head, sort_keys=True)})
+    digest = hashlib.sha256(data).hexdigest()
+    with atomic(folder / f"{digest}.safetensors") as tmp:
+        tmp.write_bytes(data)
+    return digest
+
+
+def read_head(path):
+    """What a version file says of itself, without its tensors or its hash. Refused: it is not one."""
+    if not path.is_file() or path.is_symlink():
+        raise Refused(f"{path}: this version is listed in the manifest, but its file is missing")
+    try:
+        with safe_open(path, "pt") as f:
+            head = json.loads(f.metadata()["version"], parse_constant=refuse_constant)
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
+        raise Refused(f"{path}: corrupted version file ({e})") from None
+    form = COMPOSITION if isinstance(head, dict) and head.get("lock") == "composed" else VERSION
+    return validate(head, form, path)
+
+
+def check_hash(path):
+    """Refused: the version file is missing, or its contents no longer have the hash that is its name."""
+    digest = hashlib.sha256()
+    if path.is_file():
+        with open(path, "rb") as f:
+            while chunk := f.read(1 << 22):
+                digest.update(chunk)
+        if digest.hexdigest() != path.stem:
+            raise Refused(
+                f"{path}: corrupted version file (its contents hash to {digest.hexdigest()[:12]}...); "
+                "restore it from a copy"
+            )
+
+
+@dataclasses.dataclass
+class Version:
+    """One committed capability. The bank of a run holds the bases of its versions in order of commitment."""
+
+    task: str
+    lock: str  # how it was trained: "exact", "soft", "none"; "first" had nothing to protect
+    reads: list  # hashes of the versions whose bases its field may choose, before its own
+    top_k: int
+    field: WeightField
+    dynamics: CoordinateDynamics  # under the exact lock, that of the run's first version
+    region: Region
+    anchors: torch.Tensor  # [count, d]
+    snapshot: torch.Tensor  # [count, L, N]
+    bases: dict  # the bases it wrote, keyed as in AdapterBank; emptied once they are in the bank
+    config: dict  # the options it was trained with
+    index: torch.Tensor  # [N]: for each logit of its field, the number of the basis in the bank
+    writes: int
+    hash: str = ""  # the name of its file, once it has one
+    sizes: dict = dataclasses.field(default_factory=dict)  # of its file's tensors, see `check_tensors`
+
+    @property
+    def own(self):
+        """Numbers, in the bank, of the bases that it wrote."""
+        return self.index[-self.writes :]
+
+    def gating(self, z):
+        """z [B, d] -> (indices into the bank, weights), both [B, L, K]."""
+        indices, weights = top_k_gating(self.field(z), self.top_k)
+        return self.index.to(indices.device)[indices], weights
+
+    def save(self, folder):
+        """Write it to `folder` under the hash of its contents, which is set."""
+        region = self.region
+        tensors = {f"bank.{k}": t for k, t in self.bases.items()}
+        tensors |= {f"field.{k}": t for k, t in self.field.state_dict().items()}
+        if not self.reads:  # the coordinate space belongs to a version that stands on no other
+            tensors |= {f"dynamics.{k}": t for k, t in self.dynamics.state_dict().items()}
+        tensors |= {"region.mean": region.mean, "region.cov": region.cov}
+        tensors |= {"anchors": self.anchors, "snapshot": self.snapshot}
+        head = {key: getattr(self, key) for key in ("task", "lock", "reads", "writes", "top_k", "config")}
+        head |= {"tau": region.tau, "n": region.n, "anchors": len(self.anchors), "fixed": self.dynamics.fixed}
+        self.hash = write_version(folder, head, tensors)
+
+    @classmethod
+    def load(cls, path, earlier=()):
+        """Read a version. earlier: the versions before it in its run, which it may read. Refused: see
+        `read_head`, `check_hash`, `check_tensors`; or it reads what is not there."""
+        head, known = read_head(path), {v.hash: v for v in earlier}
+        check_hash(path)
+        if head["lock"] == "composed":
+            raise Refused(f"{path}: lock: a composition is no trained version")
+        for i, digest in enumerate(head["reads"]):
+            if digest not in known or digest in head["reads"][:i]:
+                raise Refused(f"{path}: reads {digest[:12]}, which is not here, or twice")
+        start = sum(v.writes for v in earlier) if head["lock"] in ("first", "exact") else 0
+        own = torch.arange(start, start + head["writes"])
+        index = torch.cat([*(known[h].own for h in head["reads"]), own])
+        with safe_open(path, "pt") as f:
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+        sizes = check_tensors(path, head, tensors, bases=len(index), first=earlier[0] if earlier else None)
+        part = lambda start: {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+        field = WeightField(sizes["L"], sizes["N"], sizes["d"], sizes["hidden"]).requires_grad_(False)
+        field.load_state_dict(part("field."))
+        if head["reads"]:
+            dynamics = earlier[0].dynamics
+        else:
+            dynamics = CoordinateDynamics(sizes["features"], sizes["d"], head["fixed"]).requires_grad_(False)
+            dynamics.load_state_dict(part("dynamics."))
+        region = Region(tensors["region.mean"], tensors["region.cov"], head["tau"], head["n"])
+        same = {key: head[key] for key in ("task", "lock", "reads", "writes", "top_k", "config")}
+        same |= {key: tensors[key] for key in ("anchors", "snapshot")}
+        return cls(
+            field=field,
+            dynamics=dynamics,
+            region=region,
+            bases=part("bank."),
+            index=index,
+            hash=path.stem,
+            sizes=sizes,
+            **same,
+        )
+
+
+def check_tensors(path, head, tensors, bases, first):
+    """The sizes that a version file's tensors agree on, by name. Refused, naming the tensor: it is missing or
+    superfluous, has another type or shape than its neighbours, than the header says or than the run's first
+    version has, or is not finite. bases: N, those that the version writes and reads."""
+    modules = sorted({key[5:-2] for key in tensors if re.fullmatch(r"bank\..+\.[AB]", key)})
+    wanted = TENSORS | (
+        {} if head["reads"] else {f"dynamics.{key}": sizes for key, sizes in DYNAMICS.items()}
+    )
+    wanted |= {f"bank.{m}.{part}": f"writes r {m}.{part}" for m in modules for part in "AB"}
+    sizes = {"count": head["anchors"], "writes": head["writes"], "N": bases}
+    for key in (*wanted, *tensors):
+        names, t = wanted.get(key, "").split(), tensors.get(key)
+        fits = (
+            t is not None and names and t.dtype == (torch.float64 if key[:7] == "region." else torch.float32)
+        )
+        if not fits or len(names) != t.dim() or not t.numel() or not t.isfinite().all():
+            raise Refused(f"{path}: {key}: missing, unknown, or not of finite numbers of the right type")
+        for name, size in zip(names, t.shape):
+            if sizes.setdefault(name, size) != size:
+                raise Refused(f"{path}: {key}: {size} numbers along {name}, not {sizes[name]}")
+        sizes |= {"LN": sizes["L"] * sizes["N"], "3d": 3 * sizes.get("d", 0)}
+    layers = len({*layer_numbers(modules).values()})
+    shared = lambda sizes: {name: size for name, size in sizes.items() if name in ("d", "r") or "." in name}
+    if not modules or sizes["L"] not in (1, layers) or first and shared(first.sizes) != shared(sizes):
+        raise Refused(
+            f"{path}: bank: not the modules, layers or sizes that the field and the first version have"
+        )
+    cov = tensors["region.cov"]
+    if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1] or not 0 <= head["tau"]:
+        raise Refused(f"{path}: region: its covariance is none, or tau is negative")
+    if not head["top_k"] <= bases:
+        raise Refused(f"{path}: top_k: {head['top_k']} of {bases} bases")
+    return sizes
+
+
+@dataclasses.dataclass
+class Composition:
+    """A gating over several versions, each with a weight: Delta W is their weighted sum. It owns no bases and
+    no region, so no prompt is routed to it; it is asked for by name."""
+
+    task: str
+    reads: list  # hashes of the versions
+    weights: list
+    versions: list = ()  # those themselves, in a run folder that is loaded
+    hash: str = ""
+    lock = "composed"
+
+    def gating(self, h_bar):
+        """h_bar [B, features] -> (indices into the bank, weights), both [B, L, sum of the K]."""
+        parts = [v.gating(v.dynamics(h_bar)) for v in self.versions]
+        layers = max(indices.shape[1] for indices, _ in parts)
+        indices = [indices.expand(-1, layers, -1) for indices, _ in parts]
+        weights = [share * w.expand(-1, layers, -1) for share, (_, w) in zip(self.weights, parts)]
+        return torch.cat(indices, -1), torch.cat(weights, -1)
+
+    def save(self, folder):
+        """As `Version.save`."""
+        self.hash = write_version(folder, {key: getattr(self, key) for key in COMPOSITION}, {})
+
+    @classmethod
+    def load(cls, path, versions):
+        """As `Version.load`; versions: all of the run."""
+        head, known = read_head(path), {v.hash: v for v in versions}
+        check_hash(path)
+        sound = (
+            head["lock"] == "composed"
+            and 0 < len(head["reads"]) == len(head["weights"])
+            and any(head["weights"])
+        )
+        if not sound or {*head["reads"]} - {*known}:
+            raise Refused(f"{path}: reads: not versions of this run, or not as many weights")
+        parts = [known[h] for h in head["reads"]]
+        return cls(head["task"], head["reads"], head["weights"], parts, path.stem)
+
+
+# ------------------------------------------------------------------------------------------------------ run folders
+
+
+class Run:
+    """A run folder: one backbone, the settings fixed by its first task, and its versions in the order of
+    commitment.
+
+    Under the exact lock every version stands for itself. Under the soft lock and none, versions share one
+    live bank, field and dynamics: the last version holds their present state, and answers for all
+    (`speaker`)."""
 
     def __init__(self, folder):
-        """Refused: the folder holds a manifest that is not ours or cannot be read."""
+        """Refused: see `read`."""
         self.folder = pathlib.Path(folder)
         self.read()
 
     def read(self):
-        """Take the manifest from disk; no version is loaded then."""
+        """Take the manifest from disk; no version is loaded then. Refused: the folder is not ours, holds a
+        symbolic link where a file of ours belongs, or a manifest that is not whole."""
         self.versions, self.compositions = [], []
-        self.manifest = {"format": 1, "backbone": None, "settings": {}, "versions": [], "results": [], "compositions": []}
+        self.manifest = {
+            "format": 1,
+            "backbone": None,
+            "settings": {},
+            "versions": [],
+            "results": [],
+            "compositions": [],
+        }
         path = self.folder / "manifest.json"
+        for name in (
+            "manifest.json",
+            "versions/orphans",
+            "versions",
+            "data",
+            "log.jsonl",
+            "training.safetensors",
+            ".lock",
+        ):
+            if (self.folder / name).is_symlink():
+                raise Refused(f"{self.folder / name}: a symbolic link; in a run folder nothing is followed")
         if path.exists():
-            try:
-                manifest = json.loads(path.read_text())
-                manifest.setdefault("compositions", [])
-                assert manifest["format"] == 1 and {*self.manifest} <= {*manifest}
-            except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
-                raise Refused(f"{path}: not a run manifest of this program") from e
-            self.manifest = manifest
+            self.manifest = self.checked(validate(read_json(path), MANIFEST, path))
+        elif self.folder.exists() and (
+            not self.folder.is_dir() or {p.name for p in self.folder.iterdir()} - {".lock"}
+        ):
+            raise Refused(
+                f"{self.folder}: not a run folder (it has no manifest.json); nothing is written there"
+            )
+
+    def checked(self, manifest):
+        """The manifest, if its parts fit each other."""
+
+        def refuse(why):
+            raise Refused(f"{self.folder / 'manifest.json'}: {why}")
+
+        versions, entries = manifest["versions"], manifest["versions"] + manifest["compositions"]
+        for key in ("task", "hash"):
+            if len({e[key] for e in entries}) < len(entries):
+                refuse(f"two versions with one {key}")
+        locks = [e["lock"] for e in versions]
+        if (
+            locks
+            and locks[0] != "first"
+            or "first" in locks[1:]
+            or "exact" in locks
+            and {*locks} & {"soft", "none"}
+        ):
+            refuse(f"versions: locks in an order that cannot be ({', '.join(locks)})")
+        if entries and not (versions and manifest["settings"] and manifest["backbone"]):
+            refuse("settings, backbone or versions are missing")
+        if not versions and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
+            refuse("it names no version, but versions/ holds some: restore it, or move them away")
+        tasks = {v["hash"]: v["task"] for v in versions}
+        for row in manifest["results"]:
+            known = {*row["base"]}
+            same = all(
+                {*row[key]} == known
+                for key in ("stored", "routed", "routing", "inside", "identical", "gating")
+            )
+            if (
+                tasks.get(row["version"]) != row["task"]
+                or row["task"] not in known
+                or not same
+                or known - {*tasks.values()}
+            ):
+                refuse(f"results: the row of {row['task']} does not fit the versions")
+            if any(len(pair) != 2 for pair in row["identical"].values()) or any(
+                t not in row["inside"][t] for t in known
+            ):
+                refuse(f"results: the row of {row['task']} is not whole")
+        if len({row["version"] for row in manifest["results"]}) < len(manifest["results"]):
+            refuse("results: two rows for one version")
+        return manifest
 
     @property
     def tasks(self):
@@ -356,144 +503,226 @@ class Run:
 
     @property
     def shared(self):
+        """Do all versions share one live bank, field and dynamics?"""
         return bool(self.manifest["versions"]) and self.manifest["versions"][-1]["lock"] in ("soft", "none")
 
     def path(self, digest):
         """The file of a version."""
         return self.folder / "versions" / f"{digest}.safetensors"
 
+    def data_file(self, task, kind):
+        """kind "val": the validation records that the task is measured on, now and after every later task.
+        "logits": digests of the logits that each had when the task was committed."""
+        return self.folder / "data" / f"{task}.{kind}.json"
+
+    def validation(self, task):
+        """Those records. Refused: they are not there, or not whole."""
+        return read_records(self.data_file(task, "val"), own=True)
+
+    def digests(self, task):
+        """Those digests. Refused: they are not there, or not one for each record."""
+        path = self.data_file(task, "logits")
+        digests = validate(read_json(path), [re.compile("[0-9a-f]{16}")], path)
+        if len(digests) != len(self.validation(task)):
+            raise Refused(
+                f"{path}: {len(digests)} digests for {len(self.validation(task))} validation records"
+            )
+        return digests
+
     def find(self, name):
-        """The manifest's entry for a task name or the start of a hash, as in git. Refused: none, or more than one."""
-        found = ([e for e in self.entries if e["task"] == name]
-                 or [e for e in self.entries if len(name) >= 4 and e["hash"].startswith(name.lower())])
+        """The manifest's entry for a task name or the start of a hash, as in git. Refused: none, or more than
+        one."""
+        by_name = [e for e in self.entries if e["task"] == name]
+        found = by_name or [e for e in self.entries if len(name) >= 4 and e["hash"].startswith(name.lower())]
         if len(found) != 1:
-            raise Refused(f"{self.folder}: {'no version' if not found else 'more than one version'} is called {name!r}; "
-                          "see `python commit.py log`")
+            which = "no version is" if not found else "more than one version is"
+            raise Refused(f"{self.folder}: {which} called {name!r}; see `python commit.py log`")
         return found[0]
+
+    def head(self, entry):
+        """What the file of an entry says of itself. Refused: see `read_head`; or it says other things than
+        the manifest."""
+        head = read_head(self.path(entry["hash"]))
+        for key in ("task", "lock"):
+            if head[key] != entry[key]:
+                raise Refused(
+                    f"{self.folder / 'manifest.json'}: {key} {entry[key]} of a version whose file says {head[key]}"
+                )
+        return head
+
+    def read_version(self, entry, earlier):
+        """The version or composition of an entry. earlier: the versions before it. Refused: see `head` and
+        `Version.load`."""
+        self.head(entry)
+        if entry["lock"] == "composed":
+            return Composition.load(self.path(entry["hash"]), earlier)
+        version = Version.load(self.path(entry["hash"]), earlier)
+        if not earlier:
+            fixed = {
+                "rank": version.sizes["r"],
+                "coord_dim": version.sizes["d"],
+                "fixed_coordinate": version.dynamics.fixed,
+            }
+            for key, value in self.manifest["settings"].items():
+                if version.config.get(key, fixed.get(key)) != value or fixed.get(key, value) != value:
+                    raise Refused(
+                        f"{self.folder / 'manifest.json'}: settings: {key} {value} is not what the first version has"
+                    )
+        return version
 
     @contextlib.contextmanager
     def exclusive(self):
-        """Within this block no other process changes the run folder. The lock dies with its process. Refused: it is taken."""
+        """Within this block no other process changes the run folder. The lock dies with its process. Refused:
+        it is taken, or see `read`. If nothing comes of the block, no empty folder is left."""
+        self.read()
+        made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "a") as f:
             if fcntl:
                 try:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise Refused(f"{self.folder}: another process is at work on this run folder; wait for it, or choose another") from None
-            self.read()  # as the other process may just have left it
-            self.sweep()
+                    raise Refused(
+                        f"{self.folder}: another process is at work on this run folder; wait for it, or choose "
+                        "another"
+                    ) from None
             try:
+                self.read()  # as the other process may just have left it
                 yield self
             finally:
-                if [p.name for p in self.folder.iterdir()] == [".lock"]:  # nothing came of it: leave no empty folder
-                    shutil.rmtree(self.folder)
+                if [p.name for p in self.folder.iterdir()] == [".lock"]:
+                    (self.folder / ".lock").unlink()
+                    with contextlib.suppress(OSError):
+                        for folder in made:
+                            folder.rmdir()
 
-    def sweep(self):
-        """Remove what a killed command left: files that no manifest names. A training in progress keeps its own."""
-        kept = {e["hash"] for e in self.entries}
-        for p in [*self.folder.rglob("*.tmp"), *(self.folder / "versions").glob("*.safetensors")]:
-            if p.stem not in kept:
-                p.unlink()
-        if not (self.folder / "training.safetensors").exists():
-            for p in (self.folder / "data").glob("*.*.json"):
-                if p.name.rsplit(".", 2)[0] not in self.tasks:
-                    p.unlink()
-
-    def save(self):
+    def save(self, removed=()):
+        """Write the manifest; then remove the files that it no longer names, and tidy up after killed commands."""
         with atomic(self.folder / "manifest.json") as tmp:
-            tmp.write_text(json.dumps(self.manifest, indent=1))
+            tmp.write_text(json.dumps(self.manifest, indent=1), encoding="utf-8")
+        litter = [p for part in (".", "versions", "data") for p in (self.folder / part).glob(".*.niwf-tmp")]
+        for path in [*removed, *(p for p in litter if TEMPORARY.fullmatch(p.name))]:
+            if path.is_file() and not path.is_symlink():
+                path.unlink()
+        for path in self.unnamed([e["hash"] for e in self.entries]):
+            put_aside(path)
 
-    def validation_file(self, task):
-        """Where the validation records are kept that the task is measured on, now and after every later task."""
-        return self.folder / "data" / f"{task}.val.json"
+    def unnamed(self, hashes):
+        """Version files that are not among `hashes`: a command was killed before the manifest could name
+        them, or after it no longer did."""
+        files = [p for p in (self.folder / "versions").glob("*.safetensors") if SHA.fullmatch(p.stem)]
+        return [p for p in files if p.stem not in hashes and p.is_file() and not p.is_symlink()]
 
-    def validation(self, task):
-        """Those records."""
-        return json.loads(self.validation_file(task).read_text())
+    def commit(self, version):
+        """Add a version: its file first, then the manifest that names it. A kill in between leaves an unnamed
+        file, which the same training writes again under the same name."""
+        version.save(self.folder / "versions")
+        listed = self.manifest["compositions" if isinstance(version, Composition) else "versions"]
+        date = time.strftime("%Y-%m-%d %H:%M:%S")
+        listed.append({"hash": version.hash, "task": version.task, "lock": version.lock, "date": date})
+        self.save()
+
+    # What a version answers.
+
+    def open_backbone(self, name, device):
+        """-> (backbone, tokenizer). Refused: the run folder belongs to another backbone."""
+        backbone, tokenizer = load_backbone(name, device)
+        about, owner = {"name": name, "fingerprint": fingerprint(backbone)}, self.manifest["backbone"]
+        if owner and owner["fingerprint"] != about["fingerprint"]:
+            raise Refused(
+                f"{self.folder} belongs to another backbone ({owner['name']}) than {name}; choose another --out"
+            )
+        self.manifest["backbone"] = owner or about
+        return backbone, tokenizer
+
+    def open_model(self, backbone, tokenizer):
+        """The backbone with a bank that holds what the run has committed."""
+        model = NIWF(
+            backbone, pad_of(tokenizer), self.manifest["settings"]["rank"], self.manifest["settings"]["alpha"]
+        )
+        self.load(model)
+        return model
 
     def load(self, model):
         """Read all versions and put their bases, read-only, into the model's empty bank."""
         self.versions, self.compositions = [], []
         for entry in self.manifest["versions"]:
-            root = self.versions[0].dynamics if self.versions else None
-            self.versions.append(Version.load(self.path(entry["hash"]), root))
-        span = {}
-        for v in self.versions[-1:] if self.shared else self.versions:
-            if v.bases.keys() != model.bank.committed.keys():
-                raise Refused(f"{self.folder}: version {v.hash[:8]} was made for other modules than this backbone has")
-            start = len(model.bank)
-            model.bank.commit(v.bases)
-            span[v.hash] = torch.arange(start, len(model.bank))
-            v.index = torch.cat([span[h] for h in v.reads] + [span[v.hash]])
-        for v in self.versions:
+            self.versions.append(self.read_version(entry, self.versions))
+        for i, v in enumerate(self.versions):
+            if self.speaker(i) is v:
+                shapes = {k: t.shape[1:] for k, t in v.bases.items()}
+                features = v.dynamics.gru.input_size
+                if (
+                    shapes != {k: t.shape[1:] for k, t in model.bank.committed.items()}
+                    or features != model.features
+                ):
+                    raise Refused(
+                        f"{self.folder}: version {v.hash[:8]} was made for other modules than this backbone has"
+                    )
+                model.bank.commit(v.bases)
             v.bases = {}
             v.field.to(model.device), v.dynamics.to(model.device)
-        by_hash = {v.hash: v for v in self.versions}
-        for entry in self.manifest["compositions"]:
-            check(self.path(entry["hash"]))
-            head = header(self.path(entry["hash"]))
-            self.compositions.append(Composition(head["task"], head["reads"], head["weights"], entry["hash"], [by_hash[h] for h in head["reads"]]))
+        self.compositions = [
+            self.read_version(entry, self.versions) for entry in self.manifest["compositions"]
+        ]
 
-    def commit(self, version):
-        """Add a version: its file first, then the manifest that names it. A kill in between leaves an unnamed file, which
-        the same training writes again under the same name."""
-        version.save(self.folder / "versions")
-        listed = self.manifest["compositions" if isinstance(version, Composition) else "versions"]
-        listed.append({"hash": version.hash, "task": version.task, "lock": version.lock,
-                       "date": time.strftime("%Y-%m-%d %H:%M:%S")})
-        self.save()
+    def speaker(self, i):
+        """The version whose field and bases answer for version i. This is all the difference that the locks
+        make to answers."""
+        return self.versions[-1 if self.shared else i]
 
     def probe_gating(self):
         """Gating of pass 1: off, or, with --probe adapted, what the last version has at z_0."""
         last = self.versions[-1]
-        return last.gating(last.dynamics.z0[None]) if self.manifest["settings"]["probe"] == "adapted" else None
+        return (
+            last.gating(last.dynamics.z0[None]) if self.manifest["settings"]["probe"] == "adapted" else None
+        )
 
     def stored(self, i, h_bar):
-        """Gating of task i when it is *given* that task i is asked for: its own dynamics, as they were committed, and
-        what now lies at that address. Under the exact lock this cannot change."""
-        v = self.versions[i]
-        return (self.versions[-1] if self.shared else v).gating(v.dynamics(h_bar))
+        """Gating of task i when it is *given* that task i is asked for: its own dynamics, as they were
+        committed, and what now lies at that address. Under the exact lock this cannot change."""
+        return self.speaker(i).gating(self.versions[i].dynamics(h_bar))
 
     def routed(self, h_bar, outside="nearest"):
-        """Gating when the coordinate alone decides. -> (indices, weights), Route. Rows of a batch may go to different
-        versions. outside: what a coordinate outside its region gets, the "nearest" version or the bare "base"."""
+        """Gating when the coordinate alone decides. -> (indices, weights), Route. Rows of a batch may go to
+        different versions. outside: what a coordinate outside its region gets, the "nearest" version or the
+        bare "base"."""
         z = self.versions[-1].dynamics(h_bar)
         found = route(z, [v.region for v in self.versions])
-        if self.shared:
-            gating = self.versions[-1].gating(z)
-        else:
-            layers, k = max(v.field.layers for v in self.versions), max(v.top_k for v in self.versions)
-            gating = torch.zeros(len(z), layers, k, dtype=torch.long), torch.zeros(len(z), layers, k)
-            gating = tuple(g.to(z.device) for g in gating)
-            for i, v in enumerate(self.versions):
-                rows = (found.choice == i).nonzero()[:, 0].to(z.device)
-                if len(rows):
-                    for whole, part in zip(gating, v.gating(z[rows])):
-                        whole[rows, :, :part.shape[-1]] = part.expand(-1, layers, -1)
+        speakers = [self.speaker(i) for i in range(len(self.versions))]
+        layers, k = max(v.field.layers for v in speakers), max(v.top_k for v in speakers)
+        indices = torch.zeros(len(z), layers, k, dtype=torch.long, device=z.device)
+        weights = torch.zeros(len(z), layers, k, device=z.device)
+        for v in {id(v): v for v in speakers}.values():
+            rows = torch.tensor(
+                [j for j, i in enumerate(found.choice.tolist()) if speakers[i] is v], device=z.device
+            )
+            if len(rows):
+                part = v.gating(z[rows])
+                for whole, own in zip((indices, weights), part):
+                    whole[rows, :, : own.shape[-1]] = own.expand(-1, layers, -1)
         if outside == "base":  # weight 0: the low-rank update vanishes
-            gating = gating[0], gating[1] * found.at_home().to(z.device)[:, None, None]
-        return gating, found
+            weights = weights * found.at_home().to(z.device)[:, None, None]
+        return (indices, weights), found
 
 
-def drift(run, i, h_bar):
-    """What the soft lock (or none) did to task i: where its coordinates went, and how well its anchors were held."""
-    v, head = run.versions[i], run.versions[-1]
-    then, now = v.dynamics(h_bar), head.dynamics(h_bar)
-    logits = head.field(v.anchors.to(h_bar.device))[..., :v.snapshot.shape[-1]].cpu()
-    sets = [torch.zeros_like(v.snapshot).scatter(-1, top_k_gating(x, v.top_k)[0], 1) for x in (logits, v.snapshot)]
-    return {"inside_at_commit": float((v.region.distance(then) <= v.region.tau).double().mean()),
-            "inside_now": float((v.region.distance(now) <= v.region.tau).double().mean()),
-            "moved": float((now - then).norm(dim=1).mean()), "spread": float((then - then.mean(0)).norm(dim=1).mean()),
-            "lock_loss": float((logits - v.snapshot).square().sum((1, 2)).mean()),
-            "top_k_kept": float((sets[0] * sets[1]).sum() / sets[1].sum())}
+def put_aside(path):
+    """Move a file of ours that nothing names to `orphans` beside it."""
+    folder, number = path.parent / "orphans", 0
+    folder.mkdir(exist_ok=True)
+    while (target := folder / (path.name + f".{number}" * (number > 0))).exists():
+        number += 1
+    path.rename(target)
+    print(f"{path} is named by no manifest: moved to {target}")
 
 
 def latest_run(root="runs"):
-    """The run folder under `root` whose manifest was written last. Refused if there is none."""
+    """The run folder under `root` whose manifest was written last. Refused: there is none."""
     manifests = sorted(pathlib.Path(root).glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
     if not manifests:
-        raise Refused(f"no run folder under {root}/: start one with `python train.py --task alpaca`, or name one with --run")
+        raise Refused(
+            f"no run folder under {root}/: start one with `python train.py --task alpaca`, or name one with --run"
+        )
     return manifests[-1].parent
 
 
@@ -523,8 +752,8 @@ def number(kind, low, high=1e9):
 
 
 def output_file(text):
-    """An argparse type: a JSON file to write results to, tried before anything is computed. An older file of results is
-    replaced, any other file is not."""
+    """An argparse type: a JSON file to write results to, tried before anything is computed. An older file of
+    results is replaced, any other file is not."""
     path = pathlib.Path(text)
     try:
         if path.exists():
@@ -545,14 +774,23 @@ def provenance():
     here = pathlib.Path(__file__).parent
     git = ""
     with contextlib.suppress(OSError):
-        git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "git": git or None, "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
+        git = subprocess.run(
+            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "git": git or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
 
 
 def run_program(main):
-    """Run a program's `main`. What the user can mend, or asked for by Ctrl-C, is one line and not a traceback."""
+    """Run a program's `main`. What the user can mend, or asked for by Ctrl-C, is one line and not a
+    traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     name = pathlib.Path(sys.argv[0]).name
     try:
@@ -569,181 +807,209 @@ def run_program(main):
 
 def describe(run, entry):
     """Everything a manifest and a version's header say about it, as a dict."""
-    row = next((r for r in run.manifest["results"] if r["version"] == entry["hash"]), None)
-    about = dict(entry, **{k: v for k, v in header(run.path(entry["hash"])).items() if k not in entry},
-                 bytes=run.path(entry["hash"]).stat().st_size,
-                 read_by=[e["hash"] for e in dependents(run, entry["hash"])])
-    return dict(about, perplexity={k: row[k][entry["task"]] for k in ("base", "stored", "routed")}) if row else about
+    path, head = run.path(entry["hash"]), run.head(entry)
+    readers = [e["hash"] for e in dependents(run, entry["hash"])]
+    about = {**head, **entry, "bytes": path.stat().st_size, "read_by": readers}
+    for row in run.manifest["results"]:
+        if row["version"] == entry["hash"]:
+            about["perplexity"] = {k: row[k][entry["task"]] for k in ("base", "stored", "routed")}
+    return about
 
 
 def dependents(run, digest):
-    """Entries that stand on a version: that read its bases, or were trained from its shared bank (soft lock and none)."""
-    found = [e for e in run.entries if digest in header(run.path(e["hash"]))["reads"]]
-    hashes = [e["hash"] for e in run.entries]
-    return found + [e for e in run.entries[hashes.index(digest) + 1:] if e["lock"] in ("soft", "none")]
+    """Entries that stand on a version: that read its bases, or were trained from its shared bank (soft lock
+    and none)."""
+    after = run.entries[[e["hash"] for e in run.entries].index(digest) + 1 :]
+    return [e for e in after if e["lock"] in ("soft", "none") or digest in run.head(e)["reads"]]
 
 
 def log(run):
     """Lines of `python commit.py log`: newest first, as in git. Reads the files' headers only."""
     for entry in sorted(run.entries, key=lambda e: e["date"], reverse=True):
         about = describe(run, entry)
+        reads = [digest[:12] for digest in about["reads"]]
         yield f"* version {entry['hash'][:12]}  {entry['task']}  (lock: {about['lock']})"
         yield f"| Date:   {entry['date']}"
         if about["lock"] == "composed":
-            yield "|         " + " + ".join(f"{w:g} x {h[:12]}" for h, w in zip(about["reads"], about["weights"]))
+            yield "|         " + " + ".join(f"{w:g} x {digest}" for digest, w in zip(reads, about["weights"]))
         else:
-            yield f"|         writes {about['writes']} bases, reads {', '.join(h[:12] for h in about['reads']) or 'nothing'}"
+            yield f"|         writes {about['writes']} bases, reads {', '.join(reads) or 'nothing'}"
             yield f"|         region of {about['n']} coordinates, tau {about['tau']:.2f}, {about['anchors']} anchors"
         if "perplexity" in about:
-            yield "|         perplexity {base:.3f} before, {stored:.3f} stored, {routed:.3f} routed".format(**about["perplexity"])
+            base, stored, routed = about["perplexity"].values()
+            yield f"|         perplexity {base:.3f} before, {stored:.3f} stored, {routed:.3f} routed"
         yield "|"
 
 
 def refuse_shared(run):
     if run.shared:
-        raise Refused(f"{run.folder} was trained without the exact lock: its versions do not stand for themselves")
-
-
-def check_name(option, name):
-    """Names become file names. Refused: this one cannot."""
-    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
-        raise Refused(f"{option} {name!r}: use letters, digits, '_', '-' and '.'")
+        raise Refused(
+            f"{run.folder} was trained without the exact lock: its versions do not stand for themselves"
+        )
 
 
 def verify(run):
-    """[(entry, what is wrong or "")]: the hash of every file, what it reads, and its field on every anchor, bit for bit."""
-    found, root, known = [], None, set()
+    """[(entry, what is wrong or "")]: each file whole, as when it is loaded, and its field on every anchor,
+    bit for bit."""
+    found, earlier = [], []
     for entry in run.entries:
         wrong = ""
         try:
-            check(run.path(entry["hash"]))
-            missing = [h for h in header(run.path(entry["hash"]))["reads"] if h not in known]
-            if missing:
-                wrong = f"reads {missing[0][:12]}, which is not here"
-            elif entry in run.manifest["versions"]:
-                version = Version.load(run.path(entry["hash"]), root)
-                root = root or version.dynamics
+            version = run.read_version(entry, earlier)
+            if isinstance(version, Version):
+                version.bases = {}
+                earlier.append(version)
+                run.digests(entry["task"])
                 now = take_snapshot(version.field, version.anchors)
                 different = int((now != version.snapshot).flatten(1).any(1).sum())
-                wrong = f"{different} of {len(now)} anchors give other logits than when it was committed" if different else ""
-        except (Refused, SafetensorError) as e:
+                if different:
+                    wrong = f"{different} of {len(now)} anchors give other logits than when it was committed"
+        except Refused as e:
             wrong = str(e)
-        known.add(entry["hash"])
         found.append((entry, wrong))
     return found
 
 
 def rollback(run, name, cascade=False):
-    """Take a version out, with all that stand on it if `cascade`. Returns the entries removed. Refused: see there."""
+    """Take a version out, with all that stand on it if `cascade`. Returns the entries removed. Refused: some
+    do."""
     gone = [run.find(name)]
     for entry in gone:
         gone += [e for e in dependents(run, entry["hash"]) if e not in gone]
     if len(gone) > 1 and not cascade:
-        raise Refused(f"{gone[0]['task']} is read by {', '.join(e['task'] for e in gone[1:])}; --cascade removes them too")
+        readers = ", ".join(e["task"] for e in gone[1:])
+        raise Refused(f"{gone[0]['task']} is read by {readers}; --cascade removes them too")
     hashes, tasks = {e["hash"] for e in gone}, {e["task"] for e in gone}
+    files = [run.path(digest) for digest in hashes] + [
+        run.data_file(t, kind) for t in tasks for kind in ("val", "logits")
+    ]
     manifest = copy.deepcopy(run.manifest)
     for kind in ("versions", "compositions"):
         manifest[kind] = [e for e in manifest[kind] if e["hash"] not in hashes]
-    manifest["results"] = [{k: {t: x for t, x in v.items() if t not in tasks} if isinstance(v, dict) else v for k, v in row.items()}
-                           for row in manifest["results"] if row["version"] not in hashes]
+    manifest["results"] = [row for row in manifest["results"] if row["version"] not in hashes]
+    for row in manifest["results"]:
+        for column in (c for c in row.values() if isinstance(c, dict)):
+            for task in tasks & {*column}:
+                del column[task]
     if not manifest["versions"]:
         manifest["settings"] = {}
     run.manifest = manifest
-    run.save()   # from here on the versions are gone; their files are only litter
-    run.sweep()
+    run.save(removed=files)
     return gone
 
 
 def compose(run, names, weights, name):
-    """Commit a version that owns no bases: the gatings of several, weighed. Returns its entry."""
+    """Commit a version that owns no bases: the gatings of several, weighed. Returns its entry. Refused: it
+    cannot be."""
     entries = [run.find(n) for n in names]
-    if len(weights) != len(entries):
-        raise Refused(f"{len(entries)} versions and {len(weights)} weights")
+    check_name("--name", name)
+    if len(weights) != len(entries) or not any(weights):
+        raise Refused(f"{len(entries)} versions and {len(weights)} weights" + ", all 0" * (not any(weights)))
     for e in entries:
         if e["lock"] not in ("first", "exact") or run.shared:
-            raise Refused(f"{e['task']} cannot be composed: only versions that stand for themselves can, those of the exact lock")
+            raise Refused(
+                f"{e['task']} cannot be composed: only versions that stand for themselves can, of the exact lock"
+            )
+        run.head(e)
     if name in {e["task"] for e in run.entries}:
         raise Refused(f"{run.folder} already has a version called {name}")
-    check_name("--name", name)
     run.commit(Composition(name, [e["hash"] for e in entries], list(weights)))
     return run.manifest["compositions"][-1]
 
 
 def merge(run, other):
-    """Take in the versions of another run that this one lacks. Returns their entries. Refused, with nothing changed: the two
-    have no first version in common, names clash, a version is damaged or its parents are missing."""
+    """Take in the versions of another run that this one lacks. Returns their entries. Refused, with nothing
+    changed: the two have no first version in common, names clash, or the other one is not whole."""
     ours, theirs = run.manifest, other.manifest
     if not theirs["versions"]:
         raise Refused(f"{other.folder}: no versions to merge")
     if not ours["versions"] or ours["versions"][0]["hash"] != theirs["versions"][0]["hash"]:
-        raise Refused(f"{run.folder} and {other.folder} have no common first version, so no common coordinates; cannot be merged")
+        raise Refused(
+            f"{run.folder} and {other.folder} have no common first version, so no common coordinates; they cannot be merged"
+        )
     if ours["backbone"]["fingerprint"] != theirs["backbone"]["fingerprint"]:
-        raise Refused(f"{other.folder} belongs to another backbone ({theirs['backbone']['name']}) than {run.folder}")
+        raise Refused(
+            f"{other.folder} belongs to another backbone ({theirs['backbone']['name']}) than {run.folder}"
+        )
     refuse_shared(run)
     refuse_shared(other)
-    known = {e["hash"] for e in run.entries}
-    names = {e["task"] for e in run.entries}
-    manifest, new = copy.deepcopy(ours), []
-    for kind in ("versions", "compositions"):
-        for entry in theirs[kind]:
-            if entry["hash"] in known:
-                continue
-            if entry["task"] in names:
-                raise Refused(f"both runs have a version called {entry['task']}; roll one back or rename its task")
-            check(other.path(entry["hash"]))
-            missing = [h for h in header(other.path(entry["hash"]))["reads"] if h not in known]
-            if missing:
-                raise Refused(f"{entry['task']} reads version {missing[0][:12]}, which neither run has")
-            known.add(entry["hash"])
-            names.add(entry["task"])
-            manifest[kind].append(entry)
-            new.append(entry)
+    known, names = {e["hash"] for e in run.entries}, {e["task"] for e in run.entries}
+    new = [e for e in other.entries if e["hash"] not in known]
     for entry in new:
-        for source in [other.path(entry["hash"]), *(other.folder / "data").glob(f"{entry['task']}.*.json")]:
-            with atomic(run.folder / source.parent.name / source.name) as tmp:
-                shutil.copyfile(source, tmp)
-    manifest["results"] += [row for row in theirs["results"] if row["version"] in {e["hash"] for e in new}]
-    run.manifest = manifest
+        if entry["task"] in names:
+            raise Refused(
+                f"both runs have a version called {entry['task']}; roll one back or rename its task"
+            )
+    for folder in (run, other):
+        for entry, wrong in verify(folder):
+            if wrong:
+                raise Refused(wrong)
+    copies = {other.path(e["hash"]): run.path(e["hash"]) for e in new}
+    copies |= {
+        other.data_file(e["task"], kind): run.data_file(e["task"], kind)
+        for e in new
+        if e["lock"] != "composed"
+        for kind in ("val", "logits")
+    }
+    for source, target in copies.items():
+        if target.exists() and target.read_bytes() != source.read_bytes():
+            raise Refused(f"{target}: another file is in the way; move it")
+    for source, target in copies.items():
+        with atomic(target) as tmp:
+            shutil.copyfile(source, tmp)
+    ours["versions"] += [e for e in new if e["lock"] != "composed"]
+    ours["compositions"] += [e for e in new if e["lock"] == "composed"]
+    ours["results"] += [row for row in theirs["results"] if row["version"] in {e["hash"] for e in new}]
     if new:
         run.save()
     return new
 
 
 def export(run, name, folder):
-    """Write a version as a LoRA adapter in PEFT's format: its gating at its region's mean coordinate, of rank K r, with
-    A the chosen A_i one under the other and B the chosen B_i, times (alpha / r) w_i. A composition joins its versions'."""
-    entry, folder = run.find(name), pathlib.Path(folder)
+    """Write a version as a LoRA adapter in PEFT's format: its gating at its region's mean coordinate, of rank
+    K r, with A the chosen A_i one under the other and B the chosen B_i, times (alpha / r) w_i. A composition
+    joins its versions'. -> its config"""
+    entry, folder, settings = run.find(name), pathlib.Path(folder), run.manifest["settings"]
     refuse_shared(run)
-    if folder.exists() and any(folder.iterdir()):
-        raise Refused(f"{folder} is not empty")
-    head = header(run.path(entry["hash"]))
-    parts = list(zip(head["reads"], head["weights"])) if entry["lock"] == "composed" else [(entry["hash"], 1.0)]
-    needed = {h for digest, _ in parts for h in [digest, *header(run.path(digest))["reads"]]}
-    loaded, root = {}, None
-    for e in run.manifest["versions"]:  # the first comes first: it has the dynamics of all
-        if e["hash"] in needed:
-            loaded[e["hash"]] = Version.load(run.path(e["hash"]), root)
-            root = root or loaded[e["hash"]].dynamics
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Refused(f"{folder} is not an empty folder")
+    versions = []
+    for e in run.manifest["versions"]:
+        versions.append(run.read_version(e, versions))
+    mixed = run.read_version(entry, versions) if entry["lock"] == "composed" else None
+    parts = (
+        zip(mixed.versions, mixed.weights)
+        if mixed
+        else [(v, 1.0) for v in versions if v.hash == entry["hash"]]
+    )
     A, B = {}, {}
-    for digest, share in parts:
-        v = loaded[digest]
-        z = torch.tanh(v.region.mean).float()[None]
-        indices, weights = (g[0] for g in top_k_gating(v.field(z), v.top_k))                   # [L, K]
-        targets = dict.fromkeys(key.rpartition(".")[0] for key in v.bases)
-        numbers = layer_numbers(targets)
-        for target in targets:
-            l = min(numbers[target], len(indices) - 1)
-            bank = {p: torch.cat([loaded[h].bases[f"{target}.{p}"] for h in v.reads + [digest]])[indices[l]] for p in "AB"}  # [K, r, d]
-            scale = share * run.manifest["settings"]["alpha"] / run.manifest["settings"]["rank"] * weights[l]
-            A.setdefault(target, []).append(bank["A"].flatten(0, 1))
-            B.setdefault(target, []).append((scale[:, None, None] * bank["B"]).flatten(0, 1))
-    rank = sum(len(a) for a in next(iter(A.values())))
+    bank = {key: torch.cat([v.bases[key] for v in versions]) for key in versions[0].bases}
+    numbers = layer_numbers(dict.fromkeys(key.rpartition(".")[0] for key in bank))
+    for v, share in parts:
+        indices, weights = (g[0] for g in v.gating(torch.tanh(v.region.mean).float()[None]))  # [L, K]
+        for target, layer in numbers.items():
+            row = min(layer, len(indices) - 1)
+            scale = share * settings["alpha"] / settings["rank"] * weights[row]
+            A.setdefault(target, []).append(bank[f"{target}.A"][indices[row]].flatten(0, 1))
+            B.setdefault(target, []).append(
+                (scale[:, None, None] * bank[f"{target}.B"][indices[row]]).flatten(0, 1)
+            )
     tensors = {f"base_model.model.{t}.lora_A.weight": torch.cat(a).contiguous() for t, a in A.items()}
     tensors |= {f"base_model.model.{t}.lora_B.weight": torch.cat(b).T.contiguous() for t, b in B.items()}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": run.manifest["backbone"]["name"], "r": rank,
-              "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-              "target_modules": sorted(A)}
-    folder.mkdir(parents=True, exist_ok=True)
+    rank = sum(len(a) for a in next(iter(A.values())))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": run.manifest["backbone"]["name"],
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted(A),
+    }
+    folder.mkdir(exist_ok=True)
     with atomic(folder / "adapter_model.safetensors") as tmp:
         tmp.write_bytes(save(tensors, {"format": "pt"}))
     with atomic(folder / "adapter_config.json") as tmp:
@@ -751,37 +1017,65 @@ def export(run, name, folder):
     return dict(config, folder=str(folder))
 
 
-def main(argv=None):
+def parse_options(argv=None):
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--run", help="run folder (default: the latest under runs/)")
+    common.add_argument("--run", help="run folder [the latest under runs/]")
     common.add_argument("--json", action="store_true", help="print JSON")
-    parser = argparse.ArgumentParser(prog="commit.py", description="Look after the versions of a run folder.")
+    parser = Parser(prog="commit.py", description="Look after the versions of a run folder.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, help, *arguments):
+    def command(name, help, version=False):
         p = commands.add_parser(name, help=help, parents=[common])
-        for flag, options in arguments:
-            p.add_argument(flag, **options)
-    version = ("version", dict(help="a task, or the start of a hash"))
+        if version:
+            p.add_argument("version", help="a task, or the start of a hash")
+        return p.add_argument
+
     command("log", "the versions, newest first")
-    command("show", "everything about one version", version)
+    command("show", "everything about one version", version=True)
     command("verify", "recompute every hash and every anchor")
-    command("rollback", "take a version out", version, ("--cascade", dict(action="store_true", help="and those that stand on it")))
-    command("compose", "a gating over several versions", ("versions", dict(nargs="+")),
-            ("--weights", dict(nargs="+", type=float, required=True)), ("--name", dict(required=True)))
-    command("merge", "take in another run's versions", ("other", dict(metavar="OTHER_RUN")))
-    command("export", "write a LoRA adapter in PEFT's format", version, ("--to", dict(required=True, metavar="DIR")))
-    args = parser.parse_args(argv)
+    add = command("rollback", "take a version out", version=True)
+    add("--cascade", action="store_true", help="and those that stand on it")
+    add = command("compose", "a gating over several versions")
+    add("versions", nargs="+", help="tasks, or starts of hashes")
+    add("--weights", nargs="+", type=number(float, -1e6, 1e6), required=True, help="one for each of them")
+    add("--name", required=True, help="what the composition is called")
+    command("merge", "take in another run's versions")("other", metavar="OTHER_RUN")
+    command("export", "write a LoRA adapter in PEFT's format", version=True)(
+        "--to", required=True, metavar="DIR"
+    )
+    return parser.parse_args(argv)
+
+
+def change(run, args):
+    """The commands that change a run folder. -> (what they did as JSON, and as text)"""
+    short = lambda entries: ", ".join(f"{e['task']} {e['hash'][:12]}" for e in entries)
+    with run.exclusive():
+        if args.command != "compose" and (run.folder / "training.safetensors").exists():
+            raise Refused(
+                f"{run.folder}: an unfinished training builds on these versions; finish it, or delete "
+                "training.safetensors"
+            )
+        if args.command == "rollback":
+            gone = rollback(run, args.version, args.cascade)
+            return gone, f"removed {short(gone)}"
+        if args.command == "compose":
+            entry = compose(run, args.versions, args.weights, args.name)
+            return entry, f"committed {short([entry])}"
+        new = merge(run, Run(args.other))
+        return new, f"merged {short(new)}" if new else "already up to date"
+
+
+def main(argv=None):
+    args = parse_options(argv)
     run = Run(args.run or latest_run())
     if not (run.folder / "manifest.json").exists():
         raise Refused(f"{run.folder}: not a run folder")
-    short = lambda entries: ", ".join(f"{e['task']} {e['hash'][:12]}" for e in entries)  # noqa: E731
     if args.command == "log":
-        result = [describe(run, e) for e in run.entries]
-        text = "\n".join(log(run))
+        result, text = [describe(run, e) for e in run.entries], "\n".join(log(run))
     elif args.command == "show":
         result = describe(run, run.find(args.version))
-        text = "\n".join(f"{k:12} {json.dumps(v) if isinstance(v, (dict, list)) else v}" for k, v in result.items())
+        plain = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in result.items()}
+        text = "\n".join(f"{k:12} {v}" for k, v in plain.items())
     elif args.command == "verify":
         found = verify(run)
         result = [{"version": e["hash"], "task": e["task"], "wrong": wrong} for e, wrong in found]
@@ -790,18 +1084,7 @@ def main(argv=None):
         result = export(run, args.version, args.to)
         text = f"wrote {result['folder']}: rank {result['r']}, {len(result['target_modules'])} modules"
     else:
-        with run.exclusive():
-            if args.command != "compose" and (run.folder / "training.safetensors").exists():
-                raise Refused(f"{run.folder}: an unfinished training builds on these versions; finish it, or delete training.safetensors")
-            if args.command == "rollback":
-                result = rollback(run, args.version, args.cascade)
-                text = f"removed {short(result)}"
-            elif args.command == "compose":
-                result = compose(run, args.versions, args.weights, args.name)
-                text = f"committed {short([result])}"
-            else:
-                result = merge(run, Run(args.other))
-                text = f"merged {short(result)}" if result else "already up to date"
+        result, text = change(run, args)
     print(json.dumps(result, indent=1) if args.json else text)
     if args.command == "verify" and any(r["wrong"] for r in result):
         sys.exit(1)

@@ -1,22 +1,30 @@
 """What a run folder knows, measured; and a prompt to talk to.
 
     python eval.py                                   # every task now: base, stored, routed, forgetting
-    python eval.py --exact-match                     # greedy answers to the validation prompts, per kind of instruction
+    python eval.py --exact-match                     # greedy answers to the validation prompts, per kind
     python eval.py --prompt "Name three fruits."     # routed: says which version answered, and how sure it is
-    python eval.py --version alpaca code AB          # every task under these versions or compositions; with --prompt: ask one
-    python eval.py --bench 10                        # a training step beside peft's LoRA and beside Eq. (2) in plain loops
-    python eval.py --stream 24                       # learn 24 kinds of instruction one after another, and what that costs
+    python eval.py --version alpaca code AB          # every task under these; with --prompt: ask the first
+    python eval.py --growth                          # what the first n versions cost and know, for every n
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
 
-Forgetting has two parts and every table prints both. *Stored*: the right version is given, so what is lost was
-overwritten. *Routed*: the coordinate decides, as it must when nobody says which task a prompt belongs to.
+Forgetting has two parts and every table prints both. *Stored*: the right version is given, so what is lost
+was overwritten. *Routed*: the coordinate decides, as it must when nobody says which task a prompt belongs to.
+Perplexity is over response tokens, EOS included, of the validation records kept in the run folder.
+
+Held here: sections 5.2 and 5.3 of the NIWF paper. Departure: its tables have the stored figure only.
 """
-import argparse
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\neval.py: stopped\n") and 130))
+
 import collections
-import contextlib
+import functools
+import hashlib
 import importlib.util
-import itertools
 import json
 import pathlib
 import statistics
@@ -25,10 +33,201 @@ import time
 
 import torch
 
-from commit import Composition, Run, Version, atomic, describe, export, latest_run
-from model import Refused, attach, detach, find_targets, perplexity, response_logits, response_nll
-from train import (EVAL_BATCH, HERE, HUB_DATA, encode, forgetting, measure, number, open_backbone, open_model, parse_options, pick_device,
-                   prompt_of, provenance, read_records, report, validation, work)
+from commit import (
+    Parser,
+    Run,
+    atomic,
+    describe,
+    export,
+    latest_run,
+    number,
+    output_file,
+    provenance,
+    run_program,
+)
+from field import top_k_gating
+from model import Refused, encode, perplexity, pick_device, prompt_of, response_logits, response_nll
+
+EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def batches(*lists, size=EVAL_BATCH):
+    """Walk lists of one length together, `size` items at a time."""
+    for b in range(0, len(lists[0]), size):
+        yield [part[b : b + size] for part in lists]
+
+
+def probe_all(model, examples, pool, gating=None):
+    """h_bar [n, features] of every example. Batches are fixed, so the same input always gives the same
+    bits."""
+    rows = [p if pool == "prompt" else p + r for p, r in examples]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    h_bar = torch.empty(len(rows), model.features, device=model.device)
+    for (chunk,) in batches(order, size=4 * EVAL_BATCH):
+        h_bar[chunk] = model.probe([rows[j] for j in chunk], gating)
+    return h_bar
+
+
+def validation_set(run, model, tokenizer, task):
+    """A task's validation examples, in the order that every measurement takes them in batches, and their
+    h_bar."""
+    examples = [encode(r, tokenizer) for r in run.validation(task)]
+    examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
+    return examples, probe_all(model, examples, run.manifest["settings"]["pool"], run.probe_gating())
+
+
+def total_nll(model, batch, gating):
+    """Negative log-likelihood of a batch's responses, in nats."""
+    return float(response_nll(*model.logits(batch, gating)).sum())
+
+
+@torch.no_grad()
+def measure(run, model, tokenizer, outside="nearest"):
+    """Measure every committed task as things stand. -> (one row of R, {task: digests of its stored logits})
+
+    The row is {"task", "version": the last one, "base", "stored", "routed": {task: perplexity}, "routing",
+    "inside": {task: {task: count}}, "identical": {task: [examples whose stored logits have the bits they had
+    at commit, examples]}, "gating": see `describe_gating`, "drift": see `describe_drift`}."""
+    last, digests = run.manifest["versions"][-1], {}
+    row = {"task": last["task"], "version": last["hash"]}
+    row |= {
+        key: {} for key in ("base", "stored", "routed", "routing", "inside", "identical", "gating", "drift")
+    }
+    for i, task in enumerate(run.tasks):
+        columns, digests[task] = measure_task(run, model, tokenizer, i, outside)
+        for column, value in columns.items():
+            row[column][task] = value
+    return row, digests
+
+
+def measure_task(run, model, tokenizer, i, outside):
+    """Task i's part of `measure`: ({column: value}, digests)."""
+    task, results = run.tasks[i], run.manifest["results"]
+    examples, h_bar = validation_set(run, model, tokenizer, task)
+    base = next((row["base"][task] for row in results if task in row["base"]), None)  # it never changes
+    nll, digests, choices, inside, gatings = collections.Counter(), [], [], [], []
+    for batch, h in batches(examples, h_bar):
+        stored, (routed, found) = run.stored(i, h), run.routed(h, outside)
+        logits, labels = model.logits(batch, stored)
+        alike = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(stored, routed))
+        nll["stored"] += (own := float(response_nll(logits, labels).sum()))
+        nll["routed"] += own if alike else total_nll(model, batch, routed)
+        nll["base"] += 0 if base else total_nll(model, batch, None)
+        digests += [hashlib.sha256(x.float().cpu().numpy().tobytes()).hexdigest()[:16] for x in logits]
+        choices += found.choice.tolist()
+        inside.append(found.inside)
+        gatings.append(stored)
+    tokens = sum(len(r) for _, r in examples)
+    measured = any(row["version"] == run.manifest["versions"][i]["hash"] for row in results)
+    at_commit = run.digests(task) if measured else digests
+    inside = torch.cat(inside).sum(0).tolist()
+    columns = {
+        "base": base or perplexity(nll["base"], tokens),
+        "stored": perplexity(nll["stored"], tokens),
+        "routed": perplexity(nll["routed"], tokens),
+        "routing": {t: choices.count(j) for j, t in enumerate(run.tasks)},
+        "inside": dict(zip(run.tasks, inside)),
+        "identical": [sum(map(str.__eq__, digests, at_commit)), len(digests)],
+        "gating": describe_gating(gatings),
+    }
+    if run.speaker(i) is not run.versions[i]:
+        columns["drift"] = describe_drift(run, i, h_bar)
+    return columns, digests
+
+
+def describe_gating(gatings):
+    """Batches of (indices, weights) [B, L, K] -> {"sets": different top-K choices that a layer makes over all
+    inputs, "bases": exp of the entropy of its weights}, means over layers."""
+    indices, weights = (torch.cat(parts) for parts in zip(*gatings))
+    sets = [len(layer.sort(-1).values.unique(dim=0)) for layer in indices.unbind(1)]
+    return {"sets": sum(sets) / len(sets), "bases": float(torch.special.entr(weights).sum(-1).exp().mean())}
+
+
+def describe_drift(run, i, h_bar):
+    """What the soft lock (or none) did to task i: where its coordinates went, and how well its anchors were
+    held."""
+    v, speaker = run.versions[i], run.speaker(i)
+    then, now = v.dynamics(h_bar), speaker.dynamics(h_bar)
+    logits = speaker.field(v.anchors.to(h_bar.device))[..., : v.snapshot.shape[-1]].cpu()
+    chosen = [torch.zeros_like(x).scatter(-1, top_k_gating(x, v.top_k)[0], 1) for x in (logits, v.snapshot)]
+    share = lambda z: float((v.region.distance(z) <= v.region.tau).double().mean())
+    return {
+        "inside_at_commit": share(then),
+        "inside_now": share(now),
+        "moved": float((now - then).norm(dim=1).mean()),
+        "spread": float((then - then.mean(0)).norm(dim=1).mean()),
+        "lock_loss": float((logits - v.snapshot).square().sum((1, 2)).mean()),
+        "top_k_kept": float((chosen[0] * chosen[1]).sum() / chosen[1].sum()),
+    }
+
+
+def measure_last(run, backbone, tokenizer):
+    """Measure the state after the last task and keep it, unless that has been done: a kill may have come in
+    between."""
+    last = run.manifest["versions"][-1]
+    if last["hash"] not in {r["version"] for r in run.manifest["results"]}:
+        model = run.open_model(backbone, tokenizer)
+        row, digests = measure(run, model, tokenizer)
+        with atomic(run.data_file(last["task"], "logits")) as tmp:
+            tmp.write_text(json.dumps(digests[last["task"]]))
+        run.manifest["results"].append(row)
+        run.save()
+        model.detach()
+
+
+def forgetting(results, protocol):
+    """{task j: R[T,j] / R[j,j] - 1} in percent, from rows as `measure` makes them; `protocol` is "stored" or
+    "routed".
+
+    R[i,j] is the perplexity on task j after task i, T the last task. This is the paper's own figure (its
+    table of results, "+85.5%"). From the same R: BWT = mean over j < T of R[T,j] - R[j,j] (Lopez-Paz and
+    Ranzato 2017, with the sign of a loss: positive is forgetting); FM = mean over j < T of R[T,j] - min over
+    i < T of R[i,j] (Chaudhry et al. 2018)."""
+    learned = {r["task"]: r[protocol][r["task"]] for r in results}
+    lost = [t for t in results[-1][protocol] if t not in learned]
+    if lost:
+        raise Refused(f"manifest.json: results: {lost[0]} was never measured when it was learned")
+    return {t: 100 * (now / learned[t] - 1) for t, now in results[-1][protocol].items()}
+
+
+def report(run):
+    """Print the table at the end: every task, stored and routed, when it was learned and now."""
+    results = run.manifest["results"]
+    row, width = results[-1], max(4, *map(len, run.tasks))
+    print(f"\nvalidation perplexity after {row['task']} (version {row['version'][:12]})")
+    print(f"{'task':{width}}  protocol      base  learned       now  forgetting")
+    lost = {protocol: forgetting(results, protocol) for protocol in ("stored", "routed")}
+    for t in run.tasks:
+        learned = next(r for r in results if r["task"] == t)
+        home, n = row["routing"][t].get(t, 0), sum(row["routing"][t].values())
+        others = [k for r, k in row["inside"][t].items() if r != t]
+        notes = {"stored": "logits bit-identical on {} of {} examples".format(*row["identical"][t])}
+        notes["routed"] = (
+            f"{100 * home / n:.1f} % routed to {t}; {100 * row['inside'][t][t] / n:.0f} % lie in its region"
+        )
+        notes["routed"] += f", {100 * max(others) / n:.0f} % in another's" if others else ""
+        for protocol, note in notes.items():
+            figures = f"{row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}"
+            print(f"{t:{width}}  {protocol}  {figures}  {lost[protocol][t]:+8.2f} %  {note}")
+    gatings = [
+        f"{t} makes {g['sets']:.1f} different top-K choices over all its inputs, its weight lies on {g['bases']:.1f} bases"
+        for t, g in row["gating"].items()
+    ]
+    print(f"\ngating, a layer's mean: {'; '.join(gatings)}")
+    for t, d in row["drift"].items():
+        print(
+            f"\nwhere {t} went: its inputs moved by {d['moved']:.2f} (they were {d['spread']:.2f} from their mean); "
+            f"{100 * d['inside_now']:.1f} % of them are still in its region, {100 * d['inside_at_commit']:.1f} % were at commit."
+            f"\nhow the lock held: L_lock {d['lock_loss']:.1e} at its anchors, {100 * d['top_k_kept']:.1f} % of their top-K "
+            "choices unchanged. A lock on the anchors guards\naddresses; it holds neither the inputs to their addresses nor "
+            "the bases that the addresses name."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- answers
 
 
 def answer(run, model, tokenizer, prompts, outside, max_new_tokens):
@@ -39,24 +238,26 @@ def answer(run, model, tokenizer, prompts, outside, max_new_tokens):
     return tokenizer.batch_decode(new, skip_special_tokens=True), found
 
 
-def exact_match(run, model, tokenizer, outside, max_new_tokens, show):
-    """Share of validation prompts whose greedy, routed answer is the reference, to the letter. Prints a line for each kind
-    of instruction (a record's "kind"; a record without one counts under its task). -> {task: {kind: [right, of]}}"""
+def exact_match(run, model, tokenizer, args):
+    """Share of validation prompts whose greedy, routed answer is the reference, to the letter. Prints a line
+    for each kind of instruction (a record's "kind"; a record without one counts under its task). -> {task:
+    {kind: [right, of]}}"""
     shares = {}
     for task in run.tasks:
-        records = run.validation(task)
-        records.sort(key=lambda r: len(prompt_of(r)))
-        kinds = collections.defaultdict(lambda: [0, 0])
-        for b in range(0, len(records), 4 * EVAL_BATCH):
-            batch = records[b:b + 4 * EVAL_BATCH]
-            texts, found = answer(run, model, tokenizer, [prompt_of(r) for r in batch], outside, max_new_tokens)
-            for i, (record, text) in enumerate(zip(batch, texts)):
-                right = text.strip() == record["output"].strip()
-                kinds[record.get("kind", task)][0] += right
-                kinds[record.get("kind", task)][1] += 1
-                if (b + i) % max(1, len(records) // max(1, show)) == 0 and show:
-                    print(f"[{run.tasks[found.choice[i]]}] {record['instruction']}" + (f" | {record['input']}" if record.get("input") else "")
-                          + f"\n    {text!r}" + ("" if right else f"   expected {record['output']!r}"))
+        records = sorted(run.validation(task), key=lambda r: len(prompt_of(r)))
+        kinds, answers = collections.defaultdict(lambda: [0, 0]), []
+        for (batch,) in batches(records, size=4 * EVAL_BATCH):
+            prompts = [prompt_of(r) for r in batch]
+            texts, found = answer(run, model, tokenizer, prompts, args.outside, args.max_new_tokens)
+            answers += zip(batch, texts, found.choice.tolist())
+        for i, (record, text, choice) in enumerate(answers):
+            right = text.strip() == record["output"].strip()
+            count = kinds[record.get("kind", task)]
+            count[0], count[1] = count[0] + right, count[1] + 1
+            if args.exact_match and i % max(1, len(records) // args.exact_match) == 0:
+                asked = record["instruction"] + (f" | {record['input']}" if record.get("input") else "")
+                wrong = "" if right else f"   expected {record['output']!r}"
+                print(f"[{run.tasks[choice]}] {asked}\n    {text!r}{wrong}")
         right, n = (sum(c) for c in zip(*kinds.values()))
         print(f"\n{task}: {right} of {n} answers exactly right ({100 * right / n:.1f} %)")
         for kind, (hits, of) in sorted(kinds.items(), key=lambda k: -k[1][0] / k[1][1]):
@@ -65,88 +266,61 @@ def exact_match(run, model, tokenizer, outside, max_new_tokens, show):
     return shares
 
 
-@torch.enable_grad()
-def bench(run, model, tokenizer, repeats):
-    """Time forward and backward of 16 validation examples four ways, in turn, so that ratios hold on a busy machine: the
-    bare backbone; ours; Eq. (2) in plain loops; peft's LoRA of the same active rank K r. Prints medians. -> {way: [seconds]}"""
-    if not importlib.util.find_spec("peft"):
-        raise Refused("--bench compares with peft: pip install peft")
-    import peft
-    records = run.validation(run.tasks[0])
-    examples = [encode(r, tokenizer) for r in records[:EVAL_BATCH]]
-    bank, rank = model.bank, run.versions[0].top_k * model.bank.rank
-    gating = run.stored(0, model.probe([p for p, _ in examples], run.probe_gating()))
-    bank.unlock()  # as in training: the bases have gradients
-
-    def loops(name, x, y):
-        A, B = bank.live[f"{name}.A"], bank.live[f"{name}.B"]
-        layer = min(bank.layer[name], gating[0].shape[1] - 1)
-        return y + bank.scale * torch.stack([sum(w * (x[b].to(A.dtype) @ A[i].T @ B[i]) for i, w in zip(gating[0][b, layer], gating[1][b, layer]))
-                                             for b in range(len(x))]).to(y.dtype)
-    model.detach()
-    targets = find_targets(model.backbone)
-    model.backbone.enable_input_require_grads()  # so that the bare backbone has a backward pass, too
-    lora = peft.get_peft_model(model.backbone, peft.LoraConfig(r=rank, target_modules=list(targets)))
-    ways = {"bare backbone": (None, lora.disable_adapter), "ours": (bank.update, lora.disable_adapter),
-            "Eq. (2) in loops": (loops, lora.disable_adapter), f"peft LoRA, rank {rank}": (None, contextlib.nullcontext)}
-    seconds = collections.defaultdict(list)
-    for turn in range(repeats + 1):
-        for way, (update, adapters) in ways.items():
-            handles = attach(targets, update) if update else []
-            began = time.perf_counter()
-            with adapters():
-                response_nll(*model.logits(examples, gating)).sum().backward()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first turn warms up
-                seconds[way].append(time.perf_counter() - began)
-            detach(handles)
-    print(f"\nforward and backward of {len(examples)} examples, median of {repeats}")
-    for way, times in seconds.items():
-        ratio = statistics.median(t / o for t, o in zip(times, seconds["ours"]))
-        print(f"  {way:20} {1000 * statistics.median(times):9.1f} ms  {ratio:6.2f} times ours")
-    return seconds
-
-
-def named(run, name):
+def gating_by_name(run, name):
     """-> (the version or composition called `name`, its gating as a function of h_bar)."""
     digest = run.find(name)["hash"]
     for i, v in enumerate(run.versions):
         if v.hash == digest:
-            return v, lambda h_bar: run.stored(i, h_bar)
+            return v, functools.partial(run.stored, i)
     composition = next(c for c in run.compositions if c.hash == digest)
     return composition, composition.gating
 
 
-def under(run, model, tokenizer, names):
-    """Print the perplexity of every task under each of the named versions or compositions, and, where peft is installed,
-    under what its `add_weighted_adapter` makes of a composition's exported versions. -> {task: {name: perplexity}}"""
-    data = {task: validation(run, model, tokenizer, task) for task in run.tasks}
+def answer_prompt(run, model, tokenizer, args):
+    """Answer one prompt; say which version did, and how sure the routing is."""
+    prompt = prompt_of({"instruction": args.prompt, "input": args.input})
+    if args.version:
+        version, gating = gating_by_name(run, args.version[0])
+        ids = [tokenizer(prompt).input_ids]
+        h_bar = model.probe(ids, run.probe_gating())
+        new = model.generate(ids, gating(h_bar), tokenizer.eos_token_id, args.max_new_tokens)
+        text = tokenizer.decode(new[0], skip_special_tokens=True)
+        return print(f"{text.strip()}\n\n[version {version.hash[:12]}, as asked]")
+    (text,), found = answer(run, model, tokenizer, [prompt], args.outside, args.max_new_tokens)
+    v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
+    by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
+    print(
+        f"{text.strip()}\n\n[{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; "
+        f"the coordinate is {'inside' if home else 'outside'} it]"
+    )
+
+
+# --------------------------------------------------------------------------------- versions by name, and what n of them cost
+
+
+def perplexity_by_name(run, model, tokenizer, names):
+    """Print the perplexity of every task under each of the named versions or compositions, and, where peft is
+    installed, under what its `add_weighted_adapter` makes of a composition's exported versions. -> {task:
+    {name: perplexity}}"""
+    data = {task: validation_set(run, model, tokenizer, task) for task in run.tasks}
     table = {task: {} for task in run.tasks}
 
     def fill(name, logits_of):
         for task, (examples, h_bar) in data.items():
-            nll = sum(float(response_nll(*logits_of(examples[b:b + EVAL_BATCH], h_bar[b:b + EVAL_BATCH])).sum()) for b in range(0, len(examples), EVAL_BATCH))
+            nll = sum(float(response_nll(*logits_of(*part)).sum()) for part in batches(examples, h_bar))
             table[task][name] = perplexity(nll, sum(len(r) for _, r in examples))
-    found = {name: named(run, name) for name in names}
+
+    found = {name: gating_by_name(run, name) for name in names}
     for name, (_, gating) in found.items():
-        fill(name, lambda batch, h: model.logits(batch, gating(h)))
+        fill(name, lambda batch, h, gating=gating: model.logits(batch, gating(h)))
     model.detach()
-    for name, (version, _) in found.items():
-        if isinstance(version, Composition) and importlib.util.find_spec("peft"):
-            import peft
-            with tempfile.TemporaryDirectory() as folder:
-                adapted, parts = None, [f"part{i}" for i in range(len(version.reads))]
-                for part, digest in zip(parts, version.reads):
-                    path = export(run, digest, pathlib.Path(folder) / part)["folder"]
-                    if adapted is None:
-                        adapted = peft.PeftModel.from_pretrained(model.backbone, path, adapter_name=part)
-                    else:
-                        adapted.load_adapter(path, part)
-            adapted.add_weighted_adapter(parts, version.weights, "sum", combination_type="cat")
-            adapted.set_adapter("sum")
-            fill(f"{name}, peft", lambda batch, h: response_logits(adapted.base_model.model, model.pad_id, batch))
-            adapted.unload()
+    if importlib.util.find_spec("peft"):
+        for name, (version, _) in found.items():
+            if version.lock == "composed":
+                adapted = peft_composition(run, model.backbone, version)
+                backbone = adapted.base_model.model
+                fill(f"{name}, peft", lambda batch, h, b=backbone: response_logits(b, model.pad_id, batch))
+                adapted.unload()
     width = max(map(len, run.tasks))
     print(f"\nvalidation perplexity under\n{'':{width}}" + "".join(f"{n:>14}" for n in table[run.tasks[0]]))
     for task, row in table.items():
@@ -154,159 +328,196 @@ def under(run, model, tokenizer, names):
     return table
 
 
-def stream(folder, count, device):
-    """Learn `count` tasks one after another under the exact lock: kinds of instruction of the embedded sets in alphabetical
-    order, general and code in turn. What the run folder already knows is not learned again."""
-    sets = {(name, part): read_records(HERE / "assets" / "data" / f"{name}.{part}.json") for name in HUB_DATA for part in ("train", "val")}
-    kinds = [sorted({(name, r["kind"]) for r in sets[name, "train"]}) for name in HUB_DATA]
-    for name, kind in list(itertools.chain.from_iterable(zip(*kinds)))[:count]:
-        with tempfile.TemporaryDirectory() as tmp:
-            for part in ("train", "val"):
-                pathlib.Path(tmp, part).write_text(json.dumps([r for r in sets[name, part] if r["kind"] == kind]))
-            args = parse_options(["--task", f"{name}-{kind}", "--data", f"{tmp}/train", "--val-data", f"{tmp}/val", "--lock",
-                                  "--backbone", "tiny", "--device", device, "--epochs", "8", "--out", str(folder)])
-            with Run(folder).exclusive() as run:
-                work(run, args)
+def peft_composition(run, backbone, composition):
+    """What peft's `add_weighted_adapter` makes of a composition's exported versions, on the backbone."""
+    import peft
+
+    adapted, parts = None, [f"part{i}" for i in range(len(composition.reads))]
+    with tempfile.TemporaryDirectory() as folder:
+        for part, digest in zip(parts, composition.reads):
+            path = export(run, digest, pathlib.Path(folder) / part)["folder"]
+            if adapted is None:
+                adapted = peft.PeftModel.from_pretrained(backbone, path, adapter_name=part)
+            else:
+                adapted.load_adapter(path, part)
+    adapted.add_weighted_adapter(parts, composition.weights, "sum", combination_type="cat")
+    adapted.set_adapter("sum")
+    return adapted
 
 
-def growth(run, model, tokenizer, repeats=5):
-    """What the first n versions of a run folder cost and know, for every n. Prints a table; returns its lines as dicts. Times
-    are medians; those per token are of one pass over the first task's validation examples."""
+def median_ms(f, repeats=5):
+    """Median time of f() in milliseconds."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - began)
+    return 1000 * statistics.median(times)
+
+
+def growth(run, model, tokenizer):
+    """What the first n versions of a run folder cost and know, for every n. Prints a table; returns its lines
+    as dicts. Times per token are of one pass over the first task's validation examples."""
     whole, lines = run.manifest, []
-    examples, h_bar = validation(run, model, tokenizer, run.tasks[0])
+    examples, h_bar = validation_set(run, model, tokenizer, run.tasks[0])
     prompts, tokens = [p for p, _ in examples], sum(len(p) + len(r) for p, r in examples)
-
-    def milliseconds(f, per=1):
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            f()
-            times.append(time.perf_counter() - began)
-        return 1000 * statistics.median(times) / per
     model.detach()
     for n, entry in enumerate(whole["versions"], 1):
         run.manifest = dict(whole, versions=whole["versions"][:n], compositions=[])
-        model = open_model(run, model.backbone, tokenizer)
-        version, about = Version.load(run.path(entry["hash"]), run.versions[0].dynamics), describe(run, entry)
+        model = run.open_model(model.backbone, tokenizer)
+        version, about = run.read_version(entry, run.versions[:-1]), describe(run, entry)
         results, routing = whole["results"][:n], whole["results"][n - 1]["routing"]
+        routed = lambda model=model: model.logits(examples, run.routed(model.probe(prompts))[0])
+        passes = {
+            "bare": lambda model=model: model.logits(examples, None),
+            "routed": routed,
+            "stored": lambda model=model: model.logits(examples, run.stored(0, h_bar)),
+        }
         with tempfile.TemporaryDirectory() as tmp:  # written again, as at commit: hash, fsync, rename
-            lines.append({
-                "task": entry["task"], "bases_read": len(run.versions[-1].index) - about["writes"], "bases_written": about["writes"],
+            commit_ms = median_ms(lambda version=version, tmp=tmp: version.save(pathlib.Path(tmp)))
+        lost = {
+            f"{p}_forgetting": statistics.mean(forgetting(results, p).values()) for p in ("stored", "routed")
+        }
+        home = sum(c[t] for t, c in routing.items()) / sum(sum(c.values()) for c in routing.values())
+        lines.append(
+            {
+                "task": entry["task"],
+                "bases_read": len(version.index) - version.writes,
+                "bases_written": version.writes,
                 "bytes": about["bytes"],
-                "commit_ms": milliseconds(lambda: version.save(pathlib.Path(tmp))),
-                "bare_ms": milliseconds(lambda: model.logits(examples, None), tokens),
-                "stored_ms": milliseconds(lambda: model.logits(examples, run.stored(0, h_bar)), tokens),
-                "routed_ms": milliseconds(lambda: model.logits(examples, run.routed(model.probe(prompts))[0]), tokens),
+                "commit_ms": commit_ms,
+                **{f"{name}_ms": median_ms(f) / tokens for name, f in passes.items()},
                 "learned": about["perplexity"]["stored"],
-                **{f"{p}_forgetting": statistics.mean(forgetting(results, p).values()) for p in ("stored", "routed")},
-                "routed_home": sum(c[t] for t, c in routing.items()) / sum(sum(c.values()) for c in routing.values())})
+                **lost,
+                "routed_home": home,
+            }
+        )
         model.detach()
     run.manifest = whole
-    print(f"\n{'':>3} {'':20}{'bases':>12}{'':>8}{'commit':>8}{'ms per token':>26}{'perplexity':>12}{'forgetting %':>16}{'routed':>8}")
-    print(f"{'n':>3} {'task':20}{'read + new':>12}{'MB':>8}{'ms':>8}{'bare':>10}{'stored':>8}{'routed':>8}{'learned':>12}{'stored':>8}{'routed':>8}{'home %':>8}")
+    print(
+        f"\n{'':24}{'bases':>12}{'':>8}{'commit':>8}{'ms per token':>26}{'perplexity':>12}{'forgetting %':>16}{'routed':>8}"
+    )
+    print(
+        f"{'n':>3} {'task':20}{'read + new':>12}{'MB':>8}{'ms':>8}{'bare':>10}{'stored':>8}{'routed':>8}{'learned':>12}"
+        f"{'stored':>8}{'routed':>8}{'home %':>8}"
+    )
     for n, x in enumerate(lines, 1):
-        print(f"{n:>3} {x['task']:20}{x['bases_read']:>7} +{x['bases_written']:>3}{x['bytes'] / 1e6:>8.2f}{x['commit_ms']:>8.1f}{x['bare_ms']:>10.3f}"
-              f"{x['stored_ms']:>8.3f}{x['routed_ms']:>8.3f}{x['learned']:>12.3f}{x['stored_forgetting']:>8.2f}{x['routed_forgetting']:>8.2f}"
-              f"{100 * x['routed_home']:>8.1f}")
+        bases = f"{x['bases_read']:>7} +{x['bases_written']:>3}"
+        print(
+            f"{n:>3} {x['task']:20}{bases}{x['bytes'] / 1e6:8.2f}{x['commit_ms']:8.1f}{x['bare_ms']:10.3f}{x['stored_ms']:8.3f}"
+            f"{x['routed_ms']:8.3f}{x['learned']:12.3f}{x['stored_forgetting']:8.2f}{x['routed_forgetting']:8.2f}"
+            f"{100 * x['routed_home']:8.1f}"
+        )
     return lines
 
 
-def talk(run, model, tokenizer, args):
-    """Answer one prompt; say which version did, and how sure the routing is."""
-    prompt = prompt_of({"instruction": args.prompt, "input": args.input})
-    if args.version:
-        version, gating = named(run, args.version[0])
-        ids = [tokenizer(prompt).input_ids]
-        new = model.generate(ids, gating(model.probe(ids, run.probe_gating())), tokenizer.eos_token_id, args.max_new_tokens)
-        return print(f"{tokenizer.decode(new[0], skip_special_tokens=True).strip()}\n\n[version {version.hash[:12]}, as asked]")
-    (text,), found = answer(run, model, tokenizer, [prompt], args.outside, args.max_new_tokens)
-    v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
-    by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
-    print(f"{text.strip()}\n\n[{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; "
-          f"the coordinate is {'inside' if home else 'outside'} it]")
+# ------------------------------------------------------------------------------------------------- the command line
 
 
-def know(run, model, tokenizer, args):
+def measure_run(run, model, tokenizer, args):
     """Measure one run folder as it is now, print it, and return it as it goes to --json."""
-    rows = run.manifest["results"][:len(run.tasks) - 1] + [measure(run, model, tokenizer, args.outside)]
+    row, _ = measure(run, model, tokenizer, args.outside)
+    rows = [r for r in run.manifest["results"] if r["version"] != row["version"]] + [row]
     run.manifest["results"] = rows
     report(run)
-    out = {"tasks": run.tasks, "base": rows[-1]["base"],
-           "R": {k: [[row[k].get(t) for t in run.tasks] for row in rows] for k in ("stored", "routed")},
-           "forgetting": {k: forgetting(rows, k) for k in ("stored", "routed")},
-           **{k: rows[-1][k] for k in ("routing", "inside", "identical", "gating", "drift")},
-           "config": {"backbone": run.manifest["backbone"], "outside": args.outside, **provenance(),
-                      **{v.task: {"lock": v.lock, **v.config} for v in run.versions}}}
+    config = {"backbone": run.manifest["backbone"], "outside": args.outside, **provenance()}
+    out = {
+        "tasks": run.tasks,
+        "base": row["base"],
+        "R": {k: [[r[k].get(t) for t in run.tasks] for r in rows] for k in ("stored", "routed")},
+        "forgetting": {k: forgetting(rows, k) for k in ("stored", "routed")},
+        **{k: row[k] for k in ("routing", "inside", "identical", "gating", "drift")},
+        "config": config | {v.task: {"lock": v.lock, **v.config} for v in run.versions},
+    }
     if args.exact_match is not None:
-        out["exact_match"] = exact_match(run, model, tokenizer, args.outside, args.max_new_tokens, args.exact_match)
+        out["exact_match"] = exact_match(run, model, tokenizer, args)
     if args.version:
-        out["under"] = under(run, model, tokenizer, args.version)
-    if args.bench:
-        out["bench"] = bench(run, model, tokenizer, args.bench)
-    if args.stream:
+        out["under"] = perplexity_by_name(run, model, tokenizer, args.version)
+    if args.growth:
         out["growth"] = growth(run, model, tokenizer)
     return out
 
 
-def summary(outs):
+def table_over_runs(outs):
     """Lines of a table over several runs of the same tasks (seeds, say): mean and standard deviation."""
-    def over(values):
-        return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-    yield f"{'task':8}  protocol  {'base':>16}  {'learned':>16}  {'now':>16}  {'forgetting %':>16}  {'routed home %':>16}"
+    over = lambda values: f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    heads = ("base", "learned", "now", "forgetting %", "routed home %")
+    yield f"{'task':8}  protocol" + "".join(f"  {head:>16}" for head in heads)
     for i, t in enumerate(outs[0]["tasks"]):
         for protocol in ("stored", "routed"):
-            columns = [over([o["base"][t] for o in outs]), over([o["R"][protocol][i][i] for o in outs]), over([o["R"][protocol][-1][i] for o in outs]),
-                       over([o["forgetting"][protocol][t] for o in outs]),
-                       over([100 * o["routing"][t][t] / sum(o["routing"][t].values()) for o in outs]) if protocol == "routed" else ""]
-            yield f"{t:8}  {protocol}  " + "  ".join(f"{c:>16}" for c in columns)
+            R = [o["R"][protocol] for o in outs]
+            columns = [
+                [o["base"][t] for o in outs],
+                [r[i][i] for r in R],
+                [r[-1][i] for r in R],
+                [o["forgetting"][protocol][t] for o in outs],
+            ]
+            if protocol == "routed":
+                columns.append([100 * o["routing"][t][t] / sum(o["routing"][t].values()) for o in outs])
+            yield f"{t:8}  {protocol}" + "".join(f"  {over(column):>16}" for column in columns)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description="Measure what a run folder knows.")
-    p.add_argument("--run", nargs="+", help="run folder, or several for mean and deviation [the latest under runs/]")
-    p.add_argument("--device", help="cpu, cuda, mps [what is there]")
-    p.add_argument("--outside", choices=["nearest", "base"], default="nearest",
-                   help="who answers a prompt outside every region: the nearest version or the bare backbone")
-    p.add_argument("--json", metavar="FILE", help="write what was measured")
-    p.add_argument("--exact-match", nargs="?", type=number(int, 0), const=0, metavar="SHOW",
-                   help="generate answers to the validation prompts and count the right ones; print SHOW of each task")
-    p.add_argument("--version", nargs="+", metavar="NAME", help="measure every task under these, or let the first answer the --prompt")
-    p.add_argument("--bench", type=number(int, 1), metavar="N", help="time a training step N times, beside peft's LoRA and plain loops")
-    p.add_argument("--stream", type=number(int, 1, 72), metavar="N", help="first learn N kinds of instruction, a task each, in --run [runs/stream]")
-    p.add_argument("--prompt", help="an instruction to answer, instead of measuring")
-    p.add_argument("--input", default="", help="the input that goes with --prompt")
-    p.add_argument("--max-new-tokens", type=number(int, 1), default=128)
+def parse_options(argv=None):
+    p = Parser(prog="eval.py", description="Measure what a run folder knows.")
+    add = p.add_argument
+    add("--run", nargs="+", help="run folder, or several for mean and deviation [the latest under runs/]")
+    add("--device", help="cpu, cuda, mps [what is there]")
+    add(
+        "--outside",
+        choices=["nearest", "base"],
+        default="nearest",
+        help="who answers a prompt outside every region: the nearest version or the bare backbone",
+    )
+    add("--json", type=output_file, metavar="FILE", help="write what was measured")
+    add(
+        "--exact-match",
+        nargs="?",
+        type=number(int, 0),
+        const=0,
+        metavar="SHOW",
+        help="count the validation prompts that are answered exactly right; print SHOW of each task",
+    )
+    add(
+        "--version",
+        nargs="+",
+        metavar="NAME",
+        help="measure every task under these, or let the first answer the --prompt",
+    )
+    add("--growth", action="store_true", help="what the first n versions cost and know, for every n")
+    add("--prompt", help="an instruction to answer, instead of measuring")
+    add("--input", default="", help="the input that goes with --prompt")
+    add("--max-new-tokens", type=number(int, 1, 10**6), default=128)
     args = p.parse_args(argv)
-    folders = args.run or ["runs/stream" if args.stream else latest_run()]
-    if args.prompt and len(folders) > 1:
-        raise Refused("--prompt talks to one run folder")
-    outs = []
-    for folder in folders:
-        if args.stream:
-            with torch.enable_grad():
-                stream(folder, args.stream, pick_device(args.device))
+    if args.prompt and len(args.run or ()) > 1:
+        p.error("--prompt talks to one run folder")
+    return args
+
+
+@torch.no_grad()
+def main(argv=None):
+    args, outs = parse_options(argv), []
+    device = pick_device(args.device)
+    for folder in args.run or [latest_run()]:
         run = Run(folder)
         if not run.tasks:
             raise Refused(f"{run.folder}: nothing has been committed there yet")
-        device = pick_device(args.device)
-        backbone, tokenizer = open_backbone(run, run.manifest["backbone"]["name"], device)
-        model = open_model(run, backbone, tokenizer)
+        for name in args.version or ():
+            run.find(name)
+        backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], device)
+        model = run.open_model(backbone, tokenizer)
         if args.prompt:
-            return talk(run, model, tokenizer, args)
-        outs.append(know(run, model, tokenizer, args))
+            return answer_prompt(run, model, tokenizer, args)
+        outs.append(measure_run(run, model, tokenizer, args))
     if len(outs) > 1:
+        if any(o["tasks"] != outs[0]["tasks"] for o in outs):
+            raise Refused("the run folders hold different tasks: no mean over them")
         print(f"\nmean and standard deviation over {len(outs)} runs")
-        for line in summary(outs):
-            print(line)
+        print("\n".join(table_over_runs(outs)))
     if args.json:
-        with atomic(pathlib.Path(args.json)) as tmp:
+        with atomic(args.json) as tmp:
             tmp.write_text(json.dumps(outs[0] if len(outs) == 1 else outs, indent=1))
         print(f"written to {args.json}")
 
 
 if __name__ == "__main__":
-    try:
-        with torch.no_grad():
-            main()
-    except (Refused, OSError) as e:
-        raise SystemExit(f"eval.py: {e}")
+    run_program(main)

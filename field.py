@@ -1,18 +1,28 @@
-"""The weight field and the coordinate dynamics: where a task lives, and what is written there.
+"""The weight field: where a task lives, what is written there, and who answers.
 
-NIWF (Non-Interfering Weight Fields) does not store one set of adapter weights. It stores a function.
-A *capability coordinate* z in [-1, 1]^d is the address of an input; the *weight field* maps an address to
-gating logits over N low-rank bases, for each of L layers; the K largest win. Inputs at different addresses
-therefore run different adapters, on one frozen backbone.
+NIWF (Non-Interfering Weight Fields) does not store one set of adapter weights. It stores a function. A
+*capability coordinate* z in [-1, 1]^d is the address of an input; the *weight field* maps an address to
+gating logits over N low-rank bases, for each of L layers; the K largest win. So inputs at different addresses
+run different adapters.
 
-    h_bar --CoordinateDynamics, Eq. (8)--> z --WeightField, Eq. (6)--> logits --top_k_gating, Eq. (7)--> (i_k, w_k)
+    h_bar --CoordinateDynamics, Eq. (8)--> z --WeightField, Eq. (6)--> logits --top_k_gating, Eq. (7)--> i, w
 
-Held here: sections 3.2, 3.3, 4.2, 4.3 of the paper, Eqs. (6)-(8).
-Departures: the paper does not say what the coordinate is before the first update; here z_0 = 0. We scale h_bar to length
-sqrt(d) before the GRU. The paper counts 200K parameters for field and dynamics together; at Mistral's width the GRU alone has 4096*64*3 + ... = 0.8 M.
+The coordinates of a learned task occupy a *region*. *Anchors* are points in it; what the field gives there is
+the task's *snapshot*. Later inputs are *routed*: a coordinate belongs to the region under which it is most
+likely.
 
-This file needs only torch: try `python -c "import torch, field; print(field.WeightField(32, 16)(torch.zeros(1, 64)).shape)"`.
+Held here: sections 3.2-3.5, 4.2, 4.3 and Appendix B of the NIWF paper, Eqs. (6)-(8), (10)-(13). Departures:
+* The coordinate before the first update, which the paper does not name, is z_0 = 0. h_bar is scaled to length
+  sqrt(d).
+* A region's Gaussian is fitted to artanh(z), not to z: coordinates pile up at the ends of (-1, 1).
+* Routing compares *between* regions, as one region's own 95 % ellipsoid cannot tell tasks apart.
+
+Needs torch alone: python -c "import torch, field; print(field.WeightField(32, 16)(torch.zeros(1, 64)).shape)"
 """
+
+import dataclasses
+import functools
+
 import torch
 from torch import nn
 
@@ -20,7 +30,8 @@ from torch import nn
 class WeightField(nn.Module):
     """Phi: coordinate -> gating logits (section 3.2).
 
-    layers: L rows of gating, 1 when all layers share one row. bases: N. coord_dim: d. hidden: 256 in the paper.
+    layers: L rows of gating, 1 when all layers share one row. bases: N. coord_dim: d. hidden: 256 in the
+    paper.
     """
 
     def __init__(self, layers, bases, coord_dim=64, hidden=256):
@@ -33,26 +44,27 @@ class WeightField(nn.Module):
 
     def forward(self, z):
         """z [B, d] -> logits [B, L, N]."""
-        # Eq. (6): Phi(z) = W3 GELU(W2 GELU(W1 LN(z)))
+        # NIWF Eq. (6): Phi(z) = W3 GELU(W2 GELU(W1 LN(z)))
         h = nn.functional.gelu(self.w1(self.norm(z)))
         h = nn.functional.gelu(self.w2(h))
         return self.w3(h).view(len(z), self.layers, self.bases)
 
+    @torch.no_grad()
     def grown(self, bases):
         """The same field with logits for `bases` >= N bases: old rows are copied, new ones start fresh."""
-        new = WeightField(self.layers, bases, self.norm.normalized_shape[0], self.w1.out_features).to(self.w3.weight)
-        new.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("w3")}, strict=False)
-        with torch.no_grad():
-            new.w3.weight.view(self.layers, bases, -1)[:, :self.bases] = self.w3.weight.view(self.layers, self.bases, -1)
-            new.w3.bias.view(self.layers, bases)[:, :self.bases] = self.w3.bias.view(self.layers, self.bases)
+        new = WeightField(self.layers, bases, self.w1.in_features, self.w1.out_features).to(self.w3.weight)
+        kept = {k: v for k, v in self.state_dict().items() if not k.startswith("w3")}
+        new.load_state_dict(kept, strict=False)
+        for old, fresh in zip(self.w3.parameters(), new.w3.parameters()):
+            fresh.view(self.layers, bases, -1)[:, : self.bases] = old.view(self.layers, self.bases, -1)
         return new
 
 
 class CoordinateDynamics(nn.Module):
     """What the backbone saw -> coordinate (section 3.3).
 
-    features: width of h_bar, the mean of the backbone's last hidden states. fixed: the ablation of section 5.4,
-    one random coordinate for every input.
+    features: width of h_bar, the mean of the backbone's last hidden states. fixed: the ablation of section
+    5.4, one random coordinate for every input.
     """
 
     def __init__(self, features, coord_dim=64, fixed=False):
@@ -68,14 +80,149 @@ class CoordinateDynamics(nn.Module):
         z0 = self.z0.expand(len(h_bar), -1)
         if self.fixed:
             return z0
-        # Eq. (8): z' = tanh(W_z LN(GRU(h_bar, z))). Without the scaling a wide backbone saturates the GRU's gates: their
-        # initial weights are of size 1/sqrt(d), made for inputs of about that length, and saturated gates blur addresses.
+        # NIWF Eq. (8): z' = tanh(W_z LN(GRU(h_bar, z))). Without the scaling a wide backbone saturates the
+        # GRU's gates: their initial weights, of size 1/sqrt(d), expect inputs of that length, and saturated
+        # gates blur addresses.
         h_bar = len(self.z0) ** 0.5 * nn.functional.normalize(h_bar, dim=-1)
         return torch.tanh(self.w_z(self.norm(self.gru(h_bar, z0))))
 
 
 def top_k_gating(logits, k):
     """logits [B, L, N] -> indices [B, L, K] and weights [B, L, K] that sum to 1. K is at most N."""
-    # Eq. (7): w_l = softmax(topK(Phi(z)_l)). Only the winners' logits enter the softmax, so only they get gradient.
+    # NIWF Eq. (7): w_l = softmax(topK(Phi(z)_l)). Only the winners' logits enter, so only they get gradient.
     top = logits.topk(min(k, logits.shape[-1]), dim=-1)
     return top.indices, top.values.softmax(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------- regions and
+# routing
+
+
+def unsquash(z):
+    """What Eq. (8) squashed: artanh(z). Before the tanh a Gaussian fits."""
+    return torch.atanh(z.clamp(-1 + 1e-6, 1 - 1e-6))
+
+
+@dataclasses.dataclass(eq=False)
+class Region:
+    """R = {z : d_M(z; mu, Sigma) <= tau}, NIWF Eq. (11). mean [d] and cov [d, d] are those of artanh(z), in
+    float64; n coordinates were fitted. A region is itself and equals no other, so that `shrunk` can know it
+    again."""
+
+    mean: torch.Tensor
+    cov: torch.Tensor
+    tau: float
+    n: int
+
+    @classmethod
+    def fit(cls, z, quantile=0.95):
+        """Gaussian fitted to coordinates z [n, d]; tau is the given quantile of their own distances."""
+        u = unsquash(z.cpu().double())
+        mean = u.mean(0)
+        cov = (u - mean).T @ (u - mean) / max(len(u) - 1, 1)
+        # A ridge: fewer examples than dimensions, or a fixed coordinate, would leave Sigma singular.
+        cov += (1e-4 * cov.diagonal().mean() + 1e-10) * torch.eye(len(mean), dtype=cov.dtype)
+        region = cls(mean, cov, tau=0.0, n=len(u))
+        region.tau = float(region.distance(z.cpu().double()).quantile(quantile))
+        return region
+
+    @functools.cached_property
+    def whiten(self):
+        """L^-1 [d, d] with Sigma = L L^T: d_M = |L^-1 (u - mu)|."""
+        return torch.linalg.inv(torch.linalg.cholesky(self.cov))
+
+    def distance(self, z):
+        """d_M(z; mu, Sigma) [B], differentiable in z [B, d]."""
+        centred = unsquash(z) - self.mean.to(z)
+        return (centred @ self.whiten.to(z).T).square().sum(1).clamp(min=1e-12).sqrt()
+
+
+@dataclasses.dataclass
+class Route:
+    """Where B coordinates belong: choice [B] (index of a region), probability [B] of that choice, and for
+    each region whether the coordinate is inside it, d_M <= tau [B, regions]."""
+
+    choice: torch.Tensor
+    probability: torch.Tensor
+    inside: torch.Tensor
+
+    def at_home(self):
+        """[B]: is the coordinate inside the region that was chosen for it?"""
+        return self.inside.gather(1, self.choice[:, None])[:, 0]
+
+
+def route(z, regions):
+    """Send coordinates z [B, d] to the region under whose Gaussian they are most likely. -> Route
+
+    Regularised discriminant analysis (Friedman 1989): each covariance is drawn towards the pooled one, the
+    more the fewer coordinates it was fitted on. With the pooled one alone (linear discriminant analysis)
+    regions of different shape are confused; with its own alone, small ones are."""
+    z = z.cpu().double()
+    # log N(z; mu, Sigma) without its constant; log |Sigma|^(-1/2) is the sum of the logarithms on L^-1's
+    # diagonal
+    scores = [r.whiten.diagonal().log().sum() - r.distance(z).square() / 2 for r in shrunk(tuple(regions))]
+    probability, choice = torch.stack(scores, 1).softmax(1).max(1)
+    return Route(choice, probability, torch.stack([r.distance(z) <= r.tau for r in regions], 1))
+
+
+@functools.lru_cache(maxsize=1)
+def shrunk(regions):
+    """The regions with the covariances that `route` compares: the same for every batch, so factored once."""
+    pooled = sum(r.n * r.cov for r in regions) / sum(r.n for r in regions)
+    d = len(pooled)
+    return [dataclasses.replace(r, cov=(r.n * r.cov + d * pooled) / (r.n + d)) for r in regions]
+
+
+# --------------------------------------------------------------------------- anchors, and the losses of the
+# soft lock
+
+
+def sample_anchors(region, z, count, source, seed):
+    """`count` anchors a_j inside the region, [count, d] (Appendix B). source: "gaussian" draws from the
+    fitted Gaussian and rejects what falls outside; "empirical" takes a subsample of the coordinates z that
+    lie inside."""
+    generator = torch.Generator().manual_seed(seed)
+    z = z.cpu().double()
+    if source == "empirical":
+        inside = z[region.distance(z) <= region.tau]
+        return inside[torch.randperm(len(inside), generator=generator)[:count]].float()
+    scale, anchors = torch.linalg.cholesky(region.cov), torch.empty(0, len(region.mean))
+    for _ in range(100):
+        draws = torch.randn(4 * count, len(region.mean), generator=generator, dtype=z.dtype) @ scale.T
+        inside = torch.tanh(region.mean + draws).float()
+        anchors = torch.cat([anchors, inside[region.distance(inside) <= region.tau]])[:count]
+        if len(anchors) == count:
+            return anchors
+    # tau can be so small that a Gaussian hardly ever falls inside (a fixed coordinate has tau = 0): pull
+    # draws in.
+    shrink = region.tau / region.distance(torch.tanh(region.mean + draws))
+    return torch.cat([anchors, torch.tanh(region.mean + shrink[:, None] * draws).float()])[:count]
+
+
+@torch.no_grad()
+def take_snapshot(field, anchors):
+    """NIWF Eq. (12): Phi(a_j) for every anchor, [count, L, N]. On the CPU, so that it can be recomputed
+    anywhere."""
+    device = field.w3.weight.device
+    snapshot = field.cpu()(anchors.cpu())
+    field.to(device)
+    return snapshot
+
+
+def lock_loss(field, versions):
+    """NIWF Eq. (13): mean over anchors of |Phi(a_j) - snapshot_j|^2, summed over committed versions. It sees
+    gating logits and nothing else: A and B of shared bases, and the dynamics that give z, are free to
+    move."""
+    total = torch.zeros((), device=field.w3.weight.device)
+    for v in versions:
+        now = field(v.anchors.to(total.device))
+        now = now[..., : v.snapshot.shape[-1]]  # a bank that grew has more logits
+        total = total + (now - v.snapshot.to(total.device)).square().sum((1, 2)).mean()
+    return total
+
+
+def separation_loss(z, regions, margin):
+    """NIWF Eq. (10): sum over regions of mean(max(0, tau_R + margin - d_M(z; R))^2). Pushes z [B, d] out of
+    them."""
+    hinges = [(r.tau + margin - r.distance(z)).clamp(min=0) for r in regions]
+    return sum((hinge.square().mean() for hinge in hinges), z.new_zeros(()))

@@ -1,23 +1,26 @@
 """A bank of low-rank bases on a frozen backbone, gated per sequence.
 
-Every target projection `y = W x` of a frozen language model gets N bases (A_i, B_i). For each sequence and layer a
-gating names K of them and their weights, and the projection becomes
+Every target projection `y = W x` of a frozen language model gets N bases (A_i, B_i). For each sequence and
+layer a gating names K of them and their weights, and the projection becomes
 
-    y = W x + (alpha / r) * sum_k w_k B_{i_k} A_{i_k} x                                                     Eq. (2)
+    y = W x + (alpha / r) * sum_k w_k B_{i_k} A_{i_k} x                                           NIWF Eq. (2)
 
-The model runs twice for each input (section 4.4). Pass 1, the *probe*, gives h_bar, the mean of the last hidden
-states, from which field.py finds the coordinate and the gating. Pass 2 runs with that gating and gives the logits.
+The model runs twice for each input (section 4.4). Pass 1, the *probe*, gives h_bar, the mean of the last
+hidden states, from which field.py finds the coordinate and the gating. Pass 2 runs with that gating and gives
+the logits.
 
-Held here: sections 3.1, 4.1, 4.4 and Appendices A and C of the paper, Eqs. (1)-(5), (14), (15).
+Held here: sections 3.1, 4.1, 4.4 and Appendices A and C of the NIWF paper, Eqs. (1)-(5), (14), (15).
 Departures, and why:
-* By default the probe is *bare* (no adapters) and reads the *prompt* only. The paper pools over the whole sequence,
-  so pass 2 sees, through z, the tokens it is asked to predict; and at generation time there is no response to pool.
-  A bare probe depends on nothing that is trained, so it can be cached for ever and addresses never move.
+* By default the probe is *bare* (no adapters) and reads the *prompt* only. The paper pools over the whole
+  sequence, so pass 2 sees, through z, the tokens it is asked to predict; and at generation time there is no
+  response to pool. A bare probe depends on nothing that is trained, so it can be cached for ever and
+  addresses never move.
 * Only response tokens count in loss and perplexity, EOS included.
 * We patch with forward hooks, not by replacing `forward`: removing a hook restores the module exactly.
 
-This file knows nothing of tasks, regions or run folders.
+This file knows nothing of tasks, regions or run folders. Loading a backbone comes last.
 """
+
 import contextlib
 import functools
 import hashlib
@@ -30,77 +33,42 @@ import socket
 import urllib.parse
 import urllib.request
 
+# Read when they are first imported or used: by the Hub's client (one progress bar, ours), and by cuBLAS (the
+# same bits twice on a GPU, too).
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import huggingface_hub
 import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-TINY = str(pathlib.Path(__file__).parent / "assets" / "tiny")
-
-# MKL's vector functions find out which CPU this is in the first call of any of them, and not under a lock: two threads that
-# make it together (in the rotary embedding's cosine) may take different kernels, whose last bits differ. So one thread makes it.
+# MKL's vector functions find out which CPU this is in the first call of any of them, and not under a lock:
+# two threads that make it together (in the rotary embedding's cosine) may take different kernels, whose last
+# bits differ. So one thread makes it.
 torch.ones(1).cos()
 
 # Mistral, Llama, Qwen, Gemma, Phi-3-like names, and GPT-2's. Matched exactly against a module's own name.
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj", "c_fc")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS += ("c_attn", "c_proj", "c_fc")
+TINY_FOLDER = str(pathlib.Path(__file__).parent / "assets" / "tiny")
 
 
 class Refused(Exception):
-    """Something the user can mend. Its one line is all that is printed, and nothing on disk has been changed."""
+    """Something the user can mend, in one line. Nothing on disk has been changed."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).encode("utf-8", "backslashreplace").decode().split()))
 
 
-@functools.cache
-def hub_or_cache():
-    """Without a network the Hub's client retries for a minute; ask once, and let it use its cache alone if nobody answers."""
-    host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname
-    try:
-        if not urllib.request.getproxies():
-            socket.create_connection((host, 443), timeout=3).close()
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-
-
-def load_backbone(name, device):
-    """name: "tiny" (embedded), "random:mistral-7b" (its shape, random weights), FILE.gguf, a Hub id or a local folder.
-    -> (backbone, tokenizer): bfloat16 on a GPU, float32 on a CPU and for tiny. Refused: it cannot be had."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    dtype = torch.float32 if device == "cpu" or name == "tiny" else torch.bfloat16
-    if name == "random:mistral-7b":
-        torch.manual_seed(0)
-        with torch.device(device):
-            backbone = transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(), dtype=dtype)
-        return backbone, transformers.AutoTokenizer.from_pretrained(TINY)
-    path, extra = TINY if name == "tiny" else name, {}
-    if not os.path.exists(path):
-        hub_or_cache()
-    if name.endswith(".gguf"):
-        for package in ("gguf", "accelerate"):
-            if not importlib.util.find_spec(package):
-                raise Refused(f"backbone {name} needs `pip install {package}`")
-        path, extra["gguf_file"] = os.path.split(os.path.abspath(name))
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **extra)
-        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra).to(device), tokenizer
-    except (OSError, ValueError) as e:
-        raise Refused(f"backbone {name} cannot be loaded ({str(e).splitlines()[0]}); the embedded one is `--backbone tiny`") from e
-
-
-def fingerprint(backbone):
-    """sha256 over name, shape and 64 values of every weight: do adapters made for one backbone fit this one?"""
-    digest = hashlib.sha256()
-    for name, p in backbone.named_parameters():
-        flat = p.detach().flatten()
-        digest.update(f"{name}{tuple(p.shape)}".encode())
-        digest.update(flat[::max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+# ------------------------------------------------------------------------------------------ the bank of bases
 
 
 def find_targets(backbone, names=TARGETS):
-    """{full name: module} of the leaf projections whose last name is in `names`. Refused if there are none."""
-    found = {full: m for full, m in backbone.named_modules()
-             if full.rpartition(".")[2] in names and isinstance(m, (nn.Linear, Conv1D))}
+    """{full name: module} of the leaf projections whose last name is in `names`. Refused: there are none."""
+    leaves = {full: m for full, m in backbone.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    found = {full: m for full, m in leaves.items() if full.rpartition(".")[2] in names}
     if not found:
         raise Refused(f"the backbone has no linear module named {', '.join(names)}")
     return found
@@ -115,12 +83,17 @@ def layer_numbers(targets):
 
 def in_out(module):
     """(d_in, d_out) of a target. Conv1D is a linear layer whose weight is stored transposed."""
-    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+    return (
+        (module.in_features, module.out_features)
+        if isinstance(module, nn.Linear)
+        else (*module.weight.shape,)
+    )
 
 
 def attach(targets, update):
-    """Make every target return `update(full_name, x, y)` in place of its own y. Returns handles for `detach`."""
-    return [m.register_forward_hook(lambda _, args, y, name=name: update(name, args[0], y)) for name, m in targets.items()]
+    """Make every target return `update(full_name, x, y)` in place of its own y. -> handles for `detach`"""
+    hook = lambda name: lambda _, args, y: update(name, args[0], y)
+    return [m.register_forward_hook(hook(name)) for name, m in targets.items()]
 
 
 def detach(handles):
@@ -130,11 +103,11 @@ def detach(handles):
 
 
 class AdapterBank:
-    """N bases (A_i, B_i) for each target module, Eq. (1). Some are committed (read-only), some live (trained).
+    """N bases (A_i, B_i) for each target, NIWF Eq. (1). Some are committed (read-only), some live (trained).
 
-    Tensors are keyed "{target}.A" with shape [n, r, d_in] and "{target}.B" with shape [n, r, d_out]. B is kept
-    transposed, so that the K gathered blocks line up without a copy. Bases are numbered committed first, then live.
-    Only live ones are Parameters: a committed basis has no gradient, no optimizer state and no weight decay.
+    Tensors are keyed "{target}.A" with shape [n, r, d_in] and "{target}.B" with shape [n, r, d_out]. B is
+    kept transposed, so that the K gathered blocks line up without a copy. Bases are numbered committed first,
+    then live. Only live ones are Parameters: a committed basis has no gradient, no moments and no decay.
     """
 
     def __init__(self, targets, rank=8, alpha=16):
@@ -154,12 +127,13 @@ class AdapterBank:
         return sum(len(next(iter(part.values()))) for part in (self.committed, self.live) if part)
 
     def add(self, n):
-        """n fresh live bases: A Kaiming-uniform as in LoRA (bound 1/sqrt(d_in)), B zero, so that Delta W starts at 0."""
+        """n fresh live bases: A Kaiming-uniform as in LoRA (bound 1/sqrt(d_in)), B zero, so that Delta W
+        starts at 0."""
         for name, (d_in, d_out) in self.shapes.items():
-            fresh = {"A": (torch.rand(n, self.rank, d_in) * 2 - 1) / math.sqrt(d_in), "B": torch.zeros(n, self.rank, d_out)}
-            for part, new in fresh.items():
-                key, new = f"{name}.{part}", new.to(self.device[name])
-                self.live[key] = nn.Parameter(torch.cat([self.live[key].data, new]) if key in self.live else new)
+            A = (torch.rand(n, self.rank, d_in) * 2 - 1) / math.sqrt(d_in)
+            for key, new in ((f"{name}.A", A), (f"{name}.B", torch.zeros(n, self.rank, d_out))):
+                old = [self.live[key].data] if key in self.live else []
+                self.live[key] = nn.Parameter(torch.cat([*old, new.to(self.device[name])]))
 
     def commit(self, tensors):
         """Append read-only bases, keyed as above."""
@@ -172,40 +146,66 @@ class AdapterBank:
         self.committed = {key: t[:0] for key, t in self.committed.items()}
 
     def gather(self, name, indices):
-        """Bases `indices` [B, K] of one module -> A [B, K, r, d_in], B [B, K, r, d_out]. Gradient reaches live ones only."""
-        keys, flat, committed = (f"{name}.A", f"{name}.B"), indices.flatten(), len(self.committed[f"{name}.A"])
+        """Bases `indices` [B, K] of one module -> A [B, K, r, d_in], B [B, K, r, d_out]. Plainly:
+
+            A = torch.cat([committed A, live A])[indices],    B = torch.cat([committed B, live B])[indices]
+
+        What follows gives the same without copying the bank, and gradients reach live bases only."""
+        keys, flat = (f"{name}.A", f"{name}.B"), indices.flatten()
+        committed = len(self.committed[keys[0]])
 
         def rows(tensor, i):  # an embedding lookup: its backward is many times faster than that of indexing
             return nn.functional.embedding(i, tensor.flatten(1))
+
         if not self.live or not committed:
             found = [rows((self.live or self.committed)[key], flat) for key in keys]
         else:
             live = (flat >= committed).nonzero()[:, 0]  # on a GPU this waits for it, so once for A and B
             found = [rows(self.live[key], flat[live] - committed) for key in keys]
             if len(live) < len(flat):
-                found = [rows(self.committed[key], flat.clamp(max=committed - 1)).index_copy(0, live, own) for key, own in zip(keys, found)]
+                old = [rows(self.committed[key], flat.clamp(max=committed - 1)) for key in keys]
+                found = [whole.index_copy(0, live, own) for whole, own in zip(old, found)]
         return [tensor.view(*indices.shape, self.rank, -1) for tensor in found]
 
     def update(self, name, x, y):
-        """The hook: x [B, T, d_in], y = W x [B, T, d_out] -> y plus the gated low-rank update, Eq. (2)."""
+        """The hook: x [B, T, d_in], y = W x [B, T, d_out] -> y plus the gated update, NIWF Eq. (2)."""
         if self.gating is None:
             return y
-        indices, weights = (g[:, min(self.layer[name], g.shape[1] - 1)].to(x.device) for g in self.gating)  # [B, K]
-        # Section 3.1: one gating per sequence. The gathered tensors are [B, K, r, d], never [B, T, K, r, d]. The bank is float32; what
-        # is multiplied, and kept for the backward pass, has the backbone's type: at 7B in bfloat16 that is 1.2 GB less.
+        row = min(self.layer[name], self.gating[0].shape[1] - 1)
+        indices, weights = (g[:, row].to(x.device) for g in self.gating)  # [B, K]
+        # Section 3.1: one gating per sequence. The gathered tensors are [B, K, r, d], never [B, T, K, r, d].
+        # The bank is float32; what is multiplied, and kept for the backward pass, has the backbone's type: at
+        # 7B in bfloat16 that is 1.2 GB less.
         A, B = (tensor.to(x.dtype) for tensor in self.gather(name, indices))
-        h = torch.einsum("btd,bkrd->btkr", x, A)                                # Eq. (3): h_k = A_{i_k} x
-        h = (h * (self.scale * weights)[:, None, :, None]).to(x.dtype)          # Eq. (4): weigh by (alpha / r) w_k
-        return y + torch.einsum("btkr,bkro->bto", h, B)                         # Eq. (5): sum_k B_{i_k} h_k
+        # fmt: off
+        h = torch.einsum("btd,bkrd->btkr", x, A)                        # NIWF Eq. (3): h_k = A_{i_k} x
+        h = (h * (self.scale * weights)[:, None, :, None]).to(x.dtype)  # NIWF Eq. (4): times (alpha / r) w_k
+        return y + torch.einsum("btkr,bkro->bto", h, B)                 # NIWF Eq. (5): sum_k B_{i_k} h_k
+        # fmt: on
 
     def parameter_count(self, bases):
-        """Eq. (14): sum over modules of N r (d_in + d_out). 335,544,320 for Mistral-7B, N = 16, r = 8 (Eq. 15)."""
+        """NIWF Eq. (14): sum over modules of N r (d_in + d_out). Eq. (15): 335,544,320 for Mistral-7B."""
         return sum(bases * self.rank * (d_in + d_out) for d_in, d_out in self.shapes.values())
 
 
+# --------------------------------------------------------------------------------------- prompts and the loss
+
+
+def prompt_of(record):
+    """The Alpaca prompt without its preamble, which says the same before every instruction."""
+    given = f"\n\n### Input:\n{record['input']}" if record.get("input") else ""
+    return f"### Instruction:\n{record['instruction']}{given}\n\n### Response:\n"
+
+
+def encode(record, tokenizer):
+    """A record in Alpaca's format -> (prompt ids, response ids that end with EOS)."""
+    response = tokenizer(record["output"], add_special_tokens=False).input_ids
+    return tokenizer(prompt_of(record)).input_ids, response + [tokenizer.eos_token_id]
+
+
 def pad_left(rows, pad_id, device):
-    """Token lists -> ids [B, T] and mask [B, T], padded on the left: every row ends at the same column, so responses
-    line up for the loss, and generation continues all rows at once."""
+    """Token lists -> ids [B, T] and mask [B, T], padded on the left: every row ends at the same column, so
+    responses line up for the loss, and generation continues all rows at once."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (width - len(r)) + r for r in rows], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
@@ -219,13 +219,13 @@ def pad_of(tokenizer):
 
 def run_padded(body, ids, mask, **kwargs):
     """One pass over left-padded ids. Positions count real tokens, so padding does not shift them."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return body(input_ids=ids, attention_mask=mask, position_ids=positions, **kwargs)
 
 
 def response_logits(backbone, pad_id, examples):
-    """B pairs (prompt ids, response ids) -> logits [B, R, V] that predict labels [B, R], R the longest response; -100 is
-    padding."""
+    """B pairs (prompt ids, response ids) -> logits [B, R, V] that predict labels [B, R], R the longest
+    response; -100 is padding."""
     ids, mask = pad_left([p + r for p, r in examples], pad_id, backbone.get_input_embeddings().weight.device)
     longest = max(len(r) for _, r in examples)
     out = run_padded(backbone, ids, mask, use_cache=False, logits_to_keep=longest + 1).logits
@@ -235,7 +235,7 @@ def response_logits(backbone, pad_id, examples):
 
 
 def response_nll(logits, labels):
-    """logits [B, R, V], labels [B, R] (-100: not a response token) -> summed negative log-likelihood in nats [B]."""
+    """logits [B, R, V], labels [B, R] (-100: no response token) -> negative log-likelihood [B] in nats."""
     nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
     return nll.view(labels.shape).sum(1)
 
@@ -245,8 +245,12 @@ def perplexity(nll, tokens):
     return math.exp(nll / tokens)
 
 
+# --------------------------------------------------------------------------------------------- the two passes
+
+
 class NIWF:
-    """A frozen backbone with its bank and the two passes. An example is a pair (prompt ids, response ids with EOS)."""
+    """A frozen backbone, its bank, the two passes. An example is a pair (prompt ids, response ids, EOS
+    last)."""
 
     def __init__(self, backbone, pad_id, rank=8, alpha=16):
         self.backbone = backbone.requires_grad_(False).eval()
@@ -263,7 +267,8 @@ class NIWF:
 
     @contextlib.contextmanager
     def gated(self, gating):
-        """Within this block the adapters run with `gating`: (indices, weights), both [B, L or 1, K], or None for off."""
+        """Within this block the adapters run with `gating`: (indices, weights), both [B, L or 1, K], or None
+        for off."""
         self.bank.gating = gating
         try:
             yield
@@ -272,7 +277,7 @@ class NIWF:
 
     @torch.no_grad()
     def probe(self, rows, gating=None):
-        """Pass 1. Token lists -> h_bar [B, features] in float32: mean over tokens of the last hidden states."""
+        """Pass 1. Token lists -> h_bar [B, features], float32: mean over tokens of the last hidden states."""
         ids, mask = pad_left(rows, self.pad_id, self.device)
         with self.gated(gating):
             hidden = run_padded(self.backbone.base_model, ids, mask, use_cache=False).last_hidden_state
@@ -287,14 +292,16 @@ class NIWF:
 
     @torch.no_grad()
     def generate(self, prompts, gating, eos_id, max_new_tokens=128):
-        """Greedy continuation of B prompts (token lists), EOS left out. One prefill, then one pass per token."""
+        """Greedy continuation of B prompts (token lists), EOS left out. A prefill, then a pass per token."""
         ids, mask = pad_left(prompts, self.pad_id, self.device)
         new = [[] for _ in prompts]
         open_rows = torch.ones(len(prompts), dtype=torch.bool)
         cache = None
         with self.gated(gating):
             for _ in range(max_new_tokens):
-                out = run_padded(self.backbone, ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                out = run_padded(
+                    self.backbone, ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
                 cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1).to(mask.device)  # ids [B, 1]
                 mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
                 tokens = ids[:, 0].cpu()
@@ -304,3 +311,83 @@ class NIWF:
                 if not open_rows.any():
                     break
         return new
+
+
+# ----------------------------------------------------------------------------------------- loading a backbone
+
+
+def pick_device(wanted):
+    """The device asked for, or the best there is. Refused: it is not available."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = (wanted or found).partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in ("cpu", found) or index and not (index.isdecimal() and int(index) < count):
+        raise Refused(f"--device {wanted} is not available here; {found} is")
+    return wanted or found
+
+
+@functools.cache
+def hub_or_cache():
+    """Without a network the Hub's client retries for a minute: ask once; if nobody answers, its cache
+    alone."""
+    host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname
+    try:
+        if not urllib.request.getproxies():
+            socket.create_connection((host, 443), timeout=3).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def load_backbone(name, device):
+    """name: "tiny" (embedded), "random:mistral-7b" (its shape, random weights), FILE.gguf, a Hub id or a
+    local folder. -> (backbone, tokenizer): bfloat16 on a GPU, float32 on a CPU and for tiny. Refused: it
+    cannot be had.
+
+    No code that comes with a model is run and nothing is unpickled: safetensors or GGUF, or nothing."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    dtype = torch.float32 if device == "cpu" or name == "tiny" else torch.bfloat16
+    if name == "random:mistral-7b":
+        torch.manual_seed(0)
+        with torch.device(device):
+            config = transformers.MistralConfig()
+            backbone = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return backbone, transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    path, options = TINY_FOLDER if name == "tiny" else name, {"trust_remote_code": False}
+    if name.endswith(".gguf"):
+        for package in ("gguf", "accelerate"):
+            if not importlib.util.find_spec(package):
+                raise Refused(f"backbone {name} needs `pip install {package}`")
+        path, options["gguf_file"] = os.path.split(os.path.abspath(name))
+    elif os.path.isdir(path) and not list(pathlib.Path(path).glob("*.safetensors")):
+        raise Refused(
+            f"backbone {name} has no .safetensors file; `save_pretrained` of a model you trust writes one"
+        )
+    if not os.path.exists(path):
+        hub_or_cache()
+    weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        backbone, about = transformers.AutoModelForCausalLM.from_pretrained(path, **weights, **options)
+        if about["missing_keys"]:
+            raise ValueError(f"weights are missing: {min(about['missing_keys'])}")
+        if tokenizer.eos_token_id is None or len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
+            raise ValueError("its tokenizer has no end-of-sequence token, or more tokens than the model")
+        return backbone.to(device), tokenizer
+    except MemoryError:
+        raise
+    except Exception as e:  # the Hub and every format have errors of their own; to the user they are one
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise Refused(
+            f"backbone {name} cannot be loaded ({reason}); the embedded one is `--backbone tiny`"
+        ) from e
+
+
+def fingerprint(backbone):
+    """sha256 over name, shape and 64 values of every weight: do adapters for one backbone fit this one?"""
+    digest = hashlib.sha256()
+    for name, p in backbone.named_parameters():
+        flat = p.detach().flatten()
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        digest.update(flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
