@@ -1,33 +1,33 @@
 """Git for capabilities: what is committed stays, on disk and in what it answers.
 
-Committing a task writes an immutable *version*: the bases it wrote, its field, its region, *anchors* in that
-region and a *snapshot* of the field on them. One sentence holds for everything here: commit = freeze what a
-capability occupies; everything else stays writable. There are two ways to keep that promise, and `train.py
---lock` chooses:
+Committing a task writes an immutable *version*: the bases it wrote, its field, its region, *anchors* in
+that region and a *snapshot* of the field on them. One sentence holds for everything here: commit = freeze
+what a capability occupies; everything else stays writable. There are two ways to keep that promise, and
+`train.py --lock` chooses:
 
 exact   Addresses do not move: the probe is bare and the dynamics freeze at the first commit. Contents do not
-change: a later version may read committed bases but has a field and bases of its own to write. Nothing
-committed has a gradient, a moment or decay, so a stored capability stays bit-identical. soft    The paper,
-Eqs. (9)-(13): one live bank, field and dynamics; a penalty holds the field's logits on the anchors. The bases
-and the dynamics move freely, and forgetting is what it is measured to be. none    The same live bank, field
-and dynamics with no penalty at all.
+        change: a later version may read committed bases but has a field and bases of its own to write.
+        Nothing committed has a gradient, a moment or decay, so a stored capability stays bit-identical.
+soft    The paper, Eqs. (9)-(13): one live bank, field and dynamics; a penalty holds the field's logits on the
+        anchors. The bases and the dynamics move freely, and forgetting is what it is measured to be.
+none    The same live bank, field and dynamics with no penalty at all.
 
-    python commit.py log                              # the versions of a run folder, newest first
-    python commit.py show VERSION                     # everything about one; VERSION is a task or the start of a hash
-    python commit.py verify                           # every hash, every anchor recomputed and compared bit for bit
-    python commit.py rollback VERSION [--cascade]     # take a version out, and those that stand on it
+    python commit.py log                            # the versions of a run folder, newest first python
+    commit.py show VERSION                   # all about one; VERSION is a task or the start of a hash
+    python commit.py verify                         # every hash, every anchor recomputed and compared bit
+    for bit python commit.py rollback VERSION [--cascade]   # take a version out, and those that stand on it
     python commit.py compose A B --weights .5 .5 --name AB    # a gating over both, which owns no bases
-    python commit.py merge OTHER_RUN                  # take in versions learned elsewhere from the same first one
-    python commit.py export VERSION --to DIR          # an ordinary LoRA adapter in PEFT's format
+    python commit.py merge OTHER_RUN                # take in versions learned elsewhere from the same first
+    one python commit.py export VERSION --to DIR        # an ordinary LoRA adapter in PEFT's format
 
-None of these trains, needs data or loads the backbone. All take `--run DIR` (default: the latest under runs/)
-and `--json`. Whatever they do, every other version stays what it was, to the last bit.
+None of these trains, needs data or loads the backbone. All take `--run DIR` (default: the latest under
+runs/) and `--json`. Whatever they do, every other version stays what it was, to the last bit.
 
 A run folder holds `manifest.json`, `versions/<sha256>.safetensors` (named by content, as in git), for every
 task `data/<task>.val.json` and `data/<task>.logits.json`, `training.safetensors` while a task is being
-trained, and `log.jsonl`. It trusts nobody: what is read is validated whole before it is used, a symbolic link
-is refused, and nothing is removed but what the manifest names and the temporary files of a killed command.
-Every write is atomic.
+trained, and `log.jsonl`. It trusts nobody: what is read is validated whole before it is used, no symbolic
+link is followed, and nothing is removed but what the manifest named and the temporary files of a killed
+command. Writes are atomic.
 
 Held here: sections 3.5 and 3.6 of the NIWF paper, and what it calls versioning.
 """
@@ -66,38 +66,35 @@ from safetensors.torch import save
 from field import CoordinateDynamics, Region, WeightField, route, take_snapshot, top_k_gating
 from model import NIWF, Refused, fingerprint, layer_numbers, load_backbone, pad_of
 
-# ------------------------------------------------------------------------------------ what files look like, and how
+# ---------------------------------------------------------------------------- what is on disk, and reading it
 
 NAME, SHA = re.compile(r"\w[\w.-]{0,63}"), re.compile(r"[0-9a-f]{64}")
-DATE, TEXT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), re.compile(r"[^\x00-\x1f]*")
+DATE, TEXT = re.compile(r"[\d :-]{19}", re.ASCII), re.compile(r"[^\x00-\x1f]*")
 COUNT, COUNT_OR_0 = range(1, 2**31), range(2**31)
 POSITIVE = lambda x: type(x) in (int, float) and 0 < x < 1e300
 
 # fmt: off
 SETTINGS = {"rank": COUNT, "alpha": float, "coord_dim": COUNT, "pool": ("prompt", "sequence"),
-            "probe": ("bare", "adapted"), "fixed_coordinate": bool}  # the options that a run's first task fixes
+            "probe": ("bare", "adapted"), "fixed_coordinate": bool}  # options that a run's first task fixes
 ENTRY = {"hash": SHA, "task": NAME, "lock": ("first", "exact", "soft", "none"), "date": DATE}
 DRIFT = ("inside_at_commit", "inside_now", "moved", "spread", "lock_loss", "top_k_kept")
-RESULT = {"task": NAME, "version": SHA, **dict.fromkeys(("base", "stored", "routed"), {NAME: POSITIVE}),
-          **dict.fromkeys(("routing", "inside"), {NAME: {NAME: COUNT_OR_0}}), "identical": {NAME: [COUNT_OR_0]},
-          "gating": {NAME: {"sets": POSITIVE, "bases": POSITIVE}}, "drift": {NAME: dict.fromkeys(DRIFT, float)}}
+PERPLEXITIES, COUNTS = {NAME: POSITIVE}, {NAME: {NAME: COUNT_OR_0}}
+RESULT = {"task": NAME, "version": SHA, "base": PERPLEXITIES, "stored": PERPLEXITIES, "routed": PERPLEXITIES,
+          "routing": COUNTS, "inside": COUNTS, "identical": {NAME: [COUNT_OR_0]},
+          "gating": {NAME: {"sets": POSITIVE, "bases": POSITIVE}},
+          "drift": {NAME: dict.fromkeys(DRIFT, float)}}
 MANIFEST = {"format": 1, "backbone": (None, {"name": TEXT, "fingerprint": SHA}), "settings": ({}, SETTINGS),
             "versions": [ENTRY], "results": [RESULT], "compositions": [{**ENTRY, "lock": "composed"}]}
-VERSION = {"task": NAME, "lock": ENTRY["lock"], "reads": [SHA], "writes": COUNT, "top_k": COUNT, "tau": float, "n": COUNT,
-           "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, TEXT)}}
-TENSORS = {"snapshot": "count L N", "anchors": "count d", "region.mean": "d", "region.cov": "d d",
-           "field.norm.weight": "d", "field.norm.bias": "d", "field.w1.weight": "hidden d", "field.w1.bias": "hidden",
-           "field.w2.weight": "hidden hidden", "field.w2.bias": "hidden", "field.w3.weight": "LN hidden", "field.w3.bias": "LN"}
-DYNAMICS = {"z0": "d", "norm.weight": "d", "norm.bias": "d", "w_z.weight": "d d", "w_z.bias": "d", "gru.weight_ih": "3d features",
-            "gru.weight_hh": "3d d", "gru.bias_ih": "3d", "gru.bias_hh": "3d"}
+VERSION = {"task": NAME, "lock": ENTRY["lock"], "reads": [SHA], "writes": COUNT, "top_k": COUNT, "tau": float,
+           "n": COUNT, "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, TEXT)}}
 COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
 # fmt: on
 
 
 def validate(value, form, where):
-    """Refused, naming the field, unless `value` has this form: a type, a pattern, a range, a test or a
-    constant; [form] for a list; {key: form} for just these keys, {pattern: form} for any keys like it; (form,
-    ...) for one of them."""
+    """The value. Refused, naming the field, unless it has this form: a type, pattern, range, test or
+    constant; [form] for a list; {key: form} for these keys, {pattern: form} for keys like it; (form, ...) for
+    one of them."""
     if isinstance(form, tuple):
         for option in form[:-1]:
             with contextlib.suppress(Refused):
@@ -113,9 +110,7 @@ def validate(value, form, where):
             validate(value[key], form[likeness or key], f"{where}: {key}")
         return value
     if isinstance(form, list) and isinstance(value, list):
-        for i, part in enumerate(value):
-            validate(part, form[0], f"{where}[{i}]")
-        return value
+        return [validate(part, form[0], f"{where}[{i}]") for i, part in enumerate(value)]
     if isinstance(form, re.Pattern):
         fits = isinstance(value, str) and form.fullmatch(value)
     elif form is float:
@@ -173,8 +168,8 @@ def read_records(path, own=False):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Gives a temporary path beside `path`; on success it is fsynced and renamed over it. A reader, or a run
-    started after a kill, sees the old contents or the new, never a part."""
+    """Gives a temporary path beside `path`; on success it is fsynced and renamed over it. So whoever reads,
+    even after a kill, finds the old contents or the new, never a part."""
     path.parent.mkdir(exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.niwf-tmp")
     with open(tmp, "xb"):  # never through a link, never over another file
@@ -192,13 +187,11 @@ def atomic(path):
         tmp.unlink(missing_ok=True)
 
 
-TEMPORARY = re.compile(
-    r"\.(manifest\.json|training\.safetensors|[0-9a-f]{64}\.safetensors|\w[\w.-]*\.(val|logits)\.json)"
-    r"\.\d+\.niwf-tmp"
-)
+KINDS = r"manifest\.json|training\.safetensors|[0-9a-f]{64}\.safetensors|\w[\w.-]*\.(val|logits)\.json"
+TEMPORARY = re.compile(rf"\.({KINDS})\.\d+\.niwf-tmp")  # what a killed command of ours can leave
 
 
-# --------------------------------------------------------------------------------------------------------- versions
+# --------------------------------------------------------------------------------------------------- versions
 
 
 def write_version(folder, head, tensors):
@@ -212,31 +205,23 @@ def write_version(folder, head, tensors):
     return digest
 
 
-def read_head(path):
-    """What a version file says of itself, without its tensors or its hash. Refused: it is not one."""
+def read_version_file(path, tensors=False):
+    """A version file's header, and its tensors if asked: then its hash is checked first. Refused: it is
+    missing, its contents no longer have the hash that is its name, or its header has not the form of one."""
     if not path.is_file() or path.is_symlink():
         raise Refused(f"{path}: this version is listed in the manifest, but its file is missing")
     try:
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest() if tensors else path.stem
+        if digest != path.stem:
+            raise ValueError(f"its contents hash to {digest[:12]}")
         with safe_open(path, "pt") as f:
             head = json.loads(f.metadata()["version"], parse_constant=refuse_constant)
+            found = {key: f.get_tensor(key) for key in f.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
-        raise Refused(f"{path}: corrupted version file ({e})") from None
+        raise Refused(f"{path}: corrupted version file ({e}); restore it from a copy") from None
     form = COMPOSITION if isinstance(head, dict) and head.get("lock") == "composed" else VERSION
-    return validate(head, form, path)
-
-
-def check_hash(path):
-    """Refused: the version file is missing, or its contents no longer have the hash that is its name."""
-    digest = hashlib.sha256()
-    if path.is_file():
-        with open(path, "rb") as f:
-            while chunk := f.read(1 << 22):
-                digest.update(chunk)
-        if digest.hexdigest() != path.stem:
-            raise Refused(
-                f"{path}: corrupted version file (its contents hash to {digest.hexdigest()[:12]}...); "
-                "restore it from a copy"
-            )
+    return validate(head, form, path), found
 
 
 @dataclasses.dataclass
@@ -252,12 +237,14 @@ class Version:
     region: Region
     anchors: torch.Tensor  # [count, d]
     snapshot: torch.Tensor  # [count, L, N]
-    bases: dict  # the bases it wrote, keyed as in AdapterBank; emptied once they are in the bank
+    bases: dict  # the bases it wrote, keyed as in AdapterBank; None once they are in the bank
     config: dict  # the options it was trained with
     index: torch.Tensor  # [N]: for each logit of its field, the number of the basis in the bank
-    writes: int
     hash: str = ""  # the name of its file, once it has one
-    sizes: dict = dataclasses.field(default_factory=dict)  # of its file's tensors, see `check_tensors`
+
+    def __post_init__(self):
+        self.writes = len(next(iter(self.bases.values()), ()))
+        self.shapes = {key: t.shape[1:] for key, t in self.bases.items()}  # of one basis
 
     @property
     def own(self):
@@ -284,77 +271,77 @@ class Version:
 
     @classmethod
     def load(cls, path, earlier=()):
-        """Read a version. earlier: the versions before it in its run, which it may read. Refused: see
-        `read_head`, `check_hash`, `check_tensors`; or it reads what is not there."""
-        head, known = read_head(path), {v.hash: v for v in earlier}
-        check_hash(path)
-        if head["lock"] == "composed":
-            raise Refused(f"{path}: lock: a composition is no trained version")
-        for i, digest in enumerate(head["reads"]):
-            if digest not in known or digest in head["reads"][:i]:
-                raise Refused(f"{path}: reads {digest[:12]}, which is not here, or twice")
+        """Read a version. earlier: those before it in its run, which it may read. Refused: see
+        `read_version_file`; it reads what is not there; its tensors do not fit its header, each other or the
+        run's first version."""
+        head, tensors = read_version_file(path, tensors=True)
+        known, parts = {v.hash: v for v in earlier}, {}
+        for key, t in tensors.items():
+            group, _, rest = key.partition(".")
+            parts.setdefault(group, {})[rest] = t
+        lost = [h for i, h in enumerate(head["reads"]) if h not in known or h in head["reads"][:i]]
+        if lost or head["lock"] == "composed":
+            raise Refused(
+                f"{path}: a composition, or reads {''.join(lost)[:12]}, which is not here, or twice"
+            )
         start = sum(v.writes for v in earlier) if head["lock"] in ("first", "exact") else 0
         own = torch.arange(start, start + head["writes"])
         index = torch.cat([*(known[h].own for h in head["reads"]), own])
-        with safe_open(path, "pt") as f:
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-        sizes = check_tensors(path, head, tensors, bases=len(index), first=earlier[0] if earlier else None)
-        part = lambda start: {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
-        field = WeightField(sizes["L"], sizes["N"], sizes["d"], sizes["hidden"]).requires_grad_(False)
-        field.load_state_dict(part("field."))
-        if head["reads"]:
-            dynamics = earlier[0].dynamics
-        else:
-            dynamics = CoordinateDynamics(sizes["features"], sizes["d"], head["fixed"]).requires_grad_(False)
-            dynamics.load_state_dict(part("dynamics."))
-        region = Region(tensors["region.mean"], tensors["region.cov"], head["tau"], head["n"])
-        same = {key: head[key] for key in ("task", "lock", "reads", "writes", "top_k", "config")}
-        same |= {key: tensors[key] for key in ("anchors", "snapshot")}
-        return cls(
-            field=field,
-            dynamics=dynamics,
-            region=region,
-            bases=part("bank."),
-            index=index,
-            hash=path.stem,
-            sizes=sizes,
-            **same,
-        )
+        try:
+            check_tensors(head, tensors, parts, bases=len(index), first=earlier[0] if earlier else None)
+            field = WeightField(
+                parts["snapshot"][""].shape[1], len(index), *parts["field"]["w1.weight"].shape[::-1]
+            )
+            field.load_state_dict(parts["field"])
+            dynamics = earlier[0].dynamics if head["reads"] else None
+            if not dynamics:
+                (_, features), d = parts["dynamics"]["gru.weight_ih"].shape, len(parts["region"]["mean"])
+                dynamics = CoordinateDynamics(features, d, head["fixed"])
+                dynamics.load_state_dict(parts["dynamics"])
+        except (KeyError, ValueError, RuntimeError, IndexError) as e:
+            raise Refused(f"{path}: its tensors do not fit: {e}") from None
+        same = {key: head[key] for key in ("task", "lock", "reads", "top_k", "config")} | {
+            "bases": parts["bank"]
+        }
+        same |= {key: tensors[key] for key in ("anchors", "snapshot")} | {"index": index, "hash": path.stem}
+        same |= {"field": field.requires_grad_(False), "dynamics": dynamics.requires_grad_(False)}
+        return cls(region=Region(**parts["region"], tau=head["tau"], n=head["n"]), **same)
 
 
-def check_tensors(path, head, tensors, bases, first):
-    """The sizes that a version file's tensors agree on, by name. Refused, naming the tensor: it is missing or
-    superfluous, has another type or shape than its neighbours, than the header says or than the run's first
-    version has, or is not finite. bases: N, those that the version writes and reads."""
-    modules = sorted({key[5:-2] for key in tensors if re.fullmatch(r"bank\..+\.[AB]", key)})
-    wanted = TENSORS | (
-        {} if head["reads"] else {f"dynamics.{key}": sizes for key, sizes in DYNAMICS.items()}
+def check_tensors(head, tensors, parts, bases, first):
+    """ValueError: the tensors of a version file, by key and by part, do not fit its header, each other, N =
+    `bases` (those that it writes and reads) or the run's first version. Field and dynamics check their own
+    shapes when loaded."""
+    wanted = {"bank", "field", "region", "anchors", "snapshot"} | (
+        {"dynamics"} if not head["reads"] else set()
     )
-    wanted |= {f"bank.{m}.{part}": f"writes r {m}.{part}" for m in modules for part in "AB"}
-    sizes = {"count": head["anchors"], "writes": head["writes"], "N": bases}
-    for key in (*wanted, *tensors):
-        names, t = wanted.get(key, "").split(), tensors.get(key)
-        fits = (
-            t is not None and names and t.dtype == (torch.float64 if key[:7] == "region." else torch.float32)
-        )
-        if not fits or len(names) != t.dim() or not t.numel() or not t.isfinite().all():
-            raise Refused(f"{path}: {key}: missing, unknown, or not of finite numbers of the right type")
-        for name, size in zip(names, t.shape):
-            if sizes.setdefault(name, size) != size:
-                raise Refused(f"{path}: {key}: {size} numbers along {name}, not {sizes[name]}")
-        sizes |= {"LN": sizes["L"] * sizes["N"], "3d": 3 * sizes.get("d", 0)}
-    layers = len({*layer_numbers(modules).values()})
-    shared = lambda sizes: {name: size for name, size in sizes.items() if name in ("d", "r") or "." in name}
-    if not modules or sizes["L"] not in (1, layers) or first and shared(first.sizes) != shared(sizes):
-        raise Refused(
-            f"{path}: bank: not the modules, layers or sizes that the field and the first version have"
-        )
+    modules = {key[:-2] for key in parts["bank"]}
+    if {*parts} != wanted or {*parts["bank"]} != {f"{m}.{p}" for m in modules for p in "AB"}:
+        raise ValueError("some are missing, or unknown")
+    (_, layers, _), (hidden, d) = tensors["snapshot"].shape, parts["field"]["w1.weight"].shape
+    one = (
+        first.shapes
+        if first
+        else {k: (next(iter(parts["bank"].values())).shape[1], t.shape[2]) for k, t in parts["bank"].items()}
+    )
+    shapes = {
+        "snapshot": (head["anchors"], layers, bases),
+        "anchors": (head["anchors"], d),
+        "region.mean": (d,),
+    }
+    shapes |= {"region.cov": (d, d), "field.w3.weight": (layers * bases, hidden)}
+    shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in one.items()}
+    for key in sorted({*shapes, *tensors}):
+        t, kind = tensors[key], torch.float64 if key.startswith("region.") else torch.float32
+        if t.dtype != kind or t.shape != shapes.get(key, t.shape) or not t.numel() or not t.isfinite().all():
+            raise ValueError(
+                f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {shapes.get(key, '')}, or not finite"
+            )
     cov = tensors["region.cov"]
-    if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1] or not 0 <= head["tau"]:
-        raise Refused(f"{path}: region: its covariance is none, or tau is negative")
-    if not head["top_k"] <= bases:
-        raise Refused(f"{path}: top_k: {head['top_k']} of {bases} bases")
-    return sizes
+    if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1] or head["tau"] < 0:
+        raise ValueError("region.cov is no covariance, or tau is negative")
+    if layers not in (1, len({*layer_numbers(modules).values()})) or head["top_k"] > bases:
+        raise ValueError(f"snapshot has {layers} layers, or top_k is more than {bases}")
 
 
 @dataclasses.dataclass
@@ -384,20 +371,17 @@ class Composition:
     @classmethod
     def load(cls, path, versions):
         """As `Version.load`; versions: all of the run."""
-        head, known = read_head(path), {v.hash: v for v in versions}
-        check_hash(path)
-        sound = (
-            head["lock"] == "composed"
-            and 0 < len(head["reads"]) == len(head["weights"])
-            and any(head["weights"])
-        )
-        if not sound or {*head["reads"]} - {*known}:
+        head, known = *read_version_file(path, tensors=True)[:1], {v.hash: v for v in versions}
+        weights = head.get("weights", [])
+        if len(head["reads"]) != len(weights) or not any(weights) or {*head["reads"]} - {*known}:
             raise Refused(f"{path}: reads: not versions of this run, or not as many weights")
-        parts = [known[h] for h in head["reads"]]
-        return cls(head["task"], head["reads"], head["weights"], parts, path.stem)
+        return cls(head["task"], head["reads"], weights, [known[h] for h in head["reads"]], path.stem)
 
 
-# ------------------------------------------------------------------------------------------------------ run folders
+# ------------------------------------------------------------------------------------------------ run folders
+
+
+OURS = ("manifest.json", "versions", "versions/orphans", "data", "log.jsonl", "training.safetensors", ".lock")
 
 
 class Run:
@@ -417,79 +401,52 @@ class Run:
         """Take the manifest from disk; no version is loaded then. Refused: the folder is not ours, holds a
         symbolic link where a file of ours belongs, or a manifest that is not whole."""
         self.versions, self.compositions = [], []
-        self.manifest = {
-            "format": 1,
-            "backbone": None,
-            "settings": {},
-            "versions": [],
-            "results": [],
-            "compositions": [],
-        }
-        path = self.folder / "manifest.json"
-        for name in (
-            "manifest.json",
-            "versions/orphans",
-            "versions",
-            "data",
-            "log.jsonl",
-            "training.safetensors",
-            ".lock",
-        ):
+        self.manifest = {"format": 1, "backbone": None, "settings": {}}
+        self.manifest |= {"versions": [], "results": [], "compositions": []}
+        for name in OURS:
             if (self.folder / name).is_symlink():
                 raise Refused(f"{self.folder / name}: a symbolic link; in a run folder nothing is followed")
+        path = self.folder / "manifest.json"
         if path.exists():
-            self.manifest = self.checked(validate(read_json(path), MANIFEST, path))
-        elif self.folder.exists() and (
-            not self.folder.is_dir() or {p.name for p in self.folder.iterdir()} - {".lock"}
-        ):
+            self.manifest = validate(read_json(path), MANIFEST, path)
+            for why, found in self.contradictions().items():
+                if found:
+                    raise Refused(f"{path}: {why}")
+        elif self.folder.exists() and (not self.folder.is_dir() or {*os.listdir(self.folder)} - {".lock"}):
             raise Refused(
                 f"{self.folder}: not a run folder (it has no manifest.json); nothing is written there"
             )
 
-    def checked(self, manifest):
-        """The manifest, if its parts fit each other."""
-
-        def refuse(why):
-            raise Refused(f"{self.folder / 'manifest.json'}: {why}")
-
-        versions, entries = manifest["versions"], manifest["versions"] + manifest["compositions"]
-        for key in ("task", "hash"):
-            if len({e[key] for e in entries}) < len(entries):
-                refuse(f"two versions with one {key}")
-        locks = [e["lock"] for e in versions]
-        if (
-            locks
-            and locks[0] != "first"
-            or "first" in locks[1:]
-            or "exact" in locks
-            and {*locks} & {"soft", "none"}
-        ):
-            refuse(f"versions: locks in an order that cannot be ({', '.join(locks)})")
-        if entries and not (versions and manifest["settings"] and manifest["backbone"]):
-            refuse("settings, backbone or versions are missing")
-        if not versions and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
-            refuse("it names no version, but versions/ holds some: restore it, or move them away")
-        tasks = {v["hash"]: v["task"] for v in versions}
-        for row in manifest["results"]:
-            known = {*row["base"]}
-            same = all(
-                {*row[key]} == known
+    def contradictions(self):
+        """{what could be wrong with a manifest whose parts have the right form: is it}."""
+        versions, rows = self.manifest["versions"], self.manifest["results"]
+        tasks, locks = {v["hash"]: v["task"] for v in versions}, [v["lock"] for v in versions]
+        whole = not self.entries or versions and self.manifest["settings"] and self.manifest["backbone"]
+        orders = (
+            ["first", *["exact"] * (len(locks) - 1)],
+            ["first", *(k for k in locks[1:] if k in ("soft", "none"))],
+        )
+        lost = not versions and self.unnamed([]) and not (self.folder / "training.safetensors").exists()
+        twice = lambda values: len(values) > len({*values})
+        holes = lambda row: (
+            any(
+                {*row[key]} != {*row["base"]}
                 for key in ("stored", "routed", "routing", "inside", "identical", "gating")
             )
-            if (
-                tasks.get(row["version"]) != row["task"]
-                or row["task"] not in known
-                or not same
-                or known - {*tasks.values()}
-            ):
-                refuse(f"results: the row of {row['task']} does not fit the versions")
-            if any(len(pair) != 2 for pair in row["identical"].values()) or any(
-                t not in row["inside"][t] for t in known
-            ):
-                refuse(f"results: the row of {row['task']} is not whole")
-        if len({row["version"] for row in manifest["results"]}) < len(manifest["results"]):
-            refuse("results: two rows for one version")
-        return manifest
+            or any(t not in row["inside"][t] or len(row["identical"][t]) != 2 for t in row["base"])
+        )
+        return {
+            "two versions have one name": twice([e["task"] for e in self.entries]),
+            "two versions have one hash": twice([e["hash"] for e in self.entries]),
+            f"versions cannot have the locks {locks}": locks and locks not in orders,
+            "versions, settings or backbone are missing": not whole,
+            "it names no version, but versions/ holds some: restore it, or move them away": lost,
+            "results: two rows of one version": twice([row["version"] for row in rows]),
+            "results: a row of no version": any(tasks.get(row["version"]) != row["task"] for row in rows),
+            "results: a row without its task": any(row["task"] not in row["base"] for row in rows),
+            "results: a row of unknown tasks": any({*row["base"]} - {*tasks.values()} for row in rows),
+            "results: a row with holes": any(holes(row) for row in rows),
+        }
 
     @property
     def tasks(self):
@@ -515,6 +472,11 @@ class Run:
         "logits": digests of the logits that each had when the task was committed."""
         return self.folder / "data" / f"{task}.{kind}.json"
 
+    def files(self, entry):
+        """The files that a version or composition has."""
+        data = [self.data_file(entry["task"], kind) for kind in ("val", "logits")]
+        return [self.path(entry["hash"])] + data * (entry["lock"] != "composed")
+
     def validation(self, task):
         """Those records. Refused: they are not there, or not whole."""
         return read_records(self.data_file(task, "val"), own=True)
@@ -523,10 +485,8 @@ class Run:
         """Those digests. Refused: they are not there, or not one for each record."""
         path = self.data_file(task, "logits")
         digests = validate(read_json(path), [re.compile("[0-9a-f]{16}")], path)
-        if len(digests) != len(self.validation(task)):
-            raise Refused(
-                f"{path}: {len(digests)} digests for {len(self.validation(task))} validation records"
-            )
+        if len(digests) != (records := len(self.validation(task))):
+            raise Refused(f"{path}: {len(digests)} digests for {records} validation records")
         return digests
 
     def find(self, name):
@@ -540,33 +500,35 @@ class Run:
         return found[0]
 
     def head(self, entry):
-        """What the file of an entry says of itself. Refused: see `read_head`; or it says other things than
-        the manifest."""
-        head = read_head(self.path(entry["hash"]))
+        """What the file of an entry says of itself. Refused: see `read_version_file`; or the manifest says
+        otherwise."""
+        head, _ = read_version_file(self.path(entry["hash"]))
         for key in ("task", "lock"):
             if head[key] != entry[key]:
                 raise Refused(
-                    f"{self.folder / 'manifest.json'}: {key} {entry[key]} of a version whose file says {head[key]}"
+                    f"{self.folder / 'manifest.json'}: {key} {entry[key]}, but its version says {head[key]}"
                 )
         return head
 
     def read_version(self, entry, earlier):
         """The version or composition of an entry. earlier: the versions before it. Refused: see `head` and
-        `Version.load`."""
+        `load`."""
         self.head(entry)
         if entry["lock"] == "composed":
             return Composition.load(self.path(entry["hash"]), earlier)
         version = Version.load(self.path(entry["hash"]), earlier)
         if not earlier:
-            fixed = {
-                "rank": version.sizes["r"],
-                "coord_dim": version.sizes["d"],
+            (rank, _), d = next(iter(version.shapes.values())), len(version.region.mean)
+            made = {
+                **version.config,
+                "rank": rank,
+                "coord_dim": d,
                 "fixed_coordinate": version.dynamics.fixed,
             }
             for key, value in self.manifest["settings"].items():
-                if version.config.get(key, fixed.get(key)) != value or fixed.get(key, value) != value:
+                if made.get(key) != value:
                     raise Refused(
-                        f"{self.folder / 'manifest.json'}: settings: {key} {value} is not what the first version has"
+                        f"{self.folder / 'manifest.json'}: settings: {key} {value}, made with {made.get(key)}"
                     )
         return version
 
@@ -583,8 +545,7 @@ class Run:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise Refused(
-                        f"{self.folder}: another process is at work on this run folder; wait for it, or choose "
-                        "another"
+                        f"{self.folder}: another process is at work on it; wait, or choose another"
                     ) from None
             try:
                 self.read()  # as the other process may just have left it
@@ -597,7 +558,8 @@ class Run:
                             folder.rmdir()
 
     def save(self, removed=()):
-        """Write the manifest; then remove the files that it no longer names, and tidy up after killed commands."""
+        """Write the manifest; then remove files that it no longer names, and tidy up after killed
+        commands."""
         with atomic(self.folder / "manifest.json") as tmp:
             tmp.write_text(json.dumps(self.manifest, indent=1), encoding="utf-8")
         litter = [p for part in (".", "versions", "data") for p in (self.folder / part).glob(".*.niwf-tmp")]
@@ -630,16 +592,15 @@ class Run:
         about, owner = {"name": name, "fingerprint": fingerprint(backbone)}, self.manifest["backbone"]
         if owner and owner["fingerprint"] != about["fingerprint"]:
             raise Refused(
-                f"{self.folder} belongs to another backbone ({owner['name']}) than {name}; choose another --out"
+                f"{self.folder} belongs to another backbone ({owner['name']}) than {name}; use another --out"
             )
         self.manifest["backbone"] = owner or about
         return backbone, tokenizer
 
     def open_model(self, backbone, tokenizer):
         """The backbone with a bank that holds what the run has committed."""
-        model = NIWF(
-            backbone, pad_of(tokenizer), self.manifest["settings"]["rank"], self.manifest["settings"]["alpha"]
-        )
+        settings = self.manifest["settings"]
+        model = NIWF(backbone, pad_of(tokenizer), settings["rank"], settings["alpha"])
         self.load(model)
         return model
 
@@ -650,21 +611,13 @@ class Run:
             self.versions.append(self.read_version(entry, self.versions))
         for i, v in enumerate(self.versions):
             if self.speaker(i) is v:
-                shapes = {k: t.shape[1:] for k, t in v.bases.items()}
-                features = v.dynamics.gru.input_size
-                if (
-                    shapes != {k: t.shape[1:] for k, t in model.bank.committed.items()}
-                    or features != model.features
-                ):
-                    raise Refused(
-                        f"{self.folder}: version {v.hash[:8]} was made for other modules than this backbone has"
-                    )
+                shapes = {k: t.shape[1:] for k, t in model.bank.committed.items()}
+                if v.shapes != shapes or v.dynamics.gru.input_size != model.features:
+                    raise Refused(f"{self.path(v.hash)}: made for other modules than this backbone has")
                 model.bank.commit(v.bases)
-            v.bases = {}
+            v.bases = None
             v.field.to(model.device), v.dynamics.to(model.device)
-        self.compositions = [
-            self.read_version(entry, self.versions) for entry in self.manifest["compositions"]
-        ]
+        self.compositions = [self.read_version(e, self.versions) for e in self.manifest["compositions"]]
 
     def speaker(self, i):
         """The version whose field and bases answer for version i. This is all the difference that the locks
@@ -673,10 +626,8 @@ class Run:
 
     def probe_gating(self):
         """Gating of pass 1: off, or, with --probe adapted, what the last version has at z_0."""
-        last = self.versions[-1]
-        return (
-            last.gating(last.dynamics.z0[None]) if self.manifest["settings"]["probe"] == "adapted" else None
-        )
+        last, adapted = self.versions[-1], self.manifest["settings"]["probe"] == "adapted"
+        return last.gating(last.dynamics.z0[None]) if adapted else None
 
     def stored(self, i, h_bar):
         """Gating of task i when it is *given* that task i is asked for: its own dynamics, as they were
@@ -694,13 +645,9 @@ class Run:
         indices = torch.zeros(len(z), layers, k, dtype=torch.long, device=z.device)
         weights = torch.zeros(len(z), layers, k, device=z.device)
         for v in {id(v): v for v in speakers}.values():
-            rows = torch.tensor(
-                [j for j, i in enumerate(found.choice.tolist()) if speakers[i] is v], device=z.device
-            )
-            if len(rows):
-                part = v.gating(z[rows])
-                for whole, own in zip((indices, weights), part):
-                    whole[rows, :, : own.shape[-1]] = own.expand(-1, layers, -1)
+            rows = [row for row, i in enumerate(found.choice.tolist()) if speakers[i] is v]
+            for whole, own in zip((indices, weights), v.gating(z[rows]) if rows else ()):
+                whole[rows, :, : own.shape[-1]] = own.expand(-1, layers, -1)
         if outside == "base":  # weight 0: the low-rank update vanishes
             weights = weights * found.at_home().to(z.device)[:, None, None]
         return (indices, weights), found
@@ -721,12 +668,12 @@ def latest_run(root="runs"):
     manifests = sorted(pathlib.Path(root).glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
     if not manifests:
         raise Refused(
-            f"no run folder under {root}/: start one with `python train.py --task alpaca`, or name one with --run"
+            f"no run folder under {root}/: `python train.py --task alpaca` starts one, --run names one"
         )
     return manifests[-1].parent
 
 
-# ----------------------------------------------------------------------------------- the rest is the command line
+# ------------------------------------------------------------------------------- the rest is the command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -771,15 +718,14 @@ def output_file(text):
 
 def provenance():
     """What a result depends on besides its options: date, revision, versions, machine."""
-    here = pathlib.Path(__file__).parent
-    git = ""
-    with contextlib.suppress(OSError):
-        git = subprocess.run(
-            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
+    git = ["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "HEAD"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "git": git or None,
+        "git": revision,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -789,7 +735,7 @@ def provenance():
 
 
 def run_program(main):
-    """Run a program's `main`. What the user can mend, or asked for by Ctrl-C, is one line and not a
+    """Run a program's `main`. What the user can mend, or a Ctrl-C, ends in one line and not in a
     traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     name = pathlib.Path(sys.argv[0]).name
@@ -834,7 +780,8 @@ def log(run):
             yield "|         " + " + ".join(f"{w:g} x {digest}" for digest, w in zip(reads, about["weights"]))
         else:
             yield f"|         writes {about['writes']} bases, reads {', '.join(reads) or 'nothing'}"
-            yield f"|         region of {about['n']} coordinates, tau {about['tau']:.2f}, {about['anchors']} anchors"
+            size = f"{about['n']} coordinates, tau {about['tau']:.2f}, {about['anchors']} anchors"
+            yield f"|         region of {size}"
         if "perplexity" in about:
             base, stored, routed = about["perplexity"].values()
             yield f"|         perplexity {base:.3f} before, {stored:.3f} stored, {routed:.3f} routed"
@@ -843,21 +790,19 @@ def log(run):
 
 def refuse_shared(run):
     if run.shared:
-        raise Refused(
-            f"{run.folder} was trained without the exact lock: its versions do not stand for themselves"
-        )
+        raise Refused(f"{run.folder}: its versions, not of the exact lock, do not stand for themselves")
 
 
 def verify(run):
-    """[(entry, what is wrong or "")]: each file whole, as when it is loaded, and its field on every anchor,
-    bit for bit."""
+    """[(entry, what is wrong or "")]: each file as when it is loaded, and its field on every anchor, to the
+    bit."""
     found, earlier = [], []
     for entry in run.entries:
         wrong = ""
         try:
             version = run.read_version(entry, earlier)
             if isinstance(version, Version):
-                version.bases = {}
+                version.bases = None
                 earlier.append(version)
                 run.digests(entry["task"])
                 now = take_snapshot(version.field, version.anchors)
@@ -871,8 +816,7 @@ def verify(run):
 
 
 def rollback(run, name, cascade=False):
-    """Take a version out, with all that stand on it if `cascade`. Returns the entries removed. Refused: some
-    do."""
+    """Take a version out, and those that stand on it if `cascade`. -> their entries. Refused: some do."""
     gone = [run.find(name)]
     for entry in gone:
         gone += [e for e in dependents(run, entry["hash"]) if e not in gone]
@@ -880,9 +824,7 @@ def rollback(run, name, cascade=False):
         readers = ", ".join(e["task"] for e in gone[1:])
         raise Refused(f"{gone[0]['task']} is read by {readers}; --cascade removes them too")
     hashes, tasks = {e["hash"] for e in gone}, {e["task"] for e in gone}
-    files = [run.path(digest) for digest in hashes] + [
-        run.data_file(t, kind) for t in tasks for kind in ("val", "logits")
-    ]
+    files = [path for e in gone for path in run.files(e)]
     manifest = copy.deepcopy(run.manifest)
     for kind in ("versions", "compositions"):
         manifest[kind] = [e for e in manifest[kind] if e["hash"] not in hashes]
@@ -899,18 +841,16 @@ def rollback(run, name, cascade=False):
 
 
 def compose(run, names, weights, name):
-    """Commit a version that owns no bases: the gatings of several, weighed. Returns its entry. Refused: it
-    cannot be."""
+    """Commit a version that owns no bases: the gatings of several, weighed. -> its entry. Refused: it cannot
+    be."""
     entries = [run.find(n) for n in names]
     check_name("--name", name)
     if len(weights) != len(entries) or not any(weights):
-        raise Refused(f"{len(entries)} versions and {len(weights)} weights" + ", all 0" * (not any(weights)))
+        raise Refused(f"--weights: {len(entries)} versions and {len(weights)} weights, or all are 0")
+    refuse_shared(run)
     for e in entries:
-        if e["lock"] not in ("first", "exact") or run.shared:
-            raise Refused(
-                f"{e['task']} cannot be composed: only versions that stand for themselves can, of the exact lock"
-            )
-        run.head(e)
+        if run.head(e)["lock"] == "composed":
+            raise Refused(f"{e['task']} is a composition itself: compose its versions")
     if name in {e["task"] for e in run.entries}:
         raise Refused(f"{run.folder} already has a version called {name}")
     run.commit(Composition(name, [e["hash"] for e in entries], list(weights)))
@@ -925,12 +865,10 @@ def merge(run, other):
         raise Refused(f"{other.folder}: no versions to merge")
     if not ours["versions"] or ours["versions"][0]["hash"] != theirs["versions"][0]["hash"]:
         raise Refused(
-            f"{run.folder} and {other.folder} have no common first version, so no common coordinates; they cannot be merged"
+            f"{run.folder} and {other.folder} have no common first version, so no common coordinates"
         )
     if ours["backbone"]["fingerprint"] != theirs["backbone"]["fingerprint"]:
-        raise Refused(
-            f"{other.folder} belongs to another backbone ({theirs['backbone']['name']}) than {run.folder}"
-        )
+        raise Refused(f"{other.folder} belongs to another backbone than {run.folder}")
     refuse_shared(run)
     refuse_shared(other)
     known, names = {e["hash"] for e in run.entries}, {e["task"] for e in run.entries}
@@ -940,17 +878,9 @@ def merge(run, other):
             raise Refused(
                 f"both runs have a version called {entry['task']}; roll one back or rename its task"
             )
-    for folder in (run, other):
-        for entry, wrong in verify(folder):
-            if wrong:
-                raise Refused(wrong)
-    copies = {other.path(e["hash"]): run.path(e["hash"]) for e in new}
-    copies |= {
-        other.data_file(e["task"], kind): run.data_file(e["task"], kind)
-        for e in new
-        if e["lock"] != "composed"
-        for kind in ("val", "logits")
-    }
+    for wrong in [wrong for folder in (run, other) for _, wrong in verify(folder) if wrong]:
+        raise Refused(wrong)
+    copies = {source: target for e in new for source, target in zip(other.files(e), run.files(e))}
     for source, target in copies.items():
         if target.exists() and target.read_bytes() != source.read_bytes():
             raise Refused(f"{target}: another file is in the way; move it")
@@ -967,8 +897,8 @@ def merge(run, other):
 
 def export(run, name, folder):
     """Write a version as a LoRA adapter in PEFT's format: its gating at its region's mean coordinate, of rank
-    K r, with A the chosen A_i one under the other and B the chosen B_i, times (alpha / r) w_i. A composition
-    joins its versions'. -> its config"""
+    K r, with A the chosen A_i stacked and B the chosen B_i, times (alpha / r) w_i. A composition joins its
+    versions'. -> its config"""
     entry, folder, settings = run.find(name), pathlib.Path(folder), run.manifest["settings"]
     refuse_shared(run)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -976,39 +906,27 @@ def export(run, name, folder):
     versions = []
     for e in run.manifest["versions"]:
         versions.append(run.read_version(e, versions))
-    mixed = run.read_version(entry, versions) if entry["lock"] == "composed" else None
-    parts = (
-        zip(mixed.versions, mixed.weights)
-        if mixed
-        else [(v, 1.0) for v in versions if v.hash == entry["hash"]]
-    )
-    A, B = {}, {}
-    bank = {key: torch.cat([v.bases[key] for v in versions]) for key in versions[0].bases}
-    numbers = layer_numbers(dict.fromkeys(key.rpartition(".")[0] for key in bank))
+    parts = [(v, 1.0) for v in versions if v.hash == entry["hash"]]
+    if not parts:
+        composition = run.read_version(entry, versions)
+        parts = zip(composition.versions, composition.weights)
+    bank = {key: torch.cat([v.bases[key] for v in versions]) for key in versions[0].shapes}
+    numbers, rows = layer_numbers({key.rpartition(".")[0]: None for key in bank}), {key: [] for key in bank}
     for v, share in parts:
         indices, weights = (g[0] for g in v.gating(torch.tanh(v.region.mean).float()[None]))  # [L, K]
         for target, layer in numbers.items():
-            row = min(layer, len(indices) - 1)
-            scale = share * settings["alpha"] / settings["rank"] * weights[row]
-            A.setdefault(target, []).append(bank[f"{target}.A"][indices[row]].flatten(0, 1))
-            B.setdefault(target, []).append(
-                (scale[:, None, None] * bank[f"{target}.B"][indices[row]]).flatten(0, 1)
-            )
-    tensors = {f"base_model.model.{t}.lora_A.weight": torch.cat(a).contiguous() for t, a in A.items()}
-    tensors |= {f"base_model.model.{t}.lora_B.weight": torch.cat(b).T.contiguous() for t, b in B.items()}
-    rank = sum(len(a) for a in next(iter(A.values())))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": run.manifest["backbone"]["name"],
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": sorted(A),
-    }
+            chosen, w = indices[min(layer, len(indices) - 1)], weights[min(layer, len(indices) - 1)]
+            scale = share * settings["alpha"] / settings["rank"] * w
+            rows[f"{target}.A"].append(bank[f"{target}.A"][chosen].flatten(0, 1))
+            rows[f"{target}.B"].append((scale[:, None, None] * bank[f"{target}.B"][chosen]).flatten(0, 1))
+    tensors = {}
+    for target in numbers:
+        A, B = (torch.cat(rows[f"{target}.{part}"]) for part in "AB")  # [K r, d_in], [K r, d_out]
+        start = f"base_model.model.{target}.lora"
+        tensors |= {f"{start}_A.weight": A, f"{start}_B.weight": B.T.contiguous()}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
+    config |= {"base_model_name_or_path": run.manifest["backbone"]["name"], "target_modules": sorted(numbers)}
+    config |= {"r": len(A), "lora_alpha": len(A), "lora_dropout": 0.0, "fan_in_fan_out": False}
     folder.mkdir(exist_ok=True)
     with atomic(folder / "adapter_model.safetensors") as tmp:
         tmp.write_bytes(save(tensors, {"format": "pt"}))
@@ -1052,8 +970,7 @@ def change(run, args):
     with run.exclusive():
         if args.command != "compose" and (run.folder / "training.safetensors").exists():
             raise Refused(
-                f"{run.folder}: an unfinished training builds on these versions; finish it, or delete "
-                "training.safetensors"
+                f"{run.folder}: an unfinished training builds on it; finish it or delete training.safetensors"
             )
         if args.command == "rollback":
             gone = rollback(run, args.version, args.cascade)

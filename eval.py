@@ -27,6 +27,7 @@ import hashlib
 import importlib.util
 import json
 import pathlib
+import re
 import statistics
 import tempfile
 import time
@@ -51,7 +52,7 @@ from model import Refused, encode, perplexity, pick_device, prompt_of, response_
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
+# -------------------------------------------------------------------------------------------------- measuring
 
 
 def batches(*lists, size=EVAL_BATCH):
@@ -193,6 +194,13 @@ def forgetting(results, protocol):
     return {t: 100 * (now / learned[t] - 1) for t, now in results[-1][protocol].items()}
 
 
+DRIFT_REPORT = """
+where {task} went: its inputs moved by {moved:.2f} (they were {spread:.2f} from their mean); {inside_now:.1%}
+of them are still in its region, {inside_at_commit:.1%} were at commit. How the lock held: L_lock is
+{lock_loss:.1e} at its anchors, {top_k_kept:.1%} of their top-K choices are unchanged. A lock on the anchors
+guards addresses; it holds neither the inputs to their addresses nor the bases that the addresses name."""
+
+
 def report(run):
     """Print the table at the end: every task, stored and routed, when it was learned and now."""
     results = run.manifest["results"]
@@ -205,29 +213,22 @@ def report(run):
         home, n = row["routing"][t].get(t, 0), sum(row["routing"][t].values())
         others = [k for r, k in row["inside"][t].items() if r != t]
         notes = {"stored": "logits bit-identical on {} of {} examples".format(*row["identical"][t])}
-        notes["routed"] = (
-            f"{100 * home / n:.1f} % routed to {t}; {100 * row['inside'][t][t] / n:.0f} % lie in its region"
-        )
-        notes["routed"] += f", {100 * max(others) / n:.0f} % in another's" if others else ""
+        own, shared = row["inside"][t][t] / n, max(others, default=0) / n
+        notes["routed"] = f"{100 * home / n:.1f} % routed to {t}; {100 * own:.0f} % lie in its region"
+        notes["routed"] += f", {100 * shared:.0f} % in another's" if others else ""
         for protocol, note in notes.items():
             figures = f"{row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}"
             print(f"{t:{width}}  {protocol}  {figures}  {lost[protocol][t]:+8.2f} %  {note}")
-    gatings = [
-        f"{t} makes {g['sets']:.1f} different top-K choices over all its inputs, its weight lies on {g['bases']:.1f} bases"
-        for t, g in row["gating"].items()
-    ]
-    print(f"\ngating, a layer's mean: {'; '.join(gatings)}")
-    for t, d in row["drift"].items():
+    for t, g in row["gating"].items():
         print(
-            f"\nwhere {t} went: its inputs moved by {d['moved']:.2f} (they were {d['spread']:.2f} from their mean); "
-            f"{100 * d['inside_now']:.1f} % of them are still in its region, {100 * d['inside_at_commit']:.1f} % were at commit."
-            f"\nhow the lock held: L_lock {d['lock_loss']:.1e} at its anchors, {100 * d['top_k_kept']:.1f} % of their top-K "
-            "choices unchanged. A lock on the anchors guards\naddresses; it holds neither the inputs to their addresses nor "
-            "the bases that the addresses name."
+            f"\n{t} makes {g['sets']:.1f} different top-K choices in a layer over all its inputs, "
+            f"its weight lies on {g['bases']:.1f} bases"
         )
+    for t, d in row["drift"].items():
+        print(DRIFT_REPORT.format(task=t, **d))
 
 
-# --------------------------------------------------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------------------------------- answers
 
 
 def answer(run, model, tokenizer, prompts, outside, max_new_tokens):
@@ -295,7 +296,7 @@ def answer_prompt(run, model, tokenizer, args):
     )
 
 
-# --------------------------------------------------------------------------------- versions by name, and what n of them cost
+# ------------------------------------------------------------------ versions by name, and what n of them cost
 
 
 def perplexity_by_name(run, model, tokenizer, names):
@@ -355,63 +356,68 @@ def median_ms(f, repeats=5):
     return 1000 * statistics.median(times)
 
 
+GROWTH_COLUMNS = {  # of the table, with the format of a figure
+    "n": "4",
+    "task": "<22",
+    "bases_read": "12",
+    "bases_written": "14",
+    "MB": "7.2f",
+    "commit_ms": "11.1f",
+    "bare_ms": "9.3f",
+    "stored_ms": "11.3f",
+    "routed_ms": "11.3f",
+    "learned": "9.3f",
+    "stored_forgetting": "19.2f",
+    "routed_forgetting": "19.2f",
+    "routed_home": "13.3f",
+}
+
+
 def growth(run, model, tokenizer):
     """What the first n versions of a run folder cost and know, for every n. Prints a table; returns its lines
-    as dicts. Times per token are of one pass over the first task's validation examples."""
+    as dicts. Times are in milliseconds; but for that of a commit, per token of one pass over the first task's
+    validation examples."""
     whole, lines = run.manifest, []
-    examples, h_bar = validation_set(run, model, tokenizer, run.tasks[0])
-    prompts, tokens = [p for p, _ in examples], sum(len(p) + len(r) for p, r in examples)
+    data = validation_set(run, model, tokenizer, run.tasks[0])
     model.detach()
-    for n, entry in enumerate(whole["versions"], 1):
+    width = lambda form: int(re.match(r"<?(\d+)", form)[1])
+    print("\n" + "".join(f"{name:>{width(form)}}" for name, form in GROWTH_COLUMNS.items()))
+    for n in range(1, len(run.tasks) + 1):
         run.manifest = dict(whole, versions=whole["versions"][:n], compositions=[])
         model = run.open_model(model.backbone, tokenizer)
-        version, about = run.read_version(entry, run.versions[:-1]), describe(run, entry)
-        results, routing = whole["results"][:n], whole["results"][n - 1]["routing"]
-        routed = lambda model=model: model.logits(examples, run.routed(model.probe(prompts))[0])
-        passes = {
-            "bare": lambda model=model: model.logits(examples, None),
-            "routed": routed,
-            "stored": lambda model=model: model.logits(examples, run.stored(0, h_bar)),
-        }
-        with tempfile.TemporaryDirectory() as tmp:  # written again, as at commit: hash, fsync, rename
-            commit_ms = median_ms(lambda version=version, tmp=tmp: version.save(pathlib.Path(tmp)))
-        lost = {
-            f"{p}_forgetting": statistics.mean(forgetting(results, p).values()) for p in ("stored", "routed")
-        }
-        home = sum(c[t] for t, c in routing.items()) / sum(sum(c.values()) for c in routing.values())
-        lines.append(
-            {
-                "task": entry["task"],
-                "bases_read": len(version.index) - version.writes,
-                "bases_written": version.writes,
-                "bytes": about["bytes"],
-                "commit_ms": commit_ms,
-                **{f"{name}_ms": median_ms(f) / tokens for name, f in passes.items()},
-                "learned": about["perplexity"]["stored"],
-                **lost,
-                "routed_home": home,
-            }
-        )
+        lines.append({"n": n, **growth_step(run, model, whole["results"][:n], *data)})
+        print("".join(f"{lines[-1][name]:{form}}" for name, form in GROWTH_COLUMNS.items()))
         model.detach()
     run.manifest = whole
-    print(
-        f"\n{'':24}{'bases':>12}{'':>8}{'commit':>8}{'ms per token':>26}{'perplexity':>12}{'forgetting %':>16}{'routed':>8}"
-    )
-    print(
-        f"{'n':>3} {'task':20}{'read + new':>12}{'MB':>8}{'ms':>8}{'bare':>10}{'stored':>8}{'routed':>8}{'learned':>12}"
-        f"{'stored':>8}{'routed':>8}{'home %':>8}"
-    )
-    for n, x in enumerate(lines, 1):
-        bases = f"{x['bases_read']:>7} +{x['bases_written']:>3}"
-        print(
-            f"{n:>3} {x['task']:20}{bases}{x['bytes'] / 1e6:8.2f}{x['commit_ms']:8.1f}{x['bare_ms']:10.3f}{x['stored_ms']:8.3f}"
-            f"{x['routed_ms']:8.3f}{x['learned']:12.3f}{x['stored_forgetting']:8.2f}{x['routed_forgetting']:8.2f}"
-            f"{100 * x['routed_home']:8.1f}"
-        )
     return lines
 
 
-# ------------------------------------------------------------------------------------------------- the command line
+def growth_step(run, model, results, examples, h_bar):
+    """The last version's line of `growth`."""
+    entry, routing = run.manifest["versions"][-1], results[-1]["routing"]
+    version, about = run.read_version(entry, run.versions[:-1]), describe(run, entry)
+    prompts, tokens = [p for p, _ in examples], sum(len(p) + len(r) for p, r in examples)
+    passes = {
+        "bare_ms": lambda: model.logits(examples, None),
+        "stored_ms": lambda: model.logits(examples, run.stored(0, h_bar)),
+        "routed_ms": lambda: model.logits(examples, run.routed(model.probe(prompts))[0]),
+    }
+    line = {
+        "task": entry["task"],
+        "bases_written": version.writes,
+        "bases_read": len(version.index) - version.writes,
+    }
+    line |= {"bytes": about["bytes"], "MB": about["bytes"] / 1e6, "learned": about["perplexity"]["stored"]}
+    with tempfile.TemporaryDirectory() as tmp:  # written again, as at commit: hash, fsync, rename
+        line["commit_ms"] = median_ms(lambda: version.save(pathlib.Path(tmp)))
+    line |= {name: median_ms(f) / tokens for name, f in passes.items()}
+    for p in ("stored", "routed"):
+        line[f"{p}_forgetting"] = statistics.mean(forgetting(results, p).values())
+    home = sum(counts[t] for t, counts in routing.items())
+    return line | {"routed_home": home / sum(sum(counts.values()) for counts in routing.values())}
+
+
+# ------------------------------------------------------------------------------------------- the command line
 
 
 def measure_run(run, model, tokenizer, args):

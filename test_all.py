@@ -309,10 +309,9 @@ def test_lock_and_separation_losses_are_equations_13_and_10():
 
 def a_version_of(phi, dynamics, region, anchors, bases, **more):
     """A version as training makes it."""
-    writes = len(next(iter(bases.values()))) if bases else 1
     return Version(**{**dict(task="a", lock="first", reads=[], top_k=2, field=phi, dynamics=dynamics, region=region, anchors=anchors,
-                             snapshot=take_snapshot(phi, anchors), bases=bases, config={"seed": 1}, index=torch.arange(writes),
-                             writes=writes), **more})
+                             snapshot=take_snapshot(phi, anchors), bases=bases, config={"seed": 1}, index=torch.arange(phi.bases)),
+                        **more})
 
 
 def a_version(tmp_path):

@@ -3,7 +3,7 @@
     python train.py --task alpaca                  # learn, commit region "alpaca", report
     python train.py --task code --lock             # a second version; the first stays bit-identical
     python train.py --task mine --data my.json --lock   # your own: a JSON list of instruction, input, output
-    python train.py --stream 24                    # 24 kinds of instruction, one after another, under the exact lock
+    python train.py --stream 24                    # 24 kinds of instruction, one after another, exact lock
     python train.py --task synthetic               # the FTN experiments, see synthetic.py
 
 The path of an example: read_records (commit.py) -> encode -> probe (model.py) -> coordinate -> gating
@@ -81,85 +81,81 @@ HUB_DATA = {
     "code": ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"),
 }
 MISTRAL = "mistralai/Mistral-7B-v0.1"
-MISTRAL_BYTES = (
-    24.6e9  # its second task by count, 23.6 GB (a test counts them), and 1 GB for CUDA and its allocator
-)
-SAVE_EVERY = 20  # seconds between two saved states, more where saving is slow: it may take 5 % of the time
+MISTRAL_BYTES = 24.6e9  # 23.6 GB by count for its second task (see the tests), and 1 GB for CUDA
+SAVE_EVERY = 20  # seconds between two saved states; more where saving takes over 5 % of the time
 
 # The paper's values (its table of hyperparameters), and what the tiny backbone changes.
 # fmt: off
-PAPER_VALUES = dict(examples=4000, val_examples=400, epochs=1, max_len=256, lr=2e-4, grad_accum=16, batch=1, rank=8,
-                    bases=16, top_k=8, alpha=16.0, coord_dim=64, field_hidden=256, anchors=256, quantile=0.95,
-                    lambda_lock=5.0, lambda_sep=0.01, margin=0.0, lambda_budget=0.001, pool="prompt", probe="bare",
-                    fixed_coordinate=False)
+PAPER_VALUES = dict(examples=4000, val_examples=400, epochs=1, max_len=256, lr=2e-4, grad_accum=16, batch=1,
+                    rank=8, bases=16, top_k=8, alpha=16.0, coord_dim=64, field_hidden=256, anchors=256,
+                    quantile=0.95, lambda_lock=5.0, lambda_sep=0.01, margin=0.0, lambda_budget=0.001,
+                    pool="prompt", probe="bare", fixed_coordinate=False)
 TINY_VALUES = dict(epochs=2, lr=2e-3, grad_accum=1, batch=16)
 FIXED_BY_FIRST_TASK = ("rank", "alpha", "coord_dim", "pool", "probe", "fixed_coordinate")
 
-COUNT, SIZE, WEIGHT = dict(type=number(int, 1)), dict(type=number(int, 1, 4096)), dict(type=number(float, 0, 1e6))
-FLAG = dict(action="store_true")
+COUNT, SIZE = dict(type=number(int, 1)), dict(type=number(int, 1, 4096))
+WEIGHT, FLAG, TEXT = dict(type=number(float, 0, 1e6)), dict(action="store_true"), {}
 OPTIONS = {
-    "what to learn, from what, on what": [
-        ("--task", "name of the capability; alpaca and code bring their data, any other name needs --data", {}),
-        ("--stream", "instead: N kinds of instruction of the embedded sets, a task each", dict(type=number(int, 1, 72))),
-        ("--data", "JSON list of records with instruction, input, output", {}),
-        ("--val-data", "the same, for validation; else part of the data is held out", {}),
-        ("--backbone", f"tiny, a Hub id, a local folder, FILE.gguf or random:mistral-7b [{MISTRAL} on a GPU with "
-                       f"{MISTRAL_BYTES / 1e9:g} GB, else tiny]", {}),
-        ("--device", "cpu, cuda, mps [what is there]", {}),
-        ("--out", "run folder [runs/<backbone>, runs/stream]", {}),
-        ("--examples", "training examples", COUNT),
-        ("--val-examples", "validation examples", COUNT)],
-    "optimisation": [
-        ("--epochs", "passes over the examples", COUNT),
-        ("--max-len", "tokens of prompt and response together; longer records are left out", dict(type=number(int, 8, 2**20))),
-        ("--lr", "peak learning rate of AdamW", WEIGHT),
-        ("--grad-accum", "micro-batches per step", COUNT),
-        ("--batch", "sequences per micro-batch", COUNT),
-        ("--seed", "of initial weights, data order and anchors", dict(type=number(int, 0, 2**31), default=0))],
-    "bank, field and coordinate (sections 3.1-3.3)": [
-        ("--rank", "r, rank of a basis", SIZE),
-        ("--bases", "N, bases that a task adds to the bank; with --lock soft or none, that the one bank holds", SIZE),
-        ("--top-k", "K, bases active in a layer", SIZE),
-        ("--alpha", "alpha of Eq. (2)", WEIGHT),
-        ("--coord-dim", "d, dimension of z", SIZE),
-        ("--field-hidden", "hidden width of Phi", SIZE),
-        ("--shared-gating", "one row of gating for all layers", FLAG),
-        ("--pool", "tokens that h_bar is the mean of; the paper's: sequence", dict(choices=["prompt", "sequence"])),
-        ("--probe", "pass 1 bare or, as in the paper, with the adapters at z_0", dict(choices=["bare", "adapted"])),
-        ("--dense-gating", "ablation: K = N", FLAG),
-        ("--fixed-coordinate", "ablation: one random z for all inputs", FLAG | dict(default=argparse.SUPPRESS))],
-    "commitment and locks (sections 3.4, 3.5)": [
-        ("--lock", "what protects committed tasks: exact (bare --lock), soft (the paper's penalty); absent: nothing",
-         dict(nargs="?", const="exact", default="none", choices=["exact", "soft"])),
-        ("--anchors", "anchors a_j per region", dict(type=number(int, 1, 10**6))),
-        ("--anchor-source", "Gaussian draws or a subsample of real coordinates",
-         dict(choices=["gaussian", "empirical"], default="gaussian")),
-        ("--quantile", "of the training distances, gives tau, Eq. (11)", dict(type=number(float, 0.01, 1))),
-        ("--lambda-lock", "weight of L_lock, Eq. (13)", WEIGHT),
-        ("--lambda-sep", "weight of L_sep, Eq. (10)", WEIGHT),
-        ("--margin", "margin of L_sep", WEIGHT),
-        ("--lambda-budget", "weight of L_budget, a constant while K is fixed", WEIGHT)]}
+    "what to learn, from what, on what": {
+        "--task": ("name of the capability; alpaca and code bring their data, others need --data", TEXT),
+        "--stream": ("instead: N kinds of instruction, a task each", dict(type=number(int, 1, 72))),
+        "--data": ("JSON list of records with instruction, input, output", TEXT),
+        "--val-data": ("the same, for validation; else part of the data is held out", TEXT),
+        "--backbone": ("tiny, a Hub id, a folder, FILE.gguf, random:mistral-7b [Mistral-7B or tiny]", TEXT),
+        "--device": ("cpu, cuda, mps [what is there]", TEXT),
+        "--out": ("run folder [runs/<backbone>, runs/stream]", TEXT),
+        "--examples": ("training examples", COUNT),
+        "--val-examples": ("validation examples", COUNT)},
+    "optimisation": {
+        "--epochs": ("passes over the examples", COUNT),
+        "--max-len": ("tokens of prompt and response; longer are left out", dict(type=number(int, 8, 99999))),
+        "--lr": ("peak learning rate of AdamW", WEIGHT),
+        "--grad-accum": ("micro-batches per step", COUNT),
+        "--batch": ("sequences per micro-batch", COUNT),
+        "--seed": ("of weights, data order and anchors", dict(type=number(int, 0, 2**31), default=0))},
+    "bank, field and coordinate (sections 3.1-3.3)": {
+        "--rank": ("r, rank of a basis", SIZE),
+        "--bases": ("N, bases that a task adds; with --lock soft or none, that the one bank holds", SIZE),
+        "--top-k": ("K, bases active in a layer", SIZE),
+        "--alpha": ("alpha of Eq. (2)", WEIGHT),
+        "--coord-dim": ("d, dimension of z", SIZE),
+        "--field-hidden": ("hidden width of Phi", SIZE),
+        "--shared-gating": ("one row of gating for all layers", FLAG),
+        "--pool": ("tokens in the mean h_bar; the paper's: sequence", dict(choices=["prompt", "sequence"])),
+        "--probe": ("pass 1 bare or, the paper's, with adapters at z_0", dict(choices=["bare", "adapted"])),
+        "--dense-gating": ("ablation: K = N", FLAG),
+        "--fixed-coordinate": ("ablation: one random z for all inputs", FLAG)},
+    "commitment and locks (sections 3.4, 3.5)": {
+        "--lock": ("what protects committed tasks: exact (bare --lock), soft (the paper's); absent: nothing",
+                   dict(nargs="?", const="exact", default="none", choices=["exact", "soft"])),
+        "--anchors": ("anchors a_j per region", dict(type=number(int, 1, 10**6))),
+        "--anchor-source": ("draws or a sample", dict(choices=["gaussian", "empirical"], default="gaussian")),
+        "--quantile": ("of the training distances, gives tau, Eq. (11)", dict(type=number(float, 0.01, 1))),
+        "--lambda-lock": ("weight of L_lock, Eq. (13)", WEIGHT),
+        "--lambda-sep": ("weight of L_sep, Eq. (10)", WEIGHT),
+        "--margin": ("margin of L_sep", WEIGHT),
+        "--lambda-budget": ("weight of L_budget, a constant while K is fixed", WEIGHT)}}
 # fmt: on
 
 
-# --------------------------------------------------------------------------------------------------------- options
+# ---------------------------------------------------------------------------------------------------- options
 
 
 def parse_options(argv=None):
-    p = Parser(
-        prog="train.py",
-        description="Learn a capability, commit it, report.",
-        epilog="Defaults in brackets are the paper's, but for lr, margin, lambda-budget, pool and probe, which are our "
-        f"choice; the tiny backbone has {', '.join(f'{k} {v:g}' for k, v in TINY_VALUES.items())}. "
-        f"{', '.join(FIXED_BY_FIRST_TASK)} are fixed by a run's first task.",
+    about = ", ".join(f"{key} {value:g}" for key, value in TINY_VALUES.items())
+    epilog = "Defaults are the paper's, but for lr, margin, lambda-budget, pool and probe, which are ours. "
+    epilog += (
+        f"The tiny backbone has {about}. {', '.join(FIXED_BY_FIRST_TASK)} are fixed by a run's first task."
     )
+    p = Parser(prog="train.py", description="Learn a capability, commit it, report.", epilog=epilog)
     for title, options in OPTIONS.items():
         group = p.add_argument_group(title)
-        for flag, text, how in options:
+        for flag, (text, how) in options.items():
             key = flag[2:].replace("-", "_")
-            default = {"default": argparse.SUPPRESS} if key in PAPER_VALUES else {}
-            text += f" [{PAPER_VALUES[key]}]" if default and "action" not in how else ""
-            group.add_argument(flag, help=text, **default | how)
+            if key in PAPER_VALUES:  # absent, so that `fill_in` knows what was said
+                how = {**how, "default": argparse.SUPPRESS}
+                text += f" [{PAPER_VALUES[key]}]"
+            group.add_argument(flag, help=text, **how)
     args = p.parse_args(argv)
     if (args.task is None) == (args.stream is None):
         p.error("say what to learn: --task NAME, or --stream N")
@@ -196,7 +192,7 @@ def fill_in(args, run):
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+# ------------------------------------------------------------------------------------------------------- data
 
 
 def take_usable(records, tokenizer, count, max_len):
@@ -259,7 +255,7 @@ def load_data(args, tokenizer):
     return examples, val
 
 
-# -------------------------------------------------------------------------------------------- what a task may write
+# -------------------------------------------------------------------------------------- what a task may write
 
 
 @dataclasses.dataclass
@@ -336,7 +332,7 @@ def lead_with_own(field, old, top_k):
     field.w3.bias.view(field.layers, -1)[:, old:] += behind.clamp(min=0)[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------- the training
+# ----------------------------------------------------------------------------------------------- the training
 
 
 def learning_rate(step, total, peak):
@@ -381,8 +377,8 @@ class Training:
                 for key in self.about:
                     if validate(about, dict, "about").get(key) != self.about[key]:
                         raise Refused(
-                            f"{self.path}: an unfinished training with {key} {about.get(key)}, not {self.about[key]}; "
-                            "finish it with the command it was started with, or delete that file to give it up"
+                            f"{self.path}: an unfinished training with {key} {about.get(key)}, not "
+                            f"{self.about[key]}; finish it as it was started, or delete that file"
                         )
                 tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
             for key in {*shapes, *tensors}:
@@ -431,8 +427,8 @@ class Training:
             if self.step:
                 self.save()
             raise Refused(
-                f"loss or gradient is not finite at step {self.step + 1} of {self.total}; the state before it is "
-                f"kept in {self.path}: delete it, and try a smaller --lr"
+                f"loss or gradient is not finite at step {self.step + 1} of {self.total}; the state before "
+                f"it is kept in {self.path}: delete that, and try a smaller --lr"
             )
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.total, self.peak)
         self.optimizer.step()
@@ -453,11 +449,8 @@ class Training:
                 f"step {self.step}/{self.total}  loss {self.average:.4f}{penalties}  {speed:.0f} tok/s"
             )
         self.log.write(json.dumps({"step": self.step, "tok/s": round(speed), **losses}) + "\n")
-        if (
-            self.stop
-            or self.step == self.total
-            or time.time() - self.saved > max(SAVE_EVERY, 20 * self.save_time)
-        ):
+        due = time.time() - self.saved > max(SAVE_EVERY, 20 * self.save_time)
+        if self.stop or due or self.step == self.total:
             self.saved = time.time()
             self.save()
             self.save_time = time.time() - self.saved
@@ -554,7 +547,6 @@ def commit_task(run, learner, examples, val, about, args):
         anchors=anchors,
         snapshot=take_snapshot(learner.field, anchors),
         bases={key: p.data for key, p in bank.live.items()},
-        writes=len(next(iter(bank.live.values()))),
         index=torch.arange(len(bank)),
         config=about,
     )
@@ -566,7 +558,7 @@ def commit_task(run, learner, examples, val, about, args):
     run.commit(version)
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 
 def peak_memory(device):
@@ -587,9 +579,8 @@ def run_task(run, args):
     if args.task not in run.tasks:
         fill_in(args, run)
     backbone, tokenizer = run.open_backbone(args.backbone, args.device)
-    print(
-        f"backbone  {args.backbone} on {args.device}, {sum(p.numel() for p in backbone.parameters()):,} frozen parameters"
-    )
+    size = sum(p.numel() for p in backbone.parameters())
+    print(f"backbone  {args.backbone} on {args.device}, {size:,} frozen parameters")
     if args.task in run.tasks:
         print(f"{args.task} is already committed in {run.folder}: nothing to train")
     else:
@@ -620,8 +611,9 @@ def stream(args):
             for part in ("train", "val"):
                 chosen = [r for r in sets[name, part] if r["kind"] == kind]
                 pathlib.Path(tmp, part).write_text(json.dumps(chosen))
-            command = f"--task {name}-{kind} --data {tmp}/train --val-data {tmp}/val --lock --backbone tiny --epochs 8"
-            task = parse_options([*command.split(), "--device", args.device])
+            data = ["--data", f"{tmp}/train", "--val-data", f"{tmp}/val", "--device", args.device]
+            options = ["--task", f"{name}-{kind}", "--lock", "--backbone", "tiny", "--epochs", "8"]
+            task = parse_options(options + data)
             with Run(folder).exclusive() as run:
                 run_task(run, task)
     return Run(folder)
@@ -646,9 +638,8 @@ def main(argv=None):
         with Run(args.out or f"runs/{name}").exclusive() as run:
             run_task(run, args)
     report(run)
-    print(
-        f"\n{time.time() - started:.0f} s in all, peak memory {peak_memory(args.device)}; saved in {run.folder}"
-    )
+    took, memory = time.time() - started, peak_memory(args.device)
+    print(f"\n{took:.0f} s in all, peak memory {memory}; saved in {run.folder}")
 
 
 if __name__ == "__main__":
