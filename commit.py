@@ -281,9 +281,7 @@ class Version:
             parts.setdefault(group, {})[rest] = t
         lost = [h for i, h in enumerate(head["reads"]) if h not in known or h in head["reads"][:i]]
         if lost or head["lock"] == "composed":
-            raise Refused(
-                f"{path}: a composition, or reads {''.join(lost)[:12]}, which is not here, or twice"
-            )
+            raise Refused(f"{path}: composed, or reads {''.join(lost)[:12]}, which is not here, or twice")
         start = sum(v.writes for v in earlier) if head["lock"] in ("first", "exact") else 0
         own = torch.arange(start, start + head["writes"])
         index = torch.cat([*(known[h].own for h in head["reads"]), own])
@@ -312,9 +310,7 @@ def check_tensors(head, tensors, parts, bases, first):
     """ValueError: the tensors of a version file, by key and by part, do not fit its header, each other, N =
     `bases` (those that it writes and reads) or the run's first version. Field and dynamics check their own
     shapes when loaded."""
-    wanted = {"bank", "field", "region", "anchors", "snapshot"} | (
-        {"dynamics"} if not head["reads"] else set()
-    )
+    wanted = {"bank", "field", "region", "anchors", "snapshot", *(() if head["reads"] else ["dynamics"])}
     modules = {key[:-2] for key in parts["bank"]}
     if {*parts} != wanted or {*parts["bank"]} != {f"{m}.{p}" for m in modules for p in "AB"}:
         raise ValueError("some are missing, or unknown")
@@ -334,9 +330,7 @@ def check_tensors(head, tensors, parts, bases, first):
     for key in sorted({*shapes, *tensors}):
         t, kind = tensors[key], torch.float64 if key.startswith("region.") else torch.float32
         if t.dtype != kind or t.shape != shapes.get(key, t.shape) or not t.numel() or not t.isfinite().all():
-            raise ValueError(
-                f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {shapes.get(key, '')}, or not finite"
-            )
+            raise ValueError(f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {shapes.get(key, '')} or finite")
     cov = tensors["region.cov"]
     if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1] or head["tau"] < 0:
         raise ValueError("region.cov is no covariance, or tau is negative")
@@ -413,9 +407,7 @@ class Run:
                 if found:
                     raise Refused(f"{path}: {why}")
         elif self.folder.exists() and (not self.folder.is_dir() or {*os.listdir(self.folder)} - {".lock"}):
-            raise Refused(
-                f"{self.folder}: not a run folder (it has no manifest.json); nothing is written there"
-            )
+            raise Refused(f"{self.folder}: not a run folder (no manifest.json); nothing is written there")
 
     def contradictions(self):
         """{what could be wrong with a manifest whose parts have the right form: is it}."""
@@ -544,9 +536,7 @@ class Run:
                 try:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise Refused(
-                        f"{self.folder}: another process is at work on it; wait, or choose another"
-                    ) from None
+                    raise Refused(f"{self.folder}: another process is at work on it; wait") from None
             try:
                 self.read()  # as the other process may just have left it
                 yield self
@@ -591,9 +581,7 @@ class Run:
         backbone, tokenizer = load_backbone(name, device)
         about, owner = {"name": name, "fingerprint": fingerprint(backbone)}, self.manifest["backbone"]
         if owner and owner["fingerprint"] != about["fingerprint"]:
-            raise Refused(
-                f"{self.folder} belongs to another backbone ({owner['name']}) than {name}; use another --out"
-            )
+            raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")
         self.manifest["backbone"] = owner or about
         return backbone, tokenizer
 
@@ -667,9 +655,7 @@ def latest_run(root="runs"):
     """The run folder under `root` whose manifest was written last. Refused: there is none."""
     manifests = sorted(pathlib.Path(root).glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
     if not manifests:
-        raise Refused(
-            f"no run folder under {root}/: `python train.py --task alpaca` starts one, --run names one"
-        )
+        raise Refused(f"no run folder under {root}/: start one with train.py, or name one with --run")
     return manifests[-1].parent
 
 
@@ -864,9 +850,7 @@ def merge(run, other):
     if not theirs["versions"]:
         raise Refused(f"{other.folder}: no versions to merge")
     if not ours["versions"] or ours["versions"][0]["hash"] != theirs["versions"][0]["hash"]:
-        raise Refused(
-            f"{run.folder} and {other.folder} have no common first version, so no common coordinates"
-        )
+        raise Refused(f"{run.folder} and {other.folder} have no common first version, so no coordinates")
     if ours["backbone"]["fingerprint"] != theirs["backbone"]["fingerprint"]:
         raise Refused(f"{other.folder} belongs to another backbone than {run.folder}")
     refuse_shared(run)
@@ -875,9 +859,7 @@ def merge(run, other):
     new = [e for e in other.entries if e["hash"] not in known]
     for entry in new:
         if entry["task"] in names:
-            raise Refused(
-                f"both runs have a version called {entry['task']}; roll one back or rename its task"
-            )
+            raise Refused(f"both runs have a version called {entry['task']}; roll one back")
     for wrong in [wrong for folder in (run, other) for _, wrong in verify(folder) if wrong]:
         raise Refused(wrong)
     copies = {source: target for e in new for source, target in zip(other.files(e), run.files(e))}
@@ -969,9 +951,7 @@ def change(run, args):
     short = lambda entries: ", ".join(f"{e['task']} {e['hash'][:12]}" for e in entries)
     with run.exclusive():
         if args.command != "compose" and (run.folder / "training.safetensors").exists():
-            raise Refused(
-                f"{run.folder}: an unfinished training builds on it; finish it or delete training.safetensors"
-            )
+            raise Refused(f"{run.folder}: finish its training first, or delete training.safetensors")
         if args.command == "rollback":
             gone = rollback(run, args.version, args.cascade)
             return gone, f"removed {short(gone)}"

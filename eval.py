@@ -94,9 +94,7 @@ def measure(run, model, tokenizer, outside="nearest"):
     at commit, examples]}, "gating": see `describe_gating`, "drift": see `describe_drift`}."""
     last, digests = run.manifest["versions"][-1], {}
     row = {"task": last["task"], "version": last["hash"]}
-    row |= {
-        key: {} for key in ("base", "stored", "routed", "routing", "inside", "identical", "gating", "drift")
-    }
+    row |= {key: {} for key in "base stored routed routing inside identical gating drift".split()}
     for i, task in enumerate(run.tasks):
         columns, digests[task] = measure_task(run, model, tokenizer, i, outside)
         for column, value in columns.items():

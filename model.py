@@ -83,11 +83,8 @@ def layer_numbers(targets):
 
 def in_out(module):
     """(d_in, d_out) of a target. Conv1D is a linear layer whose weight is stored transposed."""
-    return (
-        (module.in_features, module.out_features)
-        if isinstance(module, nn.Linear)
-        else (*module.weight.shape,)
-    )
+    linear = isinstance(module, nn.Linear)
+    return (module.in_features, module.out_features) if linear else tuple(module.weight.shape)
 
 
 def attach(targets, update):
@@ -127,8 +124,7 @@ class AdapterBank:
         return sum(len(next(iter(part.values()))) for part in (self.committed, self.live) if part)
 
     def add(self, n):
-        """n fresh live bases: A Kaiming-uniform as in LoRA (bound 1/sqrt(d_in)), B zero, so that Delta W
-        starts at 0."""
+        """n fresh live bases: A Kaiming-uniform as in LoRA (bound 1/sqrt(d_in)), B 0: Delta W starts at 0."""
         for name, (d_in, d_out) in self.shapes.items():
             A = (torch.rand(n, self.rank, d_in) * 2 - 1) / math.sqrt(d_in)
             for key, new in ((f"{name}.A", A), (f"{name}.B", torch.zeros(n, self.rank, d_out))):
@@ -249,8 +245,7 @@ def perplexity(nll, tokens):
 
 
 class NIWF:
-    """A frozen backbone, its bank, the two passes. An example is a pair (prompt ids, response ids, EOS
-    last)."""
+    """A frozen backbone, its bank, the two passes. An example is (prompt ids, response ids with EOS)."""
 
     def __init__(self, backbone, pad_id, rank=8, alpha=16):
         self.backbone = backbone.requires_grad_(False).eval()
@@ -267,8 +262,7 @@ class NIWF:
 
     @contextlib.contextmanager
     def gated(self, gating):
-        """Within this block the adapters run with `gating`: (indices, weights), both [B, L or 1, K], or None
-        for off."""
+        """Within this block adapters run with `gating`: (indices, weights), [B, L or 1, K], None for off."""
         self.bank.gating = gating
         try:
             yield
@@ -299,9 +293,8 @@ class NIWF:
         cache = None
         with self.gated(gating):
             for _ in range(max_new_tokens):
-                out = run_padded(
-                    self.backbone, ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
+                cached = {"past_key_values": cache, "use_cache": True}
+                out = run_padded(self.backbone, ids, mask, logits_to_keep=1, **cached)
                 cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1).to(mask.device)  # ids [B, 1]
                 mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
                 tokens = ids[:, 0].cpu()
@@ -328,8 +321,7 @@ def pick_device(wanted):
 
 @functools.cache
 def hub_or_cache():
-    """Without a network the Hub's client retries for a minute: ask once; if nobody answers, its cache
-    alone."""
+    """Without a network the Hub's client retries for a minute: ask once, else its cache alone."""
     host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname
     try:
         if not urllib.request.getproxies():
@@ -360,9 +352,7 @@ def load_backbone(name, device):
                 raise Refused(f"backbone {name} needs `pip install {package}`")
         path, options["gguf_file"] = os.path.split(os.path.abspath(name))
     elif os.path.isdir(path) and not list(pathlib.Path(path).glob("*.safetensors")):
-        raise Refused(
-            f"backbone {name} has no .safetensors file; `save_pretrained` of a model you trust writes one"
-        )
+        raise Refused(f"backbone {name} has no .safetensors file; `save_pretrained` writes one")
     if not os.path.exists(path):
         hub_or_cache()
     weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
@@ -378,9 +368,7 @@ def load_backbone(name, device):
         raise
     except Exception as e:  # the Hub and every format have errors of their own; to the user they are one
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise Refused(
-            f"backbone {name} cannot be loaded ({reason}); the embedded one is `--backbone tiny`"
-        ) from e
+        raise Refused(f"backbone {name} cannot be loaded ({reason}); `--backbone tiny` can") from e
 
 
 def fingerprint(backbone):

@@ -144,9 +144,7 @@ OPTIONS = {
 def parse_options(argv=None):
     about = ", ".join(f"{key} {value:g}" for key, value in TINY_VALUES.items())
     epilog = "Defaults are the paper's, but for lr, margin, lambda-budget, pool and probe, which are ours. "
-    epilog += (
-        f"The tiny backbone has {about}. {', '.join(FIXED_BY_FIRST_TASK)} are fixed by a run's first task."
-    )
+    epilog += f"Tiny has {about}. {', '.join(FIXED_BY_FIRST_TASK)} are fixed by a run's first task."
     p = Parser(prog="train.py", description="Learn a capability, commit it, report.", epilog=epilog)
     for title, options in OPTIONS.items():
         group = p.add_argument_group(title)
@@ -171,14 +169,10 @@ def fill_in(args, run):
         given = getattr(args, key, value)
         if key in fixed and given != value:
             option = f"--{key.replace('_', '-')} {given}"
-            raise Refused(
-                f"{option} does not fit {run.folder}: its first task fixed {value}; choose another --out"
-            )
+            raise Refused(f"{option} does not fit {run.folder}: its first task fixed {value}")
         setattr(args, key, given)
     if args.lock == "exact" and args.probe == "adapted":
-        raise Refused(
-            "--lock exact needs --probe bare: an adapted probe moves whenever an adapter is trained"
-        )
+        raise Refused("--lock exact needs --probe bare: an adapted probe moves when adapters are trained")
     if args.top_k > args.bases:
         raise Refused(f"--top-k {args.top_k} is more than --bases {args.bases}")
     check_name("--task", args.task)
@@ -228,9 +222,7 @@ def find_data(args):
     try:
         return hf_hub_download(repository, name, repo_type="dataset"), args.val_data
     except Exception as e:  # the hub raises many kinds; to the user they are one
-        raise Refused(
-            f"--task {args.task}: {repository} cannot be downloaded ({e}); name a file with --data"
-        ) from e
+        raise Refused(f"--task {args.task}: {repository} cannot be had ({e}); name a file with --data") from e
 
 
 def load_data(args, tokenizer):
@@ -282,9 +274,7 @@ class Learner:
 
     def weights(self):
         """What training changes, by name. A fixed coordinate has nothing to learn."""
-        modules = (
-            {"field": self.field} if self.dynamics.fixed else {"field": self.field, "dynamics": self.dynamics}
-        )
+        modules = {"field": self.field} | ({} if self.dynamics.fixed else {"dynamics": self.dynamics})
         weights = {f"bank.{key}": p for key, p in self.model.bank.live.items()}
         for name, module in modules.items():
             weights |= {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}
@@ -390,9 +380,7 @@ class Training:
         except Refused:
             raise
         except Exception as e:  # safetensors raises its own error type, a KeyError or a ValueError
-            raise Refused(
-                f"{self.path}: damaged training state ({e}); delete it to start this task anew"
-            ) from e
+            raise Refused(f"{self.path}: damaged training state ({e}); delete it to start anew") from e
         self.step = step
         for key, p in self.weights.items():
             p.data.copy_(tensors[key])
@@ -406,9 +394,7 @@ class Training:
         self.stop = []
         handler = lambda *_: self.stop.append(1)
         self.before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(
-            total=self.total, initial=self.step, desc=self.about["task"], unit="step", dynamic_ncols=True
-        )
+        self.bar = tqdm(total=self.total, initial=self.step, desc=self.about["task"], unit="step")
         self.began = self.saved = time.time()
         self.tokens, self.save_time, self.average = 0, 0, None
         return self
@@ -445,9 +431,7 @@ class Training:
         self.bar.set_postfix_str(f"loss {self.average:.3f}, {speed:.0f} tok/s")
         if self.step % max(1, self.total // 10) == 0 or self.step == self.total:
             penalties = "".join(f"  {name} {losses[name]:.1e}" for name in ("lock", "sep") if losses[name])
-            tqdm.write(
-                f"step {self.step}/{self.total}  loss {self.average:.4f}{penalties}  {speed:.0f} tok/s"
-            )
+            tqdm.write(f"step {self.step}/{self.total}  loss {self.average:.4f}{penalties} {speed:.0f} tok/s")
         self.log.write(json.dumps({"step": self.step, "tok/s": round(speed), **losses}) + "\n")
         due = time.time() - self.saved > max(SAVE_EVERY, 20 * self.save_time)
         if self.stop or due or self.step == self.total:
@@ -480,21 +464,17 @@ def micro_batches(examples, step, args):
     """Indices of the examples of a step, in lists of `--batch`, the same whenever it is asked."""
     per_step = args.batch * args.grad_accum
     epoch, place = divmod(step, math.ceil(len(examples) / per_step))
-    order = torch.randperm(
-        len(examples), generator=torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
-    )
+    generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
+    order = torch.randperm(len(examples), generator=generator)
     chosen = order[place * per_step :][:per_step].tolist()
-    chosen.sort(
-        key=lambda i: len(examples[i][0]) + len(examples[i][1])
-    )  # like lengths together: less padding
+    chosen.sort(key=lambda i: sum(map(len, examples[i])))  # like lengths together: less padding
     return [chosen[i : i + args.batch] for i in range(0, len(chosen), args.batch)]
 
 
 def learn(run, learner, examples, val, args):
     """Train one task and commit it. Raises KeyboardInterrupt, with everything saved, when asked to stop."""
-    h_bar = (
-        learner.probe(examples, args) if args.probe == "bare" else None
-    )  # once: a bare probe never changes
+    # A bare probe never changes, so it is asked once.
+    h_bar = learner.probe(examples, args) if args.probe == "bare" else None
     total = args.epochs * math.ceil(len(examples) / (args.batch * args.grad_accum))
     about = describe_training(examples, args)
     training = Training(run.folder, learner.weights(), total, about, args.lr)
@@ -518,7 +498,8 @@ def learn(run, learner, examples, val, args):
             training.update(losses)
             # Report, save the state, stop if asked to.
             training.after_step(losses, sum(len(p) + len(r) for p, r in chosen))
-    commit_task(run, learner, examples, val, about, args)
+    h_bar = learner.probe(examples, args) if h_bar is None else h_bar
+    commit_task(run, learner, h_bar, val, about, args)
     training.path.unlink()
 
 
@@ -531,9 +512,9 @@ def describe_training(examples, args):
 
 
 @torch.no_grad()
-def commit_task(run, learner, examples, val, about, args):
+def commit_task(run, learner, h_bar, val, about, args):
     """Section 3.5: collect the task's coordinates, fit its region, take the snapshot, write the version."""
-    bank, z = learner.model.bank, learner.dynamics(learner.probe(examples, args))
+    bank, z = learner.model.bank, learner.dynamics(h_bar)
     region = Region.fit(z, args.quantile)
     anchors = sample_anchors(region, z, args.anchors, args.anchor_source, args.seed)
     version = Version(
@@ -572,9 +553,8 @@ def peak_memory(device):
 
 def run_task(run, args):
     """Train the task, unless that has been done, and measure everything that the run then knows."""
-    torch.use_deterministic_algorithms(
-        args.device.startswith("cuda"), warn_only=True
-    )  # on a CPU they are anyway
+    # On a CPU they are deterministic anyway, and slower when told so.
+    torch.use_deterministic_algorithms(args.device.startswith("cuda"), warn_only=True)
     args.backbone = args.backbone or (run.manifest["backbone"] or {"name": "tiny"})["name"]
     if args.task not in run.tasks:
         fill_in(args, run)
