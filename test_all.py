@@ -99,6 +99,22 @@ def test_coordinates_are_bounded_and_a_fixed_one_ignores_its_input():
     assert (z == z[0]).all()
 
 
+def test_dynamics_are_equation_8_written_out():
+    torch.manual_seed(2)
+    dynamics, h_bar = CoordinateDynamics(6, 4), 50 * torch.randn(3, 6)
+    gru, sigma = dynamics.gru, torch.sigmoid
+    (W_r, W_u, W_n), (b_r, b_u, b_n) = gru.weight_ih.chunk(3), gru.bias_ih.chunk(3)
+    (V_r, V_u, V_n), (c_r, c_u, c_n) = gru.weight_hh.chunk(3), gru.bias_hh.chunk(3)
+    dynamics.z0.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+    for h, z_new in zip(h_bar, dynamics(h_bar)):
+        x, z = 4**0.5 * h / h.square().sum().sqrt(), dynamics.z0
+        r, u = sigma(W_r @ x + b_r + V_r @ z + c_r), sigma(W_u @ x + b_u + V_u @ z + c_u)
+        n = torch.tanh(W_n @ x + b_n + r * (V_n @ z + c_n))
+        g = (1 - u) * n + u * z
+        g = (g - g.mean()) / (g.var(unbiased=False) + 1e-5).sqrt()
+        torch.testing.assert_close(z_new, torch.tanh(dynamics.w_z.weight @ g + dynamics.w_z.bias))
+
+
 # ---------------------------------------------------------------------------------------------- model.py
 
 @pytest.mark.parametrize("committed,live,dtype,tolerance", [(0, 6, torch.float32, {}), (6, 0, torch.float32, {}), (4, 2, torch.float32, {}),
@@ -615,6 +631,32 @@ def test_own_data_is_held_out_by_prompt(micro, tmp_path, capsys):
     train.main(micro("mine", out, "--data", tmp_path / "mine.json"))
     held_out = {r["instruction"] for r in json.loads((out / "data" / "mine.val.json").read_text())}
     assert len(held_out) == 4 and "training 36" in capsys.readouterr().out
+
+
+def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
+    """L = L_LM + 5 L_lock + 0.5 L_sep + 2 L_budget over four examples, in micro-batches of three and one."""
+    model, examples = micro_model(bases=6), random_examples(4)
+    torch.manual_seed(3)
+    dynamics, then, now = CoordinateDynamics(32, 4), WeightField(2, 6, 4, 7), WeightField(2, 6, 4, 7)
+    region = Region.fit(torch.tanh(torch.randn(40, 4)))
+    anchors = sample_anchors(region, torch.zeros(1, 4), 8, "gaussian", 0)
+    old = a_version_of(then, dynamics, region, anchors, {})
+    learner = train.Learner(model=model, field=now, dynamics=dynamics, top_k=2, reads=[], protected=[old])
+    args = train.argparse.Namespace(lambda_lock=5.0, lambda_sep=0.5, lambda_budget=2.0, margin=3.0)
+    h_bar, tokens = model.probe([p for p, _ in examples]), sum(len(r) for _, r in examples)
+    terms = [train.loss_terms(learner, examples[i:j], h_bar[i:j], args, (j - i) / 4, tokens) for i, j in ((0, 3), (3, 4))]
+    z = dynamics(h_bar)
+    nll = 0.0
+    for (p, r), coordinate in zip(examples, z):
+        with model.gated(top_k_gating(now(coordinate[None]), 2)):
+            log_p = model.backbone(torch.tensor([p + r])).logits[0].log_softmax(-1)
+        nll = nll - sum(log_p[len(p) - 1 + i, t] for i, t in enumerate(r))
+    lock = sum(((now(a[None]) - s) ** 2).sum() for a, s in zip(anchors, old.snapshot)) / 8
+    separation = sum(max(0.0, region.tau + 3.0 - float(region.distance(c[None]))) ** 2 for c in z.detach()) / 4
+    wanted = {"lm": nll / tokens, "lock": 5 * lock, "sep": torch.tensor(separation / 2), "budget": torch.tensor(4 / 6)}
+    for name, value in wanted.items():
+        torch.testing.assert_close(sum(t[name] for t in terms), value, atol=1e-4, rtol=1e-4)
+        assert value > 0.01, name
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
