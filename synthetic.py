@@ -67,14 +67,14 @@ PUBLISHED = {  # score and FM in FTN Tables 1, 2 and 3
     "reg": {"nomask": (".312", ".054"), "fixedmask": (".006", ".000"), "kwta": (".589", ".028"),
             "ftn-fast": (".126", ".013"), "ftn-slow": (".167", ".003"), "ewc": (".311", ".054"),
             "supsup": (".206", ".000"), "supsup-wide": (".216", ".101")},
-    "style": {"lora-naive": ("8.22", "7.37"), "lora-fixedmask": ("1.39", "0.00"), "lora-bank": ("1.42", "0.04"),
-              "lora-ftn": ("1.51", "0.07")}}
+    "style": {"lora-naive": ("8.22", "7.37"), "lora-fixedmask": ("1.39", "0.00"),
+              "lora-bank": ("1.42", "0.04"), "lora-ftn": ("1.51", "0.07")}}
 # fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of experiment 1: a method on a variant with a seed. The paper's values, but for what it lacks."""
+    """A line of experiment 1: a method on a variant with a seed. The values are the paper's."""
 
     variant: str
     method: str
@@ -120,7 +120,7 @@ class StyleRow:
 TEST, CURVE_EVERY = 2048, 100  # examples of a task's test set; steps between two points of a curve
 BANK_STD = 1e-3  # of B in LoRA-Bank: near zero, to tell the components apart
 # fmt: off
-HEAD = {"clf": dict(loss=F.cross_entropy, d_out=2, steps=1, lr=1.0),  # steps and lr: S and eta of the mask search
+HEAD = {"clf": dict(loss=F.cross_entropy, d_out=2, steps=1, lr=1.0),  # steps, lr: S, eta of the search
         "reg": dict(loss=F.mse_loss, d_out=1, steps=10, lr=0.2)}
 # fmt: on
 
@@ -168,9 +168,12 @@ class StyleStream:
     """The same sentences for every task, rewritten in its way. A batch: a list of (prompt, response) ids."""
 
     # fmt: off
-    STYLES = {"upper": str.upper, "lower": str.lower, "reverse_words": lambda s: " ".join(reversed(s.split())),
+    STYLES = {"upper": str.upper,
+              "lower": str.lower,
+              "reverse_words": lambda s: " ".join(reversed(s.split())),
               "double_words": lambda s: " ".join(w for w in s.split() for _ in range(2)),
-              "starred_vowels": lambda s: re.sub("[aeiouAEIOU]", "*", s), "pirate": lambda s: f"Arr! {s} matey!"}
+              "starred_vowels": lambda s: re.sub("[aeiouAEIOU]", "*", s),
+              "pirate": lambda s: f"Arr! {s} matey!"}
     # fmt: on
 
     def __init__(self, row, tokenizer):
@@ -200,15 +203,13 @@ class StyleStream:
 
 
 def recall(mask, learner, t):
-    """Where masks are kept: the stored one with the lowest loss on task t's support batch; ties go to the earlier."""
+    """The stored mask with the lowest loss on task t's support batch; a tie goes to the earlier task."""
     return min(learner.stored, key=lambda handle: learner.mean_loss(handle, *learner.world.support[t]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """`mask_for` a batch of task t gives indices of neurons, or of adapters, or ALL."""
-
-    sparse = True  # k winners: how far the masks of two tasks overlap is reported
 
     def recover(self, learner, t):
         """The mask for task t's support batch, at test time."""
@@ -261,15 +262,13 @@ class LockedMask(SearchedMask):
 class NoMask(Mask):
     """Every neuron or adapter, always: naive fine-tuning."""
 
-    sparse = False
-
     def mask_for(self, learner, t, *batch):
         return ALL
 
 
 @dataclasses.dataclass(frozen=True)
 class EWC(NoMask):
-    """Elastic weight consolidation (Kirkpatrick et al. 2017): strength/2 sum F (theta - theta*)^2 per old task."""
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): strength/2 sum F (theta - theta*)^2."""
 
     strength: float = 400.0
 
@@ -292,8 +291,6 @@ class EWC(NoMask):
 class BestAdapter(Mask):
     """LoRA-Bank: the one adapter with the lowest loss on the batch."""
 
-    sparse = False
-
     def mask_for(self, learner, t, *batch):
         single = (torch.tensor([i]) for i in range(len(learner.components.free)))
         return min(single, key=lambda i: learner.mean_loss(i, *batch))
@@ -303,7 +300,6 @@ class BestAdapter(Mask):
 class Supermask(Mask):
     """A mask over weights: `SupSup` learns it, so here it is only recalled."""
 
-    sparse = False
     wide: bool = False
     recover = recall
 
@@ -312,7 +308,7 @@ class Supermask(Mask):
 
 
 class Learner:
-    """What a stream asks of a method. For each task it keeps a handle, `stored[t]`: its mask, from which it answers.
+    """What a stream asks of a method. From `stored[t]`, a mask, the *handle*, it answers task t.
 
     begin(t), train(t, *batch), end(t, *batch)     learn task t, batch after batch
     score, mean_loss, outputs(handle, *batch)      answer a batch with a handle
@@ -331,43 +327,20 @@ class Learner:
         self.mask.end(self, t, *batch)
 
 
-class GridLearner(Learner):
-    """Of experiment 1: what a grid answers with the weights that a handle selects."""
+class Neurons(Learner):
+    """FTN and what it is compared with on the same grid. A handle is a mask: its winners [k], or ALL."""
 
-    def __init__(self, row, mask, width, bias=False):
-        self.head = HEAD[row.variant]
-        world, self.loss = ConceptShift(row), self.head["loss"]
-        super().__init__(row, mask, world, FastGrid(row.side, 2, self.head["d_out"], row.layers, width, bias))
+    def __init__(self, row, mask):
+        head, wide = HEAD[row.variant], getattr(mask, "wide", False)
+        self.loss, self.fisher, self.optimizer = head["loss"], [], None
+        steps, lr = row.search or (head["steps"], head["lr"])
+        self.proposal = int(steps), lr  # S and eta of Algorithm 1
+        size = dict(layers=row.layers, width=row.width * (1 + wide), bias=row.leak == "bias")
+        super().__init__(row, mask, ConceptShift(row), FastGrid(row.side, 2, head["d_out"], **size))
 
     @property
     def grid(self):
         return self.components
-
-    @torch.no_grad()
-    def outputs(self, handle, x, y=None):
-        weights = self.select(handle)
-        return torch.cat([self.grid.answer(*weights, part) for part in x.split(256)])
-
-    def mean_loss(self, handle, x, y):
-        return self.loss(self.outputs(handle, x), y).item()
-
-    def score(self, handle, x, y):
-        if self.row.variant == "clf":
-            return (self.outputs(handle, x).argmax(1) == y).float().mean().item()
-        return self.mean_loss(handle, x, y)
-
-    def parameters(self, t):
-        return [p.clone() for p in self.select(self.stored[t])]
-
-
-class Neurons(GridLearner):
-    """FTN and what it is compared with on the same grid. A handle is a mask: its winners [k], or ALL."""
-
-    def __init__(self, row, mask):
-        super().__init__(row, mask, row.width, row.leak == "bias")
-        steps, lr = row.search or (self.head["steps"], self.head["lr"])
-        self.proposal = int(steps), lr  # S and eta of Algorithm 1
-        self.fisher, self.optimizer = [], None
 
     def begin(self, t):
         """The precautions of Appendix C are here: no weight decay, and moments that start from zero."""
@@ -397,8 +370,24 @@ class Neurons(GridLearner):
     def select(self, winners):
         return [self.grid.theta.detach()[winners], self.grid.readout.detach()[:, winners]]
 
+    @torch.no_grad()
+    def outputs(self, handle, x, y=None):
+        weights = self.select(handle)
+        return torch.cat([self.grid.answer(*weights, part) for part in x.split(256)])
 
-class SupSup(GridLearner):
+    def mean_loss(self, handle, x, y):
+        return self.loss(self.outputs(handle, x), y).item()
+
+    def score(self, handle, x, y):
+        if self.row.variant == "clf":
+            return (self.outputs(handle, x).argmax(1) == y).float().mean().item()
+        return self.mean_loss(handle, x, y)
+
+    def parameters(self, t):
+        return [p.clone() for p in self.select(self.stored[t])]
+
+
+class SupSup(Neurons):
     """Supermasks: frozen random weights, and for each task a binary mask over them, learned through scores.
 
     A weight is on where its score is positive (straight-through gradient), as in the SupSup authors' own
@@ -408,7 +397,7 @@ class SupSup(GridLearner):
     """
 
     def __init__(self, row, mask):
-        super().__init__(row, mask, row.width * (2 if mask.wide else 1))
+        super().__init__(row, mask)
         self.weights = [p.detach() for p in self.grid.parameters()]
         if mask.wide:
             for W in unpack(self.weights[0], self.grid.shapes)[0]:
@@ -440,7 +429,7 @@ class SupSup(GridLearner):
 
 
 class Adapters(Learner):
-    """LoRA-FTN and what it is compared with, on a frozen language model. A handle is a mask, as for `Neurons`."""
+    """LoRA-FTN and what it is compared with, on a frozen language model. Handles are masks, too."""
 
     TARGETS = ("q_proj", "k_proj", "v_proj", "c_attn")  # the attention's inputs; GPT-2 has all three in one
     proposal = 15, 0.5  # S and eta of Algorithm 1
@@ -563,7 +552,7 @@ def run_row(row):
     R = {p: [point[p] for point in curve if point["step"] % row.steps == 0] for p in ("stored", "recovered")}
     out = dict(dataclasses.asdict(row), R_stored=R["stored"], R_recovered=R["recovered"], curve=curve)
     out.update(parameters_moved=[share for share, _ in moved], outputs_moved=[share for _, share in moved])
-    if mask.sparse:
+    if torch.is_tensor(learner.stored[0]) and len(learner.stored[0]) == row.k:
         out.update(overlaps(learner))
     ms_per_step = 1e3 * training / (row.tasks * row.steps)
     return dict(out, ms_per_step=ms_per_step, seconds=time.perf_counter() - began)
@@ -614,10 +603,9 @@ def overlaps(learner):
 
 
 def cache_file(row, folder=HERE):
-    """Where a row is kept. Its name holds a hash of what decides the row's numbers, and of nothing else: ftn.py, this
-    file from "the tasks" to here, without comments, and for a style row model.py, the sentences and the
-    backbone.
-    So a table, a figure or an option may change without a row being thrown away."""
+    """Where a row is kept. Its name has a hash of what decides its numbers and of nothing else, so that to change
+    a table or an option throws no row away: ftn.py and this file from "the tasks" to "finished rows", without
+    comments, and for a style row model.py, the sentences and the backbone."""
     source = (folder / "synthetic.py").read_text()
     source = source[source.index("- the tasks\n") : source.index("- finished rows\n")]
     code = [ast.unparse(ast.parse(part)) for part in ((folder / "ftn.py").read_text(), "#" + source)]
@@ -632,12 +620,12 @@ def cache_file(row, folder=HERE):
 
 
 def sealed(path, result):
-    """What a row's file holds: the result, and a hash of it and of the file's name, so it is whole and of this row."""
+    """What a row's file holds: its result, and a hash that tells if it is whole and belongs to the row."""
     return dict(sha256=hashlib.sha256((path.name + json.dumps(result)).encode()).hexdigest(), result=result)
 
 
 def finished_row(row):
-    """The row, its result from its file, or else computed and written, and what was refused, if there is none."""
+    """The row; its result, from its file or else computed and kept; what was refused, if there is none."""
     path = cache_file(row)
     try:
         if path.exists():
@@ -662,7 +650,7 @@ def leave_interrupts_to_parent():
 
 
 def finished_rows(rows, workers):
-    """`finished_row` of each, as they come, from so many processes. They end at once when this one is stopped."""
+    """`finished_row` of each, as they come, from so many processes, which end at once if this one does."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, leave_interrupts_to_parent) as pool:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no worker is born with the parent's
@@ -689,7 +677,7 @@ def forgetting_measure(R, sign):
 
 
 def row_summary(out):
-    """The numbers of a table's line from what `run_row` returned. Means over tasks, or over pairs of tasks."""
+    """A table's line from what `run_row` returned: means over tasks, or over pairs of tasks."""
     sign, mean, line = VARIANTS[out["variant"]]["sign"], statistics.mean, {}
     for protocol in ("stored", "recovered"):
         R = out[f"R_{protocol}"]
@@ -730,9 +718,10 @@ def print_tables(outs):
 
 
 # fmt: off
-COLUMNS = [("{} recov.", "recovered_last", 3), ("FM recov.", "recovered_fm", 3), ("{} stored", "stored_last", 3),
-           ("FM stored", "stored_fm", 3), ("{} R[i,i]", "stored_own", 3), ("overlap last", "overlap_last", 2),
-           ("union", "overlap_union", 2), ("params moved", "parameters_moved", 3), ("outputs", "outputs_moved", 3)]
+COLUMNS = [("{} recov.", "recovered_last", 3), ("FM recov.", "recovered_fm", 3),
+           ("{} stored", "stored_last", 3), ("FM stored", "stored_fm", 3), ("{} R[i,i]", "stored_own", 3),
+           ("overlap last", "overlap_last", 2), ("union", "overlap_union", 2),
+           ("params moved", "parameters_moved", 3), ("outputs", "outputs_moved", 3)]
 # fmt: on
 
 
@@ -753,7 +742,7 @@ def print_scores(variant, leak, rows):
 
 
 def print_decomposition(outs, variant):
-    """FTN Table 4: what an earlier task lost against FixedMask, as overlap (stored) and recall (stored minus recovered)."""
+    """FTN Table 4: what earlier tasks lost against FixedMask, as overlap (stored) and recall (recovered)."""
     sign, mean = VARIANTS[variant]["sign"], statistics.mean
     oracle = {o["seed"]: mean(o["R_stored"][-1][:-1]) for o in outs if o["method"].endswith("fixedmask")}
     lines = {}
@@ -797,12 +786,7 @@ def parse_options(argv=None):
     add("--first-seed", type=number(int, 0, 2**31), default=0, help="[0]")
     add("--tasks", type=number(int, 2, 100), help="[3; 6]")
     add("--steps", type=number(int, 1, 100_000), help="training steps a task [1000; 200]")
-    add(
-        "--workers",
-        type=number(int, 1, 256),
-        default=workers,
-        help="rows computed side by side [one per core]",
-    )
+    add("--workers", type=number(int, 1, 256), default=workers, help="rows side by side [one per core]")
     add("--json", type=output_file, help="write everything about every row to this file")
     add = p.add_argument_group("experiment 1").add_argument
     add("--variant", nargs="+", choices=list(HEAD), help="[both]")
@@ -859,12 +843,13 @@ def table_place(out):
 
 def main(argv=None):
     args = parse_options(argv)
-    rows, outs, refused = rows_of(args), [], []
+    rows, outs, refused, reasons = rows_of(args), [], [], {}
     try:
         for row, out, message in finished_rows(rows, min(args.workers, len(rows))):
             name = f"{row.variant} {row.method} seed {row.seed}" + (f" {row.leak}" if args.leaks else "")
             if out is None:
                 refused.append(f"{name}: {message}")
+                reasons.setdefault(message, refused[-1])
                 continue
             outs.append(out)
             s = row_summary(out)
@@ -881,7 +866,7 @@ def main(argv=None):
         with atomic(args.json) as tmp:
             tmp.write_text(json.dumps(dict(command=command, refused=refused, **provenance(), rows=results)))
     if refused:
-        raise Refused(f"{len(refused)} of {len(rows)} rows were not computed: {refused[0]}")
+        raise Refused(f"{len(refused)} of {len(rows)} rows were not computed: {'; '.join(reasons.values())}")
 
 
 if __name__ == "__main__":
