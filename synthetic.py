@@ -603,9 +603,9 @@ def overlaps(learner):
 
 
 def cache_file(row, folder=HERE):
-    """Where a row is kept. Its name has a hash of what decides its numbers and of nothing else, so that to change
-    a table or an option throws no row away: ftn.py and this file from "the tasks" to "finished rows", without
-    comments, and for a style row model.py, the sentences and the backbone."""
+    """Where a row is kept. Its name has a hash of what decides its numbers and of nothing else, so that a new
+    table or option throws no row away: ftn.py and this file from "the tasks" to "finished rows", without comments,
+    and for a style row model.py, the sentences and the backbone."""
     source = (folder / "synthetic.py").read_text()
     source = source[source.index("- the tasks\n") : source.index("- finished rows\n")]
     code = [ast.unparse(ast.parse(part)) for part in ((folder / "ftn.py").read_text(), "#" + source)]
