@@ -604,8 +604,8 @@ def overlaps(learner):
 
 def cache_file(row, folder=HERE):
     """Where a row is kept. Its name has a hash of what decides its numbers and of nothing else, so that a new
-    table or option throws no row away: ftn.py and this file from "the tasks" to "finished rows", without comments,
-    and for a style row model.py, the sentences and the backbone."""
+    table or option throws no row away: ftn.py and this file from "the tasks" to "finished rows" without
+    comments, and for a style row model.py, the sentences and the backbone."""
     source = (folder / "synthetic.py").read_text()
     source = source[source.index("- the tasks\n") : source.index("- finished rows\n")]
     code = [ast.unparse(ast.parse(part)) for part in ((folder / "ftn.py").read_text(), "#" + source)]
@@ -628,16 +628,15 @@ def finished_row(row):
     """The row; its result, from its file or else computed and kept; what was refused, if there is none."""
     path = cache_file(row)
     try:
-        if path.exists():
-            saved = json.loads(path.read_bytes())
-            if saved != sealed(path, saved["result"]):
-                raise ValueError
-            return row, saved["result"], None
-        out = run_row(row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as tmp:
-            tmp.write_text(json.dumps(sealed(path, out)))
-        return row, out, None
+        if not path.exists():
+            out = run_row(row)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as tmp:
+                tmp.write_text(json.dumps(sealed(path, out)))
+        saved = json.loads(path.read_bytes())
+        if saved != sealed(path, saved["result"]):
+            raise ValueError
+        return row, saved["result"], None
     except Refused as e:
         return row, None, str(e)
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -805,13 +804,13 @@ def parse_options(argv=None):
     add("--reconfigure", choices=["once", "every"], help="search the mask once a task, or every step [once]")
     add("--b-std", type=number(float, 0, 1), help="standard deviation that B starts with [0]")
     args = p.parse_args(argv)
+    for name in OWN[3 - args.experiment] + (("variant", "leaks") if args.experiment == 2 else ()):
+        if getattr(args, name):
+            p.error(f"--{name.replace('_', '-')} is an option of experiment {3 - args.experiment}")
     known = [m for m, (learner, _) in METHODS.items() if (learner is Adapters) == (args.experiment == 2)]
     args.methods = list(dict.fromkeys(args.methods or (["fixedmask"] if args.leaks else known)))
     if set(args.methods) - set(known):
         p.error(f"experiment {args.experiment} has the methods {', '.join(known)}")
-    for name in OWN[3 - args.experiment] + (("variant", "leaks") if args.experiment == 2 else ()):
-        if getattr(args, name):
-            p.error(f"--{name.replace('_', '-')} is an option of experiment {3 - args.experiment}")
     if args.experiment == 2 and (args.tasks or 2) > len(StyleStream.STYLES):
         p.error(f"--tasks {args.tasks} is out of range: experiment 2 has {len(StyleStream.STYLES)}")
     if args.search and args.search[0] % 1:

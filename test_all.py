@@ -2,11 +2,14 @@
 
 No network, no GPU and nothing outside this folder is needed; the GPU test is skipped, visibly, where there is none.
 """
+import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -24,10 +27,12 @@ import synthetic
 import train
 from commit import Refused, Region, Run, Version, route, sample_anchors
 from field import CoordinateDynamics, WeightField, top_k_gating
-from ftn import ALL, LoRAPool, NeuronGrid, PrivateMLPs, SmoothKWTA, k_winners, smooth, unpack
+from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, grow, k_winners, smooth, unpack
 from model import NIWF, TINY, AdapterBank, attach, detach, find_targets, perplexity, response_logits, response_nll
 
 HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE / "assets"))
+import report
 
 
 def micro_backbone(vocab=300, layers=2):
@@ -950,7 +955,7 @@ def test_sigkill_at_any_moment_leaves_the_state_before_or_after(tmp_path):
                 assert not list(folder.rglob("*.tmp")), run
 
 
-# ------------------------------------------------------------------------------------------- functional task networks
+# ------------------------------------------------------------------------------- functional task networks
 
 @pytest.fixture
 def double():
@@ -962,7 +967,7 @@ def double():
 
 def small_grid(**more):
     torch.manual_seed(3)
-    grid = NeuronGrid(side=4, d_in=2, d_out=2, layers=3, width=4, **more)
+    grid = FastGrid(side=4, d_in=2, d_out=2, layers=3, width=4, **more)
     for b in unpack(grid.theta.data, grid.shapes)[1]:
         b.normal_(std=0.1)
     return grid
@@ -999,10 +1004,12 @@ def test_private_mlps_are_the_literal_networks_and_their_gradient(double, monkey
 def test_smoothing_is_the_convolution_repeated_on_a_torus(double, kernel, rounds):
     m = torch.randn(7, 7)
     literal = m.clone()
+    reach = range(-(kernel // 2), kernel // 2 + 1)
+
+    def around(m, i, j):
+        return sum(m[(i + di) % 7, (j + dj) % 7] for di in reach for dj in reach) / kernel ** 2
     for _ in range(rounds):
-        literal = torch.stack([torch.stack([
-            sum(literal[(i + di) % 7, (j + dj) % 7] for di in range(-(kernel // 2), kernel // 2 + 1) for dj in range(-(kernel // 2), kernel // 2 + 1))
-            for j in range(7)]) for i in range(7)]) / kernel ** 2
+        literal = torch.stack([torch.stack([around(literal, i, j) for j in range(7)]) for i in range(7)])
     torch.testing.assert_close(smooth(m, kernel, rounds), literal)
 
 
@@ -1019,7 +1026,7 @@ def test_k_winners_breaks_ties_by_index_and_leaves_out_what_is_committed():
 
 @pytest.mark.parametrize("steps, bias", [(1, False), (4, False), (4, True)])
 def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bias):
-    """Algorithm 1 line by line, Adam included, with autograd through everything; then a training step with all neurons."""
+    """Algorithm 1 line by line, Adam included, autograd through everything; then a step with all neurons."""
     grid, (x, y), loss = small_grid(bias=bias), shift_batch(), torch.nn.functional.cross_entropy
     search = SmoothKWTA(k=5, kernel=3, rounds=2, steps=steps, lr=0.3)
     m, first, second = (torch.zeros(16) for _ in range(3))
@@ -1047,12 +1054,17 @@ def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bia
 def test_a_grown_grid_answers_committed_masks_with_the_same_bits():
     grid, (x, _) = small_grid(), shift_batch()
     winners = torch.tensor([0, 5, 6, 15])
-    grid.commit(winners)
+    commit_mask(grid, winners)
     before = grid.respond(x, winners)
-    larger, index = grid.grown(6)
+    larger, index = grow(grid, 6)
     assert larger.respond(x, index[winners]).equal(before)
     assert larger.free.sum() == 36 - 4 and not larger.free[index[winners]].any()
     assert [(i // 6, i % 6) for i in index[winners].tolist()] == [(i // 4, i % 4) for i in winners.tolist()]
+
+
+def learner_of(row):
+    learner, mask = synthetic.METHODS[row.method]
+    return learner(row, mask)
 
 
 SMALL = dict(steps=12, batch=32, side=8, k=8, layers=3, width=4)
@@ -1072,30 +1084,33 @@ def test_every_task_has_the_same_inputs_and_targets_of_its_own():
         assert all(abs(y.mean() - centre) < 0.05 for y in targets)
 
 
-@pytest.mark.parametrize("leak, parameters, outputs", [("none", 0, 0), ("decay", 1, 1), ("moments", 1, 1), ("bias", 0, 1)])
+@pytest.mark.parametrize("leak, parameters, outputs",
+                         [("none", 0, 0), ("decay", 1, 1), ("moments", 1, 1), ("bias", 0, 1)])
 def test_fixed_masks_keep_every_bit_unless_a_precaution_is_left_out(leak, parameters, outputs):
-    out = synthetic.run(synthetic.Row("clf", "fixedmask", 0, leak=leak, **SMALL))
+    out = synthetic.run_row(synthetic.Row("clf", "fixedmask", 0, leak=leak, **SMALL))
     assert [bool(share) for share in out["parameters_moved"]] == [bool(parameters)] * 2 + [False]
     assert [bool(share) for share in out["outputs_moved"]] == [bool(outputs)] * 2 + [False]
     if leak == "none":
-        assert synthetic.summary(out)["stored_fm"] == synthetic.summary(out)["recovered_fm"] == 0.0
+        assert synthetic.row_summary(out)["stored_fm"] == synthetic.row_summary(out)["recovered_fm"] == 0.0
 
 
 @pytest.mark.parametrize("variant, inputs", [("clf", "uniform"), ("clf", "gaussian"), ("reg", "uniform")])
 def test_the_lock_keeps_stored_tasks_to_the_bit_and_masks_apart(variant, inputs):
-    out = synthetic.run(synthetic.Row(variant, "ftn-slow-lock", 1, inputs, tasks=4, **SMALL))
-    assert not any(out["parameters_moved"] + out["outputs_moved"]) and synthetic.summary(out)["stored_fm"] == 0.0
+    out = synthetic.run_row(synthetic.Row(variant, "ftn-slow-lock", 1, inputs, tasks=4, **SMALL))
+    assert not any(out["parameters_moved"] + out["outputs_moved"])
+    assert synthetic.row_summary(out)["stored_fm"] == 0.0
     assert not any(out["overlap_last"]) and not any(out["overwritten"])
     assert len(set(sum(out["winners"], []))) == 4 * SMALL["k"]
 
 
-@pytest.mark.parametrize("row", [synthetic.Row("clf", "ftn-slow-lock", 0, **SMALL), synthetic.StyleRow("lora-ftn-lock", 0, **SMALL_STYLE)])
+@pytest.mark.parametrize("row", [synthetic.Row("clf", "ftn-slow-lock", 0, **SMALL),
+                                 synthetic.StyleRow("lora-ftn-lock", 0, **SMALL_STYLE)])
 def test_under_the_lock_a_support_batch_recalls_the_committed_mask_with_the_lowest_loss(row):
-    learner = synthetic.Masked(row) if row.variant == "clf" else synthetic.Adapted(row)
+    learner = learner_of(row)
 
     def literal(winners, *batch):
         if row.variant == "style":
-            with learner.pool.applied(learner.pool.take(winners)):
+            with learner.components.applied(learner.components.take(winners)):
                 return learner.loss(*batch).item()
         x, y = batch
         return learner.loss(learner.grid(x, torch.zeros(row.side ** 2).index_fill(0, winners, 1.0)), y).item()
@@ -1108,14 +1123,14 @@ def test_under_the_lock_a_support_batch_recalls_the_committed_mask_with_the_lowe
         learner.end(t, *batch)
     for t in range(2):
         losses = [literal(winners, *learner.world.support[t]) for winners in learner.stored]
-        assert synthetic.recover(learner, t) is learner.stored[t if losses[t] < losses[1 - t] else 1 - t]
+        assert learner.mask.recover(learner, t) is learner.stored[t if losses[t] < losses[1 - t] else 1 - t]
 
 
 def test_without_the_lock_a_shared_neuron_forgets():
-    """Nothing keeps later masks off: of these eight tasks some overwrite another, and those, and no others, move."""
-    out = synthetic.run(synthetic.Row("clf", "ftn-slow", 0, tasks=8, **SMALL))
+    """Nothing keeps later masks off: of eight tasks some overwrite another, and those alone move."""
+    out = synthetic.run_row(synthetic.Row("clf", "ftn-slow", 0, tasks=8, **SMALL))
     hit = [False] * 8
-    for (i, j), share in zip(synthetic.itertools.combinations(range(8), 2), out["overwritten"]):
+    for (i, j), share in zip(itertools.combinations(range(8), 2), out["overwritten"]):
         hit[i] |= share > 0
     assert any(hit) and [p > 0 for p in out["parameters_moved"]] == hit
 
@@ -1123,14 +1138,14 @@ def test_without_the_lock_a_shared_neuron_forgets():
 def test_a_full_grid_says_what_to_do_and_a_larger_one_goes_on():
     nine = dict(SMALL, tasks=9, steps=2)
     with pytest.raises(Refused, match="the grid is full: 64 of its 64 .*--grow"):
-        synthetic.run(synthetic.Row("clf", "ftn-slow-lock", 0, **nine))
-    out = synthetic.run(synthetic.Row("clf", "ftn-slow-lock", 0, grow=True, **nine))
+        synthetic.run_row(synthetic.Row("clf", "ftn-slow-lock", 0, **nine))
+    out = synthetic.run_row(synthetic.Row("clf", "ftn-slow-lock", 0, grow=True, **nine))
     assert out["final_side"] == 12 and len(out["R_stored"]) == 9
     assert not any(out["parameters_moved"] + out["outputs_moved"])
 
 
 def test_ewc_adds_the_gradient_of_its_penalty():
-    learner = synthetic.Masked(synthetic.Row("reg", "ewc", 0, **SMALL))
+    learner = learner_of(synthetic.Row("reg", "ewc", 0, **SMALL))
     world, rng = synthetic.ConceptShift(learner.row), synthetic.generator("ewc")
     learner.begin(0)
     for _ in range(5):
@@ -1150,7 +1165,7 @@ def test_ewc_adds_the_gradient_of_its_penalty():
         p.data += 0.01 * torch.randn_like(p)
     penalty = sum(400 / 2 * (f * (p - a) ** 2).sum() for f, p, a in zip(importance, theta, anchor))
     x, y = world.batch(1, 32, rng)
-    learner.row = synthetic.dataclasses.replace(learner.row, dropout=0.0)
+    learner.row = dataclasses.replace(learner.row, dropout=0.0)
     wanted = torch.autograd.grad(penalty + (learner.grid(x, torch.ones(64)) - y).square().mean(), theta)
     learner.begin(1)
     learner.optimizer.step = lambda: None
@@ -1160,7 +1175,7 @@ def test_ewc_adds_the_gradient_of_its_penalty():
 
 
 def test_a_supermask_is_learned_straight_through_and_never_moves_again():
-    learner = synthetic.SupSup(synthetic.Row("clf", "supsup-wide", 0, dropout=0.0, **SMALL))
+    learner = learner_of(synthetic.Row("clf", "supsup-wide", 0, dropout=0.0, **SMALL))
     frozen = [w.clone() for w in learner.weights]
     for W, b in zip(*unpack(frozen[0], learner.grid.shapes)):
         assert W.abs().unique().numel() == 1 and (b == 0).all()  # signed constants
@@ -1168,20 +1183,22 @@ def test_a_supermask_is_learned_straight_through_and_never_moves_again():
     learner.begin(0)
     scores = [s.clone().requires_grad_() for s in learner.scores]
     theta, readout = [(s > 0).float() * w + (s - s.detach()) * w for s, w in zip(scores, frozen)]
-    wanted = torch.autograd.grad(learner.loss((readout @ PrivateMLPs.apply(theta, x, learner.grid.shapes)).T, y), scores)
+    z = PrivateMLPs.apply(theta, x, learner.grid.shapes)
+    wanted = torch.autograd.grad(learner.loss((readout @ z).T, y), scores)
     learner.train(0, x, y)
     for s, g in zip(learner.scores, wanted):
         torch.testing.assert_close(s.grad, g)
-    out = synthetic.run(synthetic.Row("clf", "supsup", 0, **SMALL))
+    out = synthetic.run_row(synthetic.Row("clf", "supsup", 0, **SMALL))
     assert not any(out["parameters_moved"] + out["outputs_moved"])
 
 
 def test_forgetting_is_positive_where_a_score_got_worse():
     accuracy = [[0.9], [0.7, 0.8], [0.6, 0.9, 0.9]]
-    assert synthetic.forgetting(accuracy, 1) == pytest.approx((0.3 + 0.0) / 2)
+    assert synthetic.forgetting_measure(accuracy, 1) == pytest.approx((0.3 + 0.0) / 2)
     error = [[0.1], [0.4, 0.2], [0.3, 0.1, 0.1]]
-    assert synthetic.forgetting(error, -1) == pytest.approx((0.2 + 0.0) / 2)
-    assert synthetic.forgetting(error, 1) == pytest.approx((0.1 + 0.1) / 2)  # the formula as printed rewards the second
+    assert synthetic.forgetting_measure(error, -1) == pytest.approx((0.2 + 0.0) / 2)
+    # the formula as printed rewards the second
+    assert synthetic.forgetting_measure(error, 1) == pytest.approx((0.1 + 0.1) / 2)
 
 
 def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, capsys):
@@ -1193,7 +1210,8 @@ def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monk
     assert kept == {p: p.stat().st_mtime_ns for p in pathlib.Path("runs/synthetic").iterdir()}
     shutil.rmtree("runs")
     train.main(["--task", "synthetic"] + command + ["--workers", "2", "--json", "two.json"])
-    one, again, two = (json.loads(pathlib.Path(f"{n}.json").read_text())["rows"] for n in ("one", "again", "two"))
+    files = [pathlib.Path(f"{name}.json") for name in ("one", "again", "two")]
+    one, again, two = (json.loads(file.read_text())["rows"] for file in files)
     assert one == again
     for row in one + two:
         for part in (row, row["summary"]):
@@ -1202,34 +1220,166 @@ def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monk
     assert "classification" in capsys.readouterr().out
 
 
-def test_figures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch):
+def run_quietly(main, argv, capsys):
+    """The line with which a program refuses."""
+    with pytest.raises((Refused, SystemExit)) as e:
+        main(argv)
+    line = str(e.value) if e.type is Refused else capsys.readouterr().err.strip()
+    assert line and "\n" not in line and "Traceback" not in line
+    return line
+
+
+def test_a_kept_row_that_is_damaged_or_of_another_row_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["--variant", "clf", "--methods", "ftn-slow", "--steps", "2", "--figures", "."]
+    row, other = (synthetic.Row("clf", "fixedmask", seed, **SMALL) for seed in (0, 1))
+    good, bad = (synthetic.cache_file(r) for r in (row, other))
+    assert synthetic.finished_row(row)[1] == synthetic.finished_row(row)[1]
+    text = good.read_text()
+    saved = json.loads(text)
+    lies = [text, text[:-9], "", "null", "[]", "7", "{}", "[" * 100_000, text.replace("0.", "1.", 1)]
+    lies += [json.dumps(dict(saved, sha256=None)), json.dumps(dict(saved, result=None))]
+    for lie in [*(t.encode() for t in lies), b"\xff\xfe\xff", b"\x00"]:
+        bad.write_bytes(lie)
+        _, out, message = synthetic.finished_row(other)
+        assert out is None and str(bad) in message and "\n" not in message
+        assert bad.read_bytes() == lie and good.read_text() == text
+    bad.unlink()
+    assert synthetic.finished_row(other)[1]["seed"] == 1
+
+
+def test_a_kept_row_is_named_after_what_decides_its_numbers_and_nothing_else(tmp_path):
+    row, style = synthetic.Row("clf", "ftn-slow", 0), synthetic.StyleRow("lora-ftn", 0)
+    files = {name: (HERE / name).read_text() for name in ("synthetic.py", "ftn.py", "model.py")}
+
+    def names(name="ftn.py", old="", new=""):
+        assert old in files[name]
+        for each, text in files.items():
+            (tmp_path / each).write_text(text.replace(old, new, 1) if each == name and old else text)
+        return synthetic.cache_file(row, tmp_path), synthetic.cache_file(style, tmp_path)
+    before = names()
+    assert before == (synthetic.cache_file(row), synthetic.cache_file(style))
+    for old, new in (("def print_scores(", "def one_more_table():\n    pass\n\n\ndef print_scores("),
+                     ('add("--seeds"', 'add("--more", help="one more option")\n    add("--seeds"'),
+                     ('".466"', '".467"'), ("class FixedMask", "# a comment\nclass FixedMask")):
+        assert names("synthetic.py", old, new) == before
+    for name, old, new in (("synthetic.py", "return torch.arange(t * k", "return torch.arange(1 + t * k"),
+                           ("synthetic.py", "strength=400.0", "strength=300.0"),
+                           ("ftn.py", "/ kernel", "* kernel")):
+        assert not set(names(name, old, new)) & set(before)
+    changed = names("model.py", 'reduction="none"', 'reduction="mean"')
+    assert changed[0] == before[0] and changed[1] != before[1]
+    assert synthetic.cache_file(dataclasses.replace(row, seed=1)) != before[0]
+
+
+def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
+    command = [sys.executable, str(HERE / "synthetic.py"), "--methods", "ftn-slow", "--workers", "2"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
+    said = ""
+    while "row" not in said:
+        said += process.stderr.read(1)
+    os.killpg(process.pid, signal.SIGINT)
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("synthetic.py: stopped; finished rows are kept")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_figures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    synthetic.main(["--variant", "clf", "--methods", "ftn-slow", "--steps", "2", "--json", "out.json"])
     with monkeypatch.context() as m:
-        m.setattr(synthetic.importlib.util, "find_spec", lambda name: None)
+        m.setattr(report, "matplotlib", None)
         with pytest.raises(Refused, match="pip install matplotlib"):
-            synthetic.main(command)
+            report.main(["--figures", "out.json"])
     pytest.importorskip("matplotlib")
-    synthetic.main(command)
+    report.main(["--figures", "out.json", "--to", "."])
     assert all(pathlib.Path(f"ftn-{kind}-clf.png").stat().st_size > 1000 for kind in ("masks", "curves"))
+    pathlib.Path("ftn-masks-clf.png").write_text("mine")
+    assert "no PNG" in run_quietly(report.main, ["--figures", "out.json", "--to", "."], capsys)
+    assert pathlib.Path("ftn-masks-clf.png").read_text() == "mine"
 
 
-def test_the_experiments_refuse_in_one_line():
-    for argv, message in ((["--seeds", "0"], "--seeds 0 is out of range"), (["--tasks", "1"], "--tasks 1 is out of range"),
-                          (["--experiment", "2", "--tasks", "7"], "--tasks 7 is out of range"), (["--b-std", "-1"], "--b-std must not"),
-                          (["--experiment", "2", "--methods", "ewc"], "experiment 2 has the methods lora-fixedmask"),
-                          (["--experiment", "2", "--backbone", "no/such", "--methods", "lora-ftn"], "rows were not computed: .*no/such"),
-                          (["--methods", "fixedmask", "--tasks", "9", "--steps", "1", "--variant", "clf"], "hold 8 fixed masks")):
-        with pytest.raises(Refused, match=message):
-            synthetic.main(argv)
+RESULT_LIES = {
+    "variant": (None, "x", [], 1),
+    "method": ("x", "lora-ftn", None),
+    "seed": (None, 0.5, True),
+    "tasks": (None, 0, 2, 10**12, "3", True),
+    "steps": (-1, 1.5, 10**7),
+    "search": (None, 1),
+    "R_stored": (None, [], [[]], [[0.0]] * 3, [[math.nan], [0.0] * 2, [0.0] * 3]),
+    "curve": (None, [None], {}, [], [{"step": 1000}], [{"step": "1000", "stored": [0.5], "recovered": [0.5]}]),
+    "final_side": (None, 10**9, -1),
+    "winners": ([[0], [1], [4]], [[0], [1], [-1]], [[0]] * 2),
+    "touched": ([1, 2], None),
+    "overwritten": ([0.0], "abc"),
+    "seconds": (None, 1e400)}
 
 
-# ------------------------------------------------------------------------------------------------------- LoRA-FTN
+def test_a_result_file_is_checked_whole_before_it_is_drawn(tmp_path, capsys):
+    saved = json.loads((HERE / "assets" / "results" / "ftn-ten-steps.json").read_text())
+    row = saved["rows"][0]
+    row = dict(row, side=2, k=1, final_side=2, winners=[[0], [1], [2]], touched=[1, 1, 1])
+    path = tmp_path / "lie.json"
+
+    def refusal():
+        argv = ["--figures", str(path), "--to", str(tmp_path / "to")]
+        line = run_quietly(report.main, argv, capsys)
+        assert [p.name for p in tmp_path.iterdir()] == ["lie.json"]
+        return line
+    lies = [(name, dict(row, **{name: value})) for name, values in RESULT_LIES.items() for value in values]
+    computed = row.keys() - {f.name for f in dataclasses.fields(synthetic.Row)} - {"summary"}
+    for gone in computed | {"variant", "method", "seed"}:
+        lies.append((gone.replace("ms_per_step", "seconds"), {k: v for k, v in row.items() if k != gone}))
+    for field, lie in lies:
+        path.write_text(json.dumps({"rows": [row, lie]}))
+        assert refusal().startswith(f"{path}: row 1: field {field} "), lie
+    cut = json.dumps(saved)[:5000].encode()
+    for text in (b"", b"null", b"[]", b'{"rows": []}', b'{"rows": {}}', b'{"rows": [null]}', b"\xff", cut,
+                 b"[" * 100_000):
+        path.write_bytes(text)
+        assert str(path) in refusal()
+    for other, field in ((dict(row, seed=9, inputs="gaussian"), "inputs"), (row, "seed")):
+        path.write_text(json.dumps({"rows": [row, other]}))
+        assert field in refusal()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--seeds", "0"], "--seeds: 0 is out of range"), (["--tasks", "1"], "--tasks: 1 is out of range"),
+    (["--seeds", "9" * 5000], "--seeds: .*not a number"), (["--first-seed", "-1"], "out of range"),
+    (["--steps", "1e3"], "--steps: '1e3' is not a number"), (["--workers", "0"], "out of range"),
+    (["--search", "nan", "1"], "--search: nan is out of range"), (["--search", "10", "inf"], "out of range"),
+    (["--search", "1.5", "1"], "--search 1.5 is not a number of steps"), (["--search", "1"], "expected 2"),
+    (["--experiment", "2", "--tasks", "7"], "--tasks 7 is out of range"),
+    (["--experiment", "2", "--b-std", "-1"], "--b-std: -1 is out of range"),
+    (["--experiment", "2", "--b-std", "inf"], "--b-std: inf is out of range"),
+    (["--experiment", "2", "--leaks"], "--leaks is an option of experiment 1"),
+    (["--b-std", "0.1"], "--b-std is an option of experiment 2"),
+    (["--json", "no/such/folder.json"], "--json: 'no/such/folder.json' cannot be written"),
+    (["--json", "."], "--json: '.' cannot be written"),
+    (["--methods", "lora-ftn"], "experiment 1 has the methods fixedmask"),
+    (["--experiment", "2", "--methods", "ewc"], "experiment 2 has the methods lora-fixedmask"),
+    (["--experiment", "2", "--backbone", "no/such"], "5 of 5 rows were not computed: .*no/such"),
+    (["--methods", "fixedmask", "--tasks", "9", "--steps", "1", "--variant", "clf"], "hold 8 fixed masks")])
+def test_the_experiments_refuse_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, run_quietly(synthetic.main, argv, capsys))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_score_that_is_not_finite_is_refused():
+    with pytest.raises(Refused, match="not finite in task 1"):
+        synthetic.run_row(synthetic.Row("reg", "fixedmask", 0, **dict(SMALL, lr=1e30)))
+
+
+# ------------------------------------------------------------------------------------------- LoRA-FTN
 
 def micro_gpt2():
     """distilgpt2's shape, narrower: c_attn is a Conv1D."""
     torch.manual_seed(8)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=300, n_embd=24, n_layer=2, n_head=2, n_positions=64)).eval()
+    shape = transformers.GPT2Config(vocab_size=300, n_embd=24, n_layer=2, n_head=2, n_positions=64)
+    return transformers.GPT2LMHeadModel(shape).eval()
 
 
 def pool_on(backbone, names, components=9, b_std=0.1):
@@ -1239,7 +1389,8 @@ def pool_on(backbone, names, components=9, b_std=0.1):
     return targets, pool
 
 
-@pytest.mark.parametrize("make, names", [(micro_backbone, ("q_proj", "k_proj", "v_proj")), (micro_gpt2, ("c_attn",))])
+@pytest.mark.parametrize("make, names", [(micro_backbone, ("q_proj", "k_proj", "v_proj")),
+                                         (micro_gpt2, ("c_attn",))])
 def test_the_pool_adds_equation_1_and_nothing_when_off(make, names):
     backbone = make()
     ids = torch.randint(0, 300, (3, 11))
@@ -1252,19 +1403,19 @@ def test_the_pool_adds_equation_1_and_nothing_when_off(make, names):
     twin = make()
     for name, module in find_targets(twin, names).items():
         A, B = pool.parts[name]
-        delta = sum(w * B[k].T @ A[k] for w, k in zip(weight, winners))      # sum_k m_k B_k A_k, [d_out, d_in]
+        delta = sum(w * B[k].T @ A[k] for w, k in zip(weight, winners))  # sum_k m_k B_k A_k, [d_out, d_in]
         module.weight.data += delta.T if isinstance(module, transformers.pytorch_utils.Conv1D) else delta
     torch.testing.assert_close(ours, twin(ids).logits)
     assert backbone(ids).logits.equal(bare)
 
 
 def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient():
-    """Silent components are left out by `loss_of_mask`; the literal search runs all of them, parameters and all."""
+    """Silent components are left out by `loss_of_mask`; the literal search runs all of them."""
     backbone = micro_backbone()
     targets, pool = pool_on(backbone, ("q_proj", "k_proj", "v_proj"), b_std=0.0)
     torch.manual_seed(9)
     first = SmoothKWTA(k=2, kernel=3, rounds=1, steps=3, lr=0.5).configure(pool.loss_of_mask(None), 3)
-    assert first.tolist() == [0, 1]  # all are silent: the backbone is not even asked, and ties go to the lower index
+    assert first.tolist() == [0, 1]  # all are silent: the backbone is not asked, ties go to the lower index
     trained = torch.tensor([0, 2, 5])
     pool.store(trained, {n: (A, torch.randn_like(B)) for n, (A, B) in pool.take(trained).items()})
     examples = random_examples(6)
@@ -1284,11 +1435,13 @@ def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient()
         masks.append((m.grad, search.configure(f, 3)))
     torch.testing.assert_close(masks[0][0], masks[1][0])
     assert (masks[1][0][torch.tensor([1, 3, 4, 6, 7, 8])] == 0).all() and masks[0][1].equal(masks[1][1])
-    assert all(p.grad is None for p in backbone.parameters()) and not any(t.requires_grad for pair in pool.parts.values() for t in pair)
+    assert all(p.grad is None for p in backbone.parameters())
+    assert not any(t.requires_grad for pair in pool.parts.values() for t in pair)
 
 
-@pytest.mark.parametrize("decay, carried, kept", [(0.0, False, True), (0.01, False, False), (0.0, True, False)])
-def test_unselected_components_get_exactly_no_gradient_and_move_only_by_decay_or_old_moments(decay, carried, kept):
+@pytest.mark.parametrize("decay, carried, kept",
+                         [(0.0, False, True), (0.01, False, False), (0.0, True, False)])
+def test_unselected_components_get_no_gradient_and_move_only_by_decay_or_old_moments(decay, carried, kept):
     backbone = micro_backbone()
     _, pool = pool_on(backbone, ("q_proj",), b_std=0.1)
     live = {n: tuple(p.requires_grad_() for p in pair) for n, pair in pool.take(ALL).items()}
@@ -1313,22 +1466,24 @@ def test_unselected_components_get_exactly_no_gradient_and_move_only_by_decay_or
 
 @pytest.mark.parametrize("method", ["lora-fixedmask", "lora-ftn-lock"])
 def test_disjoint_components_keep_every_stored_style_to_the_bit(method):
-    out = synthetic.run(synthetic.StyleRow(method, 0, **SMALL_STYLE))
-    s = synthetic.summary(out)
-    assert s["stored_fm"] == 0.0 and not any(out["parameters_moved"] + out["outputs_moved"]) and not any(out["overlap_last"])
+    out = synthetic.run_row(synthetic.StyleRow(method, 0, **SMALL_STYLE))
+    s = synthetic.row_summary(out)
+    assert s["stored_fm"] == 0.0 and not any(out["parameters_moved"] + out["outputs_moved"])
+    assert not any(out["overlap_last"])
     assert method == "lora-ftn-lock" or s["recovered_fm"] == 0.0
 
 
-@pytest.mark.parametrize("more", [dict(method="lora-naive"), dict(method="lora-ftn", reconfigure="every"), dict(method="lora-ftn", b_std=0.01)])
+@pytest.mark.parametrize("more", [dict(method="lora-naive"), dict(method="lora-ftn", reconfigure="every"),
+                                  dict(method="lora-ftn", b_std=0.01)])
 def test_other_ways_to_use_the_pool_run_and_are_not_protected(more):
-    out = synthetic.run(synthetic.StyleRow(seed=0, **more, **SMALL_STYLE))
+    out = synthetic.run_row(synthetic.StyleRow(seed=0, **more, **SMALL_STYLE))
     assert all(0 < ce < 20 for ce in out["R_stored"][-1] + out["R_recovered"][-1])
     assert more["method"] != "lora-naive" or all(p > 0.9 for p in out["parameters_moved"][:-1])
 
 
 def test_the_bank_takes_a_component_of_the_same_size_per_task():
-    out = synthetic.Adapted(synthetic.StyleRow("lora-bank", 0, **SMALL_STYLE))
-    A, B = next(iter(out.pool.parts.values()))
+    out = learner_of(synthetic.StyleRow("lora-bank", 0, **SMALL_STYLE))
+    A, B = next(iter(out.components.parts.values()))
     assert A.shape[:2] == (4, 8) and 0 < B.std() < 2e-3  # 16 components of rank 2, four at a time
     out.begin(0)
     out.train(0, out.world.training[0][:4])
@@ -1344,5 +1499,6 @@ def test_styles_share_their_sentences_and_no_sentence_is_in_two_parts():
     assert len(set.union(*parts[0])) == 120
     styles = {name: f("The red Fox") for name, f in world.STYLES.items()}
     assert styles == {"upper": "THE RED FOX", "lower": "the red fox", "reverse_words": "Fox red The",
-                      "double_words": "The The red red Fox Fox", "starred_vowels": "Th* r*d F*x", "pirate": "Arr! The red Fox matey!"}
+                      "double_words": "The The red red Fox Fox", "starred_vowels": "Th* r*d F*x",
+                      "pirate": "Arr! The red Fox matey!"}
     assert all(r[-1] == tokenizer.eos_token_id for (examples,) in world.test for _, r in examples)

@@ -48,7 +48,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def read_rows(path):
-    """The rows of a file that `synthetic.py --json` wrote. Refused: it is no such file; the field is named."""
+    """The rows of a file that `synthetic.py --json` wrote. Refused: it is no such file."""
     try:
         results = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
