@@ -330,12 +330,12 @@ class Learner:
 class Neurons(Learner):
     """FTN and what it is compared with on the same grid. A handle is a mask: its winners [k], or ALL."""
 
-    def __init__(self, row, mask):
-        head, wide = HEAD[row.variant], getattr(mask, "wide", False)
+    def __init__(self, row, mask, width=1):
+        head = HEAD[row.variant]
         self.loss, self.fisher, self.optimizer = head["loss"], [], None
         steps, lr = row.search or (head["steps"], head["lr"])
         self.proposal = int(steps), lr  # S and eta of Algorithm 1
-        size = dict(layers=row.layers, width=row.width * (1 + wide), bias=row.leak == "bias")
+        size = dict(layers=row.layers, width=width * row.width, bias=row.leak == "bias")
         super().__init__(row, mask, ConceptShift(row), FastGrid(row.side, 2, head["d_out"], **size))
 
     @property
@@ -350,9 +350,7 @@ class Neurons(Learner):
             none = torch.zeros(len(self.grid.free), dtype=torch.bool)
             self.touched = [none.index_put((index,), touched) for touched in self.touched]
         if self.optimizer is None or self.row.leak != "moments":
-            settings = dict(
-                lr=self.row.lr, weight_decay=0.01 if self.row.leak == "decay" else 0.0, fused=True
-            )
+            settings = dict(lr=self.row.lr, weight_decay=0.01 * (self.row.leak == "decay"), fused=True)
             self.optimizer = torch.optim.AdamW(self.grid.parameters(), **settings)
         super().begin(t)
 
@@ -397,7 +395,7 @@ class SupSup(Neurons):
     """
 
     def __init__(self, row, mask):
-        super().__init__(row, mask)
+        super().__init__(row, mask, width=2 if mask.wide else 1)
         self.weights = [p.detach() for p in self.grid.parameters()]
         if mask.wide:
             for W in unpack(self.weights[0], self.grid.shapes)[0]:
@@ -729,9 +727,8 @@ def print_scores(variant, leak, rows):
     score, reg = VARIANTS[variant]["score"], variant == "reg"
     without = "" if leak == "none" else f", precaution left out: {leak}"
     print(f"\n{VARIANTS[variant]['title']}{without}, seeds: {max(map(len, rows.values()))}")
-    heads = [head.format(score) for head, _, _ in COLUMNS] + ["paper " + score, "FM", "FM as printed"][
-        : 2 + reg
-    ]
+    heads = [head.format(score) for head, _, _ in COLUMNS] + [f"paper {score}", "FM"]
+    heads += ["FM as printed"] if reg else []
     print(f"{'':<14}" + "".join(f"{head:>14}" for head in heads))
     for method, seeds in rows.items():
         cells = [spread([s.get(key) for s in seeds], digits) for _, key, digits in COLUMNS]
@@ -778,25 +775,19 @@ OWN = {1: ("inputs", "search", "grow"), 2: ("backbone", "reconfigure", "b_std")}
 
 def parse_options(argv=None):
     p = Parser(prog="synthetic.py", description="The FTN experiments and their tables.")
-    add, workers = p.add_argument, multiprocessing.cpu_count()
+    add = p.add_argument
     add("--experiment", type=int, choices=[1, 2], default=1)
     add("--methods", nargs="+", choices=METHODS, help="[all]")
     add("--seeds", type=number(int, 1, 1000), default=1, help="how many [1]")
     add("--first-seed", type=number(int, 0, 2**31), default=0, help="[0]")
     add("--tasks", type=number(int, 2, 100), help="[3; 6]")
     add("--steps", type=number(int, 1, 100_000), help="training steps a task [1000; 200]")
-    add("--workers", type=number(int, 1, 256), default=workers, help="rows side by side [one per core]")
+    add("--workers", type=number(int, 1, 256), default=os.cpu_count(), help="rows side by side [the cores]")
     add("--json", type=output_file, help="write everything about every row to this file")
     add = p.add_argument_group("experiment 1").add_argument
     add("--variant", nargs="+", choices=list(HEAD), help="[both]")
     add("--inputs", choices=["uniform", "gaussian"], help="the generator, see Row [uniform]")
-    add(
-        "--search",
-        nargs=2,
-        type=number(float, 1e-3, 1000),
-        metavar=("S", "ETA"),
-        help="steps and rate of the mask search [1 1.0 clf, 10 0.2 reg]",
-    )
+    add("--search", nargs=2, type=number(float, 1e-3, 1000), metavar=("S", "ETA"), help="of Algorithm 1")
     add("--grow", action="store_const", const=True, help="when too few neurons are free, take a larger grid")
     add("--leaks", action="store_true", help="FixedMask with each precaution of Appendix C left out")
     add = p.add_argument_group("experiment 2").add_argument
