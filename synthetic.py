@@ -177,6 +177,8 @@ class StyleStream:
     # fmt: on
 
     def __init__(self, row, tokenizer):
+        if tokenizer.eos_token_id is None:
+            raise Refused(f"backbone {row.backbone}: its tokenizer has no token that ends a response")
         sentences = SENTENCES.read_text().splitlines()
         order = torch.randperm(len(sentences), generator=generator(row.seed, "split")).tolist()
 
@@ -622,6 +624,17 @@ def sealed(path, result):
     return dict(sha256=hashlib.sha256((path.name + json.dumps(result)).encode()).hexdigest(), result=result)
 
 
+def read_sealed(path):
+    """The result in a row's file. Refused: the file is not what was written for this row."""
+    try:
+        saved = json.loads(path.read_bytes())
+        if saved == sealed(path, saved["result"]):
+            return saved["result"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise Refused(f"{path} is damaged or not of this row; without it the row is computed again")
+
+
 def finished_row(row):
     """The row; its result, from its file or else computed and kept; what was refused, if there is none."""
     path = cache_file(row)
@@ -631,14 +644,9 @@ def finished_row(row):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as tmp:
                 tmp.write_text(json.dumps(sealed(path, out)))
-        saved = json.loads(path.read_bytes())
-        if saved != sealed(path, saved["result"]):
-            raise ValueError
-        return row, saved["result"], None
+        return row, read_sealed(path), None
     except Refused as e:
         return row, None, str(e)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return row, None, f"{path} is damaged or not of this row; without it the row is computed again"
 
 
 def leave_interrupts_to_parent():

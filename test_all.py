@@ -1368,6 +1368,20 @@ def test_the_experiments_refuse_in_one_line(argv, message, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_a_backbone_whose_responses_cannot_end_is_refused():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.eos_token = None
+    with pytest.raises(Refused, match="tiny: its tokenizer has no token that ends"):
+        synthetic.StyleStream(synthetic.StyleRow("lora-ftn", 0), tokenizer)
+
+
+def test_an_error_while_a_row_is_computed_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(synthetic, "run_row", lambda row: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        synthetic.finished_row(synthetic.Row("clf", "fixedmask", 0))
+
+
 def test_a_score_that_is_not_finite_is_refused():
     with pytest.raises(Refused, match="not finite in task 1"):
         synthetic.run_row(synthetic.Row("reg", "fixedmask", 0, **dict(SMALL, lr=1e30)))
