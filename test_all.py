@@ -1340,7 +1340,9 @@ def test_a_result_file_is_checked_whole_before_it_is_drawn(tmp_path, capsys):
                  b"[" * 100_000):
         path.write_bytes(text)
         assert str(path) in refusal()
-    for other, field in ((dict(row, seed=9, inputs="gaussian"), "inputs"), (row, "seed")):
+    others = [(dict(row, seed=9, inputs="gaussian"), "inputs"), (row, "seed")]
+    others.append((dict(row, seed=9, curve=row["curve"][1:]), "curve"))
+    for other, field in others:
         path.write_text(json.dumps({"rows": [row, other]}))
         assert field in refusal()
 

@@ -145,6 +145,8 @@ def grouped(results):
                 raise Refused(
                     f"rows of {variant} differ in {name} ({', '.join(sorted(values))}): draw them apart"
                 )
+        if len({tuple(point["step"] for point in result["curve"]) for result in group}) > 1:
+            raise Refused(f"rows of {variant} differ in the steps of field curve")
         if len({(result["method"], result["seed"]) for result in group}) < len(group):
             raise Refused(f"a row of {variant} is there more than once (fields method and seed)")
     return groups
