@@ -546,7 +546,7 @@ def run_row(row):
                 learner.end(t, *batch)
             training += time.perf_counter() - started
             if step == row.steps or step % CURVE_EVERY == 0 and row.variant != "style":
-                curve.append(dict(step=t * row.steps + step, **scores(learner)))
+                curve.append(dict(step=t * row.steps + step, **score_tasks(learner)))
         kept.append(answers(learner, t))
     moved = [bits_moved(before, answers(learner, t)) for t, before in enumerate(kept)]
     R = {p: [point[p] for point in curve if point["step"] % row.steps == 0] for p in ("stored", "recovered")}
@@ -558,7 +558,7 @@ def run_row(row):
     return dict(out, ms_per_step=ms_per_step, seconds=time.perf_counter() - began)
 
 
-def scores(learner):
+def score_tasks(learner):
     """Both protocols' scores on the test sets of all tasks so far."""
     stored, recovered = [], []
     for j, handle in enumerate(learner.stored):
