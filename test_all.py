@@ -1,12 +1,17 @@
 """What must stay true. Each test states one promise; `pytest test_all.py` takes a few minutes on two cores.
 
-No network, no GPU and nothing outside this folder is needed; the GPU test is skipped, visibly, where there is none.
+No network, no GPU and nothing outside this folder is needed; the GPU test is skipped, visibly, where there is
+none.
 """
+
+import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,17 +30,39 @@ import synthetic
 import train
 from commit import Refused, Run, Version
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
-from ftn import ALL, LoRAPool, NeuronGrid, PrivateMLPs, SmoothKWTA, k_winners, smooth, unpack
-from model import NIWF, TINY_FOLDER, AdapterBank, attach, detach, find_targets, perplexity, response_logits, response_nll
+from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, grow, k_winners, smooth, unpack
+from model import (
+    NIWF,
+    TINY_FOLDER,
+    AdapterBank,
+    attach,
+    detach,
+    find_targets,
+    perplexity,
+    response_logits,
+    response_nll,
+)
 
 HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE / "assets"))
+import report
 
 
 def micro_backbone(vocab=300, layers=2):
     torch.manual_seed(7)
-    return transformers.MistralForCausalLM(transformers.MistralConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=256, sliding_window=None)).eval()
+    return transformers.MistralForCausalLM(
+        transformers.MistralConfig(
+            vocab_size=vocab,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=256,
+            sliding_window=None,
+        )
+    ).eval()
 
 
 def random_bank(bank, n, seed=0):
@@ -63,10 +90,17 @@ def random_gating(batch, layers, n, k=2):
 
 def random_examples(n, seed=0):
     r = random.Random(seed)
-    return [([r.randrange(3, 300) for _ in range(r.randrange(4, 15))], [r.randrange(3, 300) for _ in range(r.randrange(1, 8))] + [2]) for _ in range(n)]
+    return [
+        (
+            [r.randrange(3, 300) for _ in range(r.randrange(4, 15))],
+            [r.randrange(3, 300) for _ in range(r.randrange(1, 8))] + [2],
+        )
+        for _ in range(n)
+    ]
 
 
-# ---------------------------------------------------------------------------------------------- field.py
+# --------------------------------------------------------------------------------------------------- field.py
+
 
 def test_field_is_equation_6_and_gating_equation_7():
     torch.manual_seed(0)
@@ -115,23 +149,39 @@ def test_dynamics_are_equation_8_written_out():
         torch.testing.assert_close(z_new, torch.tanh(dynamics.w_z.weight @ g + dynamics.w_z.bias))
 
 
-# ---------------------------------------------------------------------------------------------- model.py
+# --------------------------------------------------------------------------------------------------- model.py
 
-@pytest.mark.parametrize("committed,live,dtype,tolerance", [(0, 6, torch.float32, {}), (6, 0, torch.float32, {}), (4, 2, torch.float32, {}),
-                                                            (4, 2, torch.bfloat16, dict(rtol=3e-2, atol=3e-2))])
+
+@pytest.mark.parametrize(
+    "committed,live,dtype,tolerance",
+    [
+        (0, 6, torch.float32, {}),
+        (6, 0, torch.float32, {}),
+        (4, 2, torch.float32, {}),
+        (4, 2, torch.bfloat16, dict(rtol=3e-2, atol=3e-2)),
+    ],
+)
 def test_update_is_equation_2(committed, live, dtype, tolerance):
     model = micro_model(live, committed)
     model.backbone.to(dtype)
-    name, module = next((n, m) for n, m in find_targets(model.backbone).items() if n.endswith("1.mlp.down_proj"))
+    name, module = next(
+        (n, m) for n, m in find_targets(model.backbone).items() if n.endswith("1.mlp.down_proj")
+    )
     x, gating = torch.randn(3, 5, 48, dtype=dtype), random_gating(3, 2, 6)
     y = module(x)
     with model.gated(gating):
         adapted = module(x)
     assert adapted.dtype == dtype
-    A, B = (torch.cat([model.bank.committed[f"{name}.{p}"], *([model.bank.live[f"{name}.{p}"]] if live else [])]) for p in "AB")
+    A, B = (
+        torch.cat([model.bank.committed[f"{name}.{p}"], *([model.bank.live[f"{name}.{p}"]] if live else [])])
+        for p in "AB"
+    )
     for b in range(3):
         for t in range(5):
-            update = sum(w * B[i].T @ (A[i] @ x[b, t].float()) for i, w in zip(gating[0][b, 1].tolist(), gating[1][b, 1]))
+            update = sum(
+                w * B[i].T @ (A[i] @ x[b, t].float())
+                for i, w in zip(gating[0][b, 1].tolist(), gating[1][b, 1])
+            )
             torch.testing.assert_close(adapted[b, t].float(), y[b, t] + 5 / 3 * update, **tolerance)
     assert torch.equal(module(x), y), "gating must be off again"
 
@@ -187,9 +237,9 @@ def test_padding_and_mixed_batches_change_nothing():
     logits, labels = model.logits(examples, gating)
     h_bar = model.probe([p for p, _ in examples])
     for i, (p, r) in enumerate(examples):
-        one, one_labels = model.logits([(p, r)], tuple(g[i:i + 1] for g in gating))
-        torch.testing.assert_close(logits[i, -len(r):], one[0], atol=1e-5, rtol=1e-5)
-        assert labels[i, -len(r):].tolist() == one_labels[0].tolist() == r
+        one, one_labels = model.logits([(p, r)], tuple(g[i : i + 1] for g in gating))
+        torch.testing.assert_close(logits[i, -len(r) :], one[0], atol=1e-5, rtol=1e-5)
+        assert labels[i, -len(r) :].tolist() == one_labels[0].tolist() == r
         torch.testing.assert_close(h_bar[i], model.probe([p])[0], atol=1e-5, rtol=1e-5)
 
 
@@ -205,7 +255,7 @@ def test_loss_counts_response_tokens_with_eos_and_nothing_else():
 
 def test_the_probe_reads_the_prompt_only_and_no_adapter():
     model = micro_model()
-    (p, r), = random_examples(1)
+    ((p, r),) = random_examples(1)
     hidden = model.backbone.base_model(torch.tensor([p])).last_hidden_state
     torch.testing.assert_close(model.probe([p])[0], hidden[0].mean(0))
     assert not torch.allclose(model.probe([p], random_gating(1, 2, 6))[0], hidden[0].mean(0))
@@ -214,15 +264,17 @@ def test_the_probe_reads_the_prompt_only_and_no_adapter():
 def test_generation_with_a_cache_is_greedy_decoding_without_one():
     model, prompts = micro_model(), [p for p, _ in random_examples(5)]
     gating = random_gating(5, 2, 6)
-    for i, (prompt, new) in enumerate(zip(prompts, model.generate(prompts, gating, eos_id=2, max_new_tokens=12))):
+    for i, (prompt, new) in enumerate(
+        zip(prompts, model.generate(prompts, gating, eos_id=2, max_new_tokens=12))
+    ):
         ids = list(prompt)
-        with model.gated(tuple(g[i:i + 1] for g in gating)):
+        with model.gated(tuple(g[i : i + 1] for g in gating)):
             while len(ids) < len(prompt) + 12:
                 ids.append(int(model.backbone(torch.tensor([ids])).logits[0, -1].argmax()))
                 if ids[-1] == 2:
                     ids.pop()
                     break
-        assert new == ids[len(prompt):]
+        assert new == ids[len(prompt) :]
 
 
 def test_mistral_7b_has_the_shapes_we_publish():
@@ -232,43 +284,69 @@ def test_mistral_7b_has_the_shapes_we_publish():
         field, dynamics = WeightField(32, 16), CoordinateDynamics(model.features)
     count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
     assert count(backbone) == 7_241_732_096 and len(model.bank.shapes) == 7 * 32
-    assert model.bank.shapes["model.layers.0.self_attn.o_proj"] == (4096, 4096)  # the paper's table says 1024 -> 4096
-    assert model.bank.parameter_count(16) == 335_544_320                        # and so 323 M
+    assert model.bank.shapes["model.layers.0.self_attn.o_proj"] == (
+        4096,
+        4096,
+    )  # the paper's table says 1024 -> 4096
+    assert model.bank.parameter_count(16) == 335_544_320  # and so 323 M
     assert count(dynamics.gru) > 780_000 and 990_000 < count(field) + count(dynamics) < 1_100_000
 
 
 def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
-    """A micro-batch of 256 tokens: weights, gradients, Adam's moments and what autograd keeps. Not counted: the allocator."""
+    """A micro-batch of 256 tokens: weights, gradients, Adam's moments and what autograd keeps. Not counted:
+    the allocator."""
     saved = {}
 
     def keep(t):
         saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
+
     with torch.device("meta"):
-        model = NIWF(transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(), dtype=torch.bfloat16), pad_id=0)
+        model = NIWF(
+            transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(), dtype=torch.bfloat16),
+            pad_id=0,
+        )
         model.bank.add(16)
         gating = torch.zeros(1, 32, 8, dtype=torch.long), torch.zeros(1, 32, 8, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), model.gated(gating):
-            logits = model.backbone(input_ids=torch.zeros(1, 256, dtype=torch.long), position_ids=torch.zeros(1, 256, dtype=torch.long),
-                                    attention_mask=torch.zeros(1, 1, 256, 256, dtype=torch.bfloat16), use_cache=False).logits
+            logits = model.backbone(
+                input_ids=torch.zeros(1, 256, dtype=torch.long),
+                position_ids=torch.zeros(1, 256, dtype=torch.long),
+                attention_mask=torch.zeros(1, 1, 256, 256, dtype=torch.bfloat16),
+                use_cache=False,
+            ).logits
             response_nll(logits, torch.zeros(1, 256, dtype=torch.long))
-    backbone, live = ({p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in parts}
-                      for parts in (model.backbone.parameters(), model.bank.live.values()))
+    backbone, live = (
+        {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in parts}
+        for parts in (model.backbone.parameters(), model.bank.live.values())
+    )
     activations = sum(n for c, n in saved.items() if c not in backbone | live)
     committed = sum(live.values())  # the first task's bases: as many, read only
     parts = [sum(backbone.values()), 4 * sum(live.values()), committed, activations]
-    print("GiB: backbone {:.1f}, live bases with gradients and moments {:.1f}, committed bases {:.1f}, kept for backward {:.1f}; in all {:.1f}".format(
-        *(n / 2**30 for n in (*parts, sum(parts)))))
-    assert sum(parts) / 2**30 < 23
+    names = (
+        "backbone",
+        "live bases with gradients and moments",
+        "committed bases",
+        "kept for backward",
+        "in all",
+    )
+    print("GiB:", ", ".join(f"{name} {n / 2**30:.1f}" for name, n in zip(names, (*parts, sum(parts)))))
+    assert (
+        sum(parts) / 2**30 < 23 and sum(parts) + 1e9 <= train.MISTRAL_BYTES < 25.3e9
+    )  # what a card of 24 GiB reports
 
 
-# ---------------------------------------------------------------------------------------------- commit.py
+# -------------------------------------------------------------------------------------------------- commit.py
+
 
 def test_region_distance_is_mahalanobis_and_tau_the_quantile():
     torch.manual_seed(0)
     u = torch.randn(500, 6, dtype=torch.double) @ torch.randn(6, 6, dtype=torch.double)
     region, z = Region.fit(torch.tanh(u), 0.95), torch.tanh(u)
-    d = [float(((x - region.mean) @ torch.linalg.inv(region.cov) @ (x - region.mean)).sqrt()) for x in field.unsquash(z)]
+    d = [
+        float(((x - region.mean) @ torch.linalg.inv(region.cov) @ (x - region.mean)).sqrt())
+        for x in field.unsquash(z)
+    ]
     torch.testing.assert_close(region.distance(z), torch.tensor(d, dtype=torch.double))
     assert sum(x <= region.tau for x in d) == 475
     torch.testing.assert_close(region.cov, torch.cov(field.unsquash(z).T), rtol=1e-2, atol=1e-2)
@@ -280,7 +358,11 @@ def test_anchors_lie_inside_their_region(source):
     z = torch.tanh(torch.randn(400, 5))
     region = Region.fit(z)
     anchors = sample_anchors(region, z, 256, source, seed=3)
-    assert anchors.shape == (256, 5) and anchors.abs().max() < 1 and (region.distance(anchors) <= region.tau).all()
+    assert (
+        anchors.shape == (256, 5)
+        and anchors.abs().max() < 1
+        and (region.distance(anchors) <= region.tau).all()
+    )
     assert torch.equal(anchors, sample_anchors(region, z, 256, source, seed=3))
     if source == "empirical":
         assert all((z == a).all(1).any() for a in anchors)
@@ -298,7 +380,10 @@ def test_routing_is_regularised_discriminant_analysis():
     regions = [Region.fit(g) for g in groups]
     found = route(torch.cat(groups), regions)
     pooled = (100 * regions[0].cov + 300 * regions[1].cov) / 400
-    gauss = [torch.distributions.MultivariateNormal(r.mean, (r.n * r.cov + 4 * pooled) / (r.n + 4)) for r in regions]
+    gauss = [
+        torch.distributions.MultivariateNormal(r.mean, (r.n * r.cov + 4 * pooled) / (r.n + 4))
+        for r in regions
+    ]
     for x, choice, p in zip(field.unsquash(torch.cat(groups).double()), found.choice, found.probability):
         likelihood = [float(g.log_prob(x).exp()) for g in gauss]
         assert choice == likelihood.index(max(likelihood))
@@ -318,16 +403,35 @@ def test_lock_and_separation_losses_are_equations_13_and_10():
     torch.testing.assert_close(field.lock_loss(phi.grown(7), [old]), expected)
     x = torch.tanh(torch.randn(6, 4)).requires_grad_()
     loss = field.separation_loss(x, [region], margin=1.0)
-    torch.testing.assert_close(loss, sum(max(0.0, region.tau + 1 - region.distance(v[None]).item()) ** 2 for v in x) / 6 * torch.ones(()))
+    torch.testing.assert_close(
+        loss,
+        sum(max(0.0, region.tau + 1 - region.distance(v[None]).item()) ** 2 for v in x) / 6 * torch.ones(()),
+    )
     loss.backward()
     assert (region.distance(x - 1e-3 * x.grad) > region.distance(x)).any(), "the gradient must push outwards"
 
 
 def a_version_of(phi, dynamics, region, anchors, bases, **more):
     """A version as training makes it."""
-    return Version(**{**dict(task="a", lock="first", reads=[], top_k=2, field=phi, dynamics=dynamics, region=region, anchors=anchors,
-                             snapshot=take_snapshot(phi, anchors), bases=bases, config={"seed": 1}, index=torch.arange(phi.bases)),
-                        **more})
+    return Version(
+        **{
+            **dict(
+                task="a",
+                lock="first",
+                reads=[],
+                top_k=2,
+                field=phi,
+                dynamics=dynamics,
+                region=region,
+                anchors=anchors,
+                snapshot=take_snapshot(phi, anchors),
+                bases=bases,
+                config={"seed": 1},
+                index=torch.arange(phi.bases),
+            ),
+            **more,
+        }
+    )
 
 
 def a_version(tmp_path):
@@ -344,7 +448,11 @@ def test_a_version_comes_back_bit_for_bit_under_its_own_name(tmp_path):
     v, path = a_version(tmp_path)
     w = Version.load(path)
     z = torch.randn(9, 4)
-    assert torch.equal(v.field(z), w.field(z)) and torch.equal(v.snapshot, w.snapshot) and all(torch.equal(t, w.bases[key]) for key, t in v.bases.items())
+    assert (
+        torch.equal(v.field(z), w.field(z))
+        and torch.equal(v.snapshot, w.snapshot)
+        and all(torch.equal(t, w.bases[key]) for key, t in v.bases.items())
+    )
     assert torch.equal(take_snapshot(w.field, w.anchors), w.snapshot)
     assert (w.task, w.lock, w.config, w.region.tau) == (v.task, v.lock, v.config, v.region.tau)
     assert w.index.tolist() == [0, 1, 2] and w.hash == v.hash
@@ -374,7 +482,8 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "old"
 
 
-# ---------------------------------------------------------------------------------------------- train.py, whole runs
+# --------------------------------------------------------------------------------------- train.py, whole runs
+
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
@@ -386,9 +495,47 @@ def micro(tmp_path_factory):
     data = HERE / "assets" / "data"
 
     def options(task, out, *more):
-        return [str(x) for x in ("--task", task, "--backbone", folder, "--data", data / f"{task}.train.json", "--out", out, "--device", "cpu",
-                                 "--examples", 96, "--val-examples", 32, "--batch", 8, "--grad-accum", 2, "--lr", 0.02, "--epochs", 2, "--bases", 4,
-                                 "--top-k", 2, "--rank", 2, "--field-hidden", 16, "--coord-dim", 8, "--anchors", 32, *more)]
+        return [
+            str(x)
+            for x in (
+                "--task",
+                task,
+                "--backbone",
+                folder,
+                "--data",
+                data / f"{task}.train.json",
+                "--out",
+                out,
+                "--device",
+                "cpu",
+                "--examples",
+                96,
+                "--val-examples",
+                32,
+                "--batch",
+                8,
+                "--grad-accum",
+                2,
+                "--lr",
+                0.02,
+                "--epochs",
+                2,
+                "--bases",
+                4,
+                "--top-k",
+                2,
+                "--rank",
+                2,
+                "--field-hidden",
+                16,
+                "--coord-dim",
+                8,
+                "--anchors",
+                32,
+                *more,
+            )
+        ]
+
     return options
 
 
@@ -405,7 +552,9 @@ def copy_of(run, tmp_path, name="run"):
 
 
 def tensors_of(run, i):
-    return commit.safe_open(run / "versions" / f"{Run(run).manifest['versions'][i]['hash']}.safetensors", "pt")
+    return commit.safe_open(
+        run / "versions" / f"{Run(run).manifest['versions'][i]['hash']}.safetensors", "pt"
+    )
 
 
 def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, tmp_path, capsys):
@@ -419,8 +568,15 @@ def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, tmp_path, capsys
     assert "+0.00 %  logits bit-identical on 32 of 32" in capsys.readouterr().out
     run = Run(out)
     model = run.open_model(*run.open_backbone(run.manifest["backbone"]["name"], "cpu"))
-    assert len(model.bank) == 8 and run.versions[1].index.tolist() == list(range(8)) and run.versions[0].index.tolist() == list(range(4))
-    assert run.versions[1].reads == [run.versions[0].hash] and run.versions[1].dynamics is run.versions[0].dynamics
+    assert (
+        len(model.bank) == 8
+        and run.versions[1].index.tolist() == list(range(8))
+        and run.versions[0].index.tolist() == list(range(4))
+    )
+    assert (
+        run.versions[1].reads == [run.versions[0].hash]
+        and run.versions[1].dynamics is run.versions[0].dynamics
+    )
     with tensors_of(out, 1) as f:
         assert not any(k.startswith("dynamics") for k in f.keys())
         assert {f.get_slice(k).get_shape()[0] for k in f.keys() if k.startswith("bank.")} == {4}
@@ -430,7 +586,7 @@ def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, tmp_path, capsys
     h_bar = torch.randn(12, model.features)
     (indices, weights), found = run.routed(h_bar)
     for i in range(12):
-        alone = run.stored(int(found.choice[i]), h_bar[i:i + 1])
+        alone = run.stored(int(found.choice[i]), h_bar[i : i + 1])
         assert torch.equal(indices[i], alone[0][0])
         torch.testing.assert_close(weights[i], alone[1][0])
 
@@ -440,11 +596,21 @@ def test_a_third_task_reads_both_and_moves_neither(micro, first, tmp_path):
     train.main(micro("code", out, "--lock"))
     train.main(micro("third", out, "--lock", "--data", HERE / "assets" / "data" / "alpaca.val.json"))
     run = Run(out)
-    assert run.manifest["results"][-1]["identical"] == {"alpaca": [32, 32], "code": [32, 32], "third": [32, 32]}
+    assert run.manifest["results"][-1]["identical"] == {
+        "alpaca": [32, 32],
+        "code": [32, 32],
+        "third": [32, 32],
+    }
     assert set(evaluation.forgetting(run.manifest["results"], "stored").values()) == {0.0}
     with tensors_of(out, 2) as f:
-        assert json.loads(f.metadata()["version"])["reads"] == [v["hash"] for v in run.manifest["versions"][:2]]
-        assert f.get_slice("snapshot").get_shape() == [32, 2, 12]  # logits over its own 4 bases and the 8 that it reads
+        assert json.loads(f.metadata()["version"])["reads"] == [
+            v["hash"] for v in run.manifest["versions"][:2]
+        ]
+        assert f.get_slice("snapshot").get_shape() == [
+            32,
+            2,
+            12,
+        ]  # logits over its own 4 bases and the 8 that it reads
 
 
 def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
@@ -456,9 +622,13 @@ def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
     weights = learner.weights()
     assert {k.split(".")[0] for k in weights} == {"bank", "field"} and learner.reads == [run.versions[0].hash]
     assert {len(p) for k, p in weights.items() if k.startswith("bank")} == {4} and len(model.bank) == 8
-    assert not any(p.requires_grad for v in run.versions for m in (v.field, v.dynamics) for p in m.parameters())
+    assert not any(
+        p.requires_grad for v in run.versions for m in (v.field, v.dynamics) for p in m.parameters()
+    )
     indices, weights = top_k_gating(learner.field(torch.zeros(1, 8)), 3)
-    assert (indices[..., :2] >= 4).all() and (indices[..., 2] < 4).any()  # its own two lead at the start; it may read the next
+    assert (indices[..., :2] >= 4).all() and (
+        indices[..., 2] < 4
+    ).any()  # its own two lead at the start; it may read the next
     assert weights.min() > 0.25
 
 
@@ -478,17 +648,39 @@ def test_without_the_exact_lock_one_bank_is_shared_and_task_one_moves(micro, fir
         train.main(micro("third", out, "--lock", "exact"))
 
 
-@pytest.mark.parametrize("more", [["--probe", "adapted", "--pool", "sequence"], ["--dense-gating"], ["--fixed-coordinate"], ["--shared-gating"],
-                                  ["--anchor-source", "empirical"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--probe", "adapted", "--pool", "sequence"],
+        ["--dense-gating"],
+        ["--fixed-coordinate"],
+        ["--shared-gating"],
+        ["--anchor-source", "empirical"],
+    ],
+)
 def test_every_setting_of_the_paper_runs_and_is_read_back(micro, tmp_path, more):
     out = tmp_path / "run"
     train.main(micro("alpaca", out, *more))
-    train.main(micro("code", out, "--lock", "soft", *[m for m in more if m not in ("--probe", "adapted", "--pool", "sequence", "--fixed-coordinate")]))
+    train.main(
+        micro(
+            "code",
+            out,
+            "--lock",
+            "soft",
+            *[m for m in more if m not in ("--probe", "adapted", "--pool", "sequence", "--fixed-coordinate")],
+        )
+    )
     rows = Run(out).manifest["results"]
     evaluation.main(["--run", str(out), "--json", str(tmp_path / "e.json")])
     again = json.loads((tmp_path / "e.json").read_text())
-    assert again["R"]["stored"] == [[rows[0]["stored"]["alpaca"], None], [rows[1]["stored"][t] for t in ("alpaca", "code")]]
-    assert again["R"]["routed"][1] == [rows[1]["routed"][t] for t in ("alpaca", "code")] and again["routing"] == rows[1]["routing"]
+    assert again["R"]["stored"] == [
+        [rows[0]["stored"]["alpaca"], None],
+        [rows[1]["stored"][t] for t in ("alpaca", "code")],
+    ]
+    assert (
+        again["R"]["routed"][1] == [rows[1]["routed"][t] for t in ("alpaca", "code")]
+        and again["routing"] == rows[1]["routing"]
+    )
 
 
 def outcome(run):
@@ -503,10 +695,12 @@ def test_a_training_that_stops_anywhere_resumes_to_the_same_bits(micro, first, t
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
     schedule = train.learning_rate
     for last in (0, 3, 4, 9, 10):
+
         def fail(step, total, peak, last=last):
             if step > last:
                 raise RuntimeError("pulled the plug")
             return schedule(step, total, peak)
+
         monkeypatch.setattr(train, "learning_rate", fail)
         with pytest.raises(RuntimeError):
             train.main(micro("code", broken, "--lock"))
@@ -521,8 +715,12 @@ def test_a_training_that_stops_anywhere_resumes_to_the_same_bits(micro, first, t
 def test_sigkill_at_random_moments_changes_nothing(micro, first, tmp_path):
     whole, killed = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "killed")
     code = "import sys, train; train.SAVE_EVERY = 0; train.main(sys.argv[1:])"
-    start = lambda out: subprocess.Popen([sys.executable, "-c", code, *micro("code", out, "--lock", "--epochs", 6)], cwd=HERE,  # noqa: E731
-                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    start = lambda out: subprocess.Popen(
+        [sys.executable, "-c", code, *micro("code", out, "--lock", "--epochs", 6)],
+        cwd=HERE,  # noqa: E731
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     began = time.time()
     assert start(whole).wait() == 0
     seconds, moments = time.time() - began, random.Random(0)
@@ -549,7 +747,11 @@ def test_an_interrupt_saves_and_says_how_to_go_on(micro, first, tmp_path, monkey
     whole, out = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "interrupted")
     train.main(micro("code", whole, "--lock"))
     schedule = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda s, *a: (signal.raise_signal(signal.SIGINT) if s == 5 else None, schedule(s, *a))[1])
+    monkeypatch.setattr(
+        train,
+        "learning_rate",
+        lambda s, *a: (signal.raise_signal(signal.SIGINT) if s == 5 else None, schedule(s, *a))[1],
+    )
     with pytest.raises(KeyboardInterrupt, match="step 6 of 12; the same command goes on"):
         train.main(micro("code", out, "--lock"))
     monkeypatch.setattr(train, "learning_rate", schedule)
@@ -564,12 +766,18 @@ def snapshot_of(folder):
 RECORD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
 
-@pytest.mark.parametrize("content,message", [
-    ("[{", "not readable as JSON"), ("{}", "expected a JSON list"), ("[]", "expected a JSON list"),
-    (json.dumps([RECORD, {"instruction": "x"}]), "record 2 has no text under 'output'"),
-    (json.dumps([RECORD, {**RECORD, "output": 3}]), "record 2 has no text under 'output'"),
-    (json.dumps([{**RECORD, "input": []}]), "record 1 has something other than text under 'input'"),
-    (json.dumps([{**RECORD, "output": " "}] * 3), "no usable records")])
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("[{", "not readable as JSON"),
+        ("{}", "expected a JSON list"),
+        ("[]", "expected a JSON list"),
+        (json.dumps([RECORD, {"instruction": "x"}]), "record 2 has no text under 'output'"),
+        (json.dumps([RECORD, {**RECORD, "output": 3}]), "record 2 has no text under 'output'"),
+        (json.dumps([{**RECORD, "input": []}]), "record 1 has something other than text under 'input'"),
+        (json.dumps([{**RECORD, "output": " "}] * 3), "no usable records"),
+    ],
+)
 def test_bad_data_gets_one_line_and_loses_nothing(micro, first, tmp_path, content, message):
     out, bad = copy_of(first, tmp_path), tmp_path / "bad.json"
     bad.write_text(content)
@@ -580,11 +788,20 @@ def test_bad_data_gets_one_line_and_loses_nothing(micro, first, tmp_path, conten
     assert snapshot_of(out) == before
 
 
-@pytest.mark.parametrize("more,message", [
-    (["--rank", 5], "its first task fixed 2"), (["--probe", "adapted"], "its first task fixed bare"), (["--top-k", 99], "more than --bases 4"),
-    (["--backbone", "tiny"], "belongs to another backbone"), (["--backbone", "/no/such/folder"], "cannot be loaded"),
-    (["--backbone", "/no/such.gguf"], "such.gguf"), (["--data", "/no/such.json"], "no such file"), (["--device", "tpu"], "not available"),
-    (["--task", "../x"], "use letters")])
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (["--rank", 5], "its first task fixed 2"),
+        (["--probe", "adapted"], "its first task fixed bare"),
+        (["--top-k", 99], "more than --bases 4"),
+        (["--backbone", "tiny"], "belongs to another backbone"),
+        (["--backbone", "/no/such/folder"], "cannot be loaded"),
+        (["--backbone", "/no/such.gguf"], "such.gguf"),
+        (["--data", "/no/such.json"], "no such file"),
+        (["--device", "tpu"], "not available"),
+        (["--task", "../x"], "use letters"),
+    ],
+)
 def test_options_that_cannot_be_get_one_line_and_lose_nothing(micro, first, tmp_path, more, message):
     out = copy_of(first, tmp_path)
     before = snapshot_of(out)
@@ -594,9 +811,16 @@ def test_options_that_cannot_be_get_one_line_and_lose_nothing(micro, first, tmp_
     assert snapshot_of(out) == before
 
 
-@pytest.mark.parametrize("argv,message", [
-    (["--task", "x", "--quantile", "2"], "out of range"), (["--task", "x", "--batch", "0"], "out of range"), (["--lr", "1"], "--task"),
-    (["--task", "x", "--lock", "hard"], "invalid choice"), (["--task", "x", "--lr", "fast"], "not a number")])
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        (["--task", "x", "--quantile", "2"], "out of range"),
+        (["--task", "x", "--batch", "0"], "out of range"),
+        (["--lr", "1"], "--task"),
+        (["--task", "x", "--lock", "hard"], "invalid choice"),
+        (["--task", "x", "--lr", "fast"], "not a number"),
+    ],
+)
 def test_the_command_line_answers_in_one_line(capsys, argv, message):
     with pytest.raises(SystemExit):
         train.main(argv)
@@ -607,7 +831,9 @@ def test_the_command_line_answers_in_one_line(capsys, argv, message):
 def test_unknown_task_damaged_state_and_foreign_manifest_are_refused(micro, first, tmp_path):
     out = copy_of(first, tmp_path)
     with pytest.raises(Refused, match="brings no data of its own"):
-        train.main(["--task", "poems", "--backbone", "tiny", "--device", "cpu", "--out", str(tmp_path / "new")])
+        train.main(
+            ["--task", "poems", "--backbone", "tiny", "--device", "cpu", "--out", str(tmp_path / "new")]
+        )
     assert not (tmp_path / "new").exists()
     (out / "training.safetensors").write_bytes(b"nonsense")
     with pytest.raises(Refused, match="damaged training state"):
@@ -619,14 +845,24 @@ def test_unknown_task_damaged_state_and_foreign_manifest_are_refused(micro, firs
 
 def test_long_and_empty_records_are_counted(micro):
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    records = [RECORD, {**RECORD, "output": ""}, {**RECORD, "output": "word " * 400}, {**RECORD, "instruction": "Say bye."}]
+    records = [
+        RECORD,
+        {**RECORD, "output": ""},
+        {**RECORD, "output": "word " * 400},
+        {**RECORD, "instruction": "Say bye."},
+    ]
     kept, examples, note = train.take_usable(records, tokenizer, 10, 64)
-    assert [r["instruction"] for r in kept] == ["Say hello.", "Say bye."] and note == "2 (1 empty and 1 over 64 tokens left out)"
+    assert [r["instruction"] for r in kept] == [
+        "Say hello.",
+        "Say bye.",
+    ] and note == "2 (1 empty and 1 over 64 tokens left out)"
     assert examples[0][1][-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in examples[0][0]
 
 
 def test_own_data_is_held_out_by_prompt(micro, tmp_path, capsys):
-    (tmp_path / "mine.json").write_text(json.dumps([{**RECORD, "instruction": f"Say {i}."} for i in range(40)] * 2))
+    (tmp_path / "mine.json").write_text(
+        json.dumps([{**RECORD, "instruction": f"Say {i}."} for i in range(40)] * 2)
+    )
     out = tmp_path / "run"
     train.main(micro("mine", out, "--data", tmp_path / "mine.json"))
     held_out = {r["instruction"] for r in json.loads((out / "data" / "mine.val.json").read_text())}
@@ -644,7 +880,10 @@ def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
     learner = train.Learner(model=model, field=now, dynamics=dynamics, top_k=2, reads=[], protected=[old])
     args = train.argparse.Namespace(lambda_lock=5.0, lambda_sep=0.5, lambda_budget=2.0, margin=3.0)
     h_bar, tokens = model.probe([p for p, _ in examples]), sum(len(r) for _, r in examples)
-    terms = [train.loss_terms(learner, examples[i:j], h_bar[i:j], args, (j - i) / 4, tokens) for i, j in ((0, 3), (3, 4))]
+    terms = [
+        train.loss_terms(learner, examples[i:j], h_bar[i:j], args, (j - i) / 4, tokens)
+        for i, j in ((0, 3), (3, 4))
+    ]
     z = dynamics(h_bar)
     nll = 0.0
     for (p, r), coordinate in zip(examples, z):
@@ -652,8 +891,15 @@ def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
             log_p = model.backbone(torch.tensor([p + r])).logits[0].log_softmax(-1)
         nll = nll - sum(log_p[len(p) - 1 + i, t] for i, t in enumerate(r))
     lock = sum(((now(a[None]) - s) ** 2).sum() for a, s in zip(anchors, old.snapshot)) / 8
-    separation = sum(max(0.0, region.tau + 3.0 - float(region.distance(c[None]))) ** 2 for c in z.detach()) / 4
-    wanted = {"lm": nll / tokens, "lock": 5 * lock, "sep": torch.tensor(separation / 2), "budget": torch.tensor(4 / 6)}
+    separation = (
+        sum(max(0.0, region.tau + 3.0 - float(region.distance(c[None]))) ** 2 for c in z.detach()) / 4
+    )
+    wanted = {
+        "lm": nll / tokens,
+        "lock": 5 * lock,
+        "sep": torch.tensor(separation / 2),
+        "budget": torch.tensor(4 / 6),
+    }
     for name, value in wanted.items():
         torch.testing.assert_close(sum(t[name] for t in terms), value, atol=1e-4, rtol=1e-4)
         assert value > 0.01, name
@@ -672,10 +918,26 @@ def test_forgetting_is_relative_to_the_perplexity_when_learned():
 
 def test_prompt_and_exact_match_and_log(first, tmp_path, capsys):
     evaluation.main(["--run", str(first), "--prompt", "Name three fruits.", "--max-new-tokens", "5"])
-    assert f"[version {Run(first).manifest['versions'][0]['hash'][:12]}; nearest region: alpaca, 100.0 % sure" in capsys.readouterr().out
-    evaluation.main(["--run", str(first), "--exact-match", "3", "--max-new-tokens", "3", "--json", str(tmp_path / "e.json")])
+    assert (
+        f"[version {Run(first).manifest['versions'][0]['hash'][:12]}; nearest region: alpaca, 100.0 % sure"
+        in capsys.readouterr().out
+    )
+    evaluation.main(
+        [
+            "--run",
+            str(first),
+            "--exact-match",
+            "3",
+            "--max-new-tokens",
+            "3",
+            "--json",
+            str(tmp_path / "e.json"),
+        ]
+    )
     counts = json.loads((tmp_path / "e.json").read_text())["exact_match"]["alpaca"]
-    assert sum(n for _, n in counts.values()) == 32 and "of 32 answers exactly right" in capsys.readouterr().out
+    assert (
+        sum(n for _, n in counts.values()) == 32 and "of 32 answers exactly right" in capsys.readouterr().out
+    )
     assert "(lock: first)" in "\n".join(commit.log(Run(first)))
 
 
@@ -686,27 +948,49 @@ def test_on_a_gpu_the_exact_lock_holds_too(micro, tmp_path):
     assert Run(tmp_path / "run").manifest["results"][-1]["identical"]["alpaca"] == [32, 32]
 
 
-# ---------------------------------------------------------------------------------------------- assets
+# ----------------------------------------------------------------------------------------------------- assets
+
 
 @pytest.mark.parametrize("task", ["alpaca", "code"])
 def test_embedded_sets_are_what_the_readme_says(task):
-    sets = {side: commit.read_records(HERE / "assets" / "data" / f"{task}.{side}.json") for side in ("train", "val")}
+    sets = {
+        side: commit.read_records(HERE / "assets" / "data" / f"{task}.{side}.json")
+        for side in ("train", "val")
+    }
     prompts = {side: {(r["instruction"], r["input"]) for r in records} for side, records in sets.items()}
-    assert len(prompts["train"]) >= 4000 and len(prompts["val"]) >= 400 and not prompts["train"] & prompts["val"]
-    assert len({r["kind"] for r in sets["val"]}) >= 25 and {r["kind"] for r in sets["val"]} == {r["kind"] for r in sets["train"]}
+    assert (
+        len(prompts["train"]) >= 4000 and len(prompts["val"]) >= 400 and not prompts["train"] & prompts["val"]
+    )
+    assert len({r["kind"] for r in sets["val"]}) >= 25 and {r["kind"] for r in sets["val"]} == {
+        r["kind"] for r in sets["train"]
+    }
 
 
 def test_everything_embedded_takes_at_most_6_mb():
-    assert sum(p.stat().st_size for part in ("tiny", "data") for p in (HERE / "assets" / part).rglob("*") if p.is_file()) <= 6e6
+    assert (
+        sum(
+            p.stat().st_size
+            for part in ("tiny", "data")
+            for p in (HERE / "assets" / part).rglob("*")
+            if p.is_file()
+        )
+        <= 6e6
+    )
 
 
 def test_the_tiny_tokenizer_gives_back_any_text():
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    for text in ("def f(x):\n    return  x", "naïve café 漢字 🙂\r\n\t", " two  spaces ", "### Instruction:\n"):
+    for text in (
+        "def f(x):\n    return  x",
+        "naïve café 漢字 🙂\r\n\t",
+        " two  spaces ",
+        "### Instruction:\n",
+    ):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-# ------------------------------------------------------------------------------------------------- commit.py, the command
+# ------------------------------------------------------------------------------------- commit.py, the command
+
 
 @pytest.fixture(scope="session")
 def two(micro, first, tmp_path_factory):
@@ -737,14 +1021,32 @@ def fake_commit(folder, task, seed, reads_all=True):
     z = torch.tanh(torch.randn(40, 6) + torch.randn(6))
     region = Region.fit(z)
     anchors = sample_anchors(region, z, 8, "empirical", 0)
-    settings = {"rank": 2, "alpha": 16.0, "coord_dim": 6, "probe": "bare", "pool": "prompt", "fixed_coordinate": False}
+    settings = {
+        "rank": 2,
+        "alpha": 16.0,
+        "coord_dim": 6,
+        "probe": "bare",
+        "pool": "prompt",
+        "fixed_coordinate": False,
+    }
     run.manifest |= {"settings": settings, "backbone": {"name": "micro", "fingerprint": "0" * 64}}
     run.folder.mkdir(exist_ok=True)
     for kind, content in (("val", [RECORD]), ("logits", ["0" * 16])):
         with commit.atomic(run.data_file(task, kind)) as tmp:
             tmp.write_text(json.dumps(content))
-    run.commit(a_version_of(field.requires_grad_(False), dynamics, region, anchors, bases, task=task, reads=reads, config=settings,
-                            lock="exact" if run.versions else "first"))
+    run.commit(
+        a_version_of(
+            field.requires_grad_(False),
+            dynamics,
+            region,
+            anchors,
+            bases,
+            task=task,
+            reads=reads,
+            config=settings,
+            lock="exact" if run.versions else "first",
+        )
+    )
     return run.manifest["versions"][-1]["hash"]
 
 
@@ -761,19 +1063,37 @@ def answers(folder, backbone, examples):
 @torch.no_grad()
 def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
     r, backbone, examples = random.Random(0), micro_backbone(), random_examples(3)
-    folder, count = tmp_path / "run", iter(range(10 ** 6))
+    folder, count = tmp_path / "run", iter(range(10**6))
     fake_commit(folder, "root", 0)
     seen = answers(folder, backbone, examples)
     done = dict.fromkeys(("commit", "rollback", "compose", "merge"), 0)
     for step in range(200):
         run, n = Run(folder), next(count)
         entries = run.manifest["versions"] + run.manifest["compositions"]
-        kind = r.choice(["rollback", "rollback", "compose", "merge"] if len(entries) > 7 else ["commit", "compose", "merge"])
+        kind = r.choice(
+            ["rollback", "rollback", "compose", "merge"]
+            if len(entries) > 7
+            else ["commit", "compose", "merge"]
+        )
         if kind == "commit":
             fake_commit(folder, f"t{n}", n, reads_all=r.random() < 0.4)
         elif kind == "compose":
-            picked = [e["hash"][:16] for e in r.sample(run.manifest["versions"], min(2, len(run.manifest["versions"])))]
-            commit.main(["compose", *picked, "--weights", *["0.5"] * len(picked), "--name", f"c{n}", "--run", str(folder)])
+            picked = [
+                e["hash"][:16]
+                for e in r.sample(run.manifest["versions"], min(2, len(run.manifest["versions"])))
+            ]
+            commit.main(
+                [
+                    "compose",
+                    *picked,
+                    "--weights",
+                    *["0.5"] * len(picked),
+                    "--name",
+                    f"c{n}",
+                    "--run",
+                    str(folder),
+                ]
+            )
         elif kind == "merge":
             branch = tmp_path / "branch"
             shutil.rmtree(branch, ignore_errors=True)
@@ -790,7 +1110,9 @@ def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
         now = answers(folder, backbone, examples)
         for digest, logits in now.items():
             assert logits.equal(seen.setdefault(digest, logits)), (step, kind)
-        assert {p.stem for p in (folder / "versions").iterdir()} == set(now) and not (folder / "versions" / "orphans").exists()
+        assert {p.stem for p in (folder / "versions").iterdir()} == set(now) and not (
+            folder / "versions" / "orphans"
+        ).exists()
     assert min(done.values()) > 10 and not any(wrong for _, wrong in commit.verify(Run(folder)))
 
 
@@ -801,7 +1123,11 @@ def test_rollback_refuses_while_another_version_reads_and_cascades_when_told(mic
     before = Run(out).manifest["results"][0]
     commit.main(["rollback", "code", "--run", str(out)])
     run = Run(out)
-    assert run.tasks == ["alpaca"] and run.manifest["results"] == [before] and len(list((out / "versions").iterdir())) == 1
+    assert (
+        run.tasks == ["alpaca"]
+        and run.manifest["results"] == [before]
+        and len(list((out / "versions").iterdir())) == 1
+    )
     assert not list((out / "data").glob("code.*"))
     train.main(micro("code", out, "--lock"))  # learned again, it is the same version
     assert Run(out).manifest["versions"][1]["hash"] == Run(two).manifest["versions"][1]["hash"]
@@ -813,7 +1139,9 @@ def test_rollback_refuses_while_another_version_reads_and_cascades_when_told(mic
 def test_branches_merge_as_if_trained_one_after_the_other(micro, first, tmp_path, capsys):
     left, right = copy_of(first, tmp_path, "left"), copy_of(first, tmp_path, "right")
     train.main(micro("code", left, "--lock"))
-    train.main(micro("third", right, "--lock", "--data", HERE / "assets" / "data" / "code.val.json", "--seed", "3"))
+    train.main(
+        micro("third", right, "--lock", "--data", HERE / "assets" / "data" / "code.val.json", "--seed", "3")
+    )
     rows = {p: Run(p).manifest["results"][-1] for p in (left, right)}
     commit.main(["merge", str(right), "--run", str(left)])
     assert Run(left).tasks == ["alpaca", "code", "third"] and "merged third" in capsys.readouterr().out
@@ -831,7 +1159,10 @@ def test_merge_refuses_what_does_not_belong_together_and_changes_nothing(two, fi
         before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         with pytest.raises(Refused, match=message):
             commit.main(["merge", str(other), "--run", str(folder)])
-        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == {p: b for p, b in before.items() if p.name != ".lock"}
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"} == {
+            p: b for p, b in before.items() if p.name != ".lock"
+        }
+
     ours = copy_of(first, tmp_path, "ours")
     other = tmp_path / "other"
     train.main(micro("alpaca", other, "--seed", "9"))
@@ -900,7 +1231,9 @@ def test_an_exported_adapter_is_the_version_at_its_mean_coordinate(tmp_path, nam
     torch.testing.assert_close(response_logits(twin, 0, examples)[0], wanted, rtol=0, atol=1e-5)
     peft = pytest.importorskip("peft")
     adapted = peft.PeftModel.from_pretrained(micro_backbone(), tmp_path / "lora")
-    torch.testing.assert_close(response_logits(adapted.base_model.model, 0, examples)[0], wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        response_logits(adapted.base_model.model, 0, examples)[0], wanted, rtol=0, atol=1e-5
+    )
     with pytest.raises(Refused, match="not empty"):
         commit.main(["export", name, "--to", str(tmp_path / "lora"), "--run", str(folder)])
 
@@ -908,14 +1241,22 @@ def test_an_exported_adapter_is_the_version_at_its_mean_coordinate(tmp_path, nam
 def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp_path, capsys):
     out = copy_of(two, tmp_path)
     commit.main(["compose", "alpaca", "code", "--weights", "1", "0", "--name", "onlyA", "--run", str(out)])
-    evaluation.main(["--run", str(out), "--version", "alpaca", "code", "onlyA", "--json", str(tmp_path / "u.json")])
-    evaluation.main(["--run", str(out), "--version", "onlyA", "--prompt", "Name a fruit.", "--max-new-tokens", "3"])
+    evaluation.main(
+        ["--run", str(out), "--version", "alpaca", "code", "onlyA", "--json", str(tmp_path / "u.json")]
+    )
+    evaluation.main(
+        ["--run", str(out), "--version", "onlyA", "--prompt", "Name a fruit.", "--max-new-tokens", "3"]
+    )
     table = json.loads((tmp_path / "u.json").read_text())["under"]
     stored = Run(two).manifest["results"][-1]["stored"]
     for task in ("alpaca", "code"):
         assert table[task][task] == pytest.approx(stored[task], rel=1e-6)
-        assert table[task]["onlyA"] == pytest.approx(table[task]["alpaca"], rel=1e-5)  # weight 0 takes code out again
-        assert table[task].get("onlyA, peft", table[task]["alpaca"]) == pytest.approx(table[task]["alpaca"], rel=0.05)
+        assert table[task]["onlyA"] == pytest.approx(
+            table[task]["alpaca"], rel=1e-5
+        )  # weight 0 takes code out again
+        assert table[task].get("onlyA, peft", table[task]["alpaca"]) == pytest.approx(
+            table[task]["alpaca"], rel=0.05
+        )
     assert "as asked" in capsys.readouterr().out
 
 
@@ -925,12 +1266,21 @@ def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, m
     train.main(["--stream", "1", *command])
     first = Run(tmp_path / "run").manifest["versions"]
     train.main(["--stream", "2", *command])
-    evaluation.main(["--run", str(tmp_path / "run"), "--growth", "--json", str(tmp_path / "s.json"), "--device", "cpu"])
+    evaluation.main(
+        ["--run", str(tmp_path / "run"), "--growth", "--json", str(tmp_path / "s.json"), "--device", "cpu"]
+    )
     run, out = Run(tmp_path / "run"), json.loads((tmp_path / "s.json").read_text())
-    assert out["tasks"] == run.tasks == ["alpaca-before", "code-append"] and run.manifest["versions"][:1] == first
+    assert (
+        out["tasks"] == run.tasks == ["alpaca-before", "code-append"]
+        and run.manifest["versions"][:1] == first
+    )
     assert {r["kind"] for r in run.validation("alpaca-before")} == {"before"}
-    assert [x["bases_read"] for x in out["growth"]] == [0, 16] and all(x["bases_written"] == 16 for x in out["growth"])
-    assert [x["bytes"] for x in out["growth"]] == [run.path(v["hash"]).stat().st_size for v in run.manifest["versions"]]
+    assert [x["bases_read"] for x in out["growth"]] == [0, 16] and all(
+        x["bases_written"] == 16 for x in out["growth"]
+    )
+    assert [x["bytes"] for x in out["growth"]] == [
+        run.path(v["hash"]).stat().st_size for v in run.manifest["versions"]
+    ]
     assert [x["stored_forgetting"] for x in out["growth"]] == [0, 0] and out["R"]["stored"][0][1] is None
     assert out["growth"][1]["routed_home"] == sum(out["routing"][t][t] for t in run.tasks) / 8
 
@@ -944,12 +1294,19 @@ def test_show_log_and_names(two, tmp_path, capsys):
     assert f"version {digest[:12]}  code  (lock: exact)" in log and "0.5 x " in log and "perplexity" in log
     commit.main(["show", digest[:6], "--run", str(out), "--json"])
     about = json.loads(capsys.readouterr().out)
-    assert about["task"] == "code" and about["writes"] == 4 and about["read_by"] == [Run(out).manifest["compositions"][0]["hash"]]
-    for argv, message in ((["show", "nobody"], "no version is called 'nobody'"), (["show", digest[:3]], "no version"),
-                          (["compose", "alpaca", "--weights", "1", "2", "--name", "x"], "1 versions and 2 weights"),
-                          (["compose", "alpaca", "--weights", "1", "--name", "code"], "already has a version called code"),
-                          (["compose", "alpaca", "--weights", "1", "--name", "a/b"], "use letters"),
-                          (["rollback", "alpaca"], "is read by code, AB")):
+    assert (
+        about["task"] == "code"
+        and about["writes"] == 4
+        and about["read_by"] == [Run(out).manifest["compositions"][0]["hash"]]
+    )
+    for argv, message in (
+        (["show", "nobody"], "no version is called 'nobody'"),
+        (["show", digest[:3]], "no version"),
+        (["compose", "alpaca", "--weights", "1", "2", "--name", "x"], "1 versions and 2 weights"),
+        (["compose", "alpaca", "--weights", "1", "--name", "code"], "already has a version called code"),
+        (["compose", "alpaca", "--weights", "1", "--name", "a/b"], "use letters"),
+        (["rollback", "alpaca"], "is read by code, AB"),
+    ):
         with pytest.raises(Refused, match=message):
             commit.main(argv + ["--run", str(out)])
     with pytest.raises(Refused, match="not a run folder"):
@@ -959,10 +1316,21 @@ def test_show_log_and_names(two, tmp_path, capsys):
 @pytest.mark.skipif(not commit.fcntl, reason="no fcntl here")
 def test_a_second_process_is_refused_and_the_lock_dies_with_the_first(micro, first, tmp_path):
     out = copy_of(first, tmp_path)
-    holder = subprocess.Popen([sys.executable, "-c", f"import commit, time\nwith commit.Run({str(out)!r}).exclusive():\n print('in', flush=True); time.sleep(60)"],
-                              stdout=subprocess.PIPE, cwd=HERE)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import commit, time\nwith commit.Run({str(out)!r}).exclusive():\n"
+            " print('in', flush=True); time.sleep(60)",
+        ],
+        stdout=subprocess.PIPE,
+        cwd=HERE,
+    )
     holder.stdout.readline()
-    for command in (lambda: train.main(micro("code", out, "--lock")), lambda: commit.main(["rollback", "alpaca", "--run", str(out)])):
+    for command in (
+        lambda: train.main(micro("code", out, "--lock")),
+        lambda: commit.main(["rollback", "alpaca", "--run", str(out)]),
+    ):
         with pytest.raises(Refused, match="another process is at work"):
             command()
     holder.kill()
@@ -978,9 +1346,14 @@ def test_sigkill_at_any_moment_leaves_the_state_before_or_after(tmp_path):
     shutil.copytree(base, branch)
     fake_commit(branch, "b", 2, reads_all=False)
     fake_commit(base, "a", 1)
-    commands = {"commit": lambda f: fake_commit(f, "c", 3), "rollback": lambda f: commit.main(["rollback", "a", "--run", str(f)]),
-                "merge": lambda f: commit.main(["merge", str(branch), "--run", str(f)]),
-                "compose": lambda f: commit.main(["compose", "root", "a", "--weights", "1", "1", "--name", "AB", "--run", str(f)])}
+    commands = {
+        "commit": lambda f: fake_commit(f, "c", 3),
+        "rollback": lambda f: commit.main(["rollback", "a", "--run", str(f)]),
+        "merge": lambda f: commit.main(["merge", str(branch), "--run", str(f)]),
+        "compose": lambda f: commit.main(
+            ["compose", "root", "a", "--weights", "1", "1", "--name", "AB", "--run", str(f)]
+        ),
+    }
     state = lambda f: sorted(e["hash"] for k in ("versions", "compositions") for e in Run(f).manifest[k])  # noqa: E731
     r = random.Random(0)
     for name, command in commands.items():
@@ -1001,7 +1374,9 @@ def test_sigkill_at_any_moment_leaves_the_state_before_or_after(tmp_path):
             os.waitpid(child, 0)
             assert state(folder) in (state(base), state(after)), (name, i)
             assert not any(wrong for _, wrong in commit.verify(Run(folder)))
-            with Run(folder).exclusive() as run:  # and the next command that writes tidies up: nothing is lost
+            with Run(
+                folder
+            ).exclusive() as run:  # and the next command that writes tidies up: nothing is lost
                 before = {p.read_bytes() for p in (folder / "versions").glob("*.safetensors")}
                 run.save()
                 assert {p.stem for p in (folder / "versions").glob("*")} - {"orphans"} == set(state(folder))
@@ -1009,7 +1384,8 @@ def test_sigkill_at_any_moment_leaves_the_state_before_or_after(tmp_path):
                 assert not list(folder.rglob("*.niwf-tmp"))
 
 
-# ------------------------------------------------------------------------------------------- functional task networks
+# ----------------------------------------------------------------------------------- functional task networks
+
 
 @pytest.fixture
 def double():
@@ -1021,7 +1397,7 @@ def double():
 
 def small_grid(**more):
     torch.manual_seed(3)
-    grid = NeuronGrid(side=4, d_in=2, d_out=2, layers=3, width=4, **more)
+    grid = FastGrid(side=4, d_in=2, d_out=2, layers=3, width=4, **more)
     for b in unpack(grid.theta.data, grid.shapes)[1]:
         b.normal_(std=0.1)
     return grid
@@ -1033,7 +1409,7 @@ def shift_batch(n=24, seed=0):
     return x, (x[:, 0] * x[:, 1] > 0).long()
 
 
-@pytest.mark.parametrize("cache", [2 ** 17, 300, 1])  # one chunk, a few, one neuron at a time
+@pytest.mark.parametrize("cache", [2**17, 300, 1])  # one chunk, a few, one neuron at a time
 def test_private_mlps_are_the_literal_networks_and_their_gradient(double, monkeypatch, cache):
     monkeypatch.setattr(ftn, "CACHE", cache)
     grid, (x, _) = small_grid(), shift_batch()
@@ -1042,7 +1418,7 @@ def test_private_mlps_are_the_literal_networks_and_their_gradient(double, monkey
     for k in range(len(theta)):
         h, at = x, 0
         for i, (o, n) in enumerate(grid.shapes):
-            W, b = theta[k, at:at + o * n].view(o, n), theta[k, at + o * n:at + o * n + o]
+            W, b = theta[k, at : at + o * n].view(o, n), theta[k, at + o * n : at + o * n + o]
             h, at = h @ W.T + b, at + o * n + o
             h = h if i == len(grid.shapes) - 1 else h.relu()
         z.append(h[:, 0])
@@ -1058,10 +1434,13 @@ def test_private_mlps_are_the_literal_networks_and_their_gradient(double, monkey
 def test_smoothing_is_the_convolution_repeated_on_a_torus(double, kernel, rounds):
     m = torch.randn(7, 7)
     literal = m.clone()
+    reach = range(-(kernel // 2), kernel // 2 + 1)
+
+    def around(m, i, j):
+        return sum(m[(i + di) % 7, (j + dj) % 7] for di in reach for dj in reach) / kernel**2
+
     for _ in range(rounds):
-        literal = torch.stack([torch.stack([
-            sum(literal[(i + di) % 7, (j + dj) % 7] for di in range(-(kernel // 2), kernel // 2 + 1) for dj in range(-(kernel // 2), kernel // 2 + 1))
-            for j in range(7)]) for i in range(7)]) / kernel ** 2
+        literal = torch.stack([torch.stack([around(literal, i, j) for j in range(7)]) for i in range(7)])
     torch.testing.assert_close(smooth(m, kernel, rounds), literal)
 
 
@@ -1078,15 +1457,15 @@ def test_k_winners_breaks_ties_by_index_and_leaves_out_what_is_committed():
 
 @pytest.mark.parametrize("steps, bias", [(1, False), (4, False), (4, True)])
 def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bias):
-    """Algorithm 1 line by line, Adam included, with autograd through everything; then a training step with all neurons."""
+    """Algorithm 1 line by line, Adam included, autograd through everything; then a step with all neurons."""
     grid, (x, y), loss = small_grid(bias=bias), shift_batch(), torch.nn.functional.cross_entropy
     search = SmoothKWTA(k=5, kernel=3, rounds=2, steps=steps, lr=0.3)
     m, first, second = (torch.zeros(16) for _ in range(3))
     for i in range(1, steps + 1):
         leaf = m.clone().requires_grad_()
-        g, = torch.autograd.grad(loss(grid(x, leaf.sigmoid()), y), leaf)
+        (g,) = torch.autograd.grad(loss(grid(x, leaf.sigmoid()), y), leaf)
         first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
-        m = m - 0.3 * (first / (1 - 0.9 ** i)) / ((second / (1 - 0.999 ** i)).sqrt() + 1e-8)
+        m = m - 0.3 * (first / (1 - 0.9**i)) / ((second / (1 - 0.999**i)).sqrt() + 1e-8)
     literal = smooth(m.view(4, 4), 3, 2).flatten().topk(5).indices.sort().values
     winners = search.configure(grid.loss_of_mask(x, y, loss), grid.side)
     assert winners.tolist() == literal.tolist()
@@ -1106,12 +1485,17 @@ def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bia
 def test_a_grown_grid_answers_committed_masks_with_the_same_bits():
     grid, (x, _) = small_grid(), shift_batch()
     winners = torch.tensor([0, 5, 6, 15])
-    grid.commit(winners)
+    commit_mask(grid, winners)
     before = grid.respond(x, winners)
-    larger, index = grid.grown(6)
+    larger, index = grow(grid, 6)
     assert larger.respond(x, index[winners]).equal(before)
     assert larger.free.sum() == 36 - 4 and not larger.free[index[winners]].any()
     assert [(i // 6, i % 6) for i in index[winners].tolist()] == [(i // 4, i % 4) for i in winners.tolist()]
+
+
+def learner_of(row):
+    learner, mask = synthetic.METHODS[row.method]
+    return learner(row, mask)
 
 
 SMALL = dict(steps=12, batch=32, side=8, k=8, layers=3, width=4)
@@ -1131,33 +1515,43 @@ def test_every_task_has_the_same_inputs_and_targets_of_its_own():
         assert all(abs(y.mean() - centre) < 0.05 for y in targets)
 
 
-@pytest.mark.parametrize("leak, parameters, outputs", [("none", 0, 0), ("decay", 1, 1), ("moments", 1, 1), ("bias", 0, 1)])
+@pytest.mark.parametrize(
+    "leak, parameters, outputs", [("none", 0, 0), ("decay", 1, 1), ("moments", 1, 1), ("bias", 0, 1)]
+)
 def test_fixed_masks_keep_every_bit_unless_a_precaution_is_left_out(leak, parameters, outputs):
-    out = synthetic.run(synthetic.Row("clf", "fixedmask", 0, leak=leak, **SMALL))
+    out = synthetic.run_row(synthetic.Row("clf", "fixedmask", 0, leak=leak, **SMALL))
     assert [bool(share) for share in out["parameters_moved"]] == [bool(parameters)] * 2 + [False]
     assert [bool(share) for share in out["outputs_moved"]] == [bool(outputs)] * 2 + [False]
     if leak == "none":
-        assert synthetic.summary(out)["stored_fm"] == synthetic.summary(out)["recovered_fm"] == 0.0
+        assert synthetic.row_summary(out)["stored_fm"] == synthetic.row_summary(out)["recovered_fm"] == 0.0
 
 
 @pytest.mark.parametrize("variant, inputs", [("clf", "uniform"), ("clf", "gaussian"), ("reg", "uniform")])
 def test_the_lock_keeps_stored_tasks_to_the_bit_and_masks_apart(variant, inputs):
-    out = synthetic.run(synthetic.Row(variant, "ftn-slow-lock", 1, inputs, tasks=4, **SMALL))
-    assert not any(out["parameters_moved"] + out["outputs_moved"]) and synthetic.summary(out)["stored_fm"] == 0.0
+    out = synthetic.run_row(synthetic.Row(variant, "ftn-slow-lock", 1, inputs, tasks=4, **SMALL))
+    assert not any(out["parameters_moved"] + out["outputs_moved"])
+    assert synthetic.row_summary(out)["stored_fm"] == 0.0
     assert not any(out["overlap_last"]) and not any(out["overwritten"])
     assert len(set(sum(out["winners"], []))) == 4 * SMALL["k"]
 
 
-@pytest.mark.parametrize("row", [synthetic.Row("clf", "ftn-slow-lock", 0, **SMALL), synthetic.StyleRow("lora-ftn-lock", 0, **SMALL_STYLE)])
+@pytest.mark.parametrize(
+    "row",
+    [
+        synthetic.Row("clf", "ftn-slow-lock", 0, **SMALL),
+        synthetic.StyleRow("lora-ftn-lock", 0, **SMALL_STYLE),
+    ],
+)
 def test_under_the_lock_a_support_batch_recalls_the_committed_mask_with_the_lowest_loss(row):
-    learner = synthetic.Masked(row) if row.variant == "clf" else synthetic.Adapted(row)
+    learner = learner_of(row)
 
     def literal(winners, *batch):
         if row.variant == "style":
-            with learner.pool.applied(learner.pool.take(winners)):
+            with learner.components.applied(learner.components.take(winners)):
                 return learner.loss(*batch).item()
         x, y = batch
-        return learner.loss(learner.grid(x, torch.zeros(row.side ** 2).index_fill(0, winners, 1.0)), y).item()
+        return learner.loss(learner.grid(x, torch.zeros(row.side**2).index_fill(0, winners, 1.0)), y).item()
+
     for t in range(2):
         learner.begin(t)
         rng = synthetic.generator(t)
@@ -1167,14 +1561,14 @@ def test_under_the_lock_a_support_batch_recalls_the_committed_mask_with_the_lowe
         learner.end(t, *batch)
     for t in range(2):
         losses = [literal(winners, *learner.world.support[t]) for winners in learner.stored]
-        assert synthetic.recover(learner, t) is learner.stored[t if losses[t] < losses[1 - t] else 1 - t]
+        assert learner.mask.recover(learner, t) is learner.stored[t if losses[t] < losses[1 - t] else 1 - t]
 
 
 def test_without_the_lock_a_shared_neuron_forgets():
-    """Nothing keeps later masks off: of these eight tasks some overwrite another, and those, and no others, move."""
-    out = synthetic.run(synthetic.Row("clf", "ftn-slow", 0, tasks=8, **SMALL))
+    """Nothing keeps later masks off: of eight tasks some overwrite another, and those alone move."""
+    out = synthetic.run_row(synthetic.Row("clf", "ftn-slow", 0, tasks=8, **SMALL))
     hit = [False] * 8
-    for (i, j), share in zip(synthetic.itertools.combinations(range(8), 2), out["overwritten"]):
+    for (i, _), share in zip(itertools.combinations(range(8), 2), out["overwritten"]):
         hit[i] |= share > 0
     assert any(hit) and [p > 0 for p in out["parameters_moved"]] == hit
 
@@ -1182,14 +1576,14 @@ def test_without_the_lock_a_shared_neuron_forgets():
 def test_a_full_grid_says_what_to_do_and_a_larger_one_goes_on():
     nine = dict(SMALL, tasks=9, steps=2)
     with pytest.raises(Refused, match="the grid is full: 64 of its 64 .*--grow"):
-        synthetic.run(synthetic.Row("clf", "ftn-slow-lock", 0, **nine))
-    out = synthetic.run(synthetic.Row("clf", "ftn-slow-lock", 0, grow=True, **nine))
+        synthetic.run_row(synthetic.Row("clf", "ftn-slow-lock", 0, **nine))
+    out = synthetic.run_row(synthetic.Row("clf", "ftn-slow-lock", 0, grow=True, **nine))
     assert out["final_side"] == 12 and len(out["R_stored"]) == 9
     assert not any(out["parameters_moved"] + out["outputs_moved"])
 
 
 def test_ewc_adds_the_gradient_of_its_penalty():
-    learner = synthetic.Masked(synthetic.Row("reg", "ewc", 0, **SMALL))
+    learner = learner_of(synthetic.Row("reg", "ewc", 0, **SMALL))
     world, rng = synthetic.ConceptShift(learner.row), synthetic.generator("ewc")
     learner.begin(0)
     for _ in range(5):
@@ -1199,17 +1593,17 @@ def test_ewc_adds_the_gradient_of_its_penalty():
     theta = list(learner.grid.parameters())
     squares = [torch.zeros_like(p) for p in theta]
     for i in range(6):
-        one = learner.grid(x[i:i + 1], torch.ones(64))
+        one = learner.grid(x[i : i + 1], torch.ones(64))
         for s, g in zip(squares, torch.autograd.grad((one - y[i]).square().mean(), theta)):
             s += g * g / 6
-    (importance, anchor), = learner.fisher
+    ((importance, anchor),) = learner.fisher
     for s, f in zip(squares, importance):
         torch.testing.assert_close(f, s, rtol=1e-3, atol=1e-9)
     for p in theta:
         p.data += 0.01 * torch.randn_like(p)
     penalty = sum(400 / 2 * (f * (p - a) ** 2).sum() for f, p, a in zip(importance, theta, anchor))
     x, y = world.batch(1, 32, rng)
-    learner.row = synthetic.dataclasses.replace(learner.row, dropout=0.0)
+    learner.row = dataclasses.replace(learner.row, dropout=0.0)
     wanted = torch.autograd.grad(penalty + (learner.grid(x, torch.ones(64)) - y).square().mean(), theta)
     learner.begin(1)
     learner.optimizer.step = lambda: None
@@ -1219,7 +1613,7 @@ def test_ewc_adds_the_gradient_of_its_penalty():
 
 
 def test_a_supermask_is_learned_straight_through_and_never_moves_again():
-    learner = synthetic.SupSup(synthetic.Row("clf", "supsup-wide", 0, dropout=0.0, **SMALL))
+    learner = learner_of(synthetic.Row("clf", "supsup-wide", 0, dropout=0.0, **SMALL))
     frozen = [w.clone() for w in learner.weights]
     for W, b in zip(*unpack(frozen[0], learner.grid.shapes)):
         assert W.abs().unique().numel() == 1 and (b == 0).all()  # signed constants
@@ -1227,20 +1621,22 @@ def test_a_supermask_is_learned_straight_through_and_never_moves_again():
     learner.begin(0)
     scores = [s.clone().requires_grad_() for s in learner.scores]
     theta, readout = [(s > 0).float() * w + (s - s.detach()) * w for s, w in zip(scores, frozen)]
-    wanted = torch.autograd.grad(learner.loss((readout @ PrivateMLPs.apply(theta, x, learner.grid.shapes)).T, y), scores)
+    z = PrivateMLPs.apply(theta, x, learner.grid.shapes)
+    wanted = torch.autograd.grad(learner.loss((readout @ z).T, y), scores)
     learner.train(0, x, y)
     for s, g in zip(learner.scores, wanted):
         torch.testing.assert_close(s.grad, g)
-    out = synthetic.run(synthetic.Row("clf", "supsup", 0, **SMALL))
+    out = synthetic.run_row(synthetic.Row("clf", "supsup", 0, **SMALL))
     assert not any(out["parameters_moved"] + out["outputs_moved"])
 
 
 def test_forgetting_is_positive_where_a_score_got_worse():
     accuracy = [[0.9], [0.7, 0.8], [0.6, 0.9, 0.9]]
-    assert synthetic.forgetting(accuracy, 1) == pytest.approx((0.3 + 0.0) / 2)
+    assert synthetic.forgetting_measure(accuracy, 1) == pytest.approx((0.3 + 0.0) / 2)
     error = [[0.1], [0.4, 0.2], [0.3, 0.1, 0.1]]
-    assert synthetic.forgetting(error, -1) == pytest.approx((0.2 + 0.0) / 2)
-    assert synthetic.forgetting(error, 1) == pytest.approx((0.1 + 0.1) / 2)  # the formula as printed rewards the second
+    assert synthetic.forgetting_measure(error, -1) == pytest.approx((0.2 + 0.0) / 2)
+    # the formula as printed rewards the second
+    assert synthetic.forgetting_measure(error, 1) == pytest.approx((0.1 + 0.1) / 2)
 
 
 def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, capsys):
@@ -1252,7 +1648,8 @@ def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monk
     assert kept == {p: p.stat().st_mtime_ns for p in pathlib.Path("runs/synthetic").iterdir()}
     shutil.rmtree("runs")
     train.main(["--task", "synthetic"] + command + ["--workers", "2", "--json", "two.json"])
-    one, again, two = (json.loads(pathlib.Path(f"{n}.json").read_text())["rows"] for n in ("one", "again", "two"))
+    files = [pathlib.Path(f"{name}.json") for name in ("one", "again", "two")]
+    one, again, two = (json.loads(file.read_text())["rows"] for file in files)
     assert one == again
     for row in one + two:
         for part in (row, row["summary"]):
@@ -1261,34 +1658,212 @@ def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monk
     assert "classification" in capsys.readouterr().out
 
 
-def test_figures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch):
+def run_quietly(main, argv, capsys):
+    """The line with which a program refuses."""
+    with pytest.raises((Refused, SystemExit)) as e:
+        main(argv)
+    line = str(e.value) if e.type is Refused else capsys.readouterr().err.strip()
+    assert line and "\n" not in line and "Traceback" not in line
+    return line
+
+
+def test_a_kept_row_that_is_damaged_or_of_another_row_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["--variant", "clf", "--methods", "ftn-slow", "--steps", "2", "--figures", "."]
+    row, other = (synthetic.Row("clf", "fixedmask", seed, **SMALL) for seed in (0, 1))
+    good, bad = (synthetic.cache_file(r) for r in (row, other))
+    assert synthetic.finished_row(row)[1] == synthetic.finished_row(row)[1]
+    text = good.read_text()
+    saved = json.loads(text)
+    lies = [text, text[:-9], "", "null", "[]", "7", "{}", "[" * 100_000, text.replace("0.", "1.", 1)]
+    lies += [json.dumps(dict(saved, sha256=None)), json.dumps(dict(saved, result=None))]
+    for lie in [*(t.encode() for t in lies), b"\xff\xfe\xff", b"\x00"]:
+        bad.write_bytes(lie)
+        _, out, message = synthetic.finished_row(other)
+        assert out is None and str(bad) in message and "\n" not in message
+        assert bad.read_bytes() == lie and good.read_text() == text
+    bad.unlink()
+    assert synthetic.finished_row(other)[1]["seed"] == 1
+
+
+def test_a_kept_row_is_named_after_what_decides_its_numbers_and_nothing_else(tmp_path):
+    row, style = synthetic.Row("clf", "ftn-slow", 0), synthetic.StyleRow("lora-ftn", 0)
+    files = {name: (HERE / name).read_text() for name in ("synthetic.py", "ftn.py", "model.py")}
+
+    def names(name="ftn.py", old="", new=""):
+        assert old in files[name]
+        for each, text in files.items():
+            (tmp_path / each).write_text(text.replace(old, new, 1) if each == name and old else text)
+        return synthetic.cache_file(row, tmp_path), synthetic.cache_file(style, tmp_path)
+
+    before = names()
+    assert before == (synthetic.cache_file(row), synthetic.cache_file(style))
+    for old, new in (
+        ("def print_scores(", "def one_more_table():\n    pass\n\n\ndef print_scores("),
+        ('add("--seeds"', 'add("--more", help="one more option")\n    add("--seeds"'),
+        ('".466"', '".467"'),
+        ("class FixedMask", "# a comment\nclass FixedMask"),
+    ):
+        assert names("synthetic.py", old, new) == before
+    for name, old, new in (
+        ("synthetic.py", "return torch.arange(t * k", "return torch.arange(1 + t * k"),
+        ("synthetic.py", "strength=400.0", "strength=300.0"),
+        ("ftn.py", "/ kernel", "* kernel"),
+    ):
+        assert not set(names(name, old, new)) & set(before)
+    changed = names("model.py", 'reduction="none"', 'reduction="mean"')
+    assert changed[0] == before[0] and changed[1] != before[1]
+    assert synthetic.cache_file(dataclasses.replace(row, seed=1)) != before[0]
+
+
+def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
+    command = [sys.executable, str(HERE / "synthetic.py"), "--methods", "ftn-slow", "--workers", "2"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
+    said = ""
+    while "row" not in said:
+        said += process.stderr.read(1)
+    os.killpg(process.pid, signal.SIGINT)
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("synthetic.py: stopped; finished rows are kept")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_figures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    synthetic.main(["--variant", "clf", "--methods", "ftn-slow", "--steps", "2", "--json", "out.json"])
     with monkeypatch.context() as m:
-        m.setattr(synthetic.importlib.util, "find_spec", lambda name: None)
+        m.setattr(report, "matplotlib", None)
         with pytest.raises(Refused, match="pip install matplotlib"):
-            synthetic.main(command)
+            report.main(["--figures", "out.json"])
     pytest.importorskip("matplotlib")
-    synthetic.main(command)
+    report.main(["--figures", "out.json", "--to", "."])
     assert all(pathlib.Path(f"ftn-{kind}-clf.png").stat().st_size > 1000 for kind in ("masks", "curves"))
+    pathlib.Path("ftn-masks-clf.png").write_text("mine")
+    assert "no PNG" in run_quietly(report.main, ["--figures", "out.json", "--to", "."], capsys)
+    assert pathlib.Path("ftn-masks-clf.png").read_text() == "mine"
 
 
-def test_the_experiments_refuse_in_one_line():
-    for argv, message in ((["--seeds", "0"], "--seeds 0 is out of range"), (["--tasks", "1"], "--tasks 1 is out of range"),
-                          (["--experiment", "2", "--tasks", "7"], "--tasks 7 is out of range"), (["--b-std", "-1"], "--b-std must not"),
-                          (["--experiment", "2", "--methods", "ewc"], "experiment 2 has the methods lora-fixedmask"),
-                          (["--experiment", "2", "--backbone", "no/such", "--methods", "lora-ftn"], "rows were not computed: .*no/such"),
-                          (["--methods", "fixedmask", "--tasks", "9", "--steps", "1", "--variant", "clf"], "hold 8 fixed masks")):
-        with pytest.raises(Refused, match=message):
-            synthetic.main(argv)
+RESULT_LIES = {
+    "variant": (None, "x", [], 1),
+    "method": ("x", "lora-ftn", None),
+    "seed": (None, 0.5, True),
+    "tasks": (None, 0, 10**12, "3", True),
+    "steps": (-1, 1.5, 10**7),
+    "search": (None, 1),
+    "R_stored": (None, [], [[]], [[0.0]] * 3, [[math.nan], [0.0] * 2, [0.0] * 3]),
+    "curve": (None, [None], {}, [], [{"step": 1000}], [{"step": "1", "stored": [0.5]}]),
+    "final_side": (None, 10**9, -1),
+    "winners": ([[0], [1], [4]], [[0], [1], [-1]], [[0]] * 2),
+    "touched": ([1, 2], None),
+    "overwritten": ([0.0], "abc"),
+    "seconds": (None, 1e400),
+}
 
 
-# ------------------------------------------------------------------------------------------------------- LoRA-FTN
+def test_a_result_file_is_checked_whole_before_it_is_drawn(tmp_path, capsys):
+    saved = json.loads((HERE / "assets" / "results" / "ftn-ten-steps.json").read_text())
+    row = saved["rows"][0]
+    row = dict(row, side=2, k=1, final_side=2, winners=[[0], [1], [2]], touched=[1, 1, 1])
+    path = tmp_path / "lie.json"
+
+    def refusal():
+        argv = ["--figures", str(path), "--to", str(tmp_path / "to")]
+        line = run_quietly(report.main, argv, capsys)
+        assert [p.name for p in tmp_path.iterdir()] == ["lie.json"]
+        return line
+
+    lies = [(name, dict(row, **{name: value})) for name, values in RESULT_LIES.items() for value in values]
+    computed = row.keys() - {f.name for f in dataclasses.fields(synthetic.Row)} - {"summary"}
+    for gone in computed | {"variant", "method", "seed"}:
+        lies.append((gone.replace("ms_per_step", "seconds"), {k: v for k, v in row.items() if k != gone}))
+    for name, lie in lies:
+        path.write_text(json.dumps({"rows": [row, lie]}))
+        assert refusal().startswith(f"{path}: row 1: field {name} "), lie
+    cut = json.dumps(saved)[:5000].encode()
+    for text in (
+        b"",
+        b"null",
+        b"[]",
+        b'{"rows": []}',
+        b'{"rows": {}}',
+        b'{"rows": [null]}',
+        b"\xff",
+        cut,
+        b"[" * 100_000,
+    ):
+        path.write_bytes(text)
+        assert str(path) in refusal()
+    others = [(dict(row, seed=9, inputs="gaussian"), "inputs"), (row, "seed")]
+    others.append((dict(row, seed=9, curve=row["curve"][1:]), "curve"))
+    for other, name in others:
+        path.write_text(json.dumps({"rows": [row, other]}))
+        assert name in refusal()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--seeds", "0"], "--seeds: 0 is out of range"),
+        (["--tasks", "1"], "--tasks: 1 is out of range"),
+        (["--seeds", "9" * 5000], "--seeds: .*not a number"),
+        (["--first-seed", "-1"], "out of range"),
+        (["--steps", "1e3"], "--steps: '1e3' is not a number"),
+        (["--workers", "0"], "out of range"),
+        (["--search", "nan", "1"], "--search: nan is out of range"),
+        (["--search", "10", "inf"], "out of range"),
+        (["--search", "1.5", "1"], "--search 1.5 is not a number of steps"),
+        (["--search", "1"], "expected 2"),
+        (["--experiment", "2", "--tasks", "7"], "--tasks 7 is out of range"),
+        (["--experiment", "2", "--b-std", "-1"], "--b-std: -1 is out of range"),
+        (["--experiment", "2", "--b-std", "inf"], "--b-std: inf is out of range"),
+        (["--experiment", "2", "--leaks"], "--leaks is an option of experiment 1"),
+        (["--b-std", "0.1"], "--b-std is an option of experiment 2"),
+        (["--json", "no/such/folder.json"], "--json: 'no/such/folder.json' cannot be written"),
+        (["--json", "."], "--json: '.' cannot be written"),
+        (["--methods", "lora-ftn"], "experiment 1 has the methods fixedmask"),
+        (["--experiment", "2", "--methods", "ewc"], "experiment 2 has the methods lora-fixedmask"),
+        (["--experiment", "2", "--backbone", "no/such"], "5 of 5 rows were not computed: .*no/such"),
+        (
+            ["--methods", "fixedmask", "--tasks", "9", "--steps", "1", "--variant", "clf"],
+            "hold 8 fixed masks",
+        ),
+    ],
+)
+def test_the_experiments_refuse_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, run_quietly(synthetic.main, argv, capsys))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_whose_responses_cannot_end_is_refused():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    tokenizer.eos_token = None
+    with pytest.raises(Refused, match="tiny: its tokenizer has no token that ends"):
+        synthetic.StyleStream(synthetic.StyleRow("lora-ftn", 0), tokenizer)
+
+
+def test_an_error_while_a_row_is_computed_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(synthetic, "run_row", lambda row: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        synthetic.finished_row(synthetic.Row("clf", "fixedmask", 0))
+
+
+def test_a_score_that_is_not_finite_is_refused():
+    with pytest.raises(Refused, match="not finite in task 1"):
+        synthetic.run_row(synthetic.Row("reg", "fixedmask", 0, **dict(SMALL, lr=1e30)))
+
+
+# --------------------------------------------------------------------------------------------------- LoRA-FTN
+
 
 def micro_gpt2():
     """distilgpt2's shape, narrower: c_attn is a Conv1D."""
     torch.manual_seed(8)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=300, n_embd=24, n_layer=2, n_head=2, n_positions=64)).eval()
+    shape = transformers.GPT2Config(vocab_size=300, n_embd=24, n_layer=2, n_head=2, n_positions=64)
+    return transformers.GPT2LMHeadModel(shape).eval()
 
 
 def pool_on(backbone, names, components=9, b_std=0.1):
@@ -1298,7 +1873,9 @@ def pool_on(backbone, names, components=9, b_std=0.1):
     return targets, pool
 
 
-@pytest.mark.parametrize("make, names", [(micro_backbone, ("q_proj", "k_proj", "v_proj")), (micro_gpt2, ("c_attn",))])
+@pytest.mark.parametrize(
+    "make, names", [(micro_backbone, ("q_proj", "k_proj", "v_proj")), (micro_gpt2, ("c_attn",))]
+)
 def test_the_pool_adds_equation_1_and_nothing_when_off(make, names):
     backbone = make()
     ids = torch.randint(0, 300, (3, 11))
@@ -1311,30 +1888,32 @@ def test_the_pool_adds_equation_1_and_nothing_when_off(make, names):
     twin = make()
     for name, module in find_targets(twin, names).items():
         A, B = pool.parts[name]
-        delta = sum(w * B[k].T @ A[k] for w, k in zip(weight, winners))      # sum_k m_k B_k A_k, [d_out, d_in]
+        delta = sum(w * B[k].T @ A[k] for w, k in zip(weight, winners))  # sum_k m_k B_k A_k, [d_out, d_in]
         module.weight.data += delta.T if isinstance(module, transformers.pytorch_utils.Conv1D) else delta
     torch.testing.assert_close(ours, twin(ids).logits)
     assert backbone(ids).logits.equal(bare)
 
 
 def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient():
-    """Silent components are left out by `loss_of_mask`; the literal search runs all of them, parameters and all."""
+    """Silent components are left out by `loss_of_mask`; the literal search runs all of them."""
     backbone = micro_backbone()
     targets, pool = pool_on(backbone, ("q_proj", "k_proj", "v_proj"), b_std=0.0)
     torch.manual_seed(9)
     first = SmoothKWTA(k=2, kernel=3, rounds=1, steps=3, lr=0.5).configure(pool.loss_of_mask(None), 3)
-    assert first.tolist() == [0, 1]  # all are silent: the backbone is not even asked, and ties go to the lower index
+    assert first.tolist() == [0, 1]  # all are silent: the backbone is not asked, ties go to the lower index
     trained = torch.tensor([0, 2, 5])
     pool.store(trained, {n: (A, torch.randn_like(B)) for n, (A, B) in pool.take(trained).items()})
     examples = random_examples(6)
 
     def loss():
         return response_nll(*response_logits(backbone, 0, examples)).mean()
+
     full = {n: tuple(p.clone().requires_grad_() for p in pair) for n, pair in pool.parts.items()}
 
     def literal(mask):
         with pool.applied(full, mask):
             return loss()
+
     search = SmoothKWTA(k=4, kernel=3, rounds=1, steps=5, lr=0.5)
     masks = []
     for f in (pool.loss_of_mask(loss), literal):
@@ -1343,11 +1922,14 @@ def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient()
         masks.append((m.grad, search.configure(f, 3)))
     torch.testing.assert_close(masks[0][0], masks[1][0])
     assert (masks[1][0][torch.tensor([1, 3, 4, 6, 7, 8])] == 0).all() and masks[0][1].equal(masks[1][1])
-    assert all(p.grad is None for p in backbone.parameters()) and not any(t.requires_grad for pair in pool.parts.values() for t in pair)
+    assert all(p.grad is None for p in backbone.parameters())
+    assert not any(t.requires_grad for pair in pool.parts.values() for t in pair)
 
 
-@pytest.mark.parametrize("decay, carried, kept", [(0.0, False, True), (0.01, False, False), (0.0, True, False)])
-def test_unselected_components_get_exactly_no_gradient_and_move_only_by_decay_or_old_moments(decay, carried, kept):
+@pytest.mark.parametrize(
+    "decay, carried, kept", [(0.0, False, True), (0.01, False, False), (0.0, True, False)]
+)
+def test_unselected_components_get_no_gradient_and_move_only_by_decay_or_old_moments(decay, carried, kept):
     backbone = micro_backbone()
     _, pool = pool_on(backbone, ("q_proj",), b_std=0.1)
     live = {n: tuple(p.requires_grad_() for p in pair) for n, pair in pool.take(ALL).items()}
@@ -1362,6 +1944,7 @@ def test_unselected_components_get_exactly_no_gradient_and_move_only_by_decay_or
         others = torch.ones(9, dtype=torch.bool).index_fill(0, winners, False)
         assert all((p.grad[others] == 0).all() and p.grad[winners].abs().sum() > 0 for p in parameters)
         adam.step()
+
     step(first, 1)
     before = [p.detach()[first].clone() for p in parameters]
     if not carried:
@@ -1372,22 +1955,30 @@ def test_unselected_components_get_exactly_no_gradient_and_move_only_by_decay_or
 
 @pytest.mark.parametrize("method", ["lora-fixedmask", "lora-ftn-lock"])
 def test_disjoint_components_keep_every_stored_style_to_the_bit(method):
-    out = synthetic.run(synthetic.StyleRow(method, 0, **SMALL_STYLE))
-    s = synthetic.summary(out)
-    assert s["stored_fm"] == 0.0 and not any(out["parameters_moved"] + out["outputs_moved"]) and not any(out["overlap_last"])
+    out = synthetic.run_row(synthetic.StyleRow(method, 0, **SMALL_STYLE))
+    s = synthetic.row_summary(out)
+    assert s["stored_fm"] == 0.0 and not any(out["parameters_moved"] + out["outputs_moved"])
+    assert not any(out["overlap_last"])
     assert method == "lora-ftn-lock" or s["recovered_fm"] == 0.0
 
 
-@pytest.mark.parametrize("more", [dict(method="lora-naive"), dict(method="lora-ftn", reconfigure="every"), dict(method="lora-ftn", b_std=0.01)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(method="lora-naive"),
+        dict(method="lora-ftn", reconfigure="every"),
+        dict(method="lora-ftn", b_std=0.01),
+    ],
+)
 def test_other_ways_to_use_the_pool_run_and_are_not_protected(more):
-    out = synthetic.run(synthetic.StyleRow(seed=0, **more, **SMALL_STYLE))
+    out = synthetic.run_row(synthetic.StyleRow(seed=0, **more, **SMALL_STYLE))
     assert all(0 < ce < 20 for ce in out["R_stored"][-1] + out["R_recovered"][-1])
     assert more["method"] != "lora-naive" or all(p > 0.9 for p in out["parameters_moved"][:-1])
 
 
 def test_the_bank_takes_a_component_of_the_same_size_per_task():
-    out = synthetic.Adapted(synthetic.StyleRow("lora-bank", 0, **SMALL_STYLE))
-    A, B = next(iter(out.pool.parts.values()))
+    out = learner_of(synthetic.StyleRow("lora-bank", 0, **SMALL_STYLE))
+    A, B = next(iter(out.components.parts.values()))
     assert A.shape[:2] == (4, 8) and 0 < B.std() < 2e-3  # 16 components of rank 2, four at a time
     out.begin(0)
     out.train(0, out.world.training[0][:4])
@@ -1397,11 +1988,19 @@ def test_the_bank_takes_a_component_of_the_same_size_per_task():
 def test_styles_share_their_sentences_and_no_sentence_is_in_two_parts():
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
     world = synthetic.StyleStream(synthetic.StyleRow("lora-ftn", 4), tokenizer)
-    parts = [[{tuple(p) for p, _ in part} for part in (test[0], support[0], training)]
-             for test, support, training in zip(world.test, world.support, world.training)]
+    parts = [
+        [{tuple(p) for p, _ in part} for part in (test[0], support[0], training)]
+        for test, support, training in zip(world.test, world.support, world.training)
+    ]
     assert all(p == parts[0] for p in parts) and [len(p) for p in parts[0]] == [24, 16, 80]
     assert len(set.union(*parts[0])) == 120
     styles = {name: f("The red Fox") for name, f in world.STYLES.items()}
-    assert styles == {"upper": "THE RED FOX", "lower": "the red fox", "reverse_words": "Fox red The",
-                      "double_words": "The The red red Fox Fox", "starred_vowels": "Th* r*d F*x", "pirate": "Arr! The red Fox matey!"}
+    assert styles == {
+        "upper": "THE RED FOX",
+        "lower": "the red fox",
+        "reverse_words": "Fox red The",
+        "double_words": "The The red red Fox Fox",
+        "starred_vowels": "Th* r*d F*x",
+        "pirate": "Arr! The red Fox matey!",
+    }
     assert all(r[-1] == tokenizer.eos_token_id for (examples,) in world.test for _, r in examples)

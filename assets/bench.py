@@ -1,0 +1,192 @@
+"""Side-by-side timings: what is fast here, against the literal form of the same thing.
+
+    python assets/bench.py ftn                          # a training step against the literal Algorithm 1
+    python assets/bench.py lora-ftn --backbone tiny     # a step and a mask search against all H components
+
+Both sides run in turns of a few steps, in one process, on one thread and on the same batches, so that each
+finds in the cache what it would find there in training. The median turn counts, the first is left out. What
+the two sides compute is compared as well: a speed-up of something else would be worth nothing.
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nbench.py: stopped\n") and 130))
+
+import contextlib
+import pathlib
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from commit import Parser, number, run_program
+from model import attach, find_targets
+from synthetic import HEAD, METHODS, Adapters, Neurons, Row, StyleRow, generator
+
+
+def take_turn(sides, batches, times):
+    """Run every side on the same batches. Its seconds per batch go to `times`, its results are returned."""
+    results = []
+    for side, spent in zip(sides, times):
+        started = time.perf_counter()
+        results.append([side(*batch) for batch in batches])
+        spent.append((time.perf_counter() - started) / len(batches))
+    return results
+
+
+def compared(times, digits=0):
+    """A line from the seconds of our turns and of the literal ones."""
+    ours, literal = (1e3 * statistics.median(spent[1:]) for spent in times)
+    return f"{ours:.{digits}f} ms, literal {literal:.{digits}f} ms, ratio {literal / ours:.1f}"
+
+
+# ------------------------------------------------------------------------------------------------- the grid
+
+
+def bench_ftn(variant, turns, steps=5):
+    """A step of FTN-Slow, mask search included, against Algorithm 1 with autograd through everything."""
+    row = Row(variant, "ftn-slow", 0, dropout=0.0)
+    torch.manual_seed(0)
+    ours, literal = (Neurons(row, METHODS[row.method][1]) for _ in range(2))
+    ours.begin(0), literal.begin(0)
+
+    def our_step(x, y):
+        ours.train(0, x, y)
+        return ours.stored[0], ours.grid.theta.grad
+
+    def literal_step(x, y):
+        grid, search = literal.grid, literal.mask.search(literal)
+        winners = search.configure(lambda mask: literal.loss(grid(x, mask), y), grid.side)
+        literal.optimizer.zero_grad()
+        mask = torch.zeros(len(grid.theta)).index_fill(0, winners, 1.0)
+        literal.loss(grid(x, mask), y).backward()
+        literal.optimizer.step()
+        return winners, grid.theta.grad.clone()  # the next search adds to it
+
+    rng, times, same, worst = generator("bench"), ([], []), 0, 0.0
+    for _ in range(turns + 1):
+        literal.grid.load_state_dict(ours.grid.state_dict())  # rounding must not add up
+        batches = [ours.world.batch(0, row.batch, rng) for _ in range(steps)]
+        for (winners, gradient), (winners_, gradient_) in zip(
+            *take_turn((our_step, literal_step), batches, times)
+        ):
+            same += torch.equal(winners, winners_)
+            worst = max(worst, ((gradient - gradient_).abs().max() / gradient_.abs().max()).item())
+    print(
+        f"{variant}: a step {compared(times, digits=1)}; same mask in {same} of {(turns + 1) * steps} "
+        f"batches, gradients differ by {worst:.1e} of the largest"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the pool
+
+
+class LiteralPool:
+    """All H components on every token, with a gradient for each: FTN Eq. (1) as it is written."""
+
+    def __init__(self, learner):
+        self.learner, self.mask = learner, None
+        parts = learner.components.parts
+        self.full = {name: tuple(p.clone().requires_grad_() for p in pair) for name, pair in parts.items()}
+        parameters = [p for pair in self.full.values() for p in pair]
+        self.adam = torch.optim.AdamW(parameters, lr=learner.row.lr, weight_decay=0.0, fused=True)
+        attach(find_targets(learner.backbone, learner.TARGETS), self.update)
+
+    def update(self, name, x, y):
+        if self.mask is None:
+            return y
+        A, B = (p.flatten(0, 1) for p in self.full[name])  # [H r, d]
+        return y + (F.linear(x, A) * self.mask.repeat_interleave(self.learner.row.rank)) @ B
+
+    def copy_from(self, pool):
+        """Start from the same parameters as the pool."""
+        for name, pair in self.full.items():
+            for p, part in zip(pair, pool.parts[name]):
+                p.data.copy_(part)
+
+    @contextlib.contextmanager
+    def under(self, mask):
+        self.mask = mask
+        try:
+            yield
+        finally:
+            self.mask = None
+
+    def loss(self, mask, examples):
+        with self.under(mask):
+            return self.learner.loss(examples)
+
+    def search(self, examples):
+        search = self.learner.mask.search(self.learner)
+        return search.configure(lambda mask: self.loss(mask, examples), self.learner.row.side)
+
+    def step(self, examples):
+        self.adam.zero_grad()
+        mask = torch.zeros(self.learner.row.side**2).index_fill(0, self.learner.stored[-1], 1.0)
+        self.loss(mask, examples).backward()
+        self.adam.step()
+
+
+def bench_lora_ftn(backbone, turns):
+    """A search and a step of LoRA-FTN in its second task, against all H components on every token."""
+    torch.manual_seed(0)
+    row = StyleRow("lora-ftn", 0, backbone)
+    ours = Adapters(row, METHODS[row.method][1])
+    first, second = ours.world.training[:2]
+    ours.begin(0)
+    for _ in range(20):
+        ours.train(0, first[:8])
+    ours.end(0, None)
+    literal = LiteralPool(ours)
+    ours.begin(1)
+    ours.train(1, second[:8])
+
+    def our_search(examples):
+        return ours.mask.mask_for(ours, 1, examples)
+
+    def our_step(examples):
+        ours.optimizer.zero_grad()
+        with ours.components.applied(ours.live):
+            ours.loss(examples).backward()
+        ours.optimizer.step()
+
+    searches, steps, same = ([], []), ([], []), []
+    for i in range(turns + 1):
+        ours.components.store(ours.rows, ours.live)
+        literal.copy_from(ours.components)
+        (mask,), (mask_,) = take_turn((our_search, literal.search), [(second[16:32],)], searches)
+        same.append(len(set(mask.tolist()) & set(mask_.tolist())) / row.k)
+        start = 8 * i % (len(second) - 8)
+        take_turn((our_step, literal.step), [(second[start : start + 8],)], steps)
+    print(f"search: {compared(searches)}; the two masks share {statistics.mean(same):.1%} of their winners")
+    print(f"step: {compared(steps)}")
+
+
+# ----------------------------------------------------------------------------------------- the command line
+
+
+def main(argv=None):
+    parser = Parser(prog="bench.py", description="Side-by-side timings.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    ftn = commands.add_parser("ftn", help="a training step of FTN against the literal Algorithm 1")
+    lora = commands.add_parser("lora-ftn", help="a step and a search of LoRA-FTN against all components")
+    lora.add_argument("--backbone", default="tiny", help="tiny, a Hub id, a local folder, FILE.gguf [tiny]")
+    for p in (ftn, lora):
+        p.add_argument("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed [5]")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if args.command == "ftn":
+        for variant in HEAD:
+            bench_ftn(variant, args.repeats)
+    else:
+        bench_lora_ftn(args.backbone, args.repeats)
+
+
+if __name__ == "__main__":
+    run_program(main)
