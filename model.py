@@ -230,6 +230,26 @@ def response_logits(backbone, pad_id, examples):
     return out[:, :-1], labels.to(out.device)
 
 
+@torch.no_grad()
+def greedy(backbone, pad_id, prompts, eos_id, max_new_tokens):
+    """Greedy continuation of B prompts (token lists), EOS left out. One prefill, then one pass per token."""
+    ids, mask = pad_left(prompts, pad_id, backbone.get_input_embeddings().weight.device)
+    new, cache = [[] for _ in prompts], None
+    open_rows = torch.ones(len(prompts), dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        cached = {"past_key_values": cache, "use_cache": True}
+        out = run_padded(backbone, ids, mask, logits_to_keep=1, **cached)
+        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1).to(mask.device)  # ids [B, 1]
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        tokens = ids[:, 0].cpu()
+        open_rows &= tokens != eos_id
+        for row in open_rows.nonzero()[:, 0].tolist():
+            new[row].append(int(tokens[row]))
+        if not open_rows.any():
+            break
+    return new
+
+
 def response_nll(logits, labels):
     """logits [B, R, V], labels [B, R] (-100: no response token) -> negative log-likelihood [B] in nats."""
     nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
@@ -284,26 +304,10 @@ class NIWF:
         with self.gated(gating):
             return response_logits(self.backbone, self.pad_id, examples)
 
-    @torch.no_grad()
     def generate(self, prompts, gating, eos_id, max_new_tokens=128):
-        """Greedy continuation of B prompts (token lists), EOS left out. A prefill, then a pass per token."""
-        ids, mask = pad_left(prompts, self.pad_id, self.device)
-        new = [[] for _ in prompts]
-        open_rows = torch.ones(len(prompts), dtype=torch.bool)
-        cache = None
+        """Greedy continuation of B prompts (token lists), EOS left out."""
         with self.gated(gating):
-            for _ in range(max_new_tokens):
-                cached = {"past_key_values": cache, "use_cache": True}
-                out = run_padded(self.backbone, ids, mask, logits_to_keep=1, **cached)
-                cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1).to(mask.device)  # ids [B, 1]
-                mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-                tokens = ids[:, 0].cpu()
-                open_rows &= tokens != eos_id
-                for row in open_rows.nonzero()[:, 0].tolist():
-                    new[row].append(int(tokens[row]))
-                if not open_rows.any():
-                    break
-        return new
+            return greedy(self.backbone, self.pad_id, prompts, eos_id, max_new_tokens)
 
 
 # ----------------------------------------------------------------------------------------- loading a backbone

@@ -1,11 +1,13 @@
-"""Side-by-side timings: what is fast here, against the literal form of the same thing.
+"""Side-by-side timings: what is fast here, against the literal form of the same thing or against a peer.
 
+    python assets/bench.py niwf                         # a training step beside peft (pip install peft)
+    python assets/bench.py decode                       # prefill and decoding beside peft's LoRA
     python assets/bench.py ftn                          # a training step against the literal Algorithm 1
     python assets/bench.py lora-ftn --backbone tiny     # a step and a mask search against all H components
 
-Both sides run in turns of a few steps, in one process, on one thread and on the same batches, so that each
-finds in the cache what it would find there in training. The median turn counts, the first is left out. What
-the two sides compute is compared as well: a speed-up of something else would be worth nothing.
+All sides run in turns of a few steps, in one process, on one thread (niwf: on all) and on the same batches,
+so that each finds in the cache what it would find there in training. The median turn counts, the first is
+left out. What two forms of the same thing compute is compared as well.
 """
 
 import os
@@ -15,6 +17,8 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no trace
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nbench.py: stopped\n") and 130))
 
 import contextlib
+import copy
+import importlib.util
 import pathlib
 import statistics
 import sys
@@ -22,11 +26,24 @@ import time
 
 import torch
 import torch.nn.functional as F
+import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from commit import Parser, number, run_program
-from model import attach, find_targets
+from commit import Parser, number, read_records, run_program
+from field import CoordinateDynamics, WeightField, top_k_gating
+from model import (
+    NIWF,
+    Refused,
+    attach,
+    encode,
+    find_targets,
+    greedy,
+    load_backbone,
+    pad_of,
+    response_logits,
+    response_nll,
+)
 from synthetic import HEAD, METHODS, Adapters, Neurons, Row, StyleRow, generator
 
 
@@ -44,6 +61,132 @@ def compared(times, digits=0):
     """A line from the seconds of our turns and of the literal ones."""
     ours, literal = (1e3 * statistics.median(spent[1:]) for spent in times)
     return f"{ours:.{digits}f} ms, literal {literal:.{digits}f} ms, ratio {literal / ours:.1f}"
+
+
+# ----------------------------------------------------------------------------------------- NIWF beside peft
+
+# fmt: off
+SHAPES = {  # name: (configuration, or None for the embedded backbone; sequences of a step, tokens of each)
+    "tiny": (None, 16, 0),
+    "smollm2": (transformers.LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, vocab_size=49152), 4, 128),
+    "mistral": (transformers.MistralConfig(num_hidden_layers=2), 1, 256)}
+# fmt: on
+RANK, BASES, TOP_K = 8, 16, 8
+
+
+def make_backbone(shape):
+    """-> (backbone, pad id, examples): the embedded backbone with its data, or random weights and tokens."""
+    config, count, tokens = SHAPES[shape]
+    if config is None:
+        backbone, tokenizer = load_backbone("tiny", "cpu")
+        records = read_records(pathlib.Path(__file__).parent / "data" / "alpaca.val.json")[:count]
+        return backbone, pad_of(tokenizer), [encode(r, tokenizer) for r in records]
+    torch.manual_seed(0)
+    rows = torch.randint(3, config.vocab_size, (count, tokens)).tolist()
+    backbone = transformers.AutoModelForCausalLM.from_config(config)
+    return backbone, 0, [(row[: tokens // 2], row[tokens // 2 :]) for row in rows]
+
+
+class Gated:
+    """Ours: a bank, a field and dynamics, all with gradients, as a first task trains them."""
+
+    def __init__(self, backbone, pad_id, examples):
+        self.model = NIWF(backbone, pad_id, RANK)
+        self.model.bank.add(BASES)
+        for p in self.model.bank.live.values():
+            p.data.normal_(std=0.01)
+        self.field = WeightField(self.model.bank.layers, BASES)
+        self.dynamics = CoordinateDynamics(self.model.features)
+        self.h_bar = self.model.probe([p for p, _ in examples])  # as in training, asked once
+
+    def gating(self, h_bar):
+        return top_k_gating(self.field(self.dynamics(h_bar)), TOP_K)
+
+    def step(self, examples):
+        response_nll(*self.model.logits(examples, self.gating(self.h_bar))).sum().backward()
+
+    @torch.no_grad()
+    def generate(self, prompts, count):
+        """The probe counts: it is asked for every new prompt."""
+        self.model.generate(prompts, self.gating(self.model.probe(prompts)), -1, count)
+
+
+class Loops(Gated):
+    """NIWF Eq. (2) in plain loops over sequences and bases."""
+
+    def __init__(self, backbone, pad_id, examples):
+        super().__init__(backbone, pad_id, examples)
+        self.model.detach()
+        attach(find_targets(backbone), self.update)
+
+    def update(self, name, x, y):
+        bank, gating = self.model.bank, self.model.bank.gating
+        if gating is None:
+            return y
+        A, B, layer = bank.live[f"{name}.A"], bank.live[f"{name}.B"], bank.layer[name]
+        pairs = [zip(indices[layer], weights[layer]) for indices, weights in zip(*gating)]
+        deltas = [sum(w * (x[b] @ A[i].T @ B[i]) for i, w in pairs[b]) for b in range(len(x))]
+        return y + bank.scale * torch.stack(deltas)
+
+
+class Peer:
+    """The bare backbone, or peft's LoRA of the same active rank, one for all sequences."""
+
+    def __init__(self, backbone, pad_id, lora):
+        self.backbone, self.pad_id = backbone.requires_grad_(False).eval(), pad_id
+        backbone.enable_input_require_grads()  # so that the bare backbone has a backward pass, too
+        if lora:
+            import peft
+
+            config = peft.LoraConfig(r=RANK * TOP_K, target_modules=list(find_targets(backbone)))
+            self.backbone = peft.get_peft_model(backbone, config).base_model.model
+
+    def step(self, examples):
+        response_nll(*response_logits(self.backbone, self.pad_id, examples)).sum().backward()
+
+    def generate(self, prompts, count):
+        greedy(self.backbone, self.pad_id, prompts, -1, count)
+
+
+def make_sides(shape, loops):
+    """-> ({name: side}, examples). Each has a backbone of its own, the same one."""
+    backbone, pad_id, examples = make_backbone(shape)
+    sides = {"ours": Gated(copy.deepcopy(backbone), pad_id, examples)}
+    sides["peft"] = Peer(copy.deepcopy(backbone), pad_id, lora=True)
+    sides |= {"loops": Loops(copy.deepcopy(backbone), pad_id, examples)} if loops else {}
+    return sides | {"bare": Peer(backbone, pad_id, lora=False)}, examples
+
+
+def print_ratios(what, sides, batch, turns, form):
+    """Time every side on a batch, in turns; print medians, and the median of ours over each other one."""
+    times = tuple([] for _ in sides)
+    for _ in range(turns + 1):
+        take_turn([form(side) for side in sides.values()], [batch], times)
+    ours = times[0][1:]
+    figures = []
+    for name, spent in zip(sides, times):
+        ratio = statistics.median(o / t for o, t in zip(ours, spent[1:]))
+        figures.append(
+            f"{name} {1e3 * statistics.median(spent[1:]):.1f} ms" + f" ({ratio:.2f})" * (name != "ours")
+        )
+    print(f"{what}: {', '.join(figures)}", flush=True)
+
+
+def bench_niwf(shape, turns):
+    """Forward and backward of one step, beside peft's LoRA and, where that is small enough, plain loops."""
+    sides, examples = make_sides(shape, loops=shape == "tiny")
+    print_ratios(f"{shape}, a step", sides, (examples,), turns, lambda side: side.step)
+
+
+def bench_decode(shape, turns, count=32):
+    """One prompt: the prefill with its probe, and `count` tokens after it."""
+    sides, examples = make_sides(shape, loops=False)
+    prompts = [(p + r)[:128] for p, r in examples[:1]]
+    print_ratios(f"{shape}, prefill", sides, (prompts, 1), turns, lambda side: side.generate)
+    print_ratios(
+        f"{shape}, {count} tokens more", sides, (prompts, count + 1), turns, lambda side: side.generate
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the grid
@@ -177,9 +320,19 @@ def main(argv=None):
     ftn = commands.add_parser("ftn", help="a training step of FTN against the literal Algorithm 1")
     lora = commands.add_parser("lora-ftn", help="a step and a search of LoRA-FTN against all components")
     lora.add_argument("--backbone", default="tiny", help="tiny, a Hub id, a local folder, FILE.gguf [tiny]")
-    for p in (ftn, lora):
+    niwf = commands.add_parser("niwf", help="a training step of NIWF beside peft's LoRA")
+    decode = commands.add_parser("decode", help="prefill and decoding beside peft's LoRA")
+    for p in (niwf, decode):
+        p.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="[all]")
+    for p in (ftn, lora, niwf, decode):
         p.add_argument("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed [5]")
     args = parser.parse_args(argv)
+    if args.command in ("niwf", "decode"):
+        if not importlib.util.find_spec("peft"):
+            raise Refused(f"bench.py {args.command} compares with peft: pip install peft")
+        for shape in args.shape:
+            (bench_niwf if args.command == "niwf" else bench_decode)(shape, args.repeats)
+        return
     torch.set_num_threads(1)
     if args.command == "ftn":
         for variant in HEAD:

@@ -5,9 +5,9 @@
 
 For every variant that the files hold, as PNG in the folder `--to`:
 
-    ftn-masks-VARIANT.png       the masks of the methods that search them, a colour for every task (FTN
-    Figures 1, 4) ftn-curves-VARIANT.png      every task's score through the stream, mean over seeds (FTN
-    Figure 3) ftn-matrices-style.png      R[i][j], recovered, mean over seeds (FTN Figure 2)
+    ftn-masks-VARIANT.png    the masks of the methods that search them, a colour for every task (Figures 1, 4)
+    ftn-curves-VARIANT.png   every task's score through the stream, mean over seeds (Figure 3)
+    ftn-matrices-style.png   R[i][j], recovered, mean over seeds (Figure 2)
 
 A result file may come from anywhere, so it is checked whole when it is read: `parse_row`.
 """
