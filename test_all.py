@@ -48,6 +48,9 @@ sys.path.insert(0, str(HERE / "assets"))
 import report
 
 
+# --------------------------------------------------------------------------------------- what the tests share
+
+
 def micro_backbone(vocab=300, layers=2):
     torch.manual_seed(7)
     return transformers.MistralForCausalLM(
@@ -99,6 +102,192 @@ def random_examples(n, seed=0):
     ]
 
 
+RECORD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory):
+    """A folder with a micro backbone, and the options of a small run on it."""
+    folder = tmp_path_factory.mktemp("micro") / "backbone"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    micro_backbone(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data = HERE / "assets" / "data"
+
+    def options(task, out, *more):
+        return [
+            str(x)
+            for x in (
+                "--task",
+                task,
+                "--backbone",
+                folder,
+                "--data",
+                data / f"{task}.train.json",
+                "--out",
+                out,
+                "--device",
+                "cpu",
+                "--examples",
+                96,
+                "--val-examples",
+                32,
+                "--batch",
+                8,
+                "--grad-accum",
+                2,
+                "--lr",
+                0.02,
+                "--epochs",
+                2,
+                "--bases",
+                4,
+                "--top-k",
+                2,
+                "--rank",
+                2,
+                "--field-hidden",
+                16,
+                "--coord-dim",
+                8,
+                "--anchors",
+                32,
+                *more,
+            )
+        ]
+
+    return options
+
+
+@pytest.fixture(scope="session")
+def first(micro, tmp_path_factory):
+    """A run folder in which alpaca has been committed."""
+    out = tmp_path_factory.mktemp("first") / "run"
+    train.main(micro("alpaca", out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def two(micro, first, tmp_path_factory):
+    """A run folder in which alpaca and then code have been committed under the exact lock."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    shutil.copytree(first, out)
+    train.main(micro("code", out, "--lock"))
+    return out
+
+
+def copy_of(run, tmp_path, name="run"):
+    return pathlib.Path(shutil.copytree(run, tmp_path / name))
+
+
+def snapshot_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def outcome(run):
+    """What must not depend on how often a training was killed."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    return [v["hash"] for v in manifest["versions"]], manifest["results"]
+
+
+def tensors_of(run, i):
+    return commit.safe_open(
+        run / "versions" / f"{Run(run).manifest['versions'][i]['hash']}.safetensors", "pt"
+    )
+
+
+def opened(folder, backbone=None):
+    """A run and a model that holds its versions."""
+    run = Run(folder)
+    model = NIWF(backbone or micro_backbone(), pad_id=0, rank=2, alpha=16)
+    run.load(model)
+    return run, model
+
+
+def a_version_of(phi, dynamics, region, anchors, bases, **more):
+    """A version as training makes it."""
+    return Version(
+        **{
+            **dict(
+                task="a",
+                lock="first",
+                reads=[],
+                top_k=2,
+                field=phi,
+                dynamics=dynamics,
+                region=region,
+                anchors=anchors,
+                snapshot=take_snapshot(phi, anchors),
+                bases=bases,
+                config={"seed": 1},
+                index=torch.arange(phi.bases),
+            ),
+            **more,
+        }
+    )
+
+
+def a_version(tmp_path):
+    phi, z = WeightField(2, 3, 4, 7), torch.tanh(torch.randn(40, 4))
+    region = Region.fit(z)
+    anchors = sample_anchors(region, z, 8, "gaussian", 0)
+    bases = {f"layers.{i}.m.{part}": torch.randn(3, 2, 6) for i in range(2) for part in "AB"}
+    v = a_version_of(phi, CoordinateDynamics(5, 4), region, anchors, bases)
+    v.save(tmp_path)
+    return v, tmp_path / f"{v.hash}.safetensors"
+
+
+def fake_commit(folder, task, seed, reads_all=True):
+    """Commit a version as training would leave it, with random contents. Its dynamics are the root's."""
+    run, model = opened(folder)
+    torch.manual_seed(seed)
+    reads = [v.hash for v in run.versions] if reads_all else [v.hash for v in run.versions[:1]]
+    random_bank(model.bank, 2, seed)
+    bases = {k: p.data for k, p in model.bank.live.items()}
+    field = WeightField(2, 2 * len(reads) + 2, 6, 8)
+    dynamics = run.versions[0].dynamics if run.versions else CoordinateDynamics(32, 6)
+    z = torch.tanh(torch.randn(40, 6) + torch.randn(6))
+    region = Region.fit(z)
+    anchors = sample_anchors(region, z, 8, "empirical", 0)
+    settings = {
+        "rank": 2,
+        "alpha": 16.0,
+        "coord_dim": 6,
+        "probe": "bare",
+        "pool": "prompt",
+        "fixed_coordinate": False,
+    }
+    run.manifest |= {"settings": settings, "backbone": {"name": "micro", "fingerprint": "0" * 64}}
+    run.folder.mkdir(exist_ok=True)
+    for kind, content in (("val", [RECORD]), ("logits", ["0" * 16])):
+        with commit.atomic(run.data_file(task, kind)) as tmp:
+            tmp.write_text(json.dumps(content))
+    run.commit(
+        a_version_of(
+            field.requires_grad_(False),
+            dynamics,
+            region,
+            anchors,
+            bases,
+            task=task,
+            reads=reads,
+            config=settings,
+            lock="exact" if run.versions else "first",
+        )
+    )
+    return run.manifest["versions"][-1]["hash"]
+
+
+def answers(folder, backbone, examples):
+    """{hash: logits} of every version and composition, each at its own coordinates."""
+    run, model = opened(folder, backbone)
+    h_bar = model.probe([p for p, _ in examples])
+    out = {v.hash: model.logits(examples, run.stored(i, h_bar))[0] for i, v in enumerate(run.versions)}
+    out |= {c.hash: model.logits(examples, c.gating(h_bar))[0] for c in run.compositions}
+    model.detach()
+    return out
+
+
 # --------------------------------------------------------------------------------------------------- field.py
 
 
@@ -147,6 +336,78 @@ def test_dynamics_are_equation_8_written_out():
         g = (1 - u) * n + u * z
         g = (g - g.mean()) / (g.var(unbiased=False) + 1e-5).sqrt()
         torch.testing.assert_close(z_new, torch.tanh(dynamics.w_z.weight @ g + dynamics.w_z.bias))
+
+
+def test_region_distance_is_mahalanobis_and_tau_the_quantile():
+    torch.manual_seed(0)
+    u = torch.randn(500, 6, dtype=torch.double) @ torch.randn(6, 6, dtype=torch.double)
+    region, z = Region.fit(torch.tanh(u), 0.95), torch.tanh(u)
+    d = [
+        float(((x - region.mean) @ torch.linalg.inv(region.cov) @ (x - region.mean)).sqrt())
+        for x in field.unsquash(z)
+    ]
+    torch.testing.assert_close(region.distance(z), torch.tensor(d, dtype=torch.double))
+    assert sum(x <= region.tau for x in d) == 475
+    torch.testing.assert_close(region.cov, torch.cov(field.unsquash(z).T), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(field.unsquash(torch.tanh(0.1 * u)), 0.1 * u)
+
+
+@pytest.mark.parametrize("source", ["gaussian", "empirical"])
+def test_anchors_lie_inside_their_region(source):
+    z = torch.tanh(torch.randn(400, 5))
+    region = Region.fit(z)
+    anchors = sample_anchors(region, z, 256, source, seed=3)
+    assert (
+        anchors.shape == (256, 5)
+        and anchors.abs().max() < 1
+        and (region.distance(anchors) <= region.tau).all()
+    )
+    assert torch.equal(anchors, sample_anchors(region, z, 256, source, seed=3))
+    if source == "empirical":
+        assert all((z == a).all(1).any() for a in anchors)
+
+
+def test_a_fixed_coordinate_still_makes_a_region():
+    z = torch.full((30, 4), 0.3)
+    region = Region.fit(z)
+    assert sample_anchors(region, z, 16, "gaussian", 0).isfinite().all()
+
+
+def test_routing_is_regularised_discriminant_analysis():
+    torch.manual_seed(0)
+    groups = [torch.tanh(torch.randn(n, 4) @ torch.randn(4, 4) / 3 + torch.randn(4)) for n in (100, 300)]
+    regions = [Region.fit(g) for g in groups]
+    found = route(torch.cat(groups), regions)
+    pooled = (100 * regions[0].cov + 300 * regions[1].cov) / 400
+    gauss = [
+        torch.distributions.MultivariateNormal(r.mean, (r.n * r.cov + 4 * pooled) / (r.n + 4))
+        for r in regions
+    ]
+    for x, choice, p in zip(field.unsquash(torch.cat(groups).double()), found.choice, found.probability):
+        likelihood = [float(g.log_prob(x).exp()) for g in gauss]
+        assert choice == likelihood.index(max(likelihood))
+        assert float(p) == pytest.approx(max(likelihood) / sum(likelihood))
+
+
+def test_lock_and_separation_losses_are_equations_13_and_10():
+    torch.manual_seed(0)
+    phi, z = WeightField(2, 5, 4, 7), torch.tanh(torch.randn(40, 4))
+    region = Region.fit(z)
+    anchors = sample_anchors(region, z, 8, "gaussian", 0)
+    old = a_version_of(phi, CoordinateDynamics(3, 4), region, anchors, {})
+    assert field.lock_loss(phi, [old]) == 0 and field.lock_loss(phi, []) == 0
+    torch.nn.init.normal_(phi.w3.bias)
+    expected = sum(((phi(a[None])[0] - s) ** 2).sum() for a, s in zip(anchors, old.snapshot)) / 8
+    torch.testing.assert_close(field.lock_loss(phi, [old]), expected)
+    torch.testing.assert_close(field.lock_loss(phi.grown(7), [old]), expected)
+    x = torch.tanh(torch.randn(6, 4)).requires_grad_()
+    loss = field.separation_loss(x, [region], margin=1.0)
+    torch.testing.assert_close(
+        loss,
+        sum(max(0.0, region.tau + 1 - region.distance(v[None]).item()) ** 2 for v in x) / 6 * torch.ones(()),
+    )
+    loss.backward()
+    assert (region.distance(x - 1e-3 * x.grad) > region.distance(x)).any(), "the gradient must push outwards"
 
 
 # --------------------------------------------------------------------------------------------------- model.py
@@ -339,111 +600,6 @@ def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
 # -------------------------------------------------------------------------------------------------- commit.py
 
 
-def test_region_distance_is_mahalanobis_and_tau_the_quantile():
-    torch.manual_seed(0)
-    u = torch.randn(500, 6, dtype=torch.double) @ torch.randn(6, 6, dtype=torch.double)
-    region, z = Region.fit(torch.tanh(u), 0.95), torch.tanh(u)
-    d = [
-        float(((x - region.mean) @ torch.linalg.inv(region.cov) @ (x - region.mean)).sqrt())
-        for x in field.unsquash(z)
-    ]
-    torch.testing.assert_close(region.distance(z), torch.tensor(d, dtype=torch.double))
-    assert sum(x <= region.tau for x in d) == 475
-    torch.testing.assert_close(region.cov, torch.cov(field.unsquash(z).T), rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(field.unsquash(torch.tanh(0.1 * u)), 0.1 * u)
-
-
-@pytest.mark.parametrize("source", ["gaussian", "empirical"])
-def test_anchors_lie_inside_their_region(source):
-    z = torch.tanh(torch.randn(400, 5))
-    region = Region.fit(z)
-    anchors = sample_anchors(region, z, 256, source, seed=3)
-    assert (
-        anchors.shape == (256, 5)
-        and anchors.abs().max() < 1
-        and (region.distance(anchors) <= region.tau).all()
-    )
-    assert torch.equal(anchors, sample_anchors(region, z, 256, source, seed=3))
-    if source == "empirical":
-        assert all((z == a).all(1).any() for a in anchors)
-
-
-def test_a_fixed_coordinate_still_makes_a_region():
-    z = torch.full((30, 4), 0.3)
-    region = Region.fit(z)
-    assert sample_anchors(region, z, 16, "gaussian", 0).isfinite().all()
-
-
-def test_routing_is_regularised_discriminant_analysis():
-    torch.manual_seed(0)
-    groups = [torch.tanh(torch.randn(n, 4) @ torch.randn(4, 4) / 3 + torch.randn(4)) for n in (100, 300)]
-    regions = [Region.fit(g) for g in groups]
-    found = route(torch.cat(groups), regions)
-    pooled = (100 * regions[0].cov + 300 * regions[1].cov) / 400
-    gauss = [
-        torch.distributions.MultivariateNormal(r.mean, (r.n * r.cov + 4 * pooled) / (r.n + 4))
-        for r in regions
-    ]
-    for x, choice, p in zip(field.unsquash(torch.cat(groups).double()), found.choice, found.probability):
-        likelihood = [float(g.log_prob(x).exp()) for g in gauss]
-        assert choice == likelihood.index(max(likelihood))
-        assert float(p) == pytest.approx(max(likelihood) / sum(likelihood))
-
-
-def test_lock_and_separation_losses_are_equations_13_and_10():
-    torch.manual_seed(0)
-    phi, z = WeightField(2, 5, 4, 7), torch.tanh(torch.randn(40, 4))
-    region = Region.fit(z)
-    anchors = sample_anchors(region, z, 8, "gaussian", 0)
-    old = a_version_of(phi, CoordinateDynamics(3, 4), region, anchors, {})
-    assert field.lock_loss(phi, [old]) == 0 and field.lock_loss(phi, []) == 0
-    torch.nn.init.normal_(phi.w3.bias)
-    expected = sum(((phi(a[None])[0] - s) ** 2).sum() for a, s in zip(anchors, old.snapshot)) / 8
-    torch.testing.assert_close(field.lock_loss(phi, [old]), expected)
-    torch.testing.assert_close(field.lock_loss(phi.grown(7), [old]), expected)
-    x = torch.tanh(torch.randn(6, 4)).requires_grad_()
-    loss = field.separation_loss(x, [region], margin=1.0)
-    torch.testing.assert_close(
-        loss,
-        sum(max(0.0, region.tau + 1 - region.distance(v[None]).item()) ** 2 for v in x) / 6 * torch.ones(()),
-    )
-    loss.backward()
-    assert (region.distance(x - 1e-3 * x.grad) > region.distance(x)).any(), "the gradient must push outwards"
-
-
-def a_version_of(phi, dynamics, region, anchors, bases, **more):
-    """A version as training makes it."""
-    return Version(
-        **{
-            **dict(
-                task="a",
-                lock="first",
-                reads=[],
-                top_k=2,
-                field=phi,
-                dynamics=dynamics,
-                region=region,
-                anchors=anchors,
-                snapshot=take_snapshot(phi, anchors),
-                bases=bases,
-                config={"seed": 1},
-                index=torch.arange(phi.bases),
-            ),
-            **more,
-        }
-    )
-
-
-def a_version(tmp_path):
-    phi, z = WeightField(2, 3, 4, 7), torch.tanh(torch.randn(40, 4))
-    region = Region.fit(z)
-    anchors = sample_anchors(region, z, 8, "gaussian", 0)
-    bases = {f"layers.{i}.m.{part}": torch.randn(3, 2, 6) for i in range(2) for part in "AB"}
-    v = a_version_of(phi, CoordinateDynamics(5, 4), region, anchors, bases)
-    v.save(tmp_path)
-    return v, tmp_path / f"{v.hash}.safetensors"
-
-
 def test_a_version_comes_back_bit_for_bit_under_its_own_name(tmp_path):
     v, path = a_version(tmp_path)
     w = Version.load(path)
@@ -480,584 +636,6 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
             tmp.write_text("half of the n")
             raise OSError("No space left on device")
     assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "old"
-
-
-# --------------------------------------------------------------------------------------- train.py, whole runs
-
-
-@pytest.fixture(scope="session")
-def micro(tmp_path_factory):
-    """A folder with a micro backbone, and the options of a small run on it."""
-    folder = tmp_path_factory.mktemp("micro") / "backbone"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    micro_backbone(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    data = HERE / "assets" / "data"
-
-    def options(task, out, *more):
-        return [
-            str(x)
-            for x in (
-                "--task",
-                task,
-                "--backbone",
-                folder,
-                "--data",
-                data / f"{task}.train.json",
-                "--out",
-                out,
-                "--device",
-                "cpu",
-                "--examples",
-                96,
-                "--val-examples",
-                32,
-                "--batch",
-                8,
-                "--grad-accum",
-                2,
-                "--lr",
-                0.02,
-                "--epochs",
-                2,
-                "--bases",
-                4,
-                "--top-k",
-                2,
-                "--rank",
-                2,
-                "--field-hidden",
-                16,
-                "--coord-dim",
-                8,
-                "--anchors",
-                32,
-                *more,
-            )
-        ]
-
-    return options
-
-
-@pytest.fixture(scope="session")
-def first(micro, tmp_path_factory):
-    """A run folder in which alpaca has been committed."""
-    out = tmp_path_factory.mktemp("first") / "run"
-    train.main(micro("alpaca", out))
-    return out
-
-
-def copy_of(run, tmp_path, name="run"):
-    return pathlib.Path(shutil.copytree(run, tmp_path / name))
-
-
-def tensors_of(run, i):
-    return commit.safe_open(
-        run / "versions" / f"{Run(run).manifest['versions'][i]['hash']}.safetensors", "pt"
-    )
-
-
-def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, tmp_path, capsys):
-    out = copy_of(first, tmp_path)
-    before = {p.name: p.read_bytes() for p in (out / "versions").iterdir()}
-    train.main(micro("code", out, "--lock"))
-    row = Run(out).manifest["results"][-1]
-    assert row["identical"] == {"alpaca": [32, 32], "code": [32, 32]}
-    assert evaluation.forgetting(Run(out).manifest["results"], "stored") == {"alpaca": 0.0, "code": 0.0}
-    assert all((out / "versions" / name).read_bytes() == data for name, data in before.items())
-    assert "+0.00 %  logits bit-identical on 32 of 32" in capsys.readouterr().out
-    run = Run(out)
-    model = run.open_model(*run.open_backbone(run.manifest["backbone"]["name"], "cpu"))
-    assert (
-        len(model.bank) == 8
-        and run.versions[1].index.tolist() == list(range(8))
-        and run.versions[0].index.tolist() == list(range(4))
-    )
-    assert (
-        run.versions[1].reads == [run.versions[0].hash]
-        and run.versions[1].dynamics is run.versions[0].dynamics
-    )
-    with tensors_of(out, 1) as f:
-        assert not any(k.startswith("dynamics") for k in f.keys())
-        assert {f.get_slice(k).get_shape()[0] for k in f.keys() if k.startswith("bank.")} == {4}
-        moved = [k for k in f.keys() if k.endswith(".B") and f.get_tensor(k).any()]
-    assert moved, "the second task must have learned something"
-    # A batch may mix prompts that go to different versions: as each would be answered alone.
-    h_bar = torch.randn(12, model.features)
-    (indices, weights), found = run.routed(h_bar)
-    for i in range(12):
-        alone = run.stored(int(found.choice[i]), h_bar[i : i + 1])
-        assert torch.equal(indices[i], alone[0][0])
-        torch.testing.assert_close(weights[i], alone[1][0])
-
-
-def test_a_third_task_reads_both_and_moves_neither(micro, first, tmp_path):
-    out = copy_of(first, tmp_path)
-    train.main(micro("code", out, "--lock"))
-    train.main(micro("third", out, "--lock", "--data", HERE / "assets" / "data" / "alpaca.val.json"))
-    run = Run(out)
-    assert run.manifest["results"][-1]["identical"] == {
-        "alpaca": [32, 32],
-        "code": [32, 32],
-        "third": [32, 32],
-    }
-    assert set(evaluation.forgetting(run.manifest["results"], "stored").values()) == {0.0}
-    with tensors_of(out, 2) as f:
-        assert json.loads(f.metadata()["version"])["reads"] == [
-            v["hash"] for v in run.manifest["versions"][:2]
-        ]
-        assert f.get_slice("snapshot").get_shape() == [
-            32,
-            2,
-            12,
-        ]  # logits over its own 4 bases and the 8 that it reads
-
-
-def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
-    run = Run(first)
-    args = train.parse_options(micro("code", first, "--lock"))
-    train.fill_in(args, run)
-    model = run.open_model(*run.open_backbone(args.backbone, "cpu"))
-    learner = train.writable(run, model, args)
-    weights = learner.weights()
-    assert {k.split(".")[0] for k in weights} == {"bank", "field"} and learner.reads == [run.versions[0].hash]
-    assert {len(p) for k, p in weights.items() if k.startswith("bank")} == {4} and len(model.bank) == 8
-    assert not any(
-        p.requires_grad for v in run.versions for m in (v.field, v.dynamics) for p in m.parameters()
-    )
-    indices, weights = top_k_gating(learner.field(torch.zeros(1, 8)), 3)
-    assert (indices[..., :2] >= 4).all() and (
-        indices[..., 2] < 4
-    ).any()  # its own two lead at the start; it may read the next
-    assert weights.min() > 0.25
-
-
-@pytest.mark.parametrize("lock", ["soft", "none"])
-def test_without_the_exact_lock_one_bank_is_shared_and_task_one_moves(micro, first, tmp_path, lock):
-    out = copy_of(first, tmp_path)
-    train.main(micro("code", out, *(["--lock", "soft"] if lock == "soft" else [])))
-    run = Run(out)
-    row = run.manifest["results"][-1]
-    assert row["identical"]["alpaca"][0] < 32 and row["identical"]["code"] == [32, 32]
-    drift = row["drift"]["alpaca"]
-    assert drift["moved"] > 0 and (drift["lock_loss"] < 1e-2) == (lock == "soft")
-    with tensors_of(out, 0) as old, tensors_of(out, 1) as new:
-        assert {*old.keys()} == {*new.keys()}
-        assert not torch.equal(old.get_tensor("dynamics.w_z.weight"), new.get_tensor("dynamics.w_z.weight"))
-    with pytest.raises(Refused, match="cannot be mixed"):
-        train.main(micro("third", out, "--lock", "exact"))
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--probe", "adapted", "--pool", "sequence"],
-        ["--dense-gating"],
-        ["--fixed-coordinate"],
-        ["--shared-gating"],
-        ["--anchor-source", "empirical"],
-    ],
-)
-def test_every_setting_of_the_paper_runs_and_is_read_back(micro, tmp_path, more):
-    out = tmp_path / "run"
-    train.main(micro("alpaca", out, *more))
-    train.main(
-        micro(
-            "code",
-            out,
-            "--lock",
-            "soft",
-            *[m for m in more if m not in ("--probe", "adapted", "--pool", "sequence", "--fixed-coordinate")],
-        )
-    )
-    rows = Run(out).manifest["results"]
-    evaluation.main(["--run", str(out), "--json", str(tmp_path / "e.json")])
-    again = json.loads((tmp_path / "e.json").read_text())
-    assert again["R"]["stored"] == [
-        [rows[0]["stored"]["alpaca"], None],
-        [rows[1]["stored"][t] for t in ("alpaca", "code")],
-    ]
-    assert (
-        again["R"]["routed"][1] == [rows[1]["routed"][t] for t in ("alpaca", "code")]
-        and again["routing"] == rows[1]["routing"]
-    )
-
-
-def outcome(run):
-    """What must not depend on how often a training was killed."""
-    manifest = json.loads((run / "manifest.json").read_text())
-    return [v["hash"] for v in manifest["versions"]], manifest["results"]
-
-
-def test_a_training_that_stops_anywhere_resumes_to_the_same_bits(micro, first, tmp_path, monkeypatch):
-    whole, broken = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "broken")
-    train.main(micro("code", whole, "--lock"))
-    monkeypatch.setattr(train, "SAVE_EVERY", 0)
-    schedule = train.learning_rate
-    for last in (0, 3, 4, 9, 10):
-
-        def fail(step, total, peak, last=last):
-            if step > last:
-                raise RuntimeError("pulled the plug")
-            return schedule(step, total, peak)
-
-        monkeypatch.setattr(train, "learning_rate", fail)
-        with pytest.raises(RuntimeError):
-            train.main(micro("code", broken, "--lock"))
-    assert (broken / "training.safetensors").exists()
-    with pytest.raises(Refused, match="unfinished training"):
-        train.main(micro("code", broken, "--lock", "--seed", "5"))
-    monkeypatch.setattr(train, "learning_rate", schedule)
-    train.main(micro("code", broken, "--lock"))
-    assert outcome(broken) == outcome(whole) and not (broken / "training.safetensors").exists()
-
-
-def test_sigkill_at_random_moments_changes_nothing(micro, first, tmp_path):
-    whole, killed = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "killed")
-    code = "import sys, train; train.SAVE_EVERY = 0; train.main(sys.argv[1:])"
-    start = lambda out: subprocess.Popen(
-        [sys.executable, "-c", code, *micro("code", out, "--lock", "--epochs", 6)],
-        cwd=HERE,  # noqa: E731
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    began = time.time()
-    assert start(whole).wait() == 0
-    seconds, moments = time.time() - began, random.Random(0)
-    for _ in range(4):
-        process = start(killed)
-        time.sleep(seconds * moments.uniform(0.4, 1))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert start(killed).wait() == 0
-    assert outcome(killed) == outcome(whole)
-
-
-def test_a_kill_between_commit_and_measuring_is_made_good(micro, first, tmp_path, monkeypatch):
-    out, seen = copy_of(first, tmp_path), Run(first).manifest["results"]
-    manifest = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps({**manifest, "results": []}))
-    train.main(micro("code", out, "--lock"))
-    assert Run(out).manifest["results"][0] == seen[0] and len(Run(out).manifest["results"]) == 2
-    train.main(micro("alpaca", out))  # nothing left to do: the report again, whatever the options
-    assert len(Run(out).manifest["results"]) == 2
-
-
-def test_an_interrupt_saves_and_says_how_to_go_on(micro, first, tmp_path, monkeypatch):
-    whole, out = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "interrupted")
-    train.main(micro("code", whole, "--lock"))
-    schedule = train.learning_rate
-    monkeypatch.setattr(
-        train,
-        "learning_rate",
-        lambda s, *a: (signal.raise_signal(signal.SIGINT) if s == 5 else None, schedule(s, *a))[1],
-    )
-    with pytest.raises(KeyboardInterrupt, match="step 6 of 12; the same command goes on"):
-        train.main(micro("code", out, "--lock"))
-    monkeypatch.setattr(train, "learning_rate", schedule)
-    train.main(micro("code", out, "--lock"))
-    assert outcome(out) == outcome(whole)
-
-
-def snapshot_of(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-RECORD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
-
-
-@pytest.mark.parametrize(
-    "content,message",
-    [
-        ("[{", "not readable as JSON"),
-        ("{}", "expected a JSON list"),
-        ("[]", "expected a JSON list"),
-        (json.dumps([RECORD, {"instruction": "x"}]), "record 2 has no text under 'output'"),
-        (json.dumps([RECORD, {**RECORD, "output": 3}]), "record 2 has no text under 'output'"),
-        (json.dumps([{**RECORD, "input": []}]), "record 1 has something other than text under 'input'"),
-        (json.dumps([{**RECORD, "output": " "}] * 3), "no usable records"),
-    ],
-)
-def test_bad_data_gets_one_line_and_loses_nothing(micro, first, tmp_path, content, message):
-    out, bad = copy_of(first, tmp_path), tmp_path / "bad.json"
-    bad.write_text(content)
-    before = snapshot_of(out)
-    with pytest.raises(Refused) as e:
-        train.main(micro("mine", out, "--lock", "--data", bad))
-    assert message in str(e.value) and "bad.json" in str(e.value) and "\n" not in str(e.value)
-    assert snapshot_of(out) == before
-
-
-@pytest.mark.parametrize(
-    "more,message",
-    [
-        (["--rank", 5], "its first task fixed 2"),
-        (["--probe", "adapted"], "its first task fixed bare"),
-        (["--top-k", 99], "more than --bases 4"),
-        (["--backbone", "tiny"], "belongs to another backbone"),
-        (["--backbone", "/no/such/folder"], "cannot be loaded"),
-        (["--backbone", "/no/such.gguf"], "such.gguf"),
-        (["--data", "/no/such.json"], "no such file"),
-        (["--device", "tpu"], "not available"),
-        (["--task", "../x"], "use letters"),
-    ],
-)
-def test_options_that_cannot_be_get_one_line_and_lose_nothing(micro, first, tmp_path, more, message):
-    out = copy_of(first, tmp_path)
-    before = snapshot_of(out)
-    with pytest.raises(Refused) as e:
-        train.main(micro("code", out, "--lock", *more))
-    assert message in str(e.value) and "\n" not in str(e.value)
-    assert snapshot_of(out) == before
-
-
-@pytest.mark.parametrize(
-    "argv,message",
-    [
-        (["--task", "x", "--quantile", "2"], "out of range"),
-        (["--task", "x", "--batch", "0"], "out of range"),
-        (["--lr", "1"], "--task"),
-        (["--task", "x", "--lock", "hard"], "invalid choice"),
-        (["--task", "x", "--lr", "fast"], "not a number"),
-    ],
-)
-def test_the_command_line_answers_in_one_line(capsys, argv, message):
-    with pytest.raises(SystemExit):
-        train.main(argv)
-    err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1
-
-
-def test_unknown_task_damaged_state_and_foreign_manifest_are_refused(micro, first, tmp_path):
-    out = copy_of(first, tmp_path)
-    with pytest.raises(Refused, match="brings no data of its own"):
-        train.main(
-            ["--task", "poems", "--backbone", "tiny", "--device", "cpu", "--out", str(tmp_path / "new")]
-        )
-    assert not (tmp_path / "new").exists()
-    (out / "training.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(Refused, match="damaged training state"):
-        train.main(micro("code", out, "--lock"))
-    (out / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(Refused, match="format: 99"):
-        train.main(micro("code", out, "--lock"))
-
-
-def test_long_and_empty_records_are_counted(micro):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    records = [
-        RECORD,
-        {**RECORD, "output": ""},
-        {**RECORD, "output": "word " * 400},
-        {**RECORD, "instruction": "Say bye."},
-    ]
-    kept, examples, note = train.take_usable(records, tokenizer, 10, 64)
-    assert [r["instruction"] for r in kept] == [
-        "Say hello.",
-        "Say bye.",
-    ] and note == "2 (1 empty and 1 over 64 tokens left out)"
-    assert examples[0][1][-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in examples[0][0]
-
-
-def test_own_data_is_held_out_by_prompt(micro, tmp_path, capsys):
-    (tmp_path / "mine.json").write_text(
-        json.dumps([{**RECORD, "instruction": f"Say {i}."} for i in range(40)] * 2)
-    )
-    out = tmp_path / "run"
-    train.main(micro("mine", out, "--data", tmp_path / "mine.json"))
-    held_out = {r["instruction"] for r in json.loads((out / "data" / "mine.val.json").read_text())}
-    assert len(held_out) == 4 and "training 36" in capsys.readouterr().out
-
-
-def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
-    """L = L_LM + 5 L_lock + 0.5 L_sep + 2 L_budget over four examples, in micro-batches of three and one."""
-    model, examples = micro_model(bases=6), random_examples(4)
-    torch.manual_seed(3)
-    dynamics, then, now = CoordinateDynamics(32, 4), WeightField(2, 6, 4, 7), WeightField(2, 6, 4, 7)
-    region = Region.fit(torch.tanh(torch.randn(40, 4)))
-    anchors = sample_anchors(region, torch.zeros(1, 4), 8, "gaussian", 0)
-    old = a_version_of(then, dynamics, region, anchors, {})
-    learner = train.Learner(model=model, field=now, dynamics=dynamics, top_k=2, reads=[], protected=[old])
-    args = train.argparse.Namespace(lambda_lock=5.0, lambda_sep=0.5, lambda_budget=2.0, margin=3.0)
-    h_bar, tokens = model.probe([p for p, _ in examples]), sum(len(r) for _, r in examples)
-    terms = [
-        train.loss_terms(learner, examples[i:j], h_bar[i:j], args, (j - i) / 4, tokens)
-        for i, j in ((0, 3), (3, 4))
-    ]
-    z = dynamics(h_bar)
-    nll = 0.0
-    for (p, r), coordinate in zip(examples, z):
-        with model.gated(top_k_gating(now(coordinate[None]), 2)):
-            log_p = model.backbone(torch.tensor([p + r])).logits[0].log_softmax(-1)
-        nll = nll - sum(log_p[len(p) - 1 + i, t] for i, t in enumerate(r))
-    lock = sum(((now(a[None]) - s) ** 2).sum() for a, s in zip(anchors, old.snapshot)) / 8
-    separation = (
-        sum(max(0.0, region.tau + 3.0 - float(region.distance(c[None]))) ** 2 for c in z.detach()) / 4
-    )
-    wanted = {
-        "lm": nll / tokens,
-        "lock": 5 * lock,
-        "sep": torch.tensor(separation / 2),
-        "budget": torch.tensor(4 / 6),
-    }
-    for name, value in wanted.items():
-        torch.testing.assert_close(sum(t[name] for t in terms), value, atol=1e-4, rtol=1e-4)
-        assert value > 0.01, name
-
-
-def test_learning_rate_warms_up_and_falls_to_zero():
-    rates = [train.learning_rate(s, 100, 1.0) for s in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0
-    assert rates[-1] < 1e-3 and all(a >= b for a, b in zip(rates[5:], rates[6:]))
-
-
-def test_forgetting_is_relative_to_the_perplexity_when_learned():
-    rows = [{"task": "a", "stored": {"a": 4.0}}, {"task": "b", "stored": {"a": 5.0, "b": 2.0}}]
-    assert evaluation.forgetting(rows, "stored") == {"a": 25.0, "b": 0.0}
-
-
-def test_prompt_and_exact_match_and_log(first, tmp_path, capsys):
-    evaluation.main(["--run", str(first), "--prompt", "Name three fruits.", "--max-new-tokens", "5"])
-    assert (
-        f"[version {Run(first).manifest['versions'][0]['hash'][:12]}; nearest region: alpaca, 100.0 % sure"
-        in capsys.readouterr().out
-    )
-    evaluation.main(
-        [
-            "--run",
-            str(first),
-            "--exact-match",
-            "3",
-            "--max-new-tokens",
-            "3",
-            "--json",
-            str(tmp_path / "e.json"),
-        ]
-    )
-    counts = json.loads((tmp_path / "e.json").read_text())["exact_match"]["alpaca"]
-    assert (
-        sum(n for _, n in counts.values()) == 32 and "of 32 answers exactly right" in capsys.readouterr().out
-    )
-    assert "(lock: first)" in "\n".join(commit.log(Run(first)))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_the_exact_lock_holds_too(micro, tmp_path):
-    for task in ("alpaca", "code"):
-        train.main(micro(task, tmp_path / "run", "--lock", "--device", "cuda"))
-    assert Run(tmp_path / "run").manifest["results"][-1]["identical"]["alpaca"] == [32, 32]
-
-
-# ----------------------------------------------------------------------------------------------------- assets
-
-
-@pytest.mark.parametrize("task", ["alpaca", "code"])
-def test_embedded_sets_are_what_the_readme_says(task):
-    sets = {
-        side: commit.read_records(HERE / "assets" / "data" / f"{task}.{side}.json")
-        for side in ("train", "val")
-    }
-    prompts = {side: {(r["instruction"], r["input"]) for r in records} for side, records in sets.items()}
-    assert (
-        len(prompts["train"]) >= 4000 and len(prompts["val"]) >= 400 and not prompts["train"] & prompts["val"]
-    )
-    assert len({r["kind"] for r in sets["val"]}) >= 25 and {r["kind"] for r in sets["val"]} == {
-        r["kind"] for r in sets["train"]
-    }
-
-
-def test_everything_embedded_takes_at_most_6_mb():
-    assert (
-        sum(
-            p.stat().st_size
-            for part in ("tiny", "data")
-            for p in (HERE / "assets" / part).rglob("*")
-            if p.is_file()
-        )
-        <= 6e6
-    )
-
-
-def test_the_tiny_tokenizer_gives_back_any_text():
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    for text in (
-        "def f(x):\n    return  x",
-        "naïve café 漢字 🙂\r\n\t",
-        " two  spaces ",
-        "### Instruction:\n",
-    ):
-        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
-
-
-# ------------------------------------------------------------------------------------- commit.py, the command
-
-
-@pytest.fixture(scope="session")
-def two(micro, first, tmp_path_factory):
-    """A run folder in which alpaca and then code have been committed under the exact lock."""
-    out = tmp_path_factory.mktemp("two") / "run"
-    shutil.copytree(first, out)
-    train.main(micro("code", out, "--lock"))
-    return out
-
-
-def opened(folder, backbone=None):
-    """A run and a model that holds its versions."""
-    run = Run(folder)
-    model = NIWF(backbone or micro_backbone(), pad_id=0, rank=2, alpha=16)
-    run.load(model)
-    return run, model
-
-
-def fake_commit(folder, task, seed, reads_all=True):
-    """Commit a version as training would leave it, with random contents. Its dynamics are the root's."""
-    run, model = opened(folder)
-    torch.manual_seed(seed)
-    reads = [v.hash for v in run.versions] if reads_all else [v.hash for v in run.versions[:1]]
-    random_bank(model.bank, 2, seed)
-    bases = {k: p.data for k, p in model.bank.live.items()}
-    field = WeightField(2, 2 * len(reads) + 2, 6, 8)
-    dynamics = run.versions[0].dynamics if run.versions else CoordinateDynamics(32, 6)
-    z = torch.tanh(torch.randn(40, 6) + torch.randn(6))
-    region = Region.fit(z)
-    anchors = sample_anchors(region, z, 8, "empirical", 0)
-    settings = {
-        "rank": 2,
-        "alpha": 16.0,
-        "coord_dim": 6,
-        "probe": "bare",
-        "pool": "prompt",
-        "fixed_coordinate": False,
-    }
-    run.manifest |= {"settings": settings, "backbone": {"name": "micro", "fingerprint": "0" * 64}}
-    run.folder.mkdir(exist_ok=True)
-    for kind, content in (("val", [RECORD]), ("logits", ["0" * 16])):
-        with commit.atomic(run.data_file(task, kind)) as tmp:
-            tmp.write_text(json.dumps(content))
-    run.commit(
-        a_version_of(
-            field.requires_grad_(False),
-            dynamics,
-            region,
-            anchors,
-            bases,
-            task=task,
-            reads=reads,
-            config=settings,
-            lock="exact" if run.versions else "first",
-        )
-    )
-    return run.manifest["versions"][-1]["hash"]
-
-
-def answers(folder, backbone, examples):
-    """{hash: logits} of every version and composition, each at its own coordinates."""
-    run, model = opened(folder, backbone)
-    h_bar = model.probe([p for p, _ in examples])
-    out = {v.hash: model.logits(examples, run.stored(i, h_bar))[0] for i, v in enumerate(run.versions)}
-    out |= {c.hash: model.logits(examples, c.gating(h_bar))[0] for c in run.compositions}
-    model.detach()
-    return out
 
 
 @torch.no_grad()
@@ -1238,53 +816,6 @@ def test_an_exported_adapter_is_the_version_at_its_mean_coordinate(tmp_path, nam
         commit.main(["export", name, "--to", str(tmp_path / "lora"), "--run", str(folder)])
 
 
-def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp_path, capsys):
-    out = copy_of(two, tmp_path)
-    commit.main(["compose", "alpaca", "code", "--weights", "1", "0", "--name", "onlyA", "--run", str(out)])
-    evaluation.main(
-        ["--run", str(out), "--version", "alpaca", "code", "onlyA", "--json", str(tmp_path / "u.json")]
-    )
-    evaluation.main(
-        ["--run", str(out), "--version", "onlyA", "--prompt", "Name a fruit.", "--max-new-tokens", "3"]
-    )
-    table = json.loads((tmp_path / "u.json").read_text())["under"]
-    stored = Run(two).manifest["results"][-1]["stored"]
-    for task in ("alpaca", "code"):
-        assert table[task][task] == pytest.approx(stored[task], rel=1e-6)
-        assert table[task]["onlyA"] == pytest.approx(
-            table[task]["alpaca"], rel=1e-5
-        )  # weight 0 takes code out again
-        assert table[task].get("onlyA, peft", table[task]["alpaca"]) == pytest.approx(
-            table[task]["alpaca"], rel=0.05
-        )
-    assert "as asked" in capsys.readouterr().out
-
-
-def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "TINY_VALUES", dict(train.TINY_VALUES, examples=16, val_examples=4))
-    command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
-    train.main(["--stream", "1", *command])
-    first = Run(tmp_path / "run").manifest["versions"]
-    train.main(["--stream", "2", *command])
-    evaluation.main(
-        ["--run", str(tmp_path / "run"), "--growth", "--json", str(tmp_path / "s.json"), "--device", "cpu"]
-    )
-    run, out = Run(tmp_path / "run"), json.loads((tmp_path / "s.json").read_text())
-    assert (
-        out["tasks"] == run.tasks == ["alpaca-before", "code-append"]
-        and run.manifest["versions"][:1] == first
-    )
-    assert {r["kind"] for r in run.validation("alpaca-before")} == {"before"}
-    assert [x["bases_read"] for x in out["growth"]] == [0, 16] and all(
-        x["bases_written"] == 16 for x in out["growth"]
-    )
-    assert [x["bytes"] for x in out["growth"]] == [
-        run.path(v["hash"]).stat().st_size for v in run.manifest["versions"]
-    ]
-    assert [x["stored_forgetting"] for x in out["growth"]] == [0, 0] and out["R"]["stored"][0][1] is None
-    assert out["growth"][1]["routed_home"] == sum(out["routing"][t][t] for t in run.tasks) / 8
-
-
 def test_show_log_and_names(two, tmp_path, capsys):
     out = copy_of(two, tmp_path)
     commit.main(["compose", "alpaca", "code", "--weights", ".5", ".5", "--name", "AB", "--run", str(out)])
@@ -1384,7 +915,438 @@ def test_sigkill_at_any_moment_leaves_the_state_before_or_after(tmp_path):
                 assert not list(folder.rglob("*.niwf-tmp"))
 
 
-# ----------------------------------------------------------------------------------- functional task networks
+# ---------------------------------------------------------------------------------------------------- eval.py
+
+
+def test_forgetting_is_relative_to_the_perplexity_when_learned():
+    rows = [{"task": "a", "stored": {"a": 4.0}}, {"task": "b", "stored": {"a": 5.0, "b": 2.0}}]
+    assert evaluation.forgetting(rows, "stored") == {"a": 25.0, "b": 0.0}
+
+
+def test_prompt_and_exact_match_and_log(first, tmp_path, capsys):
+    evaluation.main(["--run", str(first), "--prompt", "Name three fruits.", "--max-new-tokens", "5"])
+    assert (
+        f"[version {Run(first).manifest['versions'][0]['hash'][:12]}; nearest region: alpaca, 100.0 % sure"
+        in capsys.readouterr().out
+    )
+    evaluation.main(
+        [
+            "--run",
+            str(first),
+            "--exact-match",
+            "3",
+            "--max-new-tokens",
+            "3",
+            "--json",
+            str(tmp_path / "e.json"),
+        ]
+    )
+    counts = json.loads((tmp_path / "e.json").read_text())["exact_match"]["alpaca"]
+    assert (
+        sum(n for _, n in counts.values()) == 32 and "of 32 answers exactly right" in capsys.readouterr().out
+    )
+    assert "(lock: first)" in "\n".join(commit.log(Run(first)))
+
+
+def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp_path, capsys):
+    out = copy_of(two, tmp_path)
+    commit.main(["compose", "alpaca", "code", "--weights", "1", "0", "--name", "onlyA", "--run", str(out)])
+    evaluation.main(
+        ["--run", str(out), "--version", "alpaca", "code", "onlyA", "--json", str(tmp_path / "u.json")]
+    )
+    evaluation.main(
+        ["--run", str(out), "--version", "onlyA", "--prompt", "Name a fruit.", "--max-new-tokens", "3"]
+    )
+    table = json.loads((tmp_path / "u.json").read_text())["under"]
+    stored = Run(two).manifest["results"][-1]["stored"]
+    for task in ("alpaca", "code"):
+        assert table[task][task] == pytest.approx(stored[task], rel=1e-6)
+        assert table[task]["onlyA"] == pytest.approx(
+            table[task]["alpaca"], rel=1e-5
+        )  # weight 0 takes code out again
+        assert table[task].get("onlyA, peft", table[task]["alpaca"]) == pytest.approx(
+            table[task]["alpaca"], rel=0.05
+        )
+    assert "as asked" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------- train.py
+
+
+def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, tmp_path, capsys):
+    out = copy_of(first, tmp_path)
+    before = {p.name: p.read_bytes() for p in (out / "versions").iterdir()}
+    train.main(micro("code", out, "--lock"))
+    row = Run(out).manifest["results"][-1]
+    assert row["identical"] == {"alpaca": [32, 32], "code": [32, 32]}
+    assert evaluation.forgetting(Run(out).manifest["results"], "stored") == {"alpaca": 0.0, "code": 0.0}
+    assert all((out / "versions" / name).read_bytes() == data for name, data in before.items())
+    assert "+0.00 %  logits bit-identical on 32 of 32" in capsys.readouterr().out
+    run = Run(out)
+    model = run.open_model(*run.open_backbone(run.manifest["backbone"]["name"], "cpu"))
+    assert (
+        len(model.bank) == 8
+        and run.versions[1].index.tolist() == list(range(8))
+        and run.versions[0].index.tolist() == list(range(4))
+    )
+    assert (
+        run.versions[1].reads == [run.versions[0].hash]
+        and run.versions[1].dynamics is run.versions[0].dynamics
+    )
+    with tensors_of(out, 1) as f:
+        assert not any(k.startswith("dynamics") for k in f.keys())
+        assert {f.get_slice(k).get_shape()[0] for k in f.keys() if k.startswith("bank.")} == {4}
+        moved = [k for k in f.keys() if k.endswith(".B") and f.get_tensor(k).any()]
+    assert moved, "the second task must have learned something"
+    # A batch may mix prompts that go to different versions: as each would be answered alone.
+    h_bar = torch.randn(12, model.features)
+    (indices, weights), found = run.routed(h_bar)
+    for i in range(12):
+        alone = run.stored(int(found.choice[i]), h_bar[i : i + 1])
+        assert torch.equal(indices[i], alone[0][0])
+        torch.testing.assert_close(weights[i], alone[1][0])
+
+
+def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
+    run = Run(first)
+    args = train.parse_options(micro("code", first, "--lock"))
+    train.fill_in(args, run)
+    model = run.open_model(*run.open_backbone(args.backbone, "cpu"))
+    learner = train.writable(run, model, args)
+    weights = learner.weights()
+    assert {k.split(".")[0] for k in weights} == {"bank", "field"} and learner.reads == [run.versions[0].hash]
+    assert {len(p) for k, p in weights.items() if k.startswith("bank")} == {4} and len(model.bank) == 8
+    assert not any(
+        p.requires_grad for v in run.versions for m in (v.field, v.dynamics) for p in m.parameters()
+    )
+    indices, weights = top_k_gating(learner.field(torch.zeros(1, 8)), 3)
+    assert (indices[..., :2] >= 4).all() and (
+        indices[..., 2] < 4
+    ).any()  # its own two lead at the start; it may read the next
+    assert weights.min() > 0.25
+
+
+def test_a_third_task_reads_both_and_moves_neither(micro, first, tmp_path):
+    out = copy_of(first, tmp_path)
+    train.main(micro("code", out, "--lock"))
+    train.main(micro("third", out, "--lock", "--data", HERE / "assets" / "data" / "alpaca.val.json"))
+    run = Run(out)
+    assert run.manifest["results"][-1]["identical"] == {
+        "alpaca": [32, 32],
+        "code": [32, 32],
+        "third": [32, 32],
+    }
+    assert set(evaluation.forgetting(run.manifest["results"], "stored").values()) == {0.0}
+    with tensors_of(out, 2) as f:
+        assert json.loads(f.metadata()["version"])["reads"] == [
+            v["hash"] for v in run.manifest["versions"][:2]
+        ]
+        assert f.get_slice("snapshot").get_shape() == [
+            32,
+            2,
+            12,
+        ]  # logits over its own 4 bases and the 8 that it reads
+
+
+@pytest.mark.parametrize("lock", ["soft", "none"])
+def test_without_the_exact_lock_one_bank_is_shared_and_task_one_moves(micro, first, tmp_path, lock):
+    out = copy_of(first, tmp_path)
+    train.main(micro("code", out, *(["--lock", "soft"] if lock == "soft" else [])))
+    run = Run(out)
+    row = run.manifest["results"][-1]
+    assert row["identical"]["alpaca"][0] < 32 and row["identical"]["code"] == [32, 32]
+    drift = row["drift"]["alpaca"]
+    assert drift["moved"] > 0 and (drift["lock_loss"] < 1e-2) == (lock == "soft")
+    with tensors_of(out, 0) as old, tensors_of(out, 1) as new:
+        assert {*old.keys()} == {*new.keys()}
+        assert not torch.equal(old.get_tensor("dynamics.w_z.weight"), new.get_tensor("dynamics.w_z.weight"))
+    with pytest.raises(Refused, match="cannot be mixed"):
+        train.main(micro("third", out, "--lock", "exact"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--probe", "adapted", "--pool", "sequence"],
+        ["--dense-gating"],
+        ["--fixed-coordinate"],
+        ["--shared-gating"],
+        ["--anchor-source", "empirical"],
+    ],
+)
+def test_every_setting_of_the_paper_runs_and_is_read_back(micro, tmp_path, more):
+    out = tmp_path / "run"
+    train.main(micro("alpaca", out, *more))
+    train.main(
+        micro(
+            "code",
+            out,
+            "--lock",
+            "soft",
+            *[m for m in more if m not in ("--probe", "adapted", "--pool", "sequence", "--fixed-coordinate")],
+        )
+    )
+    rows = Run(out).manifest["results"]
+    evaluation.main(["--run", str(out), "--json", str(tmp_path / "e.json")])
+    again = json.loads((tmp_path / "e.json").read_text())
+    assert again["R"]["stored"] == [
+        [rows[0]["stored"]["alpaca"], None],
+        [rows[1]["stored"][t] for t in ("alpaca", "code")],
+    ]
+    assert (
+        again["R"]["routed"][1] == [rows[1]["routed"][t] for t in ("alpaca", "code")]
+        and again["routing"] == rows[1]["routing"]
+    )
+
+
+def test_a_training_that_stops_anywhere_resumes_to_the_same_bits(micro, first, tmp_path, monkeypatch):
+    whole, broken = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "broken")
+    train.main(micro("code", whole, "--lock"))
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    schedule = train.learning_rate
+    for last in (0, 3, 4, 9, 10):
+
+        def fail(step, total, peak, last=last):
+            if step > last:
+                raise RuntimeError("pulled the plug")
+            return schedule(step, total, peak)
+
+        monkeypatch.setattr(train, "learning_rate", fail)
+        with pytest.raises(RuntimeError):
+            train.main(micro("code", broken, "--lock"))
+    assert (broken / "training.safetensors").exists()
+    with pytest.raises(Refused, match="unfinished training"):
+        train.main(micro("code", broken, "--lock", "--seed", "5"))
+    monkeypatch.setattr(train, "learning_rate", schedule)
+    train.main(micro("code", broken, "--lock"))
+    assert outcome(broken) == outcome(whole) and not (broken / "training.safetensors").exists()
+
+
+def test_sigkill_at_random_moments_changes_nothing(micro, first, tmp_path):
+    whole, killed = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "killed")
+    code = "import sys, train; train.SAVE_EVERY = 0; train.main(sys.argv[1:])"
+    start = lambda out: subprocess.Popen(
+        [sys.executable, "-c", code, *micro("code", out, "--lock", "--epochs", 6)],
+        cwd=HERE,  # noqa: E731
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    began = time.time()
+    assert start(whole).wait() == 0
+    seconds, moments = time.time() - began, random.Random(0)
+    for _ in range(4):
+        process = start(killed)
+        time.sleep(seconds * moments.uniform(0.4, 1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(killed).wait() == 0
+    assert outcome(killed) == outcome(whole)
+
+
+def test_a_kill_between_commit_and_measuring_is_made_good(micro, first, tmp_path, monkeypatch):
+    out, seen = copy_of(first, tmp_path), Run(first).manifest["results"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "results": []}))
+    train.main(micro("code", out, "--lock"))
+    assert Run(out).manifest["results"][0] == seen[0] and len(Run(out).manifest["results"]) == 2
+    train.main(micro("alpaca", out))  # nothing left to do: the report again, whatever the options
+    assert len(Run(out).manifest["results"]) == 2
+
+
+def test_an_interrupt_saves_and_says_how_to_go_on(micro, first, tmp_path, monkeypatch):
+    whole, out = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "interrupted")
+    train.main(micro("code", whole, "--lock"))
+    schedule = train.learning_rate
+    monkeypatch.setattr(
+        train,
+        "learning_rate",
+        lambda s, *a: (signal.raise_signal(signal.SIGINT) if s == 5 else None, schedule(s, *a))[1],
+    )
+    with pytest.raises(KeyboardInterrupt, match="step 6 of 12; the same command goes on"):
+        train.main(micro("code", out, "--lock"))
+    monkeypatch.setattr(train, "learning_rate", schedule)
+    train.main(micro("code", out, "--lock"))
+    assert outcome(out) == outcome(whole)
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("[{", "not readable as JSON"),
+        ("{}", "expected a JSON list"),
+        ("[]", "expected a JSON list"),
+        (json.dumps([RECORD, {"instruction": "x"}]), "record 2 has no text under 'output'"),
+        (json.dumps([RECORD, {**RECORD, "output": 3}]), "record 2 has no text under 'output'"),
+        (json.dumps([{**RECORD, "input": []}]), "record 1 has something other than text under 'input'"),
+        (json.dumps([{**RECORD, "output": " "}] * 3), "no usable records"),
+    ],
+)
+def test_bad_data_gets_one_line_and_loses_nothing(micro, first, tmp_path, content, message):
+    out, bad = copy_of(first, tmp_path), tmp_path / "bad.json"
+    bad.write_text(content)
+    before = snapshot_of(out)
+    with pytest.raises(Refused) as e:
+        train.main(micro("mine", out, "--lock", "--data", bad))
+    assert message in str(e.value) and "bad.json" in str(e.value) and "\n" not in str(e.value)
+    assert snapshot_of(out) == before
+
+
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (["--rank", 5], "its first task fixed 2"),
+        (["--probe", "adapted"], "its first task fixed bare"),
+        (["--top-k", 99], "more than --bases 4"),
+        (["--backbone", "tiny"], "belongs to another backbone"),
+        (["--backbone", "/no/such/folder"], "cannot be loaded"),
+        (["--backbone", "/no/such.gguf"], "such.gguf"),
+        (["--data", "/no/such.json"], "no such file"),
+        (["--device", "tpu"], "not available"),
+        (["--task", "../x"], "use letters"),
+    ],
+)
+def test_options_that_cannot_be_get_one_line_and_lose_nothing(micro, first, tmp_path, more, message):
+    out = copy_of(first, tmp_path)
+    before = snapshot_of(out)
+    with pytest.raises(Refused) as e:
+        train.main(micro("code", out, "--lock", *more))
+    assert message in str(e.value) and "\n" not in str(e.value)
+    assert snapshot_of(out) == before
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        (["--task", "x", "--quantile", "2"], "out of range"),
+        (["--task", "x", "--batch", "0"], "out of range"),
+        (["--lr", "1"], "--task"),
+        (["--task", "x", "--lock", "hard"], "invalid choice"),
+        (["--task", "x", "--lr", "fast"], "not a number"),
+    ],
+)
+def test_the_command_line_answers_in_one_line(capsys, argv, message):
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_unknown_task_damaged_state_and_foreign_manifest_are_refused(micro, first, tmp_path):
+    out = copy_of(first, tmp_path)
+    with pytest.raises(Refused, match="brings no data of its own"):
+        train.main(
+            ["--task", "poems", "--backbone", "tiny", "--device", "cpu", "--out", str(tmp_path / "new")]
+        )
+    assert not (tmp_path / "new").exists()
+    (out / "training.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(Refused, match="damaged training state"):
+        train.main(micro("code", out, "--lock"))
+    (out / "manifest.json").write_text('{"format": 99}')
+    with pytest.raises(Refused, match="format: 99"):
+        train.main(micro("code", out, "--lock"))
+
+
+def test_long_and_empty_records_are_counted(micro):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    records = [
+        RECORD,
+        {**RECORD, "output": ""},
+        {**RECORD, "output": "word " * 400},
+        {**RECORD, "instruction": "Say bye."},
+    ]
+    kept, examples, note = train.take_usable(records, tokenizer, 10, 64)
+    assert [r["instruction"] for r in kept] == [
+        "Say hello.",
+        "Say bye.",
+    ] and note == "2 (1 empty and 1 over 64 tokens left out)"
+    assert examples[0][1][-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in examples[0][0]
+
+
+def test_own_data_is_held_out_by_prompt(micro, tmp_path, capsys):
+    (tmp_path / "mine.json").write_text(
+        json.dumps([{**RECORD, "instruction": f"Say {i}."} for i in range(40)] * 2)
+    )
+    out = tmp_path / "run"
+    train.main(micro("mine", out, "--data", tmp_path / "mine.json"))
+    held_out = {r["instruction"] for r in json.loads((out / "data" / "mine.val.json").read_text())}
+    assert len(held_out) == 4 and "training 36" in capsys.readouterr().out
+
+
+def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
+    """L = L_LM + 5 L_lock + 0.5 L_sep + 2 L_budget over four examples, in micro-batches of three and one."""
+    model, examples = micro_model(bases=6), random_examples(4)
+    torch.manual_seed(3)
+    dynamics, then, now = CoordinateDynamics(32, 4), WeightField(2, 6, 4, 7), WeightField(2, 6, 4, 7)
+    region = Region.fit(torch.tanh(torch.randn(40, 4)))
+    anchors = sample_anchors(region, torch.zeros(1, 4), 8, "gaussian", 0)
+    old = a_version_of(then, dynamics, region, anchors, {})
+    learner = train.Learner(model=model, field=now, dynamics=dynamics, top_k=2, reads=[], protected=[old])
+    args = train.argparse.Namespace(lambda_lock=5.0, lambda_sep=0.5, lambda_budget=2.0, margin=3.0)
+    h_bar, tokens = model.probe([p for p, _ in examples]), sum(len(r) for _, r in examples)
+    terms = [
+        train.loss_terms(learner, examples[i:j], h_bar[i:j], args, (j - i) / 4, tokens)
+        for i, j in ((0, 3), (3, 4))
+    ]
+    z = dynamics(h_bar)
+    nll = 0.0
+    for (p, r), coordinate in zip(examples, z):
+        with model.gated(top_k_gating(now(coordinate[None]), 2)):
+            log_p = model.backbone(torch.tensor([p + r])).logits[0].log_softmax(-1)
+        nll = nll - sum(log_p[len(p) - 1 + i, t] for i, t in enumerate(r))
+    lock = sum(((now(a[None]) - s) ** 2).sum() for a, s in zip(anchors, old.snapshot)) / 8
+    separation = (
+        sum(max(0.0, region.tau + 3.0 - float(region.distance(c[None]))) ** 2 for c in z.detach()) / 4
+    )
+    wanted = {
+        "lm": nll / tokens,
+        "lock": 5 * lock,
+        "sep": torch.tensor(separation / 2),
+        "budget": torch.tensor(4 / 6),
+    }
+    for name, value in wanted.items():
+        torch.testing.assert_close(sum(t[name] for t in terms), value, atol=1e-4, rtol=1e-4)
+        assert value > 0.01, name
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [train.learning_rate(s, 100, 1.0) for s in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0
+    assert rates[-1] < 1e-3 and all(a >= b for a, b in zip(rates[5:], rates[6:]))
+
+
+def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "TINY_VALUES", dict(train.TINY_VALUES, examples=16, val_examples=4))
+    command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
+    train.main(["--stream", "1", *command])
+    first = Run(tmp_path / "run").manifest["versions"]
+    train.main(["--stream", "2", *command])
+    evaluation.main(
+        ["--run", str(tmp_path / "run"), "--growth", "--json", str(tmp_path / "s.json"), "--device", "cpu"]
+    )
+    run, out = Run(tmp_path / "run"), json.loads((tmp_path / "s.json").read_text())
+    assert (
+        out["tasks"] == run.tasks == ["alpaca-before", "code-append"]
+        and run.manifest["versions"][:1] == first
+    )
+    assert {r["kind"] for r in run.validation("alpaca-before")} == {"before"}
+    assert [x["bases_read"] for x in out["growth"]] == [0, 16] and all(
+        x["bases_written"] == 16 for x in out["growth"]
+    )
+    assert [x["bytes"] for x in out["growth"]] == [
+        run.path(v["hash"]).stat().st_size for v in run.manifest["versions"]
+    ]
+    assert [x["stored_forgetting"] for x in out["growth"]] == [0, 0] and out["R"]["stored"][0][1] is None
+    assert out["growth"][1]["routed_home"] == sum(out["routing"][t][t] for t in run.tasks) / 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_the_exact_lock_holds_too(micro, tmp_path):
+    for task in ("alpaca", "code"):
+        train.main(micro(task, tmp_path / "run", "--lock", "--device", "cuda"))
+    assert Run(tmp_path / "run").manifest["results"][-1]["identical"]["alpaca"] == [32, 32]
+
+
+# ----------------------------------------------------------------------------------------------------- ftn.py
 
 
 @pytest.fixture
@@ -1493,13 +1455,112 @@ def test_a_grown_grid_answers_committed_masks_with_the_same_bits():
     assert [(i // 6, i % 6) for i in index[winners].tolist()] == [(i // 4, i % 4) for i in winners.tolist()]
 
 
-def learner_of(row):
-    learner, mask = synthetic.METHODS[row.method]
-    return learner(row, mask)
+def micro_gpt2():
+    """distilgpt2's shape, narrower: c_attn is a Conv1D."""
+    torch.manual_seed(8)
+    shape = transformers.GPT2Config(vocab_size=300, n_embd=24, n_layer=2, n_head=2, n_positions=64)
+    return transformers.GPT2LMHeadModel(shape).eval()
+
+
+def pool_on(backbone, names, components=9, b_std=0.1):
+    targets = find_targets(backbone.requires_grad_(False), names)
+    pool = LoRAPool(targets, components, rank=2, b_std=b_std)
+    attach(targets, pool.update)
+    return targets, pool
+
+
+@pytest.mark.parametrize(
+    "make, names", [(micro_backbone, ("q_proj", "k_proj", "v_proj")), (micro_gpt2, ("c_attn",))]
+)
+def test_the_pool_adds_equation_1_and_nothing_when_off(make, names):
+    backbone = make()
+    ids = torch.randint(0, 300, (3, 11))
+    bare = backbone(ids).logits
+    targets, pool = pool_on(backbone, names)
+    assert backbone(ids).logits.equal(bare)
+    winners, weight = torch.tensor([1, 4, 7]), torch.tensor([0.2, 1.0, 0.7])
+    with pool.applied(pool.take(winners), weight):
+        ours = backbone(ids).logits
+    twin = make()
+    for name, module in find_targets(twin, names).items():
+        A, B = pool.parts[name]
+        delta = sum(w * B[k].T @ A[k] for w, k in zip(weight, winners))  # sum_k m_k B_k A_k, [d_out, d_in]
+        module.weight.data += delta.T if isinstance(module, transformers.pytorch_utils.Conv1D) else delta
+    torch.testing.assert_close(ours, twin(ids).logits)
+    assert backbone(ids).logits.equal(bare)
+
+
+def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient():
+    """Silent components are left out by `loss_of_mask`; the literal search runs all of them."""
+    backbone = micro_backbone()
+    targets, pool = pool_on(backbone, ("q_proj", "k_proj", "v_proj"), b_std=0.0)
+    torch.manual_seed(9)
+    first = SmoothKWTA(k=2, kernel=3, rounds=1, steps=3, lr=0.5).configure(pool.loss_of_mask(None), 3)
+    assert first.tolist() == [0, 1]  # all are silent: the backbone is not asked, ties go to the lower index
+    trained = torch.tensor([0, 2, 5])
+    pool.store(trained, {n: (A, torch.randn_like(B)) for n, (A, B) in pool.take(trained).items()})
+    examples = random_examples(6)
+
+    def loss():
+        return response_nll(*response_logits(backbone, 0, examples)).mean()
+
+    full = {n: tuple(p.clone().requires_grad_() for p in pair) for n, pair in pool.parts.items()}
+
+    def literal(mask):
+        with pool.applied(full, mask):
+            return loss()
+
+    search = SmoothKWTA(k=4, kernel=3, rounds=1, steps=5, lr=0.5)
+    masks = []
+    for f in (pool.loss_of_mask(loss), literal):
+        m = torch.full((9,), 0.3, requires_grad=True)
+        f(m).backward()
+        masks.append((m.grad, search.configure(f, 3)))
+    torch.testing.assert_close(masks[0][0], masks[1][0])
+    assert (masks[1][0][torch.tensor([1, 3, 4, 6, 7, 8])] == 0).all() and masks[0][1].equal(masks[1][1])
+    assert all(p.grad is None for p in backbone.parameters())
+    assert not any(t.requires_grad for pair in pool.parts.values() for t in pair)
+
+
+@pytest.mark.parametrize(
+    "decay, carried, kept", [(0.0, False, True), (0.01, False, False), (0.0, True, False)]
+)
+def test_unselected_components_get_no_gradient_and_move_only_by_decay_or_old_moments(decay, carried, kept):
+    backbone = micro_backbone()
+    _, pool = pool_on(backbone, ("q_proj",), b_std=0.1)
+    live = {n: tuple(p.requires_grad_() for p in pair) for n, pair in pool.take(ALL).items()}
+    parameters = [p for pair in live.values() for p in pair]
+    adam = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=decay)
+    first, second = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
+
+    def step(winners, seed):
+        adam.zero_grad()
+        with pool.applied({n: (A[winners], B[winners]) for n, (A, B) in live.items()}):
+            response_nll(*response_logits(backbone, 0, random_examples(4, seed))).mean().backward()
+        others = torch.ones(9, dtype=torch.bool).index_fill(0, winners, False)
+        assert all((p.grad[others] == 0).all() and p.grad[winners].abs().sum() > 0 for p in parameters)
+        adam.step()
+
+    step(first, 1)
+    before = [p.detach()[first].clone() for p in parameters]
+    if not carried:
+        adam.state.clear()
+    step(second, 2)
+    assert all(p.detach()[first].equal(b) for p, b in zip(parameters, before)) == kept
+
+
+# ----------------------------------------------------------------------------------------------- synthetic.py
 
 
 SMALL = dict(steps=12, batch=32, side=8, k=8, layers=3, width=4)
+
+
 SMALL_STYLE = dict(steps=2, tasks=2, side=4, k=4, rank=2, support=4)
+
+
+def learner_of(row):
+    learner, mask = synthetic.METHODS[row.method]
+    return learner(row, mask)
 
 
 def test_every_task_has_the_same_inputs_and_targets_of_its_own():
@@ -1730,6 +1791,154 @@ def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
         os.killpg(process.pid, 0)
 
 
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--seeds", "0"], "--seeds: 0 is out of range"),
+        (["--tasks", "1"], "--tasks: 1 is out of range"),
+        (["--seeds", "9" * 5000], "--seeds: .*not a number"),
+        (["--first-seed", "-1"], "out of range"),
+        (["--steps", "1e3"], "--steps: '1e3' is not a number"),
+        (["--workers", "0"], "out of range"),
+        (["--search", "nan", "1"], "--search: nan is out of range"),
+        (["--search", "10", "inf"], "out of range"),
+        (["--search", "1.5", "1"], "--search 1.5 is not a number of steps"),
+        (["--search", "1"], "expected 2"),
+        (["--experiment", "2", "--tasks", "7"], "--tasks 7 is out of range"),
+        (["--experiment", "2", "--b-std", "-1"], "--b-std: -1 is out of range"),
+        (["--experiment", "2", "--b-std", "inf"], "--b-std: inf is out of range"),
+        (["--experiment", "2", "--leaks"], "--leaks is an option of experiment 1"),
+        (["--b-std", "0.1"], "--b-std is an option of experiment 2"),
+        (["--json", "no/such/folder.json"], "--json: 'no/such/folder.json' cannot be written"),
+        (["--json", "."], "--json: '.' cannot be written"),
+        (["--methods", "lora-ftn"], "experiment 1 has the methods fixedmask"),
+        (["--experiment", "2", "--methods", "ewc"], "experiment 2 has the methods lora-fixedmask"),
+        (["--experiment", "2", "--backbone", "no/such"], "5 of 5 rows were not computed: .*no/such"),
+        (
+            ["--methods", "fixedmask", "--tasks", "9", "--steps", "1", "--variant", "clf"],
+            "hold 8 fixed masks",
+        ),
+    ],
+)
+def test_the_experiments_refuse_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, run_quietly(synthetic.main, argv, capsys))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_whose_responses_cannot_end_is_refused():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    tokenizer.eos_token = None
+    with pytest.raises(Refused, match="tiny: its tokenizer has no token that ends"):
+        synthetic.StyleStream(synthetic.StyleRow("lora-ftn", 0), tokenizer)
+
+
+def test_an_error_while_a_row_is_computed_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(synthetic, "run_row", lambda row: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        synthetic.finished_row(synthetic.Row("clf", "fixedmask", 0))
+
+
+def test_a_score_that_is_not_finite_is_refused():
+    with pytest.raises(Refused, match="not finite in task 1"):
+        synthetic.run_row(synthetic.Row("reg", "fixedmask", 0, **dict(SMALL, lr=1e30)))
+
+
+@pytest.mark.parametrize("method", ["lora-fixedmask", "lora-ftn-lock"])
+def test_disjoint_components_keep_every_stored_style_to_the_bit(method):
+    out = synthetic.run_row(synthetic.StyleRow(method, 0, **SMALL_STYLE))
+    s = synthetic.row_summary(out)
+    assert s["stored_fm"] == 0.0 and not any(out["parameters_moved"] + out["outputs_moved"])
+    assert not any(out["overlap_last"])
+    assert method == "lora-ftn-lock" or s["recovered_fm"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(method="lora-naive"),
+        dict(method="lora-ftn", reconfigure="every"),
+        dict(method="lora-ftn", b_std=0.01),
+    ],
+)
+def test_other_ways_to_use_the_pool_run_and_are_not_protected(more):
+    out = synthetic.run_row(synthetic.StyleRow(seed=0, **more, **SMALL_STYLE))
+    assert all(0 < ce < 20 for ce in out["R_stored"][-1] + out["R_recovered"][-1])
+    assert more["method"] != "lora-naive" or all(p > 0.9 for p in out["parameters_moved"][:-1])
+
+
+def test_the_bank_takes_a_component_of_the_same_size_per_task():
+    out = learner_of(synthetic.StyleRow("lora-bank", 0, **SMALL_STYLE))
+    A, B = next(iter(out.components.parts.values()))
+    assert A.shape[:2] == (4, 8) and 0 < B.std() < 2e-3  # 16 components of rank 2, four at a time
+    out.begin(0)
+    out.train(0, out.world.training[0][:4])
+    assert out.stored[0].numel() == 1
+
+
+def test_styles_share_their_sentences_and_no_sentence_is_in_two_parts():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    world = synthetic.StyleStream(synthetic.StyleRow("lora-ftn", 4), tokenizer)
+    parts = [
+        [{tuple(p) for p, _ in part} for part in (test[0], support[0], training)]
+        for test, support, training in zip(world.test, world.support, world.training)
+    ]
+    assert all(p == parts[0] for p in parts) and [len(p) for p in parts[0]] == [24, 16, 80]
+    assert len(set.union(*parts[0])) == 120
+    styles = {name: f("The red Fox") for name, f in world.STYLES.items()}
+    assert styles == {
+        "upper": "THE RED FOX",
+        "lower": "the red fox",
+        "reverse_words": "Fox red The",
+        "double_words": "The The red red Fox Fox",
+        "starred_vowels": "Th* r*d F*x",
+        "pirate": "Arr! The red Fox matey!",
+    }
+    assert all(r[-1] == tokenizer.eos_token_id for (examples,) in world.test for _, r in examples)
+
+
+# ----------------------------------------------------------------------------------------------------- assets
+
+
+@pytest.mark.parametrize("task", ["alpaca", "code"])
+def test_embedded_sets_are_what_the_readme_says(task):
+    sets = {
+        side: commit.read_records(HERE / "assets" / "data" / f"{task}.{side}.json")
+        for side in ("train", "val")
+    }
+    prompts = {side: {(r["instruction"], r["input"]) for r in records} for side, records in sets.items()}
+    assert (
+        len(prompts["train"]) >= 4000 and len(prompts["val"]) >= 400 and not prompts["train"] & prompts["val"]
+    )
+    assert len({r["kind"] for r in sets["val"]}) >= 25 and {r["kind"] for r in sets["val"]} == {
+        r["kind"] for r in sets["train"]
+    }
+
+
+def test_everything_embedded_takes_at_most_6_mb():
+    assert (
+        sum(
+            p.stat().st_size
+            for part in ("tiny", "data")
+            for p in (HERE / "assets" / part).rglob("*")
+            if p.is_file()
+        )
+        <= 6e6
+    )
+
+
+def test_the_tiny_tokenizer_gives_back_any_text():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    for text in (
+        "def f(x):\n    return  x",
+        "naïve café 漢字 🙂\r\n\t",
+        " two  spaces ",
+        "### Instruction:\n",
+    ):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
 def test_figures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     synthetic.main(["--variant", "clf", "--methods", "ftn-slow", "--steps", "2", "--json", "out.json"])
@@ -1800,207 +2009,3 @@ def test_a_result_file_is_checked_whole_before_it_is_drawn(tmp_path, capsys):
     for other, name in others:
         path.write_text(json.dumps({"rows": [row, other]}))
         assert name in refusal()
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--seeds", "0"], "--seeds: 0 is out of range"),
-        (["--tasks", "1"], "--tasks: 1 is out of range"),
-        (["--seeds", "9" * 5000], "--seeds: .*not a number"),
-        (["--first-seed", "-1"], "out of range"),
-        (["--steps", "1e3"], "--steps: '1e3' is not a number"),
-        (["--workers", "0"], "out of range"),
-        (["--search", "nan", "1"], "--search: nan is out of range"),
-        (["--search", "10", "inf"], "out of range"),
-        (["--search", "1.5", "1"], "--search 1.5 is not a number of steps"),
-        (["--search", "1"], "expected 2"),
-        (["--experiment", "2", "--tasks", "7"], "--tasks 7 is out of range"),
-        (["--experiment", "2", "--b-std", "-1"], "--b-std: -1 is out of range"),
-        (["--experiment", "2", "--b-std", "inf"], "--b-std: inf is out of range"),
-        (["--experiment", "2", "--leaks"], "--leaks is an option of experiment 1"),
-        (["--b-std", "0.1"], "--b-std is an option of experiment 2"),
-        (["--json", "no/such/folder.json"], "--json: 'no/such/folder.json' cannot be written"),
-        (["--json", "."], "--json: '.' cannot be written"),
-        (["--methods", "lora-ftn"], "experiment 1 has the methods fixedmask"),
-        (["--experiment", "2", "--methods", "ewc"], "experiment 2 has the methods lora-fixedmask"),
-        (["--experiment", "2", "--backbone", "no/such"], "5 of 5 rows were not computed: .*no/such"),
-        (
-            ["--methods", "fixedmask", "--tasks", "9", "--steps", "1", "--variant", "clf"],
-            "hold 8 fixed masks",
-        ),
-    ],
-)
-def test_the_experiments_refuse_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert re.search(message, run_quietly(synthetic.main, argv, capsys))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_backbone_whose_responses_cannot_end_is_refused():
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    tokenizer.eos_token = None
-    with pytest.raises(Refused, match="tiny: its tokenizer has no token that ends"):
-        synthetic.StyleStream(synthetic.StyleRow("lora-ftn", 0), tokenizer)
-
-
-def test_an_error_while_a_row_is_computed_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(synthetic, "run_row", lambda row: {}["a bug"])
-    with pytest.raises(KeyError, match="a bug"):
-        synthetic.finished_row(synthetic.Row("clf", "fixedmask", 0))
-
-
-def test_a_score_that_is_not_finite_is_refused():
-    with pytest.raises(Refused, match="not finite in task 1"):
-        synthetic.run_row(synthetic.Row("reg", "fixedmask", 0, **dict(SMALL, lr=1e30)))
-
-
-# --------------------------------------------------------------------------------------------------- LoRA-FTN
-
-
-def micro_gpt2():
-    """distilgpt2's shape, narrower: c_attn is a Conv1D."""
-    torch.manual_seed(8)
-    shape = transformers.GPT2Config(vocab_size=300, n_embd=24, n_layer=2, n_head=2, n_positions=64)
-    return transformers.GPT2LMHeadModel(shape).eval()
-
-
-def pool_on(backbone, names, components=9, b_std=0.1):
-    targets = find_targets(backbone.requires_grad_(False), names)
-    pool = LoRAPool(targets, components, rank=2, b_std=b_std)
-    attach(targets, pool.update)
-    return targets, pool
-
-
-@pytest.mark.parametrize(
-    "make, names", [(micro_backbone, ("q_proj", "k_proj", "v_proj")), (micro_gpt2, ("c_attn",))]
-)
-def test_the_pool_adds_equation_1_and_nothing_when_off(make, names):
-    backbone = make()
-    ids = torch.randint(0, 300, (3, 11))
-    bare = backbone(ids).logits
-    targets, pool = pool_on(backbone, names)
-    assert backbone(ids).logits.equal(bare)
-    winners, weight = torch.tensor([1, 4, 7]), torch.tensor([0.2, 1.0, 0.7])
-    with pool.applied(pool.take(winners), weight):
-        ours = backbone(ids).logits
-    twin = make()
-    for name, module in find_targets(twin, names).items():
-        A, B = pool.parts[name]
-        delta = sum(w * B[k].T @ A[k] for w, k in zip(weight, winners))  # sum_k m_k B_k A_k, [d_out, d_in]
-        module.weight.data += delta.T if isinstance(module, transformers.pytorch_utils.Conv1D) else delta
-    torch.testing.assert_close(ours, twin(ids).logits)
-    assert backbone(ids).logits.equal(bare)
-
-
-def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient():
-    """Silent components are left out by `loss_of_mask`; the literal search runs all of them."""
-    backbone = micro_backbone()
-    targets, pool = pool_on(backbone, ("q_proj", "k_proj", "v_proj"), b_std=0.0)
-    torch.manual_seed(9)
-    first = SmoothKWTA(k=2, kernel=3, rounds=1, steps=3, lr=0.5).configure(pool.loss_of_mask(None), 3)
-    assert first.tolist() == [0, 1]  # all are silent: the backbone is not asked, ties go to the lower index
-    trained = torch.tensor([0, 2, 5])
-    pool.store(trained, {n: (A, torch.randn_like(B)) for n, (A, B) in pool.take(trained).items()})
-    examples = random_examples(6)
-
-    def loss():
-        return response_nll(*response_logits(backbone, 0, examples)).mean()
-
-    full = {n: tuple(p.clone().requires_grad_() for p in pair) for n, pair in pool.parts.items()}
-
-    def literal(mask):
-        with pool.applied(full, mask):
-            return loss()
-
-    search = SmoothKWTA(k=4, kernel=3, rounds=1, steps=5, lr=0.5)
-    masks = []
-    for f in (pool.loss_of_mask(loss), literal):
-        m = torch.full((9,), 0.3, requires_grad=True)
-        f(m).backward()
-        masks.append((m.grad, search.configure(f, 3)))
-    torch.testing.assert_close(masks[0][0], masks[1][0])
-    assert (masks[1][0][torch.tensor([1, 3, 4, 6, 7, 8])] == 0).all() and masks[0][1].equal(masks[1][1])
-    assert all(p.grad is None for p in backbone.parameters())
-    assert not any(t.requires_grad for pair in pool.parts.values() for t in pair)
-
-
-@pytest.mark.parametrize(
-    "decay, carried, kept", [(0.0, False, True), (0.01, False, False), (0.0, True, False)]
-)
-def test_unselected_components_get_no_gradient_and_move_only_by_decay_or_old_moments(decay, carried, kept):
-    backbone = micro_backbone()
-    _, pool = pool_on(backbone, ("q_proj",), b_std=0.1)
-    live = {n: tuple(p.requires_grad_() for p in pair) for n, pair in pool.take(ALL).items()}
-    parameters = [p for pair in live.values() for p in pair]
-    adam = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=decay)
-    first, second = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
-
-    def step(winners, seed):
-        adam.zero_grad()
-        with pool.applied({n: (A[winners], B[winners]) for n, (A, B) in live.items()}):
-            response_nll(*response_logits(backbone, 0, random_examples(4, seed))).mean().backward()
-        others = torch.ones(9, dtype=torch.bool).index_fill(0, winners, False)
-        assert all((p.grad[others] == 0).all() and p.grad[winners].abs().sum() > 0 for p in parameters)
-        adam.step()
-
-    step(first, 1)
-    before = [p.detach()[first].clone() for p in parameters]
-    if not carried:
-        adam.state.clear()
-    step(second, 2)
-    assert all(p.detach()[first].equal(b) for p, b in zip(parameters, before)) == kept
-
-
-@pytest.mark.parametrize("method", ["lora-fixedmask", "lora-ftn-lock"])
-def test_disjoint_components_keep_every_stored_style_to_the_bit(method):
-    out = synthetic.run_row(synthetic.StyleRow(method, 0, **SMALL_STYLE))
-    s = synthetic.row_summary(out)
-    assert s["stored_fm"] == 0.0 and not any(out["parameters_moved"] + out["outputs_moved"])
-    assert not any(out["overlap_last"])
-    assert method == "lora-ftn-lock" or s["recovered_fm"] == 0.0
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        dict(method="lora-naive"),
-        dict(method="lora-ftn", reconfigure="every"),
-        dict(method="lora-ftn", b_std=0.01),
-    ],
-)
-def test_other_ways_to_use_the_pool_run_and_are_not_protected(more):
-    out = synthetic.run_row(synthetic.StyleRow(seed=0, **more, **SMALL_STYLE))
-    assert all(0 < ce < 20 for ce in out["R_stored"][-1] + out["R_recovered"][-1])
-    assert more["method"] != "lora-naive" or all(p > 0.9 for p in out["parameters_moved"][:-1])
-
-
-def test_the_bank_takes_a_component_of_the_same_size_per_task():
-    out = learner_of(synthetic.StyleRow("lora-bank", 0, **SMALL_STYLE))
-    A, B = next(iter(out.components.parts.values()))
-    assert A.shape[:2] == (4, 8) and 0 < B.std() < 2e-3  # 16 components of rank 2, four at a time
-    out.begin(0)
-    out.train(0, out.world.training[0][:4])
-    assert out.stored[0].numel() == 1
-
-
-def test_styles_share_their_sentences_and_no_sentence_is_in_two_parts():
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    world = synthetic.StyleStream(synthetic.StyleRow("lora-ftn", 4), tokenizer)
-    parts = [
-        [{tuple(p) for p, _ in part} for part in (test[0], support[0], training)]
-        for test, support, training in zip(world.test, world.support, world.training)
-    ]
-    assert all(p == parts[0] for p in parts) and [len(p) for p in parts[0]] == [24, 16, 80]
-    assert len(set.union(*parts[0])) == 120
-    styles = {name: f("The red Fox") for name, f in world.STYLES.items()}
-    assert styles == {
-        "upper": "THE RED FOX",
-        "lower": "the red fox",
-        "reverse_words": "Fox red The",
-        "double_words": "The The red red Fox Fox",
-        "starred_vowels": "Th* r*d F*x",
-        "pirate": "Arr! The red Fox matey!",
-    }
-    assert all(r[-1] == tokenizer.eos_token_id for (examples,) in world.test for _, r in examples)
