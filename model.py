@@ -52,6 +52,7 @@ torch.ones(1).cos()
 # Mistral, Llama, Qwen, Gemma, Phi-3-like names, and GPT-2's. Matched exactly against a module's own name.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS += ("c_attn", "c_proj", "c_fc")
+FOLDED_PARAMETERS = 2**28  # at most 1 GiB of gathered bases while a text is generated
 TINY_FOLDER = str(pathlib.Path(__file__).parent / "assets" / "tiny")
 
 
@@ -111,9 +112,11 @@ class AdapterBank:
         self.rank, self.scale = rank, alpha / rank
         self.shapes = {name: in_out(m) for name, m in targets.items()}
         self.device = {name: m.weight.device for name, m in targets.items()}
+        self.dtype = {name: m.weight.dtype for name, m in targets.items()}
         self.layer = layer_numbers(targets)
         self.layers = len(set(self.layer.values()))
         self.gating = None  # (indices, weights), both [B, L, K]; None: adapters off
+        self.folded = None  # what `fold` made of it, while a text is generated
         self.committed, self.live = {}, {}
         for name, (d_in, d_out) in self.shapes.items():
             self.committed[f"{name}.A"] = torch.empty(0, rank, d_in, device=self.device[name])
@@ -165,6 +168,9 @@ class AdapterBank:
 
     def update(self, name, x, y):
         """The hook: x [B, T, d_in], y = W x [B, T, d_out] -> y plus the gated update, NIWF Eq. (2)."""
+        if self.folded is not None:
+            A, B = self.folded[name]
+            return y + x @ A @ B
         if self.gating is None:
             return y
         row = min(self.layer[name], self.gating[0].shape[1] - 1)
@@ -178,6 +184,22 @@ class AdapterBank:
         h = (h * (self.scale * weights)[:, None, :, None]).to(x.dtype)  # NIWF Eq. (4): times (alpha / r) w_k
         return y + torch.einsum("btkr,bkro->bto", h, B)                 # NIWF Eq. (5): sum_k B_{i_k} h_k
         # fmt: on
+
+    @torch.no_grad()
+    def fold(self, gating):
+        """{target: (A [B, d_in, K r], (alpha / r) w B [B, K r, d_out])}: what `update` asks for, gathered
+        once for a gating that stays. Without the B dimension where all sequences have one gating."""
+        if all((g == g[:1]).all() for g in gating):
+            gating = tuple(g[:1] for g in gating)
+        folded = {}
+        for name, layer in self.layer.items():
+            row = min(layer, gating[0].shape[1] - 1)
+            indices, weights = (g[:, row].to(self.device[name]) for g in gating)
+            A, B = self.gather(name, indices)
+            B = (self.scale * weights)[:, :, None, None] * B
+            pair = A.flatten(1, 2).mT, B.flatten(1, 2)
+            folded[name] = tuple((t[0] if len(t) == 1 else t).to(self.dtype[name]) for t in pair)
+        return folded
 
     def parameter_count(self, bases):
         """NIWF Eq. (14): sum over modules of N r (d_in + d_out). Eq. (15): 335,544,320 for Mistral-7B."""
@@ -287,7 +309,7 @@ class NIWF:
         try:
             yield
         finally:
-            self.bank.gating = None
+            self.bank.gating = self.bank.folded = None
 
     @torch.no_grad()
     def probe(self, rows, gating=None):
@@ -305,8 +327,11 @@ class NIWF:
             return response_logits(self.backbone, self.pad_id, examples)
 
     def generate(self, prompts, gating, eos_id, max_new_tokens=128):
-        """Greedy continuation of B prompts (token lists), EOS left out."""
+        """Greedy continuation of B prompts (token lists), EOS left out. The gating stays meanwhile, so bases
+        are gathered once, if memory allows."""
         with self.gated(gating):
+            if gating and self.bank.parameter_count(gating[0][:, 0].numel()) <= FOLDED_PARAMETERS:
+                self.bank.folded = self.bank.fold(gating)
             return greedy(self.backbone, self.pad_id, prompts, eos_id, max_new_tokens)
 
 

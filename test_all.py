@@ -538,6 +538,19 @@ def test_generation_with_a_cache_is_greedy_decoding_without_one():
         assert new == ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("rows", ["alike", "mixed"])
+def test_bases_gathered_once_for_a_text_give_equation_2(rows):
+    model, ids = micro_model(bases=3, committed=3), torch.randint(3, 300, (3, 7))
+    gating = random_gating(1 if rows == "alike" else 3, 2, 6)
+    gating = tuple(g.expand(3, -1, -1) for g in gating)
+    with model.gated(gating), torch.no_grad():
+        wanted = model.backbone(ids).logits
+        model.bank.folded = model.bank.fold(gating)
+        assert {A.dim() for A, _ in model.bank.folded.values()} == {2 if rows == "alike" else 3}
+        torch.testing.assert_close(model.backbone(ids).logits, wanted)
+    assert model.bank.folded is None and not torch.allclose(model.backbone(ids).logits, wanted)
+
+
 def test_mistral_7b_has_the_shapes_we_publish():
     with torch.device("meta"):
         backbone = transformers.MistralForCausalLM(transformers.MistralConfig())
