@@ -1,12 +1,14 @@
-"""Damage a run folder at random. Every command then works or says in one line why not, and touches nothing else.
+"""Damage a run folder at random. Every command then works or says in one line why not, and touches nothing
+else.
 
     python assets/fuzz.py                 # 2,000 damaged run folders, a command on each
     python assets/fuzz.py 1 --start 317   # number 317 again
-    python assets/fuzz.py kills           # 60 kills of a training, which then ends with the bits of an undisturbed one
+    python assets/fuzz.py kills           # 60 kills of a training, which still ends with the same bits
 
-A *world* is a folder with four run folders and things beside and inside them that are not ours. `damage` changes
-files, links and folders, or writes version files that lie under their true hash. `judge` compares the whole world
-before and after: what is not ours is as it was, and no version is lost that no `rollback` was asked to remove.
+A *world* is a folder with four run folders and things beside and inside them that are not ours. `damage`
+changes files, links and folders, or writes version files that lie under their true hash. `judge` compares the
+whole world before and after: what is not ours is as it was, and no version is lost that no `rollback` was
+asked to remove.
 """
 
 import argparse
@@ -68,7 +70,7 @@ class Stuck(Exception):
     """A command took too long."""
 
 
-# --------------------------------------------------------------------------------------------------- the world
+# -------------------------------------------------------------------------------------------------- the world
 
 
 @contextlib.contextmanager
@@ -89,7 +91,7 @@ def offline():
 
 @contextlib.contextmanager
 def quiet():
-    """Within this block nothing is printed, and who asks is answered y. Gives what was printed: (stdout, stderr)."""
+    """Within this block nothing is printed, and who asks is answered y. Gives stdout and stderr."""
     out, err, stdin = io.StringIO(), io.StringIO(), sys.stdin
     sys.stdin = io.StringIO("y\n" * 9)
     try:
@@ -248,28 +250,11 @@ def run_command(program, argv):
     return "refused", text
 
 
-# ------------------------------------------------------------------------------------------------------- damage
+# ----------------------------------------------------------------------------------------------------- damage
 
-HOSTILE = [
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    7,
-    2.5,
-    1e308,
-    float("nan"),
-    float("inf"),
-    10**30,
-    "",
-    "x",
-    "\n",
-    "..",
-    "*",
-]
-HOSTILE += ["../../evil", "\ud800", "\0", "a" * 300, "0" * 64, "/etc", [], {}, [[]], [None], {"x": {}}]
+HOSTILE = [None, True, False, 0, 1, -1, 7, 2.5, 1e308, float("nan"), float("inf"), 10**30]
+HOSTILE += ["", "x", "\n", "..", "*", "../../evil", "/etc", "\ud800", "\0", "a" * 300, "0" * 64]
+HOSTILE += [[], {}, [[]], [None], {"x": {}}]
 
 
 def slots_of(value):
@@ -478,7 +463,7 @@ def damage(r, folder, unfinished):
     return [kind.__name__ for kind in chosen]
 
 
-# ------------------------------------------------------------------------------------------------------ judging
+# ---------------------------------------------------------------------------------------------------- judging
 
 WRITERS = ("rollback", "compose", "merge", "into", "train", "resume")
 KINDS = (
@@ -522,7 +507,7 @@ def entries_of(found, name):
 
 
 def judge(before, after, kind, name, worked):
-    """What was lost or touched that should not have been, a line each. `name`: the run folder that may be written."""
+    """What was lost or touched that should not have been, a line each. `name`: the folder that may change."""
     before, after = without_locks(before), without_locks(after)
     made = {"export": "lora", "eval": "out.json"}.get(kind)
     task = {"train": "third", "resume": "code"}.get(kind)
@@ -580,7 +565,7 @@ def fuzz(n, seed, folder, start=0):
     return counts, wrong
 
 
-# -------------------------------------------------------------------------------------------------------- kills
+# ------------------------------------------------------------------------------------------------------ kills
 
 SCRIPT = "import sys, train; train.SAVE_EVERY = 0; train.main(sys.argv[1:])"
 
@@ -606,7 +591,7 @@ def starts_of(folder):
 
 
 def kill_once(r, base, folder, epochs, seconds, how):
-    """Start the training and end it at a random moment, two times of three after it has begun. -> was it still running?"""
+    """Start the training and end it at a random moment, often after its first step. -> was it running?"""
     before, process = len(starts_of(folder)), start(base, folder, epochs)
     if r.random() < 2 / 3:
         while process.poll() is None and len(starts_of(folder)) == before:
@@ -621,7 +606,7 @@ def kill_once(r, base, folder, epochs, seconds, how):
 
 
 def kills(n, seed, folder, epochs=60):
-    """n kills of trainings, up to eight of each before it may end. -> kills that led to equal bits, starts that resumed"""
+    """n kills, up to eight before a training may end. -> kills that led to equal bits, resumed starts"""
     r, base = random.Random(seed), pathlib.Path(folder).resolve()
     world = build(base)
     whole = shutil.copytree(world / "first", base / "whole")
@@ -665,9 +650,8 @@ def main():
         print(line)
     for kind in sorted({kind for kind, _ in counts}):
         print(f"{kind:10}" + "".join(f"{counts[kind, o]:6} {o}" for o in ("worked", "refused", "failed")))
-    print(
-        f"{sum(counts.values())} run folders damaged in {time.time() - began:.0f} s, {len(wrong)} things wrong"
-    )
+    took = time.time() - began
+    print(f"{sum(counts.values())} run folders damaged in {took:.0f} s, {len(wrong)} things wrong")
     sys.exit(bool(wrong))
 
 
