@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import faulthandler
 import hashlib
 import io
 import json
@@ -47,7 +48,7 @@ import synthetic
 import train
 
 PROGRAMS = {"commit": commit.main, "train": train.main, "eval": evaluation.main, "synthetic": synthetic.main}
-SECONDS = 20  # no command on a run folder of this size takes as long: it waits for something
+SECONDS = 10  # no command on a run folder of this size takes as long: it waits for something
 OURS = re.compile(
     r"manifest\.json|log\.jsonl|training\.safetensors|data|versions|versions/orphans(/.*)?"
     r"|versions/[0-9a-f]{64}\.safetensors|data/(alpaca|code|third)\.(val|logits)\.json"
@@ -225,6 +226,7 @@ def run_command(program, argv):
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(SECONDS)
+    faulthandler.dump_traceback_later(2 * SECONDS, exit=True, file=sys.__stderr__)  # what no signal can end
     try:
         with quiet() as (out, err), torch.set_grad_enabled(program != "eval"):
             PROGRAMS[program](argv)
@@ -243,6 +245,7 @@ def run_command(program, argv):
     except BaseException:
         return "failed", traceback.format_exc()
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     if len(text.splitlines()) != 1 or not text.isprintable():
