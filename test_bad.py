@@ -1,7 +1,8 @@
 """What is refused, in one line, with every byte still there.
 
-A table of bad inputs over all readers. Each is tried in a copy of the world that `assets/fuzz.py` builds: run folders
-with files inside and beside them that are not ours. Then the environment: no room, no memory, no right to write.
+A table of bad inputs over all readers. Each is tried in the world that `assets/fuzz.py` builds: run folders
+with files inside and beside them that are not ours. Then what must work all the same, and the environment: no
+room, no memory, no right to write.
 """
 
 import collections
@@ -144,7 +145,7 @@ def named(value):
     return text if len(text) < 30 else f"{text[:20]}...{len(text)}"
 
 
-# ------------------------------------------------------------------------------------------- the manifest's rows
+# ---------------------------------------------------------------------------------------- the manifest's rows
 
 PATHS = ["../../evil", "a/b", "..", "*", "", "code\n", "a\0b", SURROGATE, "-x", "a b", "x" * 65]
 NO_TASK, NO_TEXT = [*PATHS, 7, None, []], [ABSENT, 7, None, [], {}]
@@ -203,50 +204,30 @@ IN_MANIFEST = {
     "results.1.more": [1],
 }
 WHOLE = ["", "null", "7", "[]", "{}", '"x"', "NaN", DEEP, '{"format":' * 100_000, "{", "x" * 9, "1" * 5000]
-WHOLE += [
-    '{"format": ' + "1" * 5000 + "}",
-    b"\xff\xfe\0",
-    b"\0" * 99,
-    '"\\ud800"',
-    b'{"format": 1, "x": "\xff"}',
-]
+WHOLE += ['{"format": ' + "1" * 5000 + "}"]
+WHOLE += [b"\xff\xfe\0", b"\0" * 99, '"\\ud800"', b'{"format": 1, "x": "\xff"}']
 
 
-def repeated(kind, number):
+def twice(kind, number):
     return lambda m: m[kind].append(m[kind][number])
-
-
-def reordered(m):
-    m["versions"].reverse()
-
-
-def without_first(m):
-    del m["versions"][0]
 
 
 def emptied(m):
     m["versions"], m["compositions"], m["results"] = [], [], []
 
 
-def as_composition(m):
-    m["compositions"].append(m["versions"].pop())
-
-
-MANIFEST_EDITS = [
-    ("a version twice", repeated("versions", 1)),
-    ("a composition twice", repeated("compositions", 0)),
-    ("a row twice", repeated("results", 1)),
-    ("versions in another order", reordered),
-    ("the first version left out", without_first),
-    ("no versions, and their files are there", emptied),
-    ("a version among the compositions", as_composition),
-    ("a composition among the versions", lambda m: m["versions"].append(m["compositions"].pop())),
-    ("rows in another order", lambda m: m["results"].reverse()),
-    (
-        "an unknown version",
-        lambda m: m["versions"].append({**m["versions"][1], **dict(hash="0" * 64, task="x")}),
-    ),
-]
+MANIFEST_EDITS = {
+    "a version twice": twice("versions", 1),
+    "a composition twice": twice("compositions", 0),
+    "a row twice": twice("results", 1),
+    "versions in another order": lambda m: m["versions"].reverse(),
+    "rows in another order": lambda m: m["results"].reverse(),
+    "the first version left out": lambda m: m["versions"].pop(0),
+    "no versions, and their files are there": emptied,
+    "a version among the compositions": lambda m: m["compositions"].append(m["versions"].pop()),
+    "a composition among the versions": lambda m: m["versions"].append(m["compositions"].pop()),
+    "an unknown version": lambda m: m["versions"].append({**m["versions"][1], "hash": "0" * 64, "task": "x"}),
+}
 CONTRADICTIONS = {  # what only the version files tell
     "versions.1.task": ["poems"],
     "versions.1.lock": ["soft", "none"],
@@ -268,26 +249,23 @@ def edited(change):
 
 
 def manifest_cases():
-    # What reads the manifest is one function. So every case goes through two commands and one of the others in turn.
+    # One function reads the manifest. So every case goes through two commands, and one of the others in turn.
     others = itertools.cycle("verify show rollback compose export into eval answers train".split())
-    for path, values in IN_MANIFEST.items():
-        for value in values:
-            damage = in_json("manifest.json", path, value)
-            yield Case(f"{path} {named(value)}", "run", damage, f"log merge {next(others)}", MANIFEST)
-    for text in WHOLE:
-        damage = content("manifest.json", text)
-        yield Case(f"manifest {named(text)}", "run", damage, f"log merge {next(others)}", MANIFEST)
-    for name, change in MANIFEST_EDITS:
+    values = [(path, v) for path, vs in IN_MANIFEST.items() for v in vs]
+    rows = [(f"{path} {named(v)}", in_json("manifest.json", path, v)) for path, v in values]
+    rows += [(f"manifest {named(text)}", content("manifest.json", text)) for text in WHOLE]
+    for name, damage in rows:
+        yield Case(name, "run", damage, f"log merge {next(others)}", MANIFEST)
+    for name, change in MANIFEST_EDITS.items():
         yield Case(name, "run", edited(change), "verify merge eval", f"{VERSION}|versions")
     for path, values in CONTRADICTIONS.items():
-        for value in values:
-            damage = in_json("manifest.json", path, value)
-            yield Case(
-                f"{path} contradicts {named(value)}", "run", damage, "verify merge", f"{VERSION}|exact lock"
-            )
+        for v in values:
+            damage = in_json("manifest.json", path, v)
+            name, match = f"the files say not {path} {named(v)}", f"{VERSION}|exact lock"
+            yield Case(name, "run", damage, "verify merge", match)
 
 
-# ------------------------------------------------------------------------------------------------ version files
+# ---------------------------------------------------------------------------------------------- version files
 
 NO_SIZE = [ABSENT, 0, -1, "2", 2.5, None, NAN, 10**30]
 IN_HEAD = {  # of code, the second version, which reads the first
@@ -303,13 +281,7 @@ IN_HEAD = {  # of code, the second version, which reads the first
     "config": [ABSENT, None, 7, "x", []],
     "more": [1],
 }
-IN_FIRST_HEAD = {
-    "lock": ["exact", "none"],
-    "reads": [["0" * 64], None],
-    "top_k": [99],
-    "tau": [NAN],
-    "fixed": [True],
-}
+IN_FIRST_HEAD = {"lock": ["exact", "none"], "reads": [["0" * 64], None], "top_k": [99], "tau": [NAN], "fixed": [True]}
 IN_COMPOSITION = {
     "task": [ABSENT, "poems", "../x"],
     "lock": [ABSENT, "exact"],
@@ -339,58 +311,29 @@ def longer(t):
     return torch.cat([t, t[:1]])
 
 
+def infinite(t):
+    return t * 0 + INF
+
+
+def narrow(t):
+    return t[..., :3].clone()
+
+
+def flat(t):
+    return t.flatten()
+
+
+double, single, half, whole_numbers = torch.Tensor.double, torch.Tensor.float, torch.Tensor.half, torch.Tensor.long
 IN_TENSORS = {  # of code: 8 anchors, 2 layers, 8 logits of which 4 are its own, d = 4
-    "anchors": [
-        gone,
-        nan_in,
-        cut,
-        longer,
-        torch.Tensor.double,
-        lambda t: t[:, :3].clone(),
-        lambda t: t + 2,
-        lambda t: t[:0].clone(),
-    ],
-    "snapshot": [
-        gone,
-        nan_in,
-        cut,
-        torch.Tensor.bfloat16,
-        lambda t: t[..., :7].clone(),
-        lambda t: t[0].clone(),
-        lambda t: t[:, :1].clone(),
-    ],
-    "region.mean": [gone, nan_in, cut, torch.Tensor.float],
-    "region.cov": [
-        gone,
-        nan_in,
-        cut,
-        torch.Tensor.float,
-        torch.neg,
-        torch.zeros_like,
-        lambda t: t + torch.triu(t + 1, 1),
-        lambda t: t * INF,
-    ],
-    "field.w1.weight": [gone, nan_in, cut, torch.Tensor.half, lambda t: t.T.clone()],
+    "anchors": [gone, nan_in, cut, longer, double, narrow, lambda t: t + 2, lambda t: t[:0].clone()],
+    "snapshot": [gone, nan_in, cut, half, narrow, lambda t: t[0].clone(), lambda t: t[:, :1].clone()],
+    "region.mean": [gone, nan_in, cut, single],
+    "region.cov": [gone, nan_in, cut, single, torch.neg, torch.zeros_like, infinite, lambda t: t + torch.triu(t + 1, 1)],
+    "field.w1.weight": [gone, nan_in, cut, half, lambda t: t.T.clone()],
     "field.w3.weight": [gone, nan_in, cut, longer],
     "field.norm.bias": [gone, nan_in, longer],
-    f"{BANK}.A": [
-        gone,
-        nan_in,
-        cut,
-        longer,
-        torch.Tensor.double,
-        torch.Tensor.long,
-        lambda t: t[:, :1].clone(),
-        lambda t: t[..., :9].clone(),
-    ],
-    f"{BANK}.B": [
-        gone,
-        nan_in,
-        cut,
-        lambda t: t * 0 + INF,
-        lambda t: t[0].clone(),
-        lambda t: t[..., :9].clone(),
-    ],
+    f"{BANK}.A": [gone, nan_in, cut, longer, double, whole_numbers, narrow, lambda t: t[:, :1].clone()],
+    f"{BANK}.B": [gone, nan_in, cut, infinite, narrow, lambda t: t[0].clone()],
 }
 IN_FIRST_TENSORS = {
     "dynamics.gru.weight_ih": [gone, nan_in, cut],
@@ -422,7 +365,7 @@ def fewer_bases(head, tensors):
     tensors |= {k: t[:3].clone() for k, t in tensors.items() if k.startswith("bank")}
 
 
-def narrow(head, tensors):
+def another_rank(head, tensors):
     """A rank of 1 in all modules, where the run's settings say 2."""
     tensors |= {k: t[:, :1].clone() for k, t in tensors.items() if k.startswith("bank")}
 
@@ -433,7 +376,7 @@ LIES = [
     ("dynamics of its own", extra("dynamics.z0", torch.zeros(4))),
     ("no bank", bankless),
     ("fewer bases", fewer_bases),
-    ("another rank", narrow),
+    ("another rank", another_rank),
     ("modules of another backbone", renamed("layers.1", "layers.7")),
     ("one module of another name", renamed("0.self_attn.q_proj", "0.self_attn.x_proj")),
 ]
@@ -444,132 +387,88 @@ def moved_field(head, tensors):
 
 
 def version_cases():
-    for number, table, commands in (
-        (1, IN_HEAD, "verify merge"),
-        (0, IN_FIRST_HEAD, "verify eval"),
-        (2, IN_COMPOSITION, "verify merge"),
-    ):
-        for path, values in table.items():
-            for value in values:
-                yield Case(
-                    f"head {number} {path} {named(value)}",
-                    "run",
-                    in_head(number, path, value),
-                    commands,
-                    VERSION,
-                )
-    for number, table, commands in ((1, IN_TENSORS, "verify merge"), (0, IN_FIRST_TENSORS, "verify eval")):
-        for key, changes in table.items():
-            for i, change in enumerate(changes):
-                yield Case(
-                    f"tensor {number} {key} {i}", "run", in_tensors(number, key, change), commands, VERSION
-                )
+    # `verify`, `merge`, `export` and what loads a version use one function, too.
+    for number, heads, tensors in ((1, IN_HEAD, IN_TENSORS), (0, IN_FIRST_HEAD, IN_FIRST_TENSORS), (2, IN_COMPOSITION, {})):
+        others = itertools.cycle((["merge", "", "export"], ["eval", ""], ["merge", ""])[1 - number if number < 2 else 2])
+        rows = [(f"head {number} {k} {named(v)}", in_head(number, k, v)) for k, values in heads.items() for v in values]
+        rows += [(f"tensor {number} {k} {i}", in_tensors(number, k, c)) for k, cs in tensors.items() for i, c in enumerate(cs)]
+        for name, damage in rows:
+            yield Case(name, "run", damage, f"verify {next(others)}", VERSION)
     for i, metadata in enumerate(METADATA):
         for number in (1, 2):
             damage = lying(number, lambda head, tensors, m=metadata: {} if m is None else m)
             yield Case(f"metadata {number} {i}", "run", damage, "verify merge log", VERSION)
     for name, change in LIES:
         yield Case(name, "run", lying(1, change), "verify merge eval", VERSION)
-    yield Case(
-        "a composition with a tensor", "run", lying(2, extra("evil", torch.ones(1))), "verify merge", VERSION
-    )
+    evil = lying(2, extra("evil", torch.ones(1)))
+    yield Case("a composition with a tensor", "run", evil, "verify merge", VERSION)
     narrower = in_tensors(0, "dynamics.gru.weight_ih", lambda t: t[:, :9].clone())
     yield Case("dynamics for another backbone", "run", narrower, "eval train", "backbone")
     yield Case("a moved field", "run", lying(1, moved_field), "verify", VERSION)
 
 
-# ------------------------------------------------------------------------- files and folders in place of others
+# ----------------------------------------------------------------------- files and folders in place of others
 
-PLACES = {  # what is in its place: which of the files cannot be it
-    "a link": (
-        None,
-        ["manifest.json", "versions", "data", "data/alpaca.val.json", "data/alpaca.logits.json"],
-    ),
-    "a dangling link": (
-        dangling,
-        ["manifest.json", "versions", "data", "data/alpaca.val.json", ".lock", "log.jsonl"],
-    ),
-    "a folder": (
-        pathlib.Path.mkdir,
-        ["manifest.json", "data/alpaca.val.json", "data/code.logits.json", "log.jsonl"],
-    ),
-    "a pipe": (os.mkfifo, ["manifest.json", "data/alpaca.val.json", "data/alpaca.logits.json", "log.jsonl"]),
-    "a file": (pathlib.Path.touch, ["versions", "data"]),
+MAKERS = {"a link": None, "a dangling link": dangling, "a folder": pathlib.Path.mkdir, "a pipe": os.mkfifo}
+VAL, LOGITS = "data/alpaca.val.json", "data/alpaca.logits.json"
+PLACES = {  # what is in the place of which of our files
+    "a link": ["manifest.json", "versions", "data", VAL, LOGITS],
+    "a dangling link": ["manifest.json", "versions", "data", VAL, ".lock", "log.jsonl"],
+    "a folder": ["manifest.json", VAL, LOGITS, "log.jsonl"],
+    "a pipe": ["manifest.json", VAL, LOGITS, "log.jsonl", ".lock"],
+    "a file": ["versions", "data"],
 }
-READ_BY = {
-    "manifest.json": "log merge train",
-    ".lock": "rollback train",
-    "log.jsonl": "train",
-    "versions": "verify merge rollback train",
-}
+READ_BY = {"manifest.json": "log merge train", ".lock": "rollback train", "log.jsonl": "train"}
+READ_BY |= {"versions": "verify merge rollback train"}
 RECORD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 NO_RECORDS = ["", "{}", "[]", "null", "7", DEEP, b"\xff\xfe", "[{", "[null]", "[7]", '["x"]', "[[]]"]
-NO_RECORDS += [
-    json.dumps([{**RECORD, **bad}])
-    for bad in ({"output": 7}, {"instruction": None}, {"input": []}, {"output": SURROGATE})
-]
+NOT_TEXT = [{"output": 7}, {"instruction": None}, {"input": []}, {"output": SURROGATE}, {"kind": []}]
+NO_RECORDS += [json.dumps([RECORD, {**RECORD, **bad}]) for bad in NOT_TEXT]
 DIGEST = "0123456789abcdef"
-NO_DIGESTS = [
-    "",
-    "{}",
-    "[]",
-    "null",
-    DEEP,
-    b"\xff",
-    "[1, 2, 3]",
-    json.dumps([DIGEST]),
-    json.dumps([DIGEST.upper()] * 3),
-]
-NO_DIGESTS += [
-    json.dumps([digest] * 3) for digest in (DIGEST[1:], DIGEST + "0", "x" * 16, None, DIGEST[:15] + "\n")
-]
+NO_DIGESTS = ["", "{}", "[]", "null", DEEP, b"\xff", "[1, 2, 3]", json.dumps([DIGEST])]
+NOT_DIGESTS = [DIGEST[1:], DIGEST + "0", "x" * 16, None, DIGEST[:15] + "\n", DIGEST.upper()]
+NO_DIGESTS += [json.dumps([digest] * 4) for digest in NOT_DIGESTS]
 
 
-def orphans_lead_elsewhere(folder):
-    (folder / "versions" / "orphans").symlink_to(folder.parent / "target")
-    (folder / "versions" / f"{'1' * 64}.safetensors").write_text("mine")
+def orphans_lead_elsewhere(where):
+    def damage(folder):
+        (folder / where / "orphans").symlink_to(folder.parent / "target")
+        (folder / "versions" / f"{'1' * 64}.safetensors").write_text("mine")
+        (folder / "data" / "third.val.json").write_text("[]")
+
+    return damage
 
 
 def file_cases():
-    for what, (make, names) in PLACES.items():
+    for what, names in PLACES.items():
         for name in names:
-            commands = READ_BY.get(name, "merge eval")
-            yield Case(f"{name} is {what}", "run", moved(name, back=make), commands, re.escape(name))
-    yield Case(
-        "the manifest is lost",
-        "run",
-        content("manifest.json", ABSENT),
-        "log verify merge into eval train rollback",
-        "run",
-    )
-    yield Case("orphans lead elsewhere", "run", orphans_lead_elsewhere, "compose", "orphans")
-    for what, make in (
-        ("a link", None),
-        ("dangling", dangling),
-        ("a folder", pathlib.Path.mkdir),
-        ("a pipe", os.mkfifo),
-    ):
+            damage = moved(name, back={**MAKERS, "a file": pathlib.Path.touch}[what])
+            yield Case(f"{name} is {what}", "run", damage, READ_BY.get(name, "merge eval"), re.escape(name))
+    lost, commands = content("manifest.json", ABSENT), "log verify merge into eval train rollback"
+    yield Case("the manifest is lost", "run", lost, commands, "run")
+    for where, command in (("versions", "compose"), ("data", "train")):
+        yield Case(f"{where}/orphans lead elsewhere", "run", orphans_lead_elsewhere(where), command, "orphans")
+    for what, make in MAKERS.items():
         damage = version_file(1, lambda name, make=make: moved(name, back=make))
         yield Case(f"version file is {what}", "run", damage, "verify merge eval", VERSION)
     for i, data in enumerate((ABSENT, b"", b"x" * 99, b"\xff" * 8 + b"{}", b"\x08" + bytes(7) + b"[[[[[[[[")):
         for number in (1, 2):
             damage = version_file(number, lambda name, data=data: content(name, data))
             yield Case(f"version file {number} damaged {i}", "run", damage, "verify merge", VERSION)
-    for i, text in enumerate([ABSENT, *NO_RECORDS]):
-        commands = "eval merge" if i % 2 else "answers merge"
-        yield Case(
-            f"records {named(text)}", "run", content("data/code.val.json", text), commands, r"code\.val\.json"
-        )
-    for text in [ABSENT, *NO_DIGESTS]:
-        damage = content("data/code.logits.json", text)
-        yield Case(f"digests {named(text)}", "run", damage, "eval merge", r"code\.(logits|val)\.json")
+    for name, texts in (("data/code.val.json", NO_RECORDS), ("data/code.logits.json", NO_DIGESTS)):
+        for i, text in enumerate([ABSENT, *texts]):
+            commands = ("eval", "answers", "merge", "train")[i % 4]
+            yield Case(f"{name} {named(text)}", "run", content(name, text), commands, r"code\.(val|logits)\.json")
     damage = in_json("data/code.val.json", "1", ABSENT)
     yield Case("fewer records than digests", "run", damage, "eval merge", r"code\.(logits|val)\.json")
     damage = content("data/third.val.json", json.dumps([RECORD]))
     yield Case("records that merge would overwrite", "run", damage, "into", r"third\.val\.json")
+    for kind in ("val", "logits"):  # of an earlier task, which are read when the training has ended
+        damage = content(f"data/alpaca.{kind}.json", ABSENT)
+        yield Case(f"a lost {kind} file", "halted", damage, "resume", rf"alpaca\.{kind}\.json")
 
 
-# ----------------------------------------------------------------------------------------- an unfinished training
+# ------------------------------------------------------------------------------------- an unfinished training
 
 
 def state_cases():
@@ -577,44 +476,21 @@ def state_cases():
     rows = [(f"step {ascii(s)}", in_state("x", step=s)) for s in steps]
     abouts = ("", "{", "null", "[]", "7", DEEP, "{}", '{"task": "code"}', None)
     rows += [(f"about {named(a)}", in_state("x", about=a)) for a in abouts]
-    changes = [
-        gone,
-        nan_in,
-        cut,
-        longer,
-        torch.Tensor.double,
-        torch.Tensor.half,
-        lambda t: t.flatten(),
-        lambda t: t * 0 + INF,
-    ]
-    for key in (
-        r"^bank.*q_proj.A$",
-        r"^field.w3.weight$",
-        r"^exp_avg.field.w1.weight$",
-        r"^exp_avg_sq.bank.*B$",
-    ):
+    changes = [gone, nan_in, cut, longer, double, half, flat, infinite]
+    for key in ("^bank.*q_proj.A$", "^field.w3.weight$", "^exp_avg.field.w1.weight$", "^exp_avg_sq.bank.*B$"):
         rows += [(f"{key} {i}", in_state(key, change)) for i, change in enumerate(changes)]
-    rows += [("a negative second moment", in_state(r"^exp_avg_sq.field.w3.weight$", lambda t: t - 1))]
-    rows += [
-        (f"moments at step {s}", in_state(r"^step.*", lambda t, s=s: t * 0 + s)) for s in (-1.0, 999.0, NAN)
-    ]
+    rows += [("a negative second moment", in_state("^exp_avg_sq.field.w3.weight$", lambda t: t - 1))]
+    for s in (-1.0, 999.0, NAN):
+        rows += [(f"moments at step {s}", in_state("^step.*", lambda t, s=s: t * 0 + s))]
     for i, data in enumerate((b"", b"nonsense", b"\xff" * 99, b"\x02" + bytes(7) + b"{}")):
-        rows += [(f"state damaged {i}", content("training.safetensors", data))]
-    for what, make in (
-        ("a link", None),
-        ("dangling", dangling),
-        ("a folder", pathlib.Path.mkdir),
-        ("a pipe", os.mkfifo),
-    ):
-        rows += [(f"state is {what}", moved("training.safetensors", back=make))]
+        rows += [(f"damaged {i}", content("training.safetensors", data))]
+    rows += [(f"is {what}", moved("training.safetensors", back=make)) for what, make in MAKERS.items()]
+    rows += [("a tensor more", in_more_state)]
+    rows += [("truncated", lambda folder: os.truncate(folder / "training.safetensors", 5000))]
     for name, damage in rows:
         yield Case(f"state: {name}", "halted", damage, "resume", STATE)
-    yield Case("state: a tensor more", "halted", in_more_state, "resume", STATE)
-    yield Case("state: of another task", "halted", lambda folder: None, "train", "unfinished training")
-    yield Case(
-        "state: other commands", "halted", lambda folder: None, "rollback-first into", "unfinished training"
-    )
-    yield Case("state: truncated", "halted", truncated, "resume", STATE)
+    for task, commands in (("of another task", "train"), ("other commands", "rollback-first into")):
+        yield Case(f"state: {task}", "halted", lambda folder: None, commands, "training")
 
 
 def in_more_state(folder):
@@ -623,11 +499,7 @@ def in_more_state(folder):
     path.write_bytes(fuzz.save(tensors | {"evil": torch.ones(1)}, about))
 
 
-def truncated(folder):
-    os.truncate(folder / "training.safetensors", 5000)
-
-
-# ---------------------------------------------------------------------------------------------------- backbones
+# -------------------------------------------------------------------------------------------------- backbones
 
 MODELING = """
 import pathlib
@@ -708,7 +580,7 @@ BACKBONES = [
     ("more tokens than rows", in_json("config.json", "vocab_size", 300)),
 ]
 
-# ------------------------------------------------------------------------------------------------------ options
+# ---------------------------------------------------------------------------------------------------- options
 
 HUGE = ["10" + "0" * n for n in (12, 30, 400)]
 BAD_NUMBERS = {
@@ -738,67 +610,51 @@ BAD_NUMBERS = {
     "--device": ["cpu:x", "cpu:", "tpu", "meta", "cuda:x", "cuda:99", ":0", "a b"],
 }
 TRAIN_ARGUMENTS = [f"{option} {value}" for option, values in BAD_NUMBERS.items() for value in values]
-TRAIN_ARGUMENTS += [
-    "--frobnicate",
-    "--task ../x",
-    "--task=a/b",
-    "--task=-x",
-    "--task=",
-    "--task with-code",
-    "--rank 3",
-    "--top-k 5",
-]
-TRAIN_ARGUMENTS += [
-    "--out proj",
-    "--out target",
-    "--out notes.txt",
-    "--out notes.txt/x",
-    "--data notes.txt",
-    "--data proj",
-    "--data none",
-]
-TRAIN_ARGUMENTS += [
-    "--backbone tiny",
-    "--backbone none/such",
-    "--backbone none.gguf",
-    "--backbone notes.txt",
-    "--backbone proj",
-]
+TRAIN_ARGUMENTS += """--frobnicate x | --task ../x | --task=a/b | --task=-x | --task= | --task with-code | --rank 3 | --top-k 5
+    --stream 0 | --stream 73 | --stream 1 | --out proj | --out target | --out notes.txt | --out notes.txt/x | --data proj
+    --data notes.txt | --data none | --data pipe | --backbone tiny | --backbone none/such | --backbone none.gguf
+    --backbone notes.txt | --backbone proj""".replace("\n", "|").split("|")
 ARGUMENTS = {
     "eval": """--device cpu:x | --device tpu | --outside x | --exact-match -1 | --max-new-tokens 0 | --bench 0
-        --version nobody | --version nobody --prompt x | --prompt x --run run first | --run none | --run proj | --run notes.txt
-        --run target | --run run none | --json none/x.json | --json proj | --json notes.txt | --json list.json | --json run/manifest.json
-        --json code.json | --json run/data/code.val.json | --json run/log.jsonl | --json link.json | --json package.json
-        --json pipe | --frobnicate | --max-new-tokens 1{0} | --exact-match x """,
-    "commit": """frobnicate | log --run none | log --run proj | log --run notes.txt | verify --run target | show | show nobody
-        show --run proj alpaca | rollback alpaca | rollback nobody | rollback alpaca --run proj | rollback x --run none
-        compose alpaca code --weights nan 1 --name x | compose alpaca code --weights inf 1 --name x
-        compose alpaca code --weights 0 0 --name x | compose alpaca code --weights 1 --name x
-        compose alpaca code --weights x 1 --name x | compose alpaca --weights 1 1 --name x | compose alpaca --weights 1e400 --name x
-        compose alpaca --weights 1 --name ../x | compose alpaca --weights 1 --name code | compose alpaca --weights 1 --name=
-        compose with-code --weights 1 --name x | compose alpaca nobody --weights 1 1 --name x | compose alpaca --name x
+        --version nobody | --version nobody --prompt x | --prompt x --run run first | --run none | --run proj
+        --run notes.txt | --run target | --run run none | --json none/x.json | --json proj | --json notes.txt
+        --json list.json | --json run/manifest.json | --json code.json | --json run/data/code.val.json
+        --json run/log.jsonl | --json link.json | --json package.json | --json pipe | --frobnicate
+        --max-new-tokens 1{0} | --exact-match x""",
+    "commit": """frobnicate | log --run none | log --run proj | log --run notes.txt | verify --run target | show
+        show nobody | show --run proj alpaca | rollback alpaca | rollback nobody | rollback alpaca --run proj
+        rollback x --run none | compose alpaca code --weights nan 1 --name x | log --frobnicate
+        compose alpaca code --weights inf 1 --name x | compose alpaca code --weights 0 0 --name x
+        compose alpaca code --weights 1 --name x | compose alpaca code --weights x 1 --name x
+        compose alpaca --weights 1 1 --name x | compose alpaca --weights 1e400 --name x
+        compose alpaca --weights 1 --name ../x | compose alpaca --weights 1 --name code
+        compose alpaca --weights 1 --name= | compose with-code --weights 1 --name x
+        compose alpaca nobody --weights 1 1 --name x | compose alpaca --name x
         compose alpaca --weights 1 --name x --run proj | merge none | merge proj | merge notes.txt | merge target
-        merge other --run proj | merge other --run none | merge other --run notes.txt | merge | export alpaca --to proj
-        export alpaca --to notes.txt | export alpaca --to notes.txt/x | export alpaca --to run | export alpaca --to=
-        export alpaca --to link.json | export nobody --to lora | export alpaca --to lora --run proj | export alpaca
-        export alpaca --to run/versions | log --frobnicate""",
-    "synthetic": """--seeds 0 | --seeds x | --tasks 1 | --steps 0 | --workers 0 | --b-std -1 | --b-std nan | --b-std inf | --search 0 1
-        --search 1 nan | --search inf 1 | --first-seed -1 | --first-seed 1{0} | --steps 1{0} | --seeds 1{0} | --methods x | --variant x
-        --experiment 3 | --inputs x | --json none/x.json | --json proj | --json notes.txt | --json list.json | --json run/manifest.json
+        merge other --run proj | merge other --run none | merge other --run notes.txt | merge
+        export alpaca --to proj | export alpaca --to notes.txt | export alpaca --to notes.txt/x
+        export alpaca --to run | export alpaca --to= | export alpaca --to link.json | export nobody --to lora
+        export alpaca --to lora --run proj | export alpaca | export alpaca --to run/versions""",
+    "synthetic": """--seeds 0 | --seeds x | --tasks 1 | --steps 0 | --workers 0 | --b-std -1 | --b-std nan
+        --b-std inf | --search 0 1 | --search 1 nan | --search inf 1 | --first-seed -1 | --first-seed 1{0}
+        --steps 1{0} | --seeds 1{0} | --methods x | --variant x | --experiment 3 | --inputs x
+        --json none/x.json | --json proj | --json notes.txt | --json list.json | --json run/manifest.json
         --experiment 2 --tasks 7 | --experiment 2 --methods ewc | --figures notes.txt | --frobnicate""",
 }
 
 
 def option_cases():
-    """(name, program, arguments); `{0}` is a row of zeros."""
+    """(name, program, arguments, what the one line says); `{0}` is a row of zeros."""
     for text in TRAIN_ARGUMENTS:
-        yield f"train {text[:40]}", "train", text.split(" ")
+        option, value = re.match(r"\s*(--[\w-]+)[ =]?(.*?)\s*$", text).groups()
+        arguments = [f"{option}={value}"] if "=" in text else [option, value]
+        yield f"train {' '.join(arguments)[:40]}", "train", arguments, f"{option}|{re.escape(value or option)}"
     for program, table in ARGUMENTS.items():
-        for text in re.split(r"\||\n", table.format("0" * 30)):
-            yield f"{program} {' '.join(text.split())[:70]}", program, text.split()
+        for text in re.split(r"[|\n]", table.format("0" * 30)):
+            yield f"{program} {' '.join(text.split())[:60]}", program, text.split(), r"\w"
 
 
-# ---------------------------------------------------------------------------------------------------- the checks
+# ------------------------------------------------------------------------------------------------- the checks
 
 CASES = [*manifest_cases(), *version_cases(), *file_cases(), *state_cases()]
 OPTIONS = [*option_cases()]
@@ -832,19 +688,24 @@ def base(tmp_path_factory):
     (world / "notes.txt").write_text("mine")
     (world / "list.json").write_text("[]")  # somebody's, though every record in it is one of ours
     (world / "package.json").write_text('{"name": "x", "config": {"port": 1}, "command": "x"}')
+    (world / "code.json").write_text(json.dumps([RECORD]))
     (world / "link.json").symlink_to(world / "target" / "x.tmp")
     os.mkfifo(world / "pipe")
     return folder
 
 
+@pytest.fixture(scope="session")
+def whole(base):
+    return fuzz.snapshot(base / "world")
+
+
 @pytest.fixture
-def world(base, monkeypatch):
+def world(base, whole, monkeypatch):
     """The world. What a test leaves in it is undone."""
-    whole, world = fuzz.snapshot(base / "world"), base / "world"
-    monkeypatch.chdir(world)
+    monkeypatch.chdir(base / "world")
     with fuzz.offline():
-        yield world
-    restore(world, whole)
+        yield base / "world"
+    restore(base / "world", whole)
 
 
 def restore(world, whole):
@@ -861,7 +722,6 @@ def restore(world, whole):
             path.symlink_to(kind.removeprefix("link to "))
         else:
             path.mkdir() if kind == stat.S_IFDIR else os.mkfifo(path)
-    assert fuzz.snapshot(world) == whole
 
 
 def refuses(program, argv, match, system=False):
@@ -887,16 +747,14 @@ def test_what_is_damaged_on_disk_is_refused_and_every_byte_is_still_there(base, 
     unchanged(world, before)
 
 
-@pytest.mark.parametrize(
-    "program,arguments", [case[1:] for case in OPTIONS], ids=[case[0] for case in OPTIONS]
-)
-def test_options_that_cannot_be_are_refused_before_anything_is_touched(base, world, program, arguments):
-    before = fuzz.snapshot(world)
+@pytest.mark.parametrize("case", OPTIONS, ids=lambda case: case[0])
+def test_options_that_cannot_be_are_refused_before_anything_is_touched(base, world, case):
+    before, (_, program, arguments, match) = fuzz.snapshot(world), case
     if program == "train":
         arguments = [*fuzz.options(base, "third", world / "run", "--lock"), *arguments]
     elif program != "synthetic" and "--run" not in arguments:
         arguments = [*arguments, "--run", "run"]
-    refuses(program, arguments, r"\w", system=True)
+    refuses(program, arguments, match, system=True)
     unchanged(world, before)
 
 
@@ -925,7 +783,7 @@ def test_a_backbone_that_cannot_be_trusted_is_refused_and_nothing_of_it_is_run(b
     unchanged(world, before)
 
 
-# ------------------------------------------------------------------------------------------------ what must work
+# --------------------------------------------------------------------------------------------- what must work
 
 
 def works(program, argv):
@@ -995,13 +853,11 @@ def test_merge_copies_the_files_of_its_tasks_and_no_others(base, world):
     assert len(added) == 2 and files() == before | added
 
 
-@pytest.mark.parametrize("more", ["--alpha 1e6 --lr 1e6", "--alpha 1e6 --lr 1e6 --epochs 1 --batch 16"])
+@pytest.mark.parametrize("more", ["", "--epochs 1 --batch 16"])  # at a step like any other, and at the last
 def test_a_training_that_leaves_the_finite_numbers_stops_and_commits_nothing(base, world, more):
-    before = fuzz.snapshot(world)
-    refuses("train", fuzz.options(base, "third", "run", "--lock", *more.split()), "finite")
-    after = fuzz.snapshot(world)
-    assert fuzz.entries_of(after, "run") == fuzz.entries_of(before, "run")
-    assert all(after[k] == v for k, v in before.items() if re.match("run/(versions|data)", k))
+    argv = fuzz.options(base, "third", "new", "--alpha", "1e6", "--lr", "1e6", *more.split())
+    refuses("train", argv, "finite")
+    assert not fuzz.entries_of(fuzz.snapshot(world), "new") and not [*world.glob("new/versions/*")]
 
 
 def test_a_first_training_that_is_stopped_is_a_run_folder_and_goes_on(base, world):
@@ -1019,7 +875,7 @@ def test_100_damaged_run_folders(tmp_path):
     assert not wrong, "\n".join(wrong)
 
 
-# ----------------------------------------------------------------------------------------------- the environment
+# -------------------------------------------------------------------------------------------- the environment
 
 
 def says_in_one_line(code, err, match):
