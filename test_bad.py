@@ -281,7 +281,8 @@ IN_HEAD = {  # of code, the second version, which reads the first
     "config": [ABSENT, None, 7, "x", []],
     "more": [1],
 }
-IN_FIRST_HEAD = {"lock": ["exact", "none"], "reads": [["0" * 64], None], "top_k": [99], "tau": [NAN], "fixed": [True]}
+IN_FIRST_HEAD = {"lock": ["exact", "none"], "reads": [["0" * 64], None], "top_k": [99], "tau": [NAN]}
+IN_FIRST_HEAD |= {"fixed": [True]}
 IN_COMPOSITION = {
     "task": [ABSENT, "poems", "../x"],
     "lock": [ABSENT, "exact"],
@@ -323,16 +324,20 @@ def flat(t):
     return t.flatten()
 
 
-double, single, half, whole_numbers = torch.Tensor.double, torch.Tensor.float, torch.Tensor.half, torch.Tensor.long
+def lopsided(t):
+    return t + torch.triu(t + 1, 1)
+
+
+double, single, half, integer = (getattr(torch.Tensor, kind) for kind in ("double", "float", "half", "long"))
 IN_TENSORS = {  # of code: 8 anchors, 2 layers, 8 logits of which 4 are its own, d = 4
     "anchors": [gone, nan_in, cut, longer, double, narrow, lambda t: t + 2, lambda t: t[:0].clone()],
     "snapshot": [gone, nan_in, cut, half, narrow, lambda t: t[0].clone(), lambda t: t[:, :1].clone()],
     "region.mean": [gone, nan_in, cut, single],
-    "region.cov": [gone, nan_in, cut, single, torch.neg, torch.zeros_like, infinite, lambda t: t + torch.triu(t + 1, 1)],
+    "region.cov": [gone, nan_in, cut, single, torch.neg, torch.zeros_like, infinite, lopsided],
     "field.w1.weight": [gone, nan_in, cut, half, lambda t: t.T.clone()],
     "field.w3.weight": [gone, nan_in, cut, longer],
     "field.norm.bias": [gone, nan_in, longer],
-    f"{BANK}.A": [gone, nan_in, cut, longer, double, whole_numbers, narrow, lambda t: t[:, :1].clone()],
+    f"{BANK}.A": [gone, nan_in, cut, longer, double, integer, narrow, lambda t: t[:, :1].clone()],
     f"{BANK}.B": [gone, nan_in, cut, infinite, narrow, lambda t: t[0].clone()],
 }
 IN_FIRST_TENSORS = {
@@ -388,10 +393,14 @@ def moved_field(head, tensors):
 
 def version_cases():
     # `verify`, `merge`, `export` and what loads a version use one function, too.
-    for number, heads, tensors in ((1, IN_HEAD, IN_TENSORS), (0, IN_FIRST_HEAD, IN_FIRST_TENSORS), (2, IN_COMPOSITION, {})):
-        others = itertools.cycle((["merge", "", "export"], ["eval", ""], ["merge", ""])[1 - number if number < 2 else 2])
-        rows = [(f"head {number} {k} {named(v)}", in_head(number, k, v)) for k, values in heads.items() for v in values]
-        rows += [(f"tensor {number} {k} {i}", in_tensors(number, k, c)) for k, cs in tensors.items() for i, c in enumerate(cs)]
+    tables = ((0, IN_FIRST_HEAD, IN_FIRST_TENSORS), (1, IN_HEAD, IN_TENSORS), (2, IN_COMPOSITION, {}))
+    for number, heads, tensors in tables:
+        others = itertools.cycle((["eval", ""], ["merge", "", "export"], ["merge", ""])[number])
+        values = [(key, v) for key, vs in heads.items() for v in vs]
+        rows = [(f"head {number} {key} {named(v)}", in_head(number, key, v)) for key, v in values]
+        for key, changes in tensors.items():
+            for i, change in enumerate(changes):
+                rows.append((f"tensor {number} {key} {i}", in_tensors(number, key, change)))
         for name, damage in rows:
             yield Case(name, "run", damage, f"verify {next(others)}", VERSION)
     for i, metadata in enumerate(METADATA):
@@ -447,7 +456,8 @@ def file_cases():
     lost, commands = content("manifest.json", ABSENT), "log verify merge into eval train rollback"
     yield Case("the manifest is lost", "run", lost, commands, "run")
     for where, command in (("versions", "compose"), ("data", "train")):
-        yield Case(f"{where}/orphans lead elsewhere", "run", orphans_lead_elsewhere(where), command, "orphans")
+        damage = orphans_lead_elsewhere(where)
+        yield Case(f"{where}/orphans lead elsewhere", "run", damage, command, "orphans")
     for what, make in MAKERS.items():
         damage = version_file(1, lambda name, make=make: moved(name, back=make))
         yield Case(f"version file is {what}", "run", damage, "verify merge eval", VERSION)
@@ -457,8 +467,8 @@ def file_cases():
             yield Case(f"version file {number} damaged {i}", "run", damage, "verify merge", VERSION)
     for name, texts in (("data/code.val.json", NO_RECORDS), ("data/code.logits.json", NO_DIGESTS)):
         for i, text in enumerate([ABSENT, *texts]):
-            commands = ("eval", "answers", "merge", "train")[i % 4]
-            yield Case(f"{name} {named(text)}", "run", content(name, text), commands, r"code\.(val|logits)\.json")
+            command, match = ("eval", "answers", "merge", "train")[i % 4], r"code\.(val|logits)\.json"
+            yield Case(f"{name} {named(text)}", "run", content(name, text), command, match)
     damage = in_json("data/code.val.json", "1", ABSENT)
     yield Case("fewer records than digests", "run", damage, "eval merge", r"code\.(logits|val)\.json")
     damage = content("data/third.val.json", json.dumps([RECORD]))
@@ -610,10 +620,11 @@ BAD_NUMBERS = {
     "--device": ["cpu:x", "cpu:", "tpu", "meta", "cuda:x", "cuda:99", ":0", "a b"],
 }
 TRAIN_ARGUMENTS = [f"{option} {value}" for option, values in BAD_NUMBERS.items() for value in values]
-TRAIN_ARGUMENTS += """--frobnicate x | --task ../x | --task=a/b | --task=-x | --task= | --task with-code | --rank 3 | --top-k 5
-    --stream 0 | --stream 73 | --stream 1 | --out proj | --out target | --out notes.txt | --out notes.txt/x | --data proj
-    --data notes.txt | --data none | --data pipe | --backbone tiny | --backbone none/such | --backbone none.gguf
-    --backbone notes.txt | --backbone proj""".replace("\n", "|").split("|")
+TRAIN_ARGUMENTS += """--frobnicate x | --task ../x | --task=a/b | --task=-x | --task= | --task with-code
+    --rank 3 | --top-k 5 | --stream 0 | --stream 73 | --stream 1 | --out proj | --out target | --out notes.txt
+    --out notes.txt/x | --data proj | --data notes.txt | --data none | --data pipe | --backbone tiny
+    --backbone none/such | --backbone none.gguf | --backbone notes.txt
+    --backbone proj""".replace("\n", "|").split("|")
 ARGUMENTS = {
     "eval": """--device cpu:x | --device tpu | --outside x | --exact-match -1 | --max-new-tokens 0 | --bench 0
         --version nobody | --version nobody --prompt x | --prompt x --run run first | --run none | --run proj
@@ -621,8 +632,8 @@ ARGUMENTS = {
         --json list.json | --json run/manifest.json | --json code.json | --json run/data/code.val.json
         --json run/log.jsonl | --json link.json | --json package.json | --json pipe | --frobnicate
         --max-new-tokens 1{0} | --exact-match x""",
-    "commit": """frobnicate | log --run none | log --run proj | log --run notes.txt | verify --run target | show
-        show nobody | show --run proj alpaca | rollback alpaca | rollback nobody | rollback alpaca --run proj
+    "commit": """frobnicate | log --run none | log --run proj | log --run notes.txt | verify --run target
+        show | show nobody | show --run proj alpaca | rollback alpaca | rollback nobody | rollback alpaca --run proj
         rollback x --run none | compose alpaca code --weights nan 1 --name x | log --frobnicate
         compose alpaca code --weights inf 1 --name x | compose alpaca code --weights 0 0 --name x
         compose alpaca code --weights 1 --name x | compose alpaca code --weights x 1 --name x
@@ -630,8 +641,8 @@ ARGUMENTS = {
         compose alpaca --weights 1 --name ../x | compose alpaca --weights 1 --name code
         compose alpaca --weights 1 --name= | compose with-code --weights 1 --name x
         compose alpaca nobody --weights 1 1 --name x | compose alpaca --name x
-        compose alpaca --weights 1 --name x --run proj | merge none | merge proj | merge notes.txt | merge target
-        merge other --run proj | merge other --run none | merge other --run notes.txt | merge
+        compose alpaca --weights 1 --name x --run proj | merge none | merge proj | merge notes.txt
+        merge target | merge other --run proj | merge other --run none | merge other --run notes.txt | merge
         export alpaca --to proj | export alpaca --to notes.txt | export alpaca --to notes.txt/x
         export alpaca --to run | export alpaca --to= | export alpaca --to link.json | export nobody --to lora
         export alpaca --to lora --run proj | export alpaca | export alpaca --to run/versions""",
@@ -648,7 +659,8 @@ def option_cases():
     for text in TRAIN_ARGUMENTS:
         option, value = re.match(r"\s*(--[\w-]+)[ =]?(.*?)\s*$", text).groups()
         arguments = [f"{option}={value}"] if "=" in text else [option, value]
-        yield f"train {' '.join(arguments)[:40]}", "train", arguments, f"{option}|{re.escape(value or option)}"
+        match = f"{option}|{re.escape(value or option)}"
+        yield f"train {' '.join(arguments)[:40]}", "train", arguments, match
     for program, table in ARGUMENTS.items():
         for text in re.split(r"[|\n]", table.format("0" * 30)):
             yield f"{program} {' '.join(text.split())[:60]}", program, text.split(), r"\w"
@@ -682,7 +694,7 @@ def argv_of(command, base, world, bad):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """The materials, and the world that every case is tried in. A space and an umlaut in its name are no hindrance."""
+    """The materials, and the world that every case is tried in. Its name is no hindrance."""
     folder = tmp_path_factory.mktemp("bad") / "a wörld"
     world = fuzz.build(folder)
     (world / "notes.txt").write_text("mine")
@@ -725,7 +737,7 @@ def restore(world, whole):
 
 
 def refuses(program, argv, match, system=False):
-    """The command refuses in one line that matches; `system`: the operating system may be the one that does."""
+    """The command refuses in one line that matches; `system`: it may be the operating system's."""
     outcome, text = fuzz.run_command(program, [str(a) for a in argv])
     assert outcome == "refused", f"{program} {argv[:3]}: {text[-3000:]}"
     assert re.search(match, text, re.I), f"{program} {argv[:3]} says: {text}"
@@ -879,7 +891,7 @@ def test_100_damaged_run_folders(tmp_path):
 
 
 def says_in_one_line(code, err, match):
-    """What a program that ended badly has printed: nothing but one line, apart from a bar and a report of progress."""
+    """A program that ended badly has printed one line, apart from its progress."""
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
     assert code != 0 and "Traceback" not in err and len(lines) == 1 and re.search(match, lines[0]), err
 
