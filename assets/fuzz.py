@@ -195,18 +195,20 @@ def build(base):
     return world
 
 
-def snapshot(folder):
+def snapshot(folder, prefix=""):
     """{path: contents, link or kind} of everything under a folder. Links are not followed."""
     found = {}
-    for root, folders, files in os.walk(folder):
-        for name in folders + files:
-            path = pathlib.Path(root, name)
-            mode = path.lstat().st_mode
-            if stat.S_ISREG(mode):
-                kind = path.read_bytes()
-            else:
-                kind = f"link to {os.readlink(path)}" if stat.S_ISLNK(mode) else stat.S_IFMT(mode)
-            found[path.relative_to(folder).as_posix()] = kind
+    for entry in os.scandir(folder):
+        path = prefix + entry.name
+        if entry.is_symlink():
+            found[path] = f"link to {os.readlink(entry.path)}"
+        elif entry.is_file():
+            with open(entry.path, "rb", buffering=0) as f:
+                found[path] = f.read()
+        else:
+            found[path] = stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
+            if entry.is_dir():
+                found |= snapshot(entry.path, path + "/")
     return found
 
 
