@@ -872,6 +872,16 @@ def test_a_training_that_leaves_the_finite_numbers_stops_and_commits_nothing(bas
     assert not fuzz.entries_of(fuzz.snapshot(world), "new") and not [*world.glob("new/versions/*")]
 
 
+def test_a_last_step_that_leaves_the_finite_numbers_leaves_a_run_folder_that_can_be_read(base, world):
+    """The loss is finite at every step, and what the last one made gives perplexities that are no numbers."""
+    argv = fuzz.options(
+        base, "third", "new", "--alpha", "1e6", "--lr", "1e6", "--epochs", "1", "--batch", "16"
+    )
+    refuses("train", argv, "finite")
+    if (world / "new").exists():
+        works("commit", ["log", "--run", "new"])
+
+
 def test_a_first_training_that_is_stopped_is_a_run_folder_and_goes_on(base, world):
     command = fuzz.options(base, "alpaca", "new")
     with fuzz.quiet():
