@@ -72,9 +72,10 @@ NAME, SHA = re.compile(r"\w[\w.-]{0,63}"), re.compile(r"[0-9a-f]{64}")
 DATE, TEXT = re.compile(r"[\d :-]{19}", re.ASCII), re.compile(r"[^\x00-\x1f]*")
 COUNT, COUNT_OR_0 = range(1, 2**31), range(2**31)
 POSITIVE = lambda x: type(x) in (int, float) and 0 < x < 1e300
+NOT_NEGATIVE = lambda x: x == 0 and type(x) in (int, float) or POSITIVE(x)
 
 # fmt: off
-SETTINGS = {"rank": COUNT, "alpha": float, "coord_dim": COUNT, "pool": ("prompt", "sequence"),
+SETTINGS = {"rank": COUNT, "alpha": NOT_NEGATIVE, "coord_dim": COUNT, "pool": ("prompt", "sequence"),
             "probe": ("bare", "adapted"), "fixed_coordinate": bool}  # options that a run's first task fixes
 ENTRY = {"hash": SHA, "task": NAME, "lock": ("first", "exact", "soft", "none"), "date": DATE}
 DRIFT = ("inside_at_commit", "inside_now", "moved", "spread", "lock_loss", "top_k_kept")
@@ -82,11 +83,11 @@ PERPLEXITIES, COUNTS = {NAME: POSITIVE}, {NAME: {NAME: COUNT_OR_0}}
 RESULT = {"task": NAME, "version": SHA, "base": PERPLEXITIES, "stored": PERPLEXITIES, "routed": PERPLEXITIES,
           "routing": COUNTS, "inside": COUNTS, "identical": {NAME: [COUNT_OR_0]},
           "gating": {NAME: {"sets": POSITIVE, "bases": POSITIVE}},
-          "drift": {NAME: dict.fromkeys(DRIFT, float)}}
+          "drift": {NAME: dict.fromkeys(DRIFT, NOT_NEGATIVE)}}
 MANIFEST = {"format": 1, "backbone": (None, {"name": TEXT, "fingerprint": SHA}), "settings": ({}, SETTINGS),
             "versions": [ENTRY], "results": [RESULT], "compositions": [{**ENTRY, "lock": "composed"}]}
-VERSION = {"task": NAME, "lock": ENTRY["lock"], "reads": [SHA], "writes": COUNT, "top_k": COUNT, "tau": float,
-           "n": COUNT, "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, TEXT)}}
+VERSION = {"task": NAME, "lock": ENTRY["lock"], "reads": [SHA], "writes": COUNT, "top_k": COUNT, "n": COUNT,
+           "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, TEXT)}}
 COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
 # fmt: on
 
@@ -332,8 +333,14 @@ def check_tensors(head, tensors, parts, bases, first):
         if t.dtype != kind or t.shape != shapes.get(key, t.shape) or not t.numel() or not t.isfinite().all():
             raise ValueError(f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {shapes.get(key, '')} or finite")
     cov = tensors["region.cov"]
-    if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1] or head["tau"] < 0:
-        raise ValueError("region.cov is no covariance, or tau is negative")
+    if (
+        not torch.allclose(cov, cov.T)
+        or torch.linalg.cholesky_ex(cov)[1]
+        or tensors["anchors"].abs().max() > 1
+    ):
+        raise ValueError("region.cov is no covariance, or anchors lie outside [-1, 1]")
+    if first and head["fixed"] != first.dynamics.fixed:
+        raise ValueError("fixed is not what the first version has")
     if layers not in (1, len({*layer_numbers(modules).values()})) or head["top_k"] > bases:
         raise ValueError(f"snapshot has {layers} layers, or top_k is more than {bases}")
 
@@ -365,17 +372,20 @@ class Composition:
     @classmethod
     def load(cls, path, versions):
         """As `Version.load`; versions: all of the run."""
-        head, known = *read_version_file(path, tensors=True)[:1], {v.hash: v for v in versions}
+        (head, tensors), known = read_version_file(path, tensors=True), {v.hash: v for v in versions}
         weights = head.get("weights", [])
-        if len(head["reads"]) != len(weights) or not any(weights) or {*head["reads"]} - {*known}:
-            raise Refused(f"{path}: reads: not versions of this run, or not as many weights")
+        if tensors or len(head["reads"]) != len(weights) or not any(weights) or {*head["reads"]} - {*known}:
+            raise Refused(
+                f"{path}: reads: not versions of this run, or not as many weights, or it has tensors"
+            )
         return cls(head["task"], head["reads"], weights, [known[h] for h in head["reads"]], path.stem)
 
 
 # ------------------------------------------------------------------------------------------------ run folders
 
 
-OURS = ("manifest.json", "versions", "versions/orphans", "data", "log.jsonl", "training.safetensors", ".lock")
+FOLDERS = ("versions", "versions/orphans", "data", "data/orphans")
+FILES = ("manifest.json", "log.jsonl", "training.safetensors", ".lock")
 
 
 class Run:
@@ -397,9 +407,11 @@ class Run:
         self.versions, self.compositions = [], []
         self.manifest = {"format": 1, "backbone": None, "settings": {}}
         self.manifest |= {"versions": [], "results": [], "compositions": []}
-        for name in OURS:
-            if (self.folder / name).is_symlink():
-                raise Refused(f"{self.folder / name}: a symbolic link; in a run folder nothing is followed")
+        for name in FOLDERS + FILES:
+            path = self.folder / name
+            plain = path.is_dir() if name in FOLDERS else path.is_file()
+            if path.is_symlink() or path.exists() and not plain:
+                raise Refused(f"{path}: a link, or no plain {'folder' if name in FOLDERS else 'file'}")
         path = self.folder / "manifest.json"
         if path.exists():
             self.manifest = validate(read_json(path), MANIFEST, path)
@@ -426,6 +438,7 @@ class Run:
                 for key in ("stored", "routed", "routing", "inside", "identical", "gating")
             )
             or any(t not in row["inside"][t] or len(row["identical"][t]) != 2 for t in row["base"])
+            or any(same > of for same, of in row["identical"].values())
         )
         return {
             "two versions have one name": twice([e["task"] for e in self.entries]),
@@ -433,8 +446,9 @@ class Run:
             f"versions cannot have the locks {locks}": locks and locks not in orders,
             "versions, settings or backbone are missing": not whole,
             "it names no version, but versions/ holds some: restore it, or move them away": lost,
-            "results: two rows of one version": twice([row["version"] for row in rows]),
-            "results: a row of no version": any(tasks.get(row["version"]) != row["task"] for row in rows),
+            "results: rows in another order than versions": [v["hash"] for v in versions if self.measured(v)]
+            != [row["version"] for row in rows],
+            "results: a row of another task": any(tasks.get(row["version"]) != row["task"] for row in rows),
             "results: a row without its task": any(row["task"] not in row["base"] for row in rows),
             "results: a row of unknown tasks": any({*row["base"]} - {*tasks.values()} for row in rows),
             "results: a row with holes": any(holes(row) for row in rows),
@@ -458,6 +472,10 @@ class Run:
     def path(self, digest):
         """The file of a version."""
         return self.folder / "versions" / f"{digest}.safetensors"
+
+    def measured(self, entry):
+        """Is there a row of results for a version?"""
+        return any(row["version"] == entry["hash"] for row in self.manifest["results"])
 
     def data_file(self, task, kind):
         """kind "val": the validation records that the task is measured on, now and after every later task.
@@ -503,12 +521,13 @@ class Run:
         return head
 
     def read_version(self, entry, earlier):
-        """The version or composition of an entry. earlier: the versions before it. Refused: see `head` and
-        `load`."""
+        """The version or composition of an entry, and see that its data files are whole. earlier: the
+        versions before it. Refused: see `head`, `load`, `validation`, `digests`."""
         self.head(entry)
         if entry["lock"] == "composed":
             return Composition.load(self.path(entry["hash"]), earlier)
         version = Version.load(self.path(entry["hash"]), earlier)
+        (self.digests if self.measured(entry) else self.validation)(entry["task"])
         if not earlier:
             (rank, _), d = next(iter(version.shapes.values())), len(version.region.mean)
             made = {
@@ -690,14 +709,15 @@ def output_file(text):
     path = pathlib.Path(text)
     try:
         if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
-            if not all({"command", "config"} & {*part} for part in (old if isinstance(old, list) else [old])):
-                raise ValueError
+            old = read_json(path, own=False)
+            for part in old if isinstance(old, list) and old else [old]:
+                if not {"command", "rows"} <= {*part} and not {"tasks", "R", "config"} <= {*part}:
+                    raise ValueError
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as e:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({e.strerror})") from None
-    except (ValueError, TypeError, RecursionError):
+    except (Refused, ValueError, TypeError):
         raise argparse.ArgumentTypeError(f"{text!r} is there and holds no results of this program") from None
     return path
 
@@ -790,7 +810,6 @@ def verify(run):
             if isinstance(version, Version):
                 version.bases = None
                 earlier.append(version)
-                run.digests(entry["task"])
                 now = take_snapshot(version.field, version.anchors)
                 different = int((now != version.snapshot).flatten(1).any(1).sum())
                 if different:
@@ -860,6 +879,10 @@ def merge(run, other):
     for entry in new:
         if entry["task"] in names:
             raise Refused(f"both runs have a version called {entry['task']}; roll one back")
+        if entry["lock"] != "composed" and not other.measured(entry):
+            raise Refused(
+                f"{other.folder}/manifest.json: {entry['task']} is not measured, which train.py does"
+            )
     for wrong in [wrong for folder in (run, other) for _, wrong in verify(folder) if wrong]:
         raise Refused(wrong)
     copies = {source: target for e in new for source, target in zip(other.files(e), run.files(e))}

@@ -26,6 +26,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -120,8 +121,7 @@ def measure_task(run, model, tokenizer, i, outside):
         inside.append(found.inside)
         gatings.append(stored)
     tokens = sum(len(r) for _, r in examples)
-    measured = any(row["version"] == run.manifest["versions"][i]["hash"] for row in results)
-    at_commit = run.digests(task) if measured else digests
+    at_commit = run.digests(task) if run.measured(run.manifest["versions"][i]) else digests
     inside = torch.cat(inside).sum(0).tolist()
     columns = {
         "base": base or perplexity(nll["base"], tokens),
@@ -167,9 +167,13 @@ def measure_last(run, backbone, tokenizer):
     """Measure the state after the last task and keep it, unless that has been done: a kill may have come in
     between."""
     last = run.manifest["versions"][-1]
-    if last["hash"] not in {r["version"] for r in run.manifest["results"]}:
+    if not run.measured(last):
         model = run.open_model(backbone, tokenizer)
         row, digests = measure(run, model, tokenizer)
+        if not all(math.isfinite(x) for key in ("base", "stored", "routed") for x in row[key].values()):
+            raise Refused(
+                f"after {last['task']} a perplexity is not finite: roll it back, and try a smaller --lr"
+            )
         with atomic(run.data_file(last["task"], "logits")) as tmp:
             tmp.write_text(json.dumps(digests[last["task"]]))
         run.manifest["results"].append(row)

@@ -346,8 +346,12 @@ class Training:
         self.optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.01, fused=True)
 
     def save(self):
-        """`about` identifies the training (task, options, data): a state is only taken up by the same one."""
+        """`about` identifies the training (task, options, data): a state is only taken up by the same one.
+        Refused, and an earlier state kept: the weights are not finite."""
         tensors = {key: p.data for key, p in self.weights.items()}
+        if not all(t.isfinite().all() for t in tensors.values()):
+            done = f"weights are not finite after step {self.step} of {self.total}"
+            raise Refused(f"{done}: delete {self.path}, if it is there, and try a smaller --lr")
         for key, p in self.weights.items():
             tensors |= {f"{moment}.{key}": t for moment, t in self.optimizer.state[p].items()}
         with atomic(self.path) as tmp:
@@ -365,7 +369,7 @@ class Training:
             with safe_open(self.path, "pt") as f:
                 about, step = json.loads(f.metadata()["about"]), int(f.metadata()["step"])
                 for key in self.about:
-                    if validate(about, dict, "about").get(key) != self.about[key]:
+                    if validate(about, dict, self.path).get(key) != self.about[key]:
                         raise Refused(
                             f"{self.path}: an unfinished training with {key} {about.get(key)}, not "
                             f"{self.about[key]}; finish it as it was started, or delete that file"
@@ -375,6 +379,8 @@ class Training:
                 t = tensors[key]
                 if t.shape != shapes[key] or t.dtype != torch.float32 or not t.isfinite().all():
                     raise ValueError(f"{key} has another shape or type, or is not finite")
+                if key.startswith("step.") and t != step or key.startswith("exp_avg_sq.") and t.min() < 0:
+                    raise ValueError(f"{key} is not what AdamW has after {step} steps")
             if not 0 < step <= self.total:
                 raise ValueError(f"step {step} of {self.total}")
         except Refused:
