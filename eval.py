@@ -150,16 +150,19 @@ def describe_drift(run, i, h_bar):
     held."""
     v, speaker = run.versions[i], run.speaker(i)
     then, now = v.dynamics(h_bar), speaker.dynamics(h_bar)
-    logits = speaker.field(v.anchors.to(h_bar.device))[..., : v.snapshot.shape[-1]].cpu()
-    chosen = [torch.zeros_like(x).scatter(-1, top_k_gating(x, v.top_k)[0], 1) for x in (logits, v.snapshot)]
+    logits, old = speaker.field(v.anchors.to(h_bar.device)).cpu(), v.snapshot.shape[-1]
+    now_chosen, then_chosen = (top_k_gating(x, v.top_k)[0] for x in (logits, v.snapshot))  # [count, L, K]
+    kept = (now_chosen[..., None] == then_chosen[..., None, :]).any(
+        -1
+    )  # bases that a grown bank added are none of them
     share = lambda z: float((v.region.distance(z) <= v.region.tau).double().mean())
     return {
         "inside_at_commit": share(then),
         "inside_now": share(now),
         "moved": float((now - then).norm(dim=1).mean()),
         "spread": float((then - then.mean(0)).norm(dim=1).mean()),
-        "lock_loss": float((logits - v.snapshot).square().sum((1, 2)).mean()),
-        "top_k_kept": float((chosen[0] * chosen[1]).sum() / chosen[1].sum()),
+        "lock_loss": float((logits[..., :old] - v.snapshot).square().sum((1, 2)).mean()),
+        "top_k_kept": float(kept.double().mean()),
     }
 
 

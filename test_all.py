@@ -931,6 +931,23 @@ def test_sigkill_at_any_moment_leaves_the_state_before_or_after(tmp_path):
 # ---------------------------------------------------------------------------------------------------- eval.py
 
 
+@torch.no_grad()
+def test_the_drift_of_a_grown_bank_is_told_over_all_its_bases():
+    """Half of the new field's choices at the anchors fall on bases that were not there at commit."""
+    torch.manual_seed(4)
+    dynamics, then = CoordinateDynamics(3, 4), WeightField(1, 4, 4, 7)
+    region = Region.fit(torch.tanh(torch.randn(40, 4)))
+    anchors = sample_anchors(region, torch.zeros(1, 4), 8, "gaussian", 0)
+    old = a_version_of(then, dynamics, region, anchors, {})
+    now = then.grown(6)
+    now.w3.bias.data[4:] = torch.tensor([100.0, -100.0])
+    run = Run("nowhere")
+    run.manifest["versions"] = [{"lock": "first"}, {"lock": "soft"}]
+    run.versions = [old, a_version_of(now, dynamics, region, anchors, {})]
+    drift = evaluation.describe_drift(run, 0, torch.randn(5, 3))
+    assert drift["lock_loss"] == 0 and drift["top_k_kept"] == 0.5 and drift["moved"] == 0
+
+
 def test_forgetting_is_relative_to_the_perplexity_when_learned():
     rows = [{"task": "a", "stored": {"a": 4.0}}, {"task": "b", "stored": {"a": 5.0, "b": 2.0}}]
     assert evaluation.forgetting(rows, "stored") == {"a": 25.0, "b": 0.0}
@@ -1133,6 +1150,20 @@ def test_a_training_that_stops_anywhere_resumes_to_the_same_bits(micro, first, t
     monkeypatch.setattr(train, "learning_rate", schedule)
     train.main(micro("code", broken, "--lock"))
     assert outcome(broken) == outcome(whole) and not (broken / "training.safetensors").exists()
+
+
+def test_a_fixed_coordinate_resumes_too(micro, tmp_path, monkeypatch):
+    """Its dynamics learn nothing, so there are no moments of theirs to bring back."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train.main(micro("alpaca", whole, "--fixed-coordinate"))
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    schedule = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda step, *a: schedule(step, *a) if step < 5 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(micro("alpaca", broken, "--fixed-coordinate"))
+    monkeypatch.setattr(train, "learning_rate", schedule)
+    train.main(micro("alpaca", broken, "--fixed-coordinate"))
+    assert outcome(broken) == outcome(whole)
 
 
 def test_sigkill_at_random_moments_changes_nothing(micro, first, tmp_path):
