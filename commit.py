@@ -69,7 +69,7 @@ from model import NIWF, Refused, fingerprint, layer_numbers, load_backbone, pad_
 # ---------------------------------------------------------------------------- what is on disk, and reading it
 
 NAME, SHA = re.compile(r"\w[\w.-]{0,63}"), re.compile(r"[0-9a-f]{64}")
-DATE, TEXT = re.compile(r"[\d :-]{19}", re.ASCII), re.compile(r"[^\x00-\x1f]*")
+DATE = re.compile(r"[\d :-]{19}", re.ASCII)
 COUNT, COUNT_OR_0 = range(1, 2**31), range(2**31)
 POSITIVE = lambda x: type(x) in (int, float) and 0 < x < 1e300
 NOT_NEGATIVE = lambda x: x == 0 and type(x) in (int, float) or POSITIVE(x)
@@ -84,10 +84,10 @@ RESULT = {"task": NAME, "version": SHA, "base": PERPLEXITIES, "stored": PERPLEXI
           "routing": COUNTS, "inside": COUNTS, "identical": {NAME: [COUNT_OR_0]},
           "gating": {NAME: {"sets": POSITIVE, "bases": POSITIVE}},
           "drift": {NAME: dict.fromkeys(DRIFT, NOT_NEGATIVE)}}
-MANIFEST = {"format": 1, "backbone": (None, {"name": TEXT, "fingerprint": SHA}), "settings": ({}, SETTINGS),
+MANIFEST = {"format": 1, "backbone": (None, {"name": str, "fingerprint": SHA}), "settings": ({}, SETTINGS),
             "versions": [ENTRY], "results": [RESULT], "compositions": [{**ENTRY, "lock": "composed"}]}
 VERSION = {"task": NAME, "lock": ENTRY["lock"], "reads": [SHA], "writes": COUNT, "top_k": COUNT, "n": COUNT,
-           "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, TEXT)}}
+           "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, str)}}
 COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
 # fmt: on
 
@@ -313,7 +313,9 @@ def check_tensors(head, tensors, parts, bases, first):
     shapes when loaded."""
     wanted = {"bank", "field", "region", "anchors", "snapshot", *(() if head["reads"] else ["dynamics"])}
     modules = {key[:-2] for key in parts["bank"]}
-    if {*parts} != wanted or {*parts["bank"]} != {f"{m}.{p}" for m in modules for p in "AB"}:
+    keys = {"bank": {f"{m}.{p}" for m in modules for p in "AB"}, "region": {"mean", "cov"}}
+    keys |= {"anchors": {""}, "snapshot": {""}}
+    if {*parts} != wanted or any({*parts[part]} != known for part, known in keys.items()):
         raise ValueError("some are missing, or unknown")
     (_, layers, _), (hidden, d) = tensors["snapshot"].shape, parts["field"]["w1.weight"].shape
     one = (
@@ -682,7 +684,13 @@ def latest_run(root="runs"):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
+    """An argument parser that says what is wrong in one line, and takes text only."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            if text != text.encode("utf-8", "replace").decode():  # a lone surrogate, a byte that is no UTF-8
+                self.error(f"{ascii(text)} is not text")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
@@ -708,6 +716,8 @@ def output_file(text):
     results is replaced, any other file is not."""
     path = pathlib.Path(text)
     try:
+        if path.is_dir():
+            raise OSError(0, "it is a folder")
         if path.exists():
             old = read_json(path, own=False)
             for part in old if isinstance(old, list) and old else [old]:
@@ -907,7 +917,7 @@ def export(run, name, folder):
     entry, folder, settings = run.find(name), pathlib.Path(folder), run.manifest["settings"]
     refuse_shared(run)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Refused(f"{folder} is not an empty folder")
+        raise Refused(f"{folder} is not empty, or no folder")
     versions = []
     for e in run.manifest["versions"]:
         versions.append(run.read_version(e, versions))

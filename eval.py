@@ -152,9 +152,8 @@ def describe_drift(run, i, h_bar):
     then, now = v.dynamics(h_bar), speaker.dynamics(h_bar)
     logits, old = speaker.field(v.anchors.to(h_bar.device)).cpu(), v.snapshot.shape[-1]
     now_chosen, then_chosen = (top_k_gating(x, v.top_k)[0] for x in (logits, v.snapshot))  # [count, L, K]
-    kept = (now_chosen[..., None] == then_chosen[..., None, :]).any(
-        -1
-    )  # bases that a grown bank added are none of them
+    # Bases that a grown bank added were chosen by no anchor then.
+    kept = (now_chosen[..., None] == then_chosen[..., None, :]).any(-1)
     share = lambda z: float((v.region.distance(z) <= v.region.tau).double().mean())
     return {
         "inside_at_commit": share(then),

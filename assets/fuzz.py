@@ -537,6 +537,13 @@ def judge(before, after, kind, name, worked):
         yield f"{name}: the manifest no longer names {digest[:12]}"
 
 
+def readable(folder):
+    try:
+        return bool(commit.Run(folder))
+    except (commit.Refused, OSError):
+        return False
+
+
 def one(base, seed, number):
     """Damage number `number`, and a command on what it left. -> kind, outcome, complaints"""
     r = random.Random(f"{seed}/{number}")
@@ -545,10 +552,14 @@ def one(base, seed, number):
     kind = r.choice(KINDS)
     program, argv, damaged, written = command_of(r, kind, base, world)
     changes = damage(r, damaged, damaged.name == "halted")
-    before = snapshot(world)
+    before, whole = snapshot(world), readable(written)
     outcome, text = run_command(program, argv)
     complaints = [text] if outcome == "failed" else []
-    complaints += judge(before, snapshot(world), kind, written.name, outcome == "worked")
+    told = (
+        outcome == "worked" or "not finite at step" in text
+    )  # the training had begun, and its state is kept
+    complaints += judge(before, snapshot(world), kind, written.name, told)
+    complaints += [f"{written.name} cannot be read any more"] * (whole and not readable(written))
     shutil.rmtree(world)
     return kind, outcome, [f"after {', '.join(changes)}: {c}" for c in complaints]
 
