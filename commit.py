@@ -515,20 +515,24 @@ class Run:
         """What the file of an entry says of itself. Refused: see `read_version_file`; or the manifest says
         otherwise."""
         head, _ = read_version_file(self.path(entry["hash"]))
-        for key in ("task", "lock"):
-            if head[key] != entry[key]:
-                raise Refused(
-                    f"{self.folder / 'manifest.json'}: {key} {entry[key]}, but its version says {head[key]}"
-                )
+        self.agree(entry, head["task"], head["lock"])
         return head
+
+    def agree(self, entry, task, lock):
+        """Refused: a version's file says that it is of another task or lock than the manifest's entry."""
+        if (task, lock) != (entry["task"], entry["lock"]):
+            raise Refused(
+                f"{self.folder}/manifest.json: {entry['task']}, lock {entry['lock']}, is {task}, {lock}"
+            )
 
     def read_version(self, entry, earlier):
         """The version or composition of an entry, and see that its data files are whole. earlier: the
         versions before it. Refused: see `head`, `load`, `validation`, `digests`."""
-        self.head(entry)
-        if entry["lock"] == "composed":
-            return Composition.load(self.path(entry["hash"]), earlier)
-        version = Version.load(self.path(entry["hash"]), earlier)
+        path, kind = self.path(entry["hash"]), Composition if entry["lock"] == "composed" else Version
+        version = kind.load(path, earlier)
+        self.agree(entry, version.task, version.lock)
+        if kind is Composition:
+            return version
         (self.digests if self.measured(entry) else self.validation)(entry["task"])
         if not earlier:
             (rank, _), d = next(iter(version.shapes.values())), len(version.region.mean)
