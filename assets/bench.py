@@ -19,10 +19,13 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no trace
 import contextlib
 import copy
 import importlib.util
+import json
 import pathlib
+import shlex
 import statistics
 import sys
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +33,7 @@ import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from commit import Parser, number, read_records, run_program
+from commit import Parser, atomic, number, output_file, provenance, read_records, run_program
 from field import CoordinateDynamics, WeightField, top_k_gating
 from model import (
     NIWF,
@@ -73,6 +76,7 @@ SHAPES = {  # name: (configuration, or None for the embedded backbone; sequences
     "mistral": (transformers.MistralConfig(num_hidden_layers=2), 1, 256)}
 # fmt: on
 RANK, BASES, TOP_K = 8, 16, 8
+warnings.filterwarnings("ignore", category=FutureWarning)  # peft's, of transformers
 
 
 def make_backbone(shape):
@@ -158,35 +162,35 @@ def make_sides(shape, loops):
     return sides | {"bare": Peer(backbone, pad_id, lora=False)}, examples
 
 
-def print_ratios(what, sides, batch, turns, form):
-    """Time every side on a batch, in turns; print medians, and the median of ours over each other one."""
-    times = tuple([] for _ in sides)
+def compare_sides(what, sides, batch, turns, form):
+    """Time every side on a batch, in turns; print medians, and the median of ours over each. -> {side:
+    [seconds]}"""
+    times = {name: [] for name in sides}
     for _ in range(turns + 1):
-        take_turn([form(side) for side in sides.values()], [batch], times)
-    ours = times[0][1:]
-    figures = []
-    for name, spent in zip(sides, times):
-        ratio = statistics.median(o / t for o, t in zip(ours, spent[1:]))
-        figures.append(
-            f"{name} {1e3 * statistics.median(spent[1:]):.1f} ms" + f" ({ratio:.2f})" * (name != "ours")
-        )
-    print(f"{what}: {', '.join(figures)}", flush=True)
+        take_turn([form(side) for side in sides.values()], [batch], times.values())
+    times = {name: spent[1:] for name, spent in times.items()}
+    print(what)
+    for name, spent in times.items():
+        ratio = statistics.median(o / t for o, t in zip(times["ours"], spent))
+        print(f"  {name:6}{1e3 * statistics.median(spent):10.1f} ms   ours / {name} {ratio:.2f}", flush=True)
+    return times
 
 
 def bench_niwf(shape, turns):
     """Forward and backward of one step, beside peft's LoRA and, where that is small enough, plain loops."""
     sides, examples = make_sides(shape, loops=shape == "tiny")
-    print_ratios(f"{shape}, a step", sides, (examples,), turns, lambda side: side.step)
+    yield (
+        f"{shape}, a step",
+        compare_sides(f"{shape}, a step", sides, (examples,), turns, lambda side: side.step),
+    )
 
 
 def bench_decode(shape, turns, count=32):
-    """One prompt: the prefill with its probe, and `count` tokens after it."""
+    """One prompt: the prefill with its probe, alone and with `count` tokens after it."""
     sides, examples = make_sides(shape, loops=False)
     prompts = [(p + r)[:128] for p, r in examples[:1]]
-    print_ratios(f"{shape}, prefill", sides, (prompts, 1), turns, lambda side: side.generate)
-    print_ratios(
-        f"{shape}, {count} tokens more", sides, (prompts, count + 1), turns, lambda side: side.generate
-    )
+    for what, tokens in ((f"{shape}, prefill", 1), (f"{shape}, prefill and {count} tokens", count + 1)):
+        yield what, compare_sides(what, sides, (prompts, tokens), turns, lambda side: side.generate)
 
 
 # ------------------------------------------------------------------------------------------------- the grid
@@ -324,14 +328,20 @@ def main(argv=None):
     decode = commands.add_parser("decode", help="prefill and decoding beside peft's LoRA")
     for p in (niwf, decode):
         p.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="[all]")
+        p.add_argument("--json", type=output_file, help="write the seconds of every turn to this file")
     for p in (ftn, lora, niwf, decode):
         p.add_argument("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed [5]")
     args = parser.parse_args(argv)
     if args.command in ("niwf", "decode"):
         if not importlib.util.find_spec("peft"):
             raise Refused(f"bench.py {args.command} compares with peft: pip install peft")
+        bench, seconds = {"niwf": bench_niwf, "decode": bench_decode}[args.command], {}
         for shape in args.shape:
-            (bench_niwf if args.command == "niwf" else bench_decode)(shape, args.repeats)
+            seconds |= dict(bench(shape, args.repeats))
+        if args.json:
+            command = shlex.join(["python", "assets/bench.py", *(sys.argv[1:] if argv is None else argv)])
+            with atomic(args.json) as tmp:
+                tmp.write_text(json.dumps({"command": command, **provenance(), "rows": seconds}, indent=1))
         return
     torch.set_num_threads(1)
     if args.command == "ftn":
