@@ -288,23 +288,21 @@ class Version:
         index = torch.cat([*(known[h].own for h in head["reads"]), own])
         try:
             check_tensors(head, tensors, parts, bases=len(index), first=earlier[0] if earlier else None)
-            field = WeightField(
-                parts["snapshot"][""].shape[1], len(index), *parts["field"]["w1.weight"].shape[::-1]
-            )
+            layers, (hidden, d) = tensors["snapshot"].shape[1], parts["field"]["w1.weight"].shape
+            field = WeightField(layers, len(index), d, hidden)
             field.load_state_dict(parts["field"])
             dynamics = earlier[0].dynamics if head["reads"] else None
             if not dynamics:
-                (_, features), d = parts["dynamics"]["gru.weight_ih"].shape, len(parts["region"]["mean"])
+                features = parts["dynamics"]["gru.weight_ih"].shape[1]
                 dynamics = CoordinateDynamics(features, d, head["fixed"])
                 dynamics.load_state_dict(parts["dynamics"])
         except (KeyError, ValueError, RuntimeError, IndexError) as e:
             raise Refused(f"{path}: its tensors do not fit: {e}") from None
-        same = {key: head[key] for key in ("task", "lock", "reads", "top_k", "config")} | {
-            "bases": parts["bank"]
-        }
+        region = Region(**parts["region"], tau=head["tau"], n=head["n"])
+        same = {key: head[key] for key in ("task", "lock", "reads", "top_k", "config")}
         same |= {key: tensors[key] for key in ("anchors", "snapshot")} | {"index": index, "hash": path.stem}
         same |= {"field": field.requires_grad_(False), "dynamics": dynamics.requires_grad_(False)}
-        return cls(region=Region(**parts["region"], tau=head["tau"], n=head["n"]), **same)
+        return cls(region=region, bases=parts["bank"], **same)
 
 
 def check_tensors(head, tensors, parts, bases, first):
@@ -318,29 +316,21 @@ def check_tensors(head, tensors, parts, bases, first):
     if {*parts} != wanted or any({*parts[part]} != known for part, known in keys.items()):
         raise ValueError("some are missing, or unknown")
     (_, layers, _), (hidden, d) = tensors["snapshot"].shape, parts["field"]["w1.weight"].shape
-    one = (
-        first.shapes
-        if first
-        else {k: (next(iter(parts["bank"].values())).shape[1], t.shape[2]) for k, t in parts["bank"].items()}
-    )
-    shapes = {
-        "snapshot": (head["anchors"], layers, bases),
-        "anchors": (head["anchors"], d),
-        "region.mean": (d,),
-    }
-    shapes |= {"region.cov": (d, d), "field.w3.weight": (layers * bases, hidden)}
-    shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in one.items()}
+    shapes = {"snapshot": (head["anchors"], layers, bases), "anchors": (head["anchors"], d)}
+    shapes |= {"region.mean": (d,), "region.cov": (d, d), "field.w3.weight": (layers * bases, hidden)}
+    one_basis = {key: t.shape[1:] for key, t in parts["bank"].items()}
+    rank = min(shape[0] for shape in one_basis.values())
+    of_first = first.shapes if first else {key: (rank, *shape[1:]) for key, shape in one_basis.items()}
+    shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in of_first.items()}
     for key in sorted({*shapes, *tensors}):
         t, kind = tensors[key], torch.float64 if key.startswith("region.") else torch.float32
         if t.dtype != kind or t.shape != shapes.get(key, t.shape) or not t.numel() or not t.isfinite().all():
             raise ValueError(f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {shapes.get(key, '')} or finite")
     cov = tensors["region.cov"]
-    if (
-        not torch.allclose(cov, cov.T)
-        or torch.linalg.cholesky_ex(cov)[1]
-        or tensors["anchors"].abs().max() > 1
-    ):
-        raise ValueError("region.cov is no covariance, or anchors lie outside [-1, 1]")
+    if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1]:
+        raise ValueError("region.cov is no covariance")
+    if tensors["anchors"].abs().max() > 1:
+        raise ValueError("anchors lie outside [-1, 1]")
     if first and head["fixed"] != first.dynamics.fixed:
         raise ValueError("fixed is not what the first version has")
     if layers not in (1, len({*layer_numbers(modules).values()})) or head["top_k"] > bases:
@@ -521,9 +511,8 @@ class Run:
     def agree(self, entry, task, lock):
         """Refused: a version's file says that it is of another task or lock than the manifest's entry."""
         if (task, lock) != (entry["task"], entry["lock"]):
-            raise Refused(
-                f"{self.folder}/manifest.json: {entry['task']}, lock {entry['lock']}, is {task}, {lock}"
-            )
+            said = f"{entry['task']} with lock {entry['lock']}"
+            raise Refused(f"{self.folder}/manifest.json: {said}, but its file is {task} with {lock}")
 
     def read_version(self, entry, earlier):
         """The version or composition of an entry, and see that its data files are whole. earlier: the
@@ -536,16 +525,12 @@ class Run:
         (self.digests if self.measured(entry) else self.validation)(entry["task"])
         if not earlier:
             (rank, _), d = next(iter(version.shapes.values())), len(version.region.mean)
-            made = {
-                **version.config,
-                "rank": rank,
-                "coord_dim": d,
-                "fixed_coordinate": version.dynamics.fixed,
-            }
+            fixed = version.dynamics.fixed
+            made = dict(version.config, rank=rank, coord_dim=d, fixed_coordinate=fixed)
             for key, value in self.manifest["settings"].items():
                 if made.get(key) != value:
                     raise Refused(
-                        f"{self.folder / 'manifest.json'}: settings: {key} {value}, made with {made.get(key)}"
+                        f"{self.folder}/manifest.json: settings: {key} {value}, not {made.get(key)}"
                     )
         return version
 
@@ -894,9 +879,7 @@ def merge(run, other):
         if entry["task"] in names:
             raise Refused(f"both runs have a version called {entry['task']}; roll one back")
         if entry["lock"] != "composed" and not other.measured(entry):
-            raise Refused(
-                f"{other.folder}/manifest.json: {entry['task']} is not measured, which train.py does"
-            )
+            raise Refused(f"{other.folder}/manifest.json: {entry['task']} is not measured: train.py does")
     for wrong in [wrong for folder in (run, other) for _, wrong in verify(folder) if wrong]:
         raise Refused(wrong)
     copies = {source: target for e in new for source, target in zip(other.files(e), run.files(e))}

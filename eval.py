@@ -174,7 +174,7 @@ def measure_last(run, backbone, tokenizer):
         row, digests = measure(run, model, tokenizer)
         if not all(math.isfinite(x) for key in ("base", "stored", "routed") for x in row[key].values()):
             raise Refused(
-                f"after {last['task']} a perplexity is not finite: roll it back, and try a smaller --lr"
+                f"after {last['task']} a perplexity is not finite: roll it back, use a smaller --lr"
             )
         with atomic(run.data_file(last["task"], "logits")) as tmp:
             tmp.write_text(json.dumps(digests[last["task"]]))

@@ -267,10 +267,8 @@ class Learner:
 
     def probe(self, examples, args):
         """h_bar [n, features]. An adapted probe, the paper's own setting, runs with the gating at z_0."""
-        adapted = args.probe == "adapted"
-        return probe_all(
-            self.model, examples, args.pool, self.gating(self.dynamics.z0[None]) if adapted else None
-        )
+        gating = self.gating(self.dynamics.z0[None]) if args.probe == "adapted" else None
+        return probe_all(self.model, examples, args.pool, gating)
 
     def weights(self):
         """What training changes, by name. A fixed coordinate has nothing to learn."""
