@@ -536,7 +536,7 @@ def commit_task(run, learner, h_bar, val, about, args):
         config=about,
     )
     records, text = run.data_file(args.task, "val"), json.dumps(val)
-    if records.exists() and records.read_text() != text:
+    if records.exists() and not (records.is_file() and records.read_bytes() == text.encode()):
         put_aside(records)
     with atomic(records) as tmp:
         tmp.write_text(text)
