@@ -50,7 +50,7 @@ import train
 PROGRAMS = {"commit": commit.main, "train": train.main, "eval": evaluation.main, "synthetic": synthetic.main}
 SECONDS = 10  # no command on a run folder of this size takes as long: it waits for something
 OURS = re.compile(
-    r"manifest\.json|log\.jsonl|training\.safetensors|data|versions|versions/orphans(/.*)?"
+    r"manifest\.json|log\.jsonl|training\.safetensors|data|versions|(versions|data)/orphans(/.*)?"
     r"|versions/[0-9a-f]{64}\.safetensors|data/(alpaca|code|third)\.(val|logits)\.json"
     r"|(versions/|data/)?\.[^/]*\.niwf-tmp"
 )
