@@ -468,8 +468,9 @@ def add_litter(r, folder):
     ]
     names += [f"{r.randbytes(32).hex()}.safetensors"] * 3 + ["code.val.json", "third.logits.json"]
     path = place / r.choice(names)
-    content = next((folder.parent / "other" / "versions").glob("*.safetensors")).read_bytes()
-    path.write_bytes(r.choice([content, r.randbytes(40), b""]))
+    content = next(p for p in (folder.parent / "other" / "versions").glob("*.safetensors") if p.is_file())
+    if path.is_file() or not path.exists():  # a pipe would wait for a reader
+        path.write_bytes(r.choice([content.read_bytes(), r.randbytes(40), b""]))
 
 
 def damage(r, folder, unfinished):
