@@ -1305,6 +1305,8 @@ def test_options_that_cannot_be_get_one_line_and_lose_nothing(micro, first, tmp_
         (["--lr", "1"], "--task"),
         (["--task", "x", "--lock", "hard"], "invalid choice"),
         (["--task", "x", "--lr", "fast"], "not a number"),
+        (["--stream", "2", "--lr", "1"], "--stream goes with"),
+        (["--stream", "2", "--task", "x"], "say what to learn"),
     ],
 )
 def test_the_command_line_answers_in_one_line(capsys, argv, message):

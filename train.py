@@ -157,6 +157,11 @@ def parse_options(argv=None):
     args = p.parse_args(argv)
     if (args.task is None) == (args.stream is None):
         p.error("say what to learn: --task NAME, or --stream N")
+    said = {*vars(args)} & {*PAPER_VALUES} | {
+        key for key in ("data", "val_data", "backbone") if vars(args)[key]
+    }
+    if args.stream and said:
+        p.error(f"--stream goes with --device and --out alone, not with {', '.join(sorted(said))}")
     return args
 
 
