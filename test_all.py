@@ -3049,6 +3049,7 @@ def test_a_result_file_is_checked_whole_before_it_is_drawn(tmp_path, capsys):
     ):
         path.write_bytes(text)
         assert str(path) in refusal()
+    pytest.importorskip("matplotlib")
     others = [(dict(row, seed=9, inputs="gaussian"), "inputs"), (row, "seed")]
     others.append((dict(row, seed=9, curve=row["curve"][1:]), "curve"))
     for other, name in others:

@@ -258,9 +258,9 @@ def main(argv=None):
         "--to", type=pathlib.Path, default="runs/figures", metavar="DIR", help="[runs/figures]"
     )
     args = parser.parse_args(argv)
+    results = [row for path in args.figures for row in read_rows(path)]
     if matplotlib is None:
         raise Refused("figures need matplotlib: pip install matplotlib")
-    results = [row for path in args.figures for row in read_rows(path)]
     draw_figures(results, args.to)
 
 
