@@ -3049,9 +3049,16 @@ def test_a_result_file_is_checked_whole_before_it_is_drawn(tmp_path, capsys):
     ):
         path.write_bytes(text)
         assert str(path) in refusal()
+
+
+def test_rows_that_do_not_belong_together_are_not_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
+    row = json.loads((HERE / "assets" / "results" / "ftn-ten-steps.json").read_text())["rows"][0]
+    row = dict(row, side=2, k=1, final_side=2, winners=[[0], [1], [2]], touched=[1, 1, 1])
     others = [(dict(row, seed=9, inputs="gaussian"), "inputs"), (row, "seed")]
     others.append((dict(row, seed=9, curve=row["curve"][1:]), "curve"))
     for other, name in others:
-        path.write_text(json.dumps({"rows": [row, other]}))
-        assert name in refusal()
+        (tmp_path / "lie.json").write_text(json.dumps({"rows": [row, other]}))
+        argv = ["--figures", str(tmp_path / "lie.json"), "--to", str(tmp_path / "to")]
+        assert name in run_quietly(report.main, argv, capsys)
+        assert [p.name for p in tmp_path.iterdir()] == ["lie.json"]
