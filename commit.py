@@ -406,12 +406,21 @@ class Run:
                 raise Refused(f"{path}: a link, or no plain {'folder' if name in FOLDERS else 'file'}")
         path = self.folder / "manifest.json"
         if path.exists():
-            self.manifest = validate(read_json(path), MANIFEST, path)
-            for why, found in self.contradictions().items():
-                if found:
-                    raise Refused(f"{path}: {why}")
+            self.manifest = read_json(path)
+            self.check_manifest()
+            if not self.tasks and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
+                raise Refused(
+                    f"{path}: names no version, but versions/ holds some: restore it, or move them away"
+                )
         elif self.folder.exists() and (not self.folder.is_dir() or {*os.listdir(self.folder)} - {".lock"}):
             raise Refused(f"{self.folder}: not a run folder (no manifest.json); nothing is written there")
+
+    def check_manifest(self):
+        """Refused: the manifest has not the form of one, or its parts contradict each other."""
+        validate(self.manifest, MANIFEST, self.folder / "manifest.json")
+        for why, found in self.contradictions().items():
+            if found:
+                raise Refused(f"{self.folder / 'manifest.json'}: {why}")
 
     def contradictions(self):
         """{what could be wrong with a manifest whose parts have the right form: is it}."""
@@ -422,7 +431,6 @@ class Run:
             ["first", *["exact"] * (len(locks) - 1)],
             ["first", *(k for k in locks[1:] if k in ("soft", "none"))],
         )
-        lost = not versions and self.unnamed([]) and not (self.folder / "training.safetensors").exists()
         twice = lambda values: len(values) > len({*values})
         holes = lambda row: (
             any(
@@ -437,7 +445,6 @@ class Run:
             "two versions have one hash": twice([e["hash"] for e in self.entries]),
             f"versions cannot have the locks {locks}": locks and locks not in orders,
             "versions, settings or backbone are missing": not whole,
-            "it names no version, but versions/ holds some: restore it, or move them away": lost,
             "results: rows in another order than versions": [v["hash"] for v in versions if self.measured(v)]
             != [row["version"] for row in rows],
             "results: a row of another task": any(tasks.get(row["version"]) != row["task"] for row in rows),
@@ -558,8 +565,9 @@ class Run:
                             folder.rmdir()
 
     def save(self, removed=()):
-        """Write the manifest; then remove files that it no longer names, and tidy up after killed
-        commands."""
+        """Write the manifest, once it is seen that it can be read again; then remove files that it no longer
+        names, and tidy up after killed commands."""
+        self.check_manifest()
         with atomic(self.folder / "manifest.json") as tmp:
             tmp.write_text(json.dumps(self.manifest, indent=1), encoding="utf-8")
         litter = [p for part in (".", "versions", "data") for p in (self.folder / part).glob(".*.niwf-tmp")]
@@ -929,7 +937,7 @@ def export(run, name, folder):
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
     config |= {"base_model_name_or_path": run.manifest["backbone"]["name"], "target_modules": sorted(numbers)}
     config |= {"r": len(A), "lora_alpha": len(A), "lora_dropout": 0.0, "fan_in_fan_out": False}
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "adapter_model.safetensors") as tmp:
         tmp.write_bytes(save(tensors, {"format": "pt"}))
     with atomic(folder / "adapter_config.json") as tmp:

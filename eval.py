@@ -498,7 +498,7 @@ def parse_options(argv=None):
     add("--input", default="", help="the input that goes with --prompt")
     add("--max-new-tokens", type=number(int, 1, 10**6), default=128)
     args = p.parse_args(argv)
-    if args.prompt and len(args.run or ()) > 1:
+    if args.prompt is not None and len(args.run or ()) > 1:
         p.error("--prompt talks to one run folder")
     return args
 
@@ -515,7 +515,7 @@ def main(argv=None):
             run.find(name)
         backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], device)
         model = run.open_model(backbone, tokenizer)
-        if args.prompt:
+        if args.prompt is not None:
             return answer_prompt(run, model, tokenizer, args)
         outs.append(measure_run(run, model, tokenizer, args))
     if len(outs) > 1:

@@ -281,7 +281,7 @@ def response_nll(logits, labels):
 def perplexity(nll, tokens):
     """exp of the mean negative log-likelihood per response token; nll and tokens are sums over a set."""
     mean = nll / tokens
-    return math.exp(mean) if mean < 700 else math.inf  # beyond any float, or nan
+    return math.exp(mean) if mean < 690 else math.inf  # beyond any float, or nan
 
 
 # --------------------------------------------------------------------------------------------- the two passes

@@ -691,7 +691,7 @@ def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
         entries = run.manifest["versions"] + run.manifest["compositions"]
         kind = r.choice(
             ["rollback", "rollback", "compose", "merge"]
-            if len(entries) > 7
+            if len(entries) > 5
             else ["commit", "compose", "merge"]
         )
         if kind == "commit":
@@ -2446,7 +2446,7 @@ def state_cases():
     abouts = ("", "{", "null", "[]", "7", DEEP, "{}", '{"task": "code"}', None)
     rows += [(f"about {named(a)}", in_state("x", about=a)) for a in abouts]
     changes = [gone, nan_in, cut, longer, doubled, half, flat, infinite]
-    for key in ("^bank.*q_proj.A$", "^field.w3.weight$", "^exp_avg.field.w1.weight$", "^exp_avg_sq.bank.*B$"):
+    for key in ("^bank.*q_proj.A$", "^exp_avg.field.w1.weight$"):
         rows += [(f"{key} {i}", in_state(key, change)) for i, change in enumerate(changes)]
     rows += [("a negative second moment", in_state("^exp_avg_sq.field.w3.weight$", lambda t: t - 1))]
     for s in (-1.0, 999.0, NAN):

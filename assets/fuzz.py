@@ -647,7 +647,7 @@ def kills(n, seed, folder, epochs=60):
     seconds, signals = time.time() - began, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
     done = equal = resumed = 0
     while done < n:
-        killed = shutil.copytree(world / "first", base / f"killed-{done}")
+        killed = shutil.copytree(world / "first", base / f"killed-{len([*base.iterdir()])}")
         here = 0
         for _ in range(min(8, n - done)):
             if not kill_once(r, base, killed, epochs, seconds, signals[(done + here) % 3]):
