@@ -404,7 +404,7 @@ class Run:
             plain = path.is_dir() if name in FOLDERS else path.is_file()
             if path.is_symlink() or path.exists() and not plain:
                 raise Refused(f"{path}: a link, or no plain {'folder' if name in FOLDERS else 'file'}")
-        path = self.folder / "manifest.json"
+        path = self.manifest_file
         if path.exists():
             self.manifest = read_json(path)
             self.check_manifest()
@@ -417,10 +417,10 @@ class Run:
 
     def check_manifest(self):
         """Refused: the manifest has not the form of one, or its parts contradict each other."""
-        validate(self.manifest, MANIFEST, self.folder / "manifest.json")
+        validate(self.manifest, MANIFEST, self.manifest_file)
         for why, found in self.contradictions().items():
             if found:
-                raise Refused(f"{self.folder / 'manifest.json'}: {why}")
+                raise Refused(f"{self.manifest_file}: {why}")
 
     def contradictions(self):
         """{what could be wrong with a manifest whose parts have the right form: is it}."""
@@ -452,6 +452,10 @@ class Run:
             "results: a row of unknown tasks": any({*row["base"]} - {*tasks.values()} for row in rows),
             "results: a row with holes": any(holes(row) for row in rows),
         }
+
+    @property
+    def manifest_file(self):
+        return self.folder / "manifest.json"
 
     @property
     def tasks(self):
@@ -519,7 +523,7 @@ class Run:
         """Refused: a version's file says that it is of another task or lock than the manifest's entry."""
         if (task, lock) != (entry["task"], entry["lock"]):
             said = f"{entry['task']} with lock {entry['lock']}"
-            raise Refused(f"{self.folder}/manifest.json: {said}, but its file is {task} with {lock}")
+            raise Refused(f"{self.manifest_file}: {said}, but its file is {task} with {lock}")
 
     def read_version(self, entry, earlier):
         """The version or composition of an entry, and see that its data files are whole. earlier: the
@@ -536,9 +540,7 @@ class Run:
             made = dict(version.config, rank=rank, coord_dim=d, fixed_coordinate=fixed)
             for key, value in self.manifest["settings"].items():
                 if made.get(key) != value:
-                    raise Refused(
-                        f"{self.folder}/manifest.json: settings: {key} {value}, not {made.get(key)}"
-                    )
+                    raise Refused(f"{self.manifest_file}: settings: {key} {value}, not {made.get(key)}")
         return version
 
     @contextlib.contextmanager
@@ -568,7 +570,7 @@ class Run:
         """Write the manifest, once it is seen that it can be read again; then remove files that it no longer
         names, and tidy up after killed commands."""
         self.check_manifest()
-        with atomic(self.folder / "manifest.json") as tmp:
+        with atomic(self.manifest_file) as tmp:
             tmp.write_text(json.dumps(self.manifest, indent=1), encoding="utf-8")
         litter = [p for part in (".", "versions", "data") for p in (self.folder / part).glob(".*.niwf-tmp")]
         for path in [*removed, *(p for p in litter if TEMPORARY.fullmatch(p.name))]:
@@ -782,13 +784,13 @@ def dependents(run, digest):
     return [e for e in after if e["lock"] in ("soft", "none") or digest in run.head(e)["reads"]]
 
 
-def log(run):
-    """Lines of `python commit.py log`: newest first, as in git. Reads the files' headers only."""
-    for entry in sorted(run.entries, key=lambda e: e["date"], reverse=True):
-        about = describe(run, entry)
+def log(abouts):
+    """Lines of `python commit.py log`: newest first, as in git. abouts: what `describe` says of every
+    version."""
+    for about in sorted(abouts, key=lambda about: about["date"], reverse=True):
         reads = [digest[:12] for digest in about["reads"]]
-        yield f"* version {entry['hash'][:12]}  {entry['task']}  (lock: {about['lock']})"
-        yield f"| Date:   {entry['date']}"
+        yield f"* version {about['hash'][:12]}  {about['task']}  (lock: {about['lock']})"
+        yield f"| Date:   {about['date']}"
         if about["lock"] == "composed":
             yield "|         " + " + ".join(f"{w:g} x {digest}" for digest, w in zip(reads, about["weights"]))
         else:
@@ -887,7 +889,7 @@ def merge(run, other):
         if entry["task"] in names:
             raise Refused(f"both runs have a version called {entry['task']}; roll one back")
         if entry["lock"] != "composed" and not other.measured(entry):
-            raise Refused(f"{other.folder}/manifest.json: {entry['task']} is not measured: train.py does")
+            raise Refused(f"{other.manifest_file}: {entry['task']} is not measured: train.py does")
     for wrong in [wrong for folder in (run, other) for _, wrong in verify(folder) if wrong]:
         raise Refused(wrong)
     copies = {source: target for e in new for source, target in zip(other.files(e), run.files(e))}
@@ -993,10 +995,11 @@ def change(run, args):
 def main(argv=None):
     args = parse_options(argv)
     run = Run(args.run or latest_run())
-    if not (run.folder / "manifest.json").exists():
+    if not run.manifest_file.exists():
         raise Refused(f"{run.folder}: not a run folder")
     if args.command == "log":
-        result, text = [describe(run, e) for e in run.entries], "\n".join(log(run))
+        result = [describe(run, e) for e in run.entries]
+        text = "\n".join(log(result))
     elif args.command == "show":
         result = describe(run, run.find(args.version))
         plain = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in result.items()}

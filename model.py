@@ -166,6 +166,11 @@ class AdapterBank:
                 found = [whole.index_copy(0, live, own) for whole, own in zip(old, found)]
         return [tensor.view(*indices.shape, self.rank, -1) for tensor in found]
 
+    def gating_of(self, name, gating):
+        """One module's part of a gating [B, L or 1, K]: indices and weights [B, K]."""
+        row = min(self.layer[name], gating[0].shape[1] - 1)
+        return [g[:, row].to(self.device[name]) for g in gating]
+
     def update(self, name, x, y):
         """The hook: x [B, T, d_in], y = W x [B, T, d_out] -> y plus the gated update, NIWF Eq. (2)."""
         if self.folded is not None:
@@ -173,8 +178,7 @@ class AdapterBank:
             return y + x @ A @ B
         if self.gating is None:
             return y
-        row = min(self.layer[name], self.gating[0].shape[1] - 1)
-        indices, weights = (g[:, row].to(x.device) for g in self.gating)  # [B, K]
+        indices, weights = self.gating_of(name, self.gating)
         # Section 3.1: one gating per sequence. The gathered tensors are [B, K, r, d], never [B, T, K, r, d].
         # The bank is float32; what is multiplied, and kept for the backward pass, has the backbone's type: at
         # 7B in bfloat16 that is 1.2 GB less.
@@ -192,9 +196,8 @@ class AdapterBank:
         if all((g == g[:1]).all() for g in gating):
             gating = tuple(g[:1] for g in gating)
         folded = {}
-        for name, layer in self.layer.items():
-            row = min(layer, gating[0].shape[1] - 1)
-            indices, weights = (g[:, row].to(self.device[name]) for g in gating)
+        for name in self.shapes:
+            indices, weights = self.gating_of(name, gating)
             A, B = self.gather(name, indices)
             B = (self.scale * weights)[:, :, None, None] * B
             pair = A.flatten(1, 2).mT, B.flatten(1, 2)

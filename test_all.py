@@ -1003,7 +1003,8 @@ def test_prompt_and_exact_match_and_log(first, tmp_path, capsys):
     assert (
         sum(n for _, n in counts.values()) == 32 and "of 32 answers exactly right" in capsys.readouterr().out
     )
-    assert "(lock: first)" in "\n".join(commit.log(Run(first)))
+    run = Run(first)
+    assert "(lock: first)" in "\n".join(commit.log([commit.describe(run, e) for e in run.entries]))
 
 
 def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp_path, capsys):
