@@ -331,6 +331,8 @@ def check_tensors(head, tensors, parts, bases, first):
         raise ValueError("region.cov is no covariance")
     if tensors["anchors"].abs().max() > 1:
         raise ValueError("anchors lie outside [-1, 1]")
+    if "dynamics.deviation" in tensors and tensors["dynamics.deviation"].min() <= 0:
+        raise ValueError("dynamics.deviation is not positive")
     if first and head["fixed"] != first.dynamics.fixed:
         raise ValueError("fixed is not what the first version has")
     if layers not in (1, len({*layer_numbers(modules).values()})) or head["top_k"] > bases:

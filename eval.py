@@ -74,11 +74,13 @@ def probe_all(model, examples, pool, gating=None):
 
 
 def validation_set(run, model, tokenizer, task):
-    """A task's validation examples, in the order that every measurement takes them in batches, and their
-    h_bar."""
+    """A task's validation examples, in the order that every measurement takes them in batches, their h_bar,
+    and the h_bar that routes them: of the prompt alone, as a prompt comes without its response."""
     examples = [encode(r, tokenizer) for r in run.validation(task)]
     examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
-    return examples, probe_all(model, examples, run.manifest["settings"]["pool"], run.probe_gating())
+    gating, pool = run.probe_gating(), run.manifest["settings"]["pool"]
+    routes = probe_all(model, examples, "prompt", gating)
+    return examples, routes if pool == "prompt" else probe_all(model, examples, pool, gating), routes
 
 
 def total_nll(model, batch, gating):
@@ -106,11 +108,11 @@ def measure(run, model, tokenizer, outside="nearest"):
 def measure_task(run, model, tokenizer, i, outside):
     """Task i's part of `measure`: ({column: value}, digests)."""
     task, results = run.tasks[i], run.manifest["results"]
-    examples, h_bar = validation_set(run, model, tokenizer, task)
+    examples, h_bar, routes = validation_set(run, model, tokenizer, task)
     base = next((row["base"][task] for row in results if task in row["base"]), None)  # it never changes
     nll, digests, choices, inside, gatings = collections.Counter(), [], [], [], []
-    for batch, h in batches(examples, h_bar):
-        stored, (routed, found) = run.stored(i, h), run.routed(h, outside)
+    for batch, h, asked in batches(examples, h_bar, routes):
+        stored, (routed, found) = run.stored(i, h), run.routed(asked, outside)
         logits, labels = model.logits(batch, stored)
         alike = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(stored, routed))
         nll["stored"] += (own := float(response_nll(logits, labels).sum()))
@@ -311,7 +313,7 @@ def perplexity_by_name(run, model, tokenizer, names):
     table = {task: {} for task in run.tasks}
 
     def fill(name, logits_of):
-        for task, (examples, h_bar) in data.items():
+        for task, (examples, h_bar, _) in data.items():
             nll = sum(float(response_nll(*logits_of(*part)).sum()) for part in batches(examples, h_bar))
             table[task][name] = perplexity(nll, sum(len(r) for _, r in examples))
 
@@ -382,14 +384,14 @@ def growth(run, model, tokenizer):
     as dicts. Times are in milliseconds; but for that of a commit, per token of one pass over the first task's
     validation examples."""
     whole, lines = run.manifest, []
-    data = validation_set(run, model, tokenizer, run.tasks[0])
+    examples, h_bar, _ = validation_set(run, model, tokenizer, run.tasks[0])
     model.detach()
     width = lambda form: int(re.match(r"<?(\d+)", form)[1])
     print("\n" + "".join(f"{name:>{width(form)}}" for name, form in GROWTH_COLUMNS.items()))
     for n in range(1, len(run.tasks) + 1):
         run.manifest = dict(whole, versions=whole["versions"][:n], compositions=[])
         model = run.open_model(model.backbone, tokenizer)
-        lines.append({"n": n, **growth_step(run, model, whole["results"][:n], *data)})
+        lines.append({"n": n, **growth_step(run, model, whole["results"][:n], examples, h_bar)})
         print("".join(f"{lines[-1][name]:{form}}" for name, form in GROWTH_COLUMNS.items()))
         model.detach()
     run.manifest = whole

@@ -115,8 +115,8 @@ class AdapterBank:
         self.dtype = {name: m.weight.dtype for name, m in targets.items()}
         self.layer = layer_numbers(targets)
         self.layers = len(set(self.layer.values()))
-        self.gating = None  # (indices, weights), both [B, L, K]; None: adapters off
-        self.folded = None  # what `fold` made of it, while a text is generated
+        self.gating = None  # what `use` made of a gating; None: adapters off
+        self.folded = None  # what `fold` made of that, while a text is generated
         self.committed, self.live = {}, {}
         for name, (d_in, d_out) in self.shapes.items():
             self.committed[f"{name}.A"] = torch.empty(0, rank, d_in, device=self.device[name])
@@ -166,43 +166,46 @@ class AdapterBank:
                 found = [whole.index_copy(0, live, own) for whole, own in zip(old, found)]
         return [tensor.view(*indices.shape, self.rank, -1) for tensor in found]
 
-    def gating_of(self, name, gating):
-        """One module's part of a gating [B, L or 1, K]: indices and weights [B, K]."""
-        row = min(self.layer[name], gating[0].shape[1] - 1)
-        return [g[:, row].to(self.device[name]) for g in gating]
+    def use(self, gating):
+        """Run adapters with this gating from now on: (indices, weights), both [B, L or 1, K]. None: off."""
+        self.gating = self.folded = None
+        if gating is not None:
+            # fmt: off
+            indices, weights = gating
+            weights = self.scale * weights.repeat_interleave(self.rank, -1)[:, :, None]  # [B, L or 1, 1, K r]
+            # fmt: on
+            self.gating = list(zip(indices.unbind(1), weights.unbind(1)))
+
+    def factors(self, name):
+        """One module's A [B, K r, d_in] and B [B, K r, d_out], gathered, and (alpha / r) w [B, 1, K r]."""
+        indices, weights = self.gating[min(self.layer[name], len(self.gating) - 1)]
+        A, B = self.gather(name, indices.to(self.device[name]))
+        # The bank is float32; what is multiplied, and kept for the backward pass, has the backbone's type: at
+        # 7B in bfloat16 that is 1.2 GB less.
+        A, B = (tensor.flatten(1, 2).to(self.dtype[name]) for tensor in (A, B))
+        return A, B, weights.to(self.device[name])
 
     def update(self, name, x, y):
         """The hook: x [B, T, d_in], y = W x [B, T, d_out] -> y plus the gated update, NIWF Eq. (2)."""
-        if self.folded is not None:
-            A, B = self.folded[name]
-            return y + x @ A @ B
         if self.gating is None:
             return y
-        indices, weights = self.gating_of(name, self.gating)
-        # Section 3.1: one gating per sequence. The gathered tensors are [B, K, r, d], never [B, T, K, r, d].
-        # The bank is float32; what is multiplied, and kept for the backward pass, has the backbone's type: at
-        # 7B in bfloat16 that is 1.2 GB less.
-        A, B = (tensor.to(x.dtype) for tensor in self.gather(name, indices))
+        # Section 3.1: one gating per sequence. What is gathered is [B, K r, d], never [B, T, K r, d].
+        A, B, weights = self.folded[name] if self.folded else self.factors(name)
         # fmt: off
-        h = torch.einsum("btd,bkrd->btkr", x, A)                        # NIWF Eq. (3): h_k = A_{i_k} x
-        h = (h * (self.scale * weights)[:, None, :, None]).to(x.dtype)  # NIWF Eq. (4): times (alpha / r) w_k
-        return y + torch.einsum("btkr,bkro->bto", h, B)                 # NIWF Eq. (5): sum_k B_{i_k} h_k
+        h = x @ A.mT                          # NIWF Eq. (3): h_k = A_{i_k} x, side by side: [B, T, K r]
+        if weights is not None:
+            h = (h * weights).to(x.dtype)     # NIWF Eq. (4): times (alpha / r) w_k
+        B = B.expand(len(x), -1, -1)          # an adapted probe has one gating for all sequences
+        return torch.baddbmm(y, h, B)         # NIWF Eq. (5): y + sum_k B_{i_k} h_k
         # fmt: on
 
     @torch.no_grad()
-    def fold(self, gating):
-        """{target: (A [B, d_in, K r], (alpha / r) w B [B, K r, d_out])}: what `update` asks for, gathered
-        once for a gating that stays. Without the B dimension where all sequences have one gating."""
-        if all((g == g[:1]).all() for g in gating):
-            gating = tuple(g[:1] for g in gating)
-        folded = {}
+    def fold(self):
+        """Gather the factors of all modules once, for a gating that stays, with Eq. (4) folded into B."""
+        self.folded = {}
         for name in self.shapes:
-            indices, weights = self.gating_of(name, gating)
-            A, B = self.gather(name, indices)
-            B = (self.scale * weights)[:, :, None, None] * B
-            pair = A.flatten(1, 2).mT, B.flatten(1, 2)
-            folded[name] = tuple((t[0] if len(t) == 1 else t).to(self.dtype[name]) for t in pair)
-        return folded
+            A, B, weights = self.factors(name)
+            self.folded[name] = A, (weights.mT * B).to(B.dtype), None
 
     def parameter_count(self, bases):
         """NIWF Eq. (14): sum over modules of N r (d_in + d_out). Eq. (15): 335,544,320 for Mistral-7B."""
@@ -309,11 +312,11 @@ class NIWF:
     @contextlib.contextmanager
     def gated(self, gating):
         """Within this block adapters run with `gating`: (indices, weights), [B, L or 1, K], None for off."""
-        self.bank.gating = gating
+        self.bank.use(gating)
         try:
             yield
         finally:
-            self.bank.gating = self.bank.folded = None
+            self.bank.use(None)
 
     @torch.no_grad()
     def probe(self, rows, gating=None):
@@ -335,7 +338,7 @@ class NIWF:
         are gathered once, if memory allows."""
         with self.gated(gating):
             if gating and self.bank.parameter_count(gating[0][:, 0].numel()) <= FOLDED_PARAMETERS:
-                self.bank.folded = self.bank.fold(gating)
+                self.bank.fold()
             return greedy(self.backbone, self.pad_id, prompts, eos_id, max_new_tokens)
 
 

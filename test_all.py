@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -40,12 +41,15 @@ from commit import Refused, Run, Version
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
 from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, grow, k_winners, smooth, unpack
 from model import (
+    AdapterBank,
     NIWF,
     TINY_FOLDER,
-    AdapterBank,
     attach,
     detach,
+    encode,
     find_targets,
+    load_backbone,
+    pad_of,
     perplexity,
     response_logits,
     response_nll,
@@ -353,12 +357,15 @@ def test_coordinates_are_bounded_and_a_fixed_one_ignores_its_input():
 def test_dynamics_are_equation_8_written_out():
     torch.manual_seed(2)
     dynamics, h_bar = CoordinateDynamics(6, 4), 50 * torch.randn(3, 6)
+    dynamics.standardise(h_bar)
+    mean = sum(h_bar) / 3
+    deviation = (sum((h - mean).square() for h in h_bar) / 3).sqrt()
     gru, sigma = dynamics.gru, torch.sigmoid
     (W_r, W_u, W_n), (b_r, b_u, b_n) = gru.weight_ih.chunk(3), gru.bias_ih.chunk(3)
     (V_r, V_u, V_n), (c_r, c_u, c_n) = gru.weight_hh.chunk(3), gru.bias_hh.chunk(3)
     dynamics.z0.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
     for h, z_new in zip(h_bar, dynamics(h_bar)):
-        x, z = 4**0.5 * h / h.square().sum().sqrt(), dynamics.z0
+        x, z = (h - mean) / deviation * (4 / 6) ** 0.5, dynamics.z0
         r, u = sigma(W_r @ x + b_r + V_r @ z + c_r), sigma(W_u @ x + b_u + V_u @ z + c_u)
         n = torch.tanh(W_n @ x + b_n + r * (V_n @ z + c_n))
         g = (1 - u) * n + u * z
@@ -366,7 +373,28 @@ def test_dynamics_are_equation_8_written_out():
         torch.testing.assert_close(z_new, torch.tanh(dynamics.w_z.weight @ g + dynamics.w_z.bias))
 
 
-def test_region_distance_is_mahalanobis_and_tau_the_quantile():
+def test_without_standardising_the_gating_collapses():
+    """On the embedded backbone, as initialised: inputs are told apart because h_bar is standardised. Their
+    common part would leave a layer with a handful of choices, whatever the input."""
+    backbone, tokenizer = load_backbone("tiny", "cpu")
+    model = NIWF(backbone, pad_of(tokenizer))
+    records = json.loads((train.DATA / "alpaca.val.json").read_text())[:200]
+    h_bar = evaluation.probe_all(model, [encode(r, tokenizer) for r in records], "prompt")
+    model.detach()
+    torch.manual_seed(0)
+    dynamics, phi = CoordinateDynamics(model.features), WeightField(4, 16)
+
+    def choices():
+        gating = top_k_gating(phi(dynamics(h_bar)), 8)
+        return evaluation.describe_gating([gating])["sets"]
+
+    asleep = choices()
+    dynamics.standardise(h_bar)
+    print(asleep, choices())
+    assert choices() > 100 and asleep < 30
+
+
+def test_region_distance_is_mahalanobis():
     torch.manual_seed(0)
     u = torch.randn(500, 6, dtype=torch.double) @ torch.randn(6, 6, dtype=torch.double)
     region, z = Region.fit(torch.tanh(u), 0.95), torch.tanh(u)
@@ -375,9 +403,54 @@ def test_region_distance_is_mahalanobis_and_tau_the_quantile():
         for x in field.unsquash(z)
     ]
     torch.testing.assert_close(region.distance(z), torch.tensor(d, dtype=torch.double))
-    assert sum(x <= region.tau for x in d) == 475
+    assert region.tau > sorted(d)[475], "the quantile of distances from a Gaussian fitted to the others"
     torch.testing.assert_close(region.cov, torch.cov(field.unsquash(z).T), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(field.unsquash(torch.tanh(0.1 * u)), 0.1 * u)
+
+
+@pytest.mark.parametrize("n, d", [(50, 6), (12, 20), (3, 2)])
+def test_tau_is_the_quantile_of_leave_one_out_distances(n, d):
+    torch.manual_seed(0)
+    u = torch.randn(n, d, dtype=torch.double) @ torch.randn(d, d, dtype=torch.double) / d
+    share, scale = field.shrinkage(u - u.mean(0))
+    distances = []
+    for i in range(n):  # literally: fit without u_i, then measure u_i
+        rest = torch.cat([u[:i], u[i + 1 :]])
+        cov = (1 - share) * torch.cov(rest.T) + (share * scale + 1e-10) * torch.eye(d, dtype=torch.double)
+        x = u[i] - rest.mean(0)
+        distances.append((x @ torch.linalg.solve(cov, x)).sqrt())
+    region = Region.fit(torch.tanh(u), 0.9)
+    assert region.tau == pytest.approx(float(torch.stack(distances).quantile(0.9)), rel=1e-6)
+
+
+def test_shrinkage_is_ledoit_and_wolf():
+    """By the definition of 2004, in loops, and by scikit-learn's, where that is installed."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 5, dtype=torch.double) @ torch.randn(5, 5, dtype=torch.double)
+    x = x - x.mean(0)
+    S, eye = sum(torch.outer(r, r) for r in x) / 30, torch.eye(5, dtype=torch.double)
+    mu = S.trace() / 5
+    noise = sum((torch.outer(r, r) - S).square().sum() for r in x) / 30**2
+    share, scale = field.shrinkage(x)
+    torch.testing.assert_close(share, noise / (S - mu * eye).square().sum())
+    torch.testing.assert_close(scale, mu)
+    assert 0 < share < 1 and field.shrinkage(torch.zeros(4, 3))[0] == 1
+    if importlib.util.find_spec("sklearn"):
+        from sklearn.covariance import ledoit_wolf_shrinkage
+
+        assert float(share) == pytest.approx(ledoit_wolf_shrinkage(x.numpy(), assume_centered=True))
+
+
+def test_a_region_covers_inputs_that_were_not_fitted():
+    """As many dimensions as SmolLM2's coordinates had, and few examples: in-sample distances would give a
+    tau that covers about half."""
+    torch.manual_seed(0)
+    mix = torch.randn(64, 64, dtype=torch.double) / 30
+    fitted, unseen = (torch.tanh(torch.randn(n, 64, dtype=torch.double) @ mix) for n in (280, 2000))
+    region = Region.fit(fitted)
+    in_sample = float(region.distance(fitted).quantile(0.95))
+    assert 0.92 < (region.distance(unseen) <= region.tau).double().mean() < 0.98
+    assert (region.distance(unseen) <= in_sample).double().mean() < 0.8
 
 
 @pytest.mark.parametrize("source", ["gaussian", "empirical"])
@@ -497,7 +570,7 @@ def test_fresh_bases_change_nothing_and_detach_restores_every_bit():
     with model.gated(random_gating(2, 2, 8)):
         assert not torch.equal(model.backbone(ids).logits, fresh(ids).logits)
     model.detach()
-    model.bank.gating = random_gating(2, 2, 8)
+    model.bank.use(random_gating(2, 2, 8))
     assert torch.equal(model.backbone(ids).logits, fresh(ids).logits)
     assert not any(m._forward_hooks for m in model.backbone.modules())
 
@@ -512,7 +585,7 @@ def test_conv1d_of_gpt2_is_patched_by_exact_name():
     random_bank(bank, 3)
     handles, ids = attach(targets, bank.update), torch.randint(0, 50, (2, 6))
     plain = backbone(ids).logits
-    bank.gating = random_gating(2, 2, 3)
+    bank.use(random_gating(2, 2, 3))
     assert not torch.equal(backbone(ids).logits, plain)
     detach(handles)
     assert torch.equal(backbone(ids).logits, plain)
@@ -573,8 +646,7 @@ def test_bases_gathered_once_for_a_text_give_equation_2(rows):
     gating = tuple(g.expand(3, -1, -1) for g in gating)
     with model.gated(gating), torch.no_grad():
         wanted = model.backbone(ids).logits
-        model.bank.folded = model.bank.fold(gating)
-        assert {A.dim() for A, _ in model.bank.folded.values()} == {2 if rows == "alike" else 3}
+        model.bank.fold()
         torch.testing.assert_close(model.backbone(ids).logits, wanted)
     assert model.bank.folded is None and not torch.allclose(model.backbone(ids).logits, wanted)
 
@@ -1071,18 +1143,18 @@ def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
     args = train.parse_options(micro("code", first, "--lock"))
     train.fill_in(args, run)
     model = run.open_model(*run.open_backbone(args.backbone, "cpu"))
-    learner = train.writable(run, model, args)
+    h_bar = 3 * torch.randn(50, 32)
+    learner = train.writable(run, model, h_bar, args)
     weights = learner.weights()
     assert {k.split(".")[0] for k in weights} == {"bank", "field"} and learner.reads == [run.versions[0].hash]
     assert {len(p) for k, p in weights.items() if k.startswith("bank")} == {4} and len(model.bank) == 8
     assert not any(
         p.requires_grad for v in run.versions for m in (v.field, v.dynamics) for p in m.parameters()
     )
-    indices, weights = top_k_gating(learner.field(torch.zeros(1, 8)), 3)
-    assert (indices[..., :2] >= 4).all() and (
-        indices[..., 2] < 4
-    ).any()  # its own two lead at the start; it may read the next
-    assert weights.min() > 0.25
+    indices, weights = top_k_gating(learner.field(learner.dynamics(h_bar)), 3)
+    # Its own two lead at the start, at all of its coordinates; it may read the next.
+    assert (indices[..., :2] >= 4).all() and (indices[..., 2] < 4).any()
+    assert weights.min() > 0.2
 
 
 def test_a_third_task_reads_both_and_moves_neither(micro, first, tmp_path):

@@ -271,9 +271,8 @@ class Learner:
         return top_k_gating(self.field(z), self.top_k)
 
     def probe(self, examples, args):
-        """h_bar [n, features]. An adapted probe, the paper's own setting, runs with the gating at z_0."""
-        gating = self.gating(self.dynamics.z0[None]) if args.probe == "adapted" else None
-        return probe_all(self.model, examples, args.pool, gating)
+        """h_bar [n, features] of an adapted probe, the paper's own: pass 1 with the gating at z_0."""
+        return probe_all(self.model, examples, args.pool, self.gating(self.dynamics.z0[None]))
 
     def weights(self):
         """What training changes, by name. A fixed coordinate has nothing to learn."""
@@ -284,11 +283,12 @@ class Learner:
         return weights
 
 
-def writable(run, model, args):
+def writable(run, model, h_bar, args):
     """The difference between the locks, whole: what the new task may write. -> Learner
 
     exact: new bases and a new field over all bases; the bank's committed bases and the dynamics are read
-    only. soft, none: the one bank, field and dynamics of the last version, all of it."""
+    only. soft, none: the one bank, field and dynamics of the last version, all of it. h_bar [n, features]: of
+    the bare backbone for the task's examples. By those of the first task the dynamics standardise."""
     torch.manual_seed(args.seed + len(run.versions))
     bank = model.bank
     if run.versions and args.lock != "exact":
@@ -300,16 +300,17 @@ def writable(run, model, args):
         old = len(bank)
         bank.add(args.bases)
         layers = 1 if args.shared_gating else bank.layers
-        field = WeightField(layers, len(bank), args.coord_dim, args.field_hidden)
+        field = WeightField(layers, len(bank), args.coord_dim, args.field_hidden).to(model.device)
         if run.versions:
             dynamics = run.versions[0].dynamics
-            lead_with_own(field, old, args.top_k)
+            lead_with_own(field, old, args.top_k, dynamics(h_bar))
         else:
             dynamics = CoordinateDynamics(model.features, args.coord_dim, args.fixed_coordinate)
+            dynamics.to(model.device).standardise(h_bar)
     return Learner(
         model=model,
-        field=field.to(model.device),
-        dynamics=dynamics.to(model.device),
+        field=field,
+        dynamics=dynamics,
         top_k=len(bank) if args.dense_gating else args.top_k,
         reads=[v.hash for v in run.versions] if args.lock == "exact" else [],
         protected=run.versions if args.lock == "soft" else [],
@@ -317,12 +318,12 @@ def writable(run, model, args):
 
 
 @torch.no_grad()
-def lead_with_own(field, old, top_k):
-    """Lift a new field's logits for its own bases, those after the `old` ones, until they are its top K at z
-    = 0: of many bases, hardly one of a random top K could be trained."""
-    logits = field(torch.zeros(1, field.w1.in_features))[0]  # [L, N]
-    behind = logits[:, :old].max(1).values - logits[:, old:].topk(top_k).values[:, -1]
-    field.w3.bias.view(field.layers, -1)[:, old:] += behind.clamp(min=0)[:, None]
+def lead_with_own(field, old, top_k, z):
+    """Lift a new field's logits for its own bases, those after the `old` ones, until they are the top K at
+    all of the task's coordinates z [n, d]: of many bases, hardly one of a random top K could be trained."""
+    logits = field(z)  # [n, L, N]
+    behind = logits[..., :old].amax(-1) - logits[..., old:].topk(top_k).values[..., -1]
+    field.w3.bias.view(field.layers, -1)[:, old:] += behind.amax(0).clamp(min=0)[:, None]
 
 
 # ----------------------------------------------------------------------------------------------- the training
@@ -480,10 +481,9 @@ def micro_batches(examples, step, args):
     return [chosen[i : i + args.batch] for i in range(0, len(chosen), args.batch)]
 
 
-def learn(run, learner, examples, val, args):
-    """Train one task and commit it. Raises KeyboardInterrupt, with everything saved, when asked to stop."""
-    # A bare probe never changes, so it is asked once.
-    h_bar = learner.probe(examples, args) if args.probe == "bare" else None
+def learn(run, learner, examples, h_bar, val, args):
+    """Train one task and commit it. h_bar [n, features]: of the bare backbone, for every example. Raises
+    KeyboardInterrupt, with everything saved, when asked to stop."""
     total = args.epochs * math.ceil(len(examples) / (args.batch * args.grad_accum))
     about = describe_training(examples, args)
     training = Training(run.folder, learner.weights(), total, about, args.lr)
@@ -498,7 +498,7 @@ def learn(run, learner, examples, val, args):
             # Forward and backward: the gradients of the micro-batches add up.
             for micro in micros:
                 batch = [examples[i] for i in micro]
-                h = learner.probe(batch, args) if h_bar is None else h_bar[micro]
+                h = learner.probe(batch, args) if args.probe == "adapted" else h_bar[micro]
                 terms = loss_terms(learner, batch, h, args, len(micro) / len(chosen), responses)
                 values = torch.stack([*terms.values()])
                 values.sum().backward()
@@ -507,7 +507,7 @@ def learn(run, learner, examples, val, args):
             training.update(losses)
             # Report, save the state, stop if asked to.
             training.after_step(losses, sum(len(p) + len(r) for p, r in chosen))
-    h_bar = learner.probe(examples, args) if h_bar is None else h_bar
+    h_bar = learner.probe(examples, args) if args.probe == "adapted" else h_bar
     commit_task(run, learner, h_bar, val, about, args)
     training.path.unlink()
 
@@ -578,7 +578,8 @@ def run_task(run, args):
             measure_last(run, backbone, tokenizer)
         run.manifest["settings"] = {key: getattr(args, key) for key in FIXED_BY_FIRST_TASK}
         model = run.open_model(backbone, tokenizer)
-        learn(run, writable(run, model, args), examples, val, args)
+        h_bar = probe_all(model, examples, args.pool)  # a bare probe never changes, so it is asked once
+        learn(run, writable(run, model, h_bar, args), examples, h_bar, val, args)
         model.detach()
         del model  # its memory, before the same is read back from disk: what is measured is what was saved
     measure_last(run, backbone, tokenizer)

@@ -103,6 +103,7 @@ class Gated:
         self.field = WeightField(self.model.bank.layers, BASES)
         self.dynamics = CoordinateDynamics(self.model.features)
         self.h_bar = self.model.probe([p for p, _ in examples])  # as in training, asked once
+        self.dynamics.standardise(self.h_bar)
 
     def gating(self, h_bar):
         return top_k_gating(self.field(self.dynamics(h_bar)), TOP_K)
@@ -125,13 +126,14 @@ class Loops(Gated):
         attach(find_targets(backbone), self.update)
 
     def update(self, name, x, y):
-        bank, gating = self.model.bank, self.model.bank.gating
-        if gating is None:
+        bank = self.model.bank
+        if bank.gating is None:
             return y
-        A, B, layer = bank.live[f"{name}.A"], bank.live[f"{name}.B"], bank.layer[name]
-        pairs = [zip(indices[layer], weights[layer]) for indices, weights in zip(*gating)]
+        A, B = bank.live[f"{name}.A"], bank.live[f"{name}.B"]
+        indices, weights = bank.gating[bank.layer[name]]  # [B, K] and (alpha / r) w [B, 1, K r]
+        pairs = [zip(*row) for row in zip(indices, weights[:, 0, :: bank.rank])]
         deltas = [sum(w * (x[b] @ A[i].T @ B[i]) for i, w in pairs[b]) for b in range(len(x))]
-        return y + bank.scale * torch.stack(deltas)
+        return y + torch.stack(deltas)
 
 
 class Peer:
