@@ -46,10 +46,7 @@ from model import (
     TINY_FOLDER,
     attach,
     detach,
-    encode,
     find_targets,
-    load_backbone,
-    pad_of,
     perplexity,
     response_logits,
     response_nll,
@@ -97,8 +94,8 @@ def random_bank(bank, n, seed=0):
         p.data.normal_(std=0.2)
 
 
-def micro_model(bases=6, committed=0):
-    model = NIWF(micro_backbone(), pad_id=0, rank=3, alpha=5)
+def micro_model(bases=6, committed=0, dtype=torch.float32):
+    model = NIWF(micro_backbone().to(dtype), pad_id=0, rank=3, alpha=5)
     if committed:
         random_bank(model.bank, committed, seed=1)
         tensors, model.bank.live = {k: p.data for k, p in model.bank.live.items()}, {}
@@ -373,25 +370,21 @@ def test_dynamics_are_equation_8_written_out():
         torch.testing.assert_close(z_new, torch.tanh(dynamics.w_z.weight @ g + dynamics.w_z.bias))
 
 
-def test_without_standardising_the_gating_collapses():
-    """On the embedded backbone, as initialised: inputs are told apart because h_bar is standardised. Their
-    common part would leave a layer with a handful of choices, whatever the input."""
-    backbone, tokenizer = load_backbone("tiny", "cpu")
-    model = NIWF(backbone, pad_of(tokenizer))
-    records = json.loads((train.DATA / "alpaca.val.json").read_text())[:200]
-    h_bar = evaluation.probe_all(model, [encode(r, tokenizer) for r in records], "prompt")
-    model.detach()
-    torch.manual_seed(0)
-    dynamics, phi = CoordinateDynamics(model.features), WeightField(4, 16)
+def test_without_standardising_the_gating_collapses(tmp_path, monkeypatch):
+    """On the embedded backbone, with the paper's alpha: beside the common part of h_bar its differences are
+    small, and training soon finds one gating for all inputs."""
 
-    def choices():
-        gating = top_k_gating(phi(dynamics(h_bar)), 8)
-        return evaluation.describe_gating([gating])["sets"]
+    def choices(name):
+        options = "--task alpaca --examples 600 --val-examples 100 --epochs 1 --alpha 16 --device cpu --out"
+        train.main([*options.split(), str(tmp_path / name)])
+        run = Run(tmp_path / name)
+        run.read()
+        return run.manifest["results"][0]["gating"]["alpaca"]["sets"]
 
-    asleep = choices()
-    dynamics.standardise(h_bar)
-    print(asleep, choices())
-    assert choices() > 100 and asleep < 30
+    awake = choices("awake")
+    rms = lambda self, h_bar: self.deviation.fill_(float(h_bar.square().mean().sqrt()))  # noqa: E731
+    monkeypatch.setattr(CoordinateDynamics, "standardise", rms)
+    assert awake > 15 and choices("asleep") < 4
 
 
 def test_region_distance_is_mahalanobis():
@@ -404,7 +397,9 @@ def test_region_distance_is_mahalanobis():
     ]
     torch.testing.assert_close(region.distance(z), torch.tensor(d, dtype=torch.double))
     assert region.tau > sorted(d)[475], "the quantile of distances from a Gaussian fitted to the others"
-    torch.testing.assert_close(region.cov, torch.cov(field.unsquash(z).T), rtol=1e-2, atol=1e-2)
+    share, scale = field.shrinkage(field.unsquash(z) - region.mean)
+    cov = (1 - share) * torch.cov(field.unsquash(z).T) + share * scale * torch.eye(6)
+    torch.testing.assert_close(region.cov, cov)
     torch.testing.assert_close(field.unsquash(torch.tanh(0.1 * u)), 0.1 * u)
 
 
@@ -450,7 +445,7 @@ def test_a_region_covers_inputs_that_were_not_fitted():
     region = Region.fit(fitted)
     in_sample = float(region.distance(fitted).quantile(0.95))
     assert 0.92 < (region.distance(unseen) <= region.tau).double().mean() < 0.98
-    assert (region.distance(unseen) <= in_sample).double().mean() < 0.8
+    assert (region.distance(unseen) <= in_sample).double().mean() < 0.85
 
 
 @pytest.mark.parametrize("source", ["gaussian", "empirical"])
@@ -524,8 +519,7 @@ def test_lock_and_separation_losses_are_equations_13_and_10():
     ],
 )
 def test_update_is_equation_2(committed, live, dtype, tolerance):
-    model = micro_model(live, committed)
-    model.backbone.to(dtype)
+    model = micro_model(live, committed, dtype)
     name, module = next(
         (n, m) for n, m in find_targets(model.backbone).items() if n.endswith("1.mlp.down_proj")
     )
@@ -2376,6 +2370,8 @@ IN_FIRST_TENSORS = {
     "dynamics.gru.weight_ih": [gone, nan_in, cut],
     "dynamics.w_z.weight": [gone, nan_in, torch.Tensor.double],
     "dynamics.z0": [gone, nan_in, longer],
+    "dynamics.mean": [gone, nan_in, longer],
+    "dynamics.deviation": [gone, nan_in, torch.zeros_like],
     f"{BANK}.A": [gone, nan_in],
 }
 
@@ -2424,6 +2420,11 @@ def moved_field(head, tensors):
     tensors["field.w3.bias"] += 1e-3
 
 
+def narrower(head, tensors):
+    for key in ("gru.weight_ih", "mean", "deviation"):
+        tensors[f"dynamics.{key}"] = tensors[f"dynamics.{key}"][..., :9].clone()
+
+
 def version_cases():
     # `verify`, `merge`, `export` and what loads a version use one function, too.
     tables = ((0, IN_FIRST_HEAD, IN_FIRST_TENSORS), (1, IN_HEAD, IN_TENSORS), (2, IN_COMPOSITION, {}))
@@ -2444,8 +2445,7 @@ def version_cases():
         yield Case(name, "run", lying(1, change), "verify merge eval", VERSION)
     evil = lying(2, extra("evil", torch.ones(1)))
     yield Case("a composition with a tensor", "run", evil, "verify merge", VERSION)
-    narrower = in_tensors(0, "dynamics.gru.weight_ih", lambda t: t[:, :9].clone())
-    yield Case("dynamics for another backbone", "run", narrower, "eval train", "backbone")
+    yield Case("dynamics for another backbone", "run", lying(0, narrower), "eval train", "backbone")
     yield Case("a moved field", "run", lying(1, moved_field), "verify", VERSION)
 
 

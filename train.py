@@ -14,7 +14,8 @@ The three locks are one loop. What may be written is decided in one place, `writ
 at any moment: the same command goes on from `training.safetensors` and ends with the same bits.
 
 Held here: sections 3.4, 3.6 and 5.1 of the NIWF paper, Eq. (9). The learning rate is our choice, the paper's
-did not survive: 2e-4; 2e-3 for the tiny backbone, whose adapters are as small as it is.
+did not survive: 2e-4; 2e-3 for the tiny backbone, whose adapters are as small as it is. alpha is 128 in place
+of 16: the weights of Eq. (7) sum to 1, so that the paper's update is 1/K of that of a LoRA of rank K r.
 """
 
 import os
@@ -87,7 +88,7 @@ SAVE_EVERY = 20  # seconds between two saved states; more where saving takes ove
 # The paper's values (its table of hyperparameters), and what the tiny backbone changes.
 # fmt: off
 PAPER_VALUES = dict(examples=4000, val_examples=400, epochs=1, max_len=256, lr=2e-4, grad_accum=16, batch=1,
-                    rank=8, bases=16, top_k=8, alpha=16.0, coord_dim=64, field_hidden=256, anchors=256,
+                    rank=8, bases=16, top_k=8, alpha=128.0, coord_dim=64, field_hidden=256, anchors=256,
                     quantile=0.95, lambda_lock=5.0, lambda_sep=0.01, margin=0.0, lambda_budget=0.001,
                     pool="prompt", probe="bare", fixed_coordinate=False)
 TINY_VALUES = dict(epochs=2, lr=2e-3, grad_accum=1, batch=16)
@@ -143,7 +144,9 @@ OPTIONS = {
 
 def parse_options(argv=None):
     about = ", ".join(f"{key} {value:g}" for key, value in TINY_VALUES.items())
-    epilog = "Defaults are the paper's, but for lr, margin, lambda-budget, pool and probe, which are ours. "
+    epilog = (
+        "Defaults are the paper's, but for lr, alpha, margin, lambda-budget, pool and probe, which are ours. "
+    )
     epilog += f"Tiny has {about}. {', '.join(FIXED_BY_FIRST_TASK)} are fixed by a run's first task."
     p = Parser(prog="train.py", description="Learn a capability, commit it, report.", epilog=epilog)
     for title, options in OPTIONS.items():

@@ -7,6 +7,7 @@ It writes, next to this file (or under --out):
 
     data/alpaca.train.json, alpaca.val.json  4,000 + 400 general instructions in Alpaca's format plus "kind"
     data/code.train.json,   code.val.json    4,000 + 400 instructions about code, same format
+    data/alpaca.choose.json, code.choose.json  200 more, held out like the 400: what settings are chosen on
     tiny/                                    config, float16 weights and byte-level BPE tokenizer (Hugging Face format)
     tiny/pretrain.log                        the pretraining loss every 100 steps
 
@@ -459,16 +460,17 @@ def reword(asks):
     for line in REWORD.splitlines(): asks = asks.replace(*line.split("|"))
     return asks
 
-def make_data(out, seed, train=4000, val=400):
-    """Write both sets, one record a line; every kind gets an equal share; no prompt occurs twice."""
+def make_data(out, seed, train=4000, val=400, choose=200):
+    """Write both sets, one record a line; every kind gets an equal share; no prompt occurs twice. "choose" is drawn
+    like "val", after it: settings are chosen on the one, figures published on the other."""
     (out / "data").mkdir(parents=True, exist_ok=True)
     for name, kinds in (("alpaca", GENERAL), ("code", CODE)):
         kinds = [k for k in kinds if k[0] not in PROSE_ONLY]
         prompts = set()
-        for side, total in (("train", train), ("val", val)):
+        for side, total in (("train", train), ("val", val), ("choose", choose)):
             rng, records = random.Random(f"{seed} {name} {side}"), []
             for i, kind in enumerate(kinds):
-                d, tries, goal = Draw(side, rng), 0, total * (i + 1) // len(kinds)
+                d, tries, goal = Draw("train" if side == "train" else "val", rng), 0, total * (i + 1) // len(kinds)
                 while len(records) < goal and (tries := tries + 1) < 5000:  # what one kind lacks, the next one makes up
                     slots, ask = draw(kind, d, reword(kind[2]))
                     inp, answer = fill(kind[3], slots), fill(kind[4], slots)
