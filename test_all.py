@@ -56,6 +56,7 @@ HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE / "assets"))
 import fuzz
 import report
+import variants
 
 try:
     import resource
@@ -1222,6 +1223,29 @@ def test_every_setting_of_the_paper_runs_and_is_read_back(micro, tmp_path, more)
         again["R"]["routed"][1] == [rows[1]["routed"][t] for t in ("alpaca", "code")]
         and again["routing"] == rows[1]["routing"]
     )
+
+
+def test_routing_is_measured_on_what_there_is_when_a_prompt_is_asked(micro, tmp_path):
+    """Pooling over prompt and response is the paper's, but an answer has to be routed before it is there."""
+    out = tmp_path / "run"
+    train.main(micro("alpaca", out, "--pool", "sequence"))
+    train.main(micro("code", out, "--lock"))
+    run = Run(out)
+    backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], "cpu")
+    model = run.open_model(backbone, tokenizer)
+    for task in run.tasks:
+        examples, h_bar, routes = evaluation.validation_set(run, model, tokenizer, task)
+        torch.testing.assert_close(routes, model.probe([p for p, _ in examples]))
+        torch.testing.assert_close(h_bar, model.probe([p + r for p, r in examples]))
+        choice = run.routed(routes)[1].choice.tolist()
+        counts = {t: choice.count(i) for i, t in enumerate(run.tasks)}
+        assert counts == run.manifest["results"][-1]["routing"][task]
+        nll = sum(
+            evaluation.total_nll(model, batch, run.routed(asked)[0])
+            for batch, asked in evaluation.batches(examples, routes)
+        )
+        routed = perplexity(nll, sum(len(r) for _, r in examples))
+        assert routed == pytest.approx(run.manifest["results"][-1]["routed"][task])
 
 
 def test_a_training_that_stops_anywhere_resumes_to_the_same_bits(micro, first, tmp_path, monkeypatch):
@@ -3135,3 +3159,21 @@ def test_rows_that_do_not_belong_together_are_not_drawn(tmp_path, capsys):
         argv = ["--figures", str(tmp_path / "lie.json"), "--to", str(tmp_path / "to")]
         assert name in run_quietly(report.main, argv, capsys)
         assert [p.name for p in tmp_path.iterdir()] == ["lie.json"]
+
+
+def test_every_variant_is_another_training(micro, tmp_path, capsys):
+    rows = ["NIWF, N 16, K 8", *(name for name in variants.PATCHES if name in variants.CHOSEN_AMONG)]
+    backbone, data = micro("alpaca", tmp_path)[3], HERE / "assets" / "data" / "alpaca.choose.json"
+    argv = ["--choose", "--backbone", backbone, "--data", data, "--out", tmp_path / "v", "--seeds", 0]
+    argv += ["--json", tmp_path / "v.json", "--rows", *rows]
+    argv += ["--examples", 40, "--val-examples", 16, "--batch", 8, "--lr", 0.02, "--device", "cpu"]
+    argv = [str(x) for x in argv]
+    variants.main(argv)
+    found = json.loads((tmp_path / "v.json").read_text())["rows"]
+    losses = [found[name][0]["loss"] for name in rows]
+    assert len({*losses}) == len(rows) and len(rows) > 5, found
+    variants.main(argv)  # nothing is trained again
+    assert json.loads((tmp_path / "v.json").read_text())["rows"] == found
+    assert "nothing to train" in capsys.readouterr().out
+    no_such = run_quietly(variants.main, ["--rows", "no such"], capsys)
+    assert "no such" in no_such
