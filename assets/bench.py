@@ -18,9 +18,12 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no trace
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import json
+import multiprocessing
 import pathlib
+import resource
 import shlex
 import statistics
 import sys
@@ -139,7 +142,7 @@ class Loops(Gated):
 class Peer:
     """The bare backbone, or peft's LoRA of the same active rank, one for all sequences."""
 
-    def __init__(self, backbone, pad_id, lora):
+    def __init__(self, backbone, pad_id, examples, lora=False):
         self.backbone, self.pad_id = backbone.requires_grad_(False).eval(), pad_id
         backbone.enable_input_require_grads()  # so that the bare backbone has a backward pass, too
         if lora:
@@ -155,44 +158,51 @@ class Peer:
         greedy(self.backbone, self.pad_id, prompts, -1, count)
 
 
-def make_sides(shape, loops):
-    """-> ({name: side}, examples). Each has a backbone of its own, the same one."""
-    backbone, pad_id, examples = make_backbone(shape)
-    sides = {"ours": Gated(copy.deepcopy(backbone), pad_id, examples)}
-    sides["peft"] = Peer(copy.deepcopy(backbone), pad_id, lora=True)
-    sides |= {"loops": Loops(copy.deepcopy(backbone), pad_id, examples)} if loops else {}
-    return sides | {"bare": Peer(backbone, pad_id, lora=False)}, examples
+SIDES = {"ours": Gated, "peft": functools.partial(Peer, lora=True), "loops": Loops, "bare": Peer}
 
 
-def compare_sides(what, sides, batch, turns, form):
-    """Time every side on a batch, in turns; print medians, and the median of ours over each. -> {side:
-    [seconds]}"""
+def peak_memory(side, shape, form, arguments):
+    """Peak resident memory in GiB of a process that has this side alone and runs its form once."""
+    made = SIDES[side](*make_backbone(shape))
+    getattr(made, form)(*arguments)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def compare_sides(what, shape, sides, turns, form, *arguments):
+    """Run a form ("step" or "generate") of every side, in turns; print medians, the median of ours over each,
+    and peak memory. -> {side: {"seconds": one a turn, "GiB": peak}}"""
     times = {name: [] for name in sides}
     for _ in range(turns + 1):
-        take_turn([form(side) for side in sides.values()], [batch], times.values())
-    times = {name: spent[1:] for name, spent in times.items()}
+        take_turn([getattr(side, form) for side in sides.values()], [arguments], times.values())
     print(what)
+    rows = {}
     for name, spent in times.items():
-        ratio = statistics.median(o / t for o, t in zip(times["ours"], spent))
-        print(f"  {name:6}{1e3 * statistics.median(spent):10.1f} ms   ours / {name} {ratio:.2f}", flush=True)
-    return times
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            gib = pool.apply(peak_memory, (name, shape, form, arguments))
+        rows[name] = {"seconds": spent[1:], "GiB": gib}
+        ratio = statistics.median(o / t for o, t in zip(times["ours"][1:], spent[1:]))
+        median = 1e3 * statistics.median(spent[1:])
+        print(f"  {name:6}{median:10.1f} ms   ours / {name} {ratio:.2f}   peak {gib:.2f} GiB", flush=True)
+    return rows
 
 
 def bench_niwf(shape, turns):
     """Forward and backward of one step, beside peft's LoRA and, where that is small enough, plain loops."""
-    sides, examples = make_sides(shape, loops=shape == "tiny")
-    yield (
-        f"{shape}, a step",
-        compare_sides(f"{shape}, a step", sides, (examples,), turns, lambda side: side.step),
-    )
+    backbone, pad_id, examples = make_backbone(shape)
+    names = [name for name in SIDES if name != "loops" or shape == "tiny"]
+    sides = {name: SIDES[name](copy.deepcopy(backbone), pad_id, examples) for name in names}
+    what = f"{shape}, a step"
+    yield what, compare_sides(what, shape, sides, turns, "step", examples)
 
 
 def bench_decode(shape, turns, count=32):
     """One prompt: the prefill with its probe, alone and with `count` tokens after it."""
-    sides, examples = make_sides(shape, loops=False)
+    backbone, pad_id, examples = make_backbone(shape)
+    names = [name for name in SIDES if name != "loops"]
+    sides = {name: SIDES[name](copy.deepcopy(backbone), pad_id, examples) for name in names}
     prompts = [(p + r)[:128] for p, r in examples[:1]]
     for what, tokens in ((f"{shape}, prefill", 1), (f"{shape}, prefill and {count} tokens", count + 1)):
-        yield what, compare_sides(what, sides, (prompts, tokens), turns, lambda side: side.generate)
+        yield what, compare_sides(what, shape, sides, turns, "generate", prompts, tokens)
 
 
 # ------------------------------------------------------------------------------------------------- the grid
