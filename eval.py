@@ -79,8 +79,10 @@ def validation_set(run, model, tokenizer, task):
     examples = [encode(r, tokenizer) for r in run.validation(task)]
     examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
     gating, pool = run.probe_gating(), run.manifest["settings"]["pool"]
-    routes = probe_all(model, examples, "prompt", gating)
-    return examples, routes if pool == "prompt" else probe_all(model, examples, pool, gating), routes
+    routes = h_bar = probe_all(model, examples, "prompt", gating)
+    if pool == "sequence":
+        h_bar = probe_all(model, examples, pool, gating)
+    return examples, h_bar, routes
 
 
 def total_nll(model, batch, gating):

@@ -127,8 +127,8 @@ class Region:
     @classmethod
     def fit(cls, z, quantile=0.95):
         """Gaussian fitted to coordinates z [n, d]; tau is the given quantile of the distances that each has
-        from a Gaussian fitted to the others. In-sample distances, the paper's, are too small: a region of 600
-        coordinates in 64 dimensions then holds 38 % of unseen ones in place of 95 %."""
+        from a Gaussian fitted to the others. In-sample distances, the paper's, are too small: the fewer
+        coordinates to a dimension, the fewer unseen ones would lie within their quantile."""
         u = unsquash(z.cpu().double())
         mean, n, eye = u.mean(0), len(u), torch.eye(u.shape[1], dtype=u.dtype)
         x = u - mean

@@ -170,14 +170,12 @@ class AdapterBank:
         """Run adapters with this gating from now on: (indices, weights), both [B, L or 1, K]. None: off."""
         self.gating = self.folded = None
         if gating is not None:
-            # fmt: off
             indices, weights = gating
             weights = self.scale * weights.repeat_interleave(self.rank, -1)[:, :, None]  # [B, L or 1, 1, K r]
-            # fmt: on
             self.gating = list(zip(indices.unbind(1), weights.unbind(1)))
 
     def factors(self, name):
-        """One module's A [B, K r, d_in] and B [B, K r, d_out], gathered, and (alpha / r) w [B, 1, K r]."""
+        """One module's gathered A [B, K r, d_in] and B [B, K r, d_out], and (alpha / r) w [B, 1, K r]."""
         indices, weights = self.gating[min(self.layer[name], len(self.gating) - 1)]
         A, B = self.gather(name, indices.to(self.device[name]))
         # The bank is float32; what is multiplied, and kept for the backward pass, has the backbone's type: at

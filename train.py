@@ -14,7 +14,7 @@ The three locks are one loop. What may be written is decided in one place, `writ
 at any moment: the same command goes on from `training.safetensors` and ends with the same bits.
 
 Held here: sections 3.4, 3.6 and 5.1 of the NIWF paper, Eq. (9). The learning rate is our choice, the paper's
-did not survive: 2e-4; 2e-3 for the tiny backbone, whose adapters are as small as it is. alpha is 128 in place
+did not survive: 2e-4; 1e-3 for the tiny backbone, whose adapters are as small as it is. alpha is 128 in place
 of 16: the weights of Eq. (7) sum to 1, so that the paper's update is 1/K of that of a LoRA of rank K r.
 """
 
@@ -91,7 +91,7 @@ PAPER_VALUES = dict(examples=4000, val_examples=400, epochs=1, max_len=256, lr=2
                     rank=8, bases=16, top_k=8, alpha=128.0, coord_dim=64, field_hidden=256, anchors=256,
                     quantile=0.95, lambda_lock=5.0, lambda_sep=0.01, margin=0.0, lambda_budget=0.001,
                     pool="prompt", probe="bare", fixed_coordinate=False)
-TINY_VALUES = dict(epochs=2, lr=2e-3, grad_accum=1, batch=16)
+TINY_VALUES = dict(epochs=2, lr=1e-3, grad_accum=1, batch=16)
 FIXED_BY_FIRST_TASK = ("rank", "alpha", "coord_dim", "pool", "probe", "fixed_coordinate")
 
 COUNT, SIZE = dict(type=number(int, 1)), dict(type=number(int, 1, 4096))
