@@ -376,7 +376,7 @@ def test_without_standardising_the_gating_collapses(tmp_path, monkeypatch):
     small, and training soon finds one gating for all inputs."""
 
     def choices(name):
-        options = "--task alpaca --examples 600 --val-examples 100 --epochs 1 --alpha 16 --device cpu --out"
+        options = "--task alpaca --examples 600 --val-examples 100 --epochs 1 --alpha 16 --lr 2e-3 --device cpu --out"
         train.main([*options.split(), str(tmp_path / name)])
         run = Run(tmp_path / name)
         run.read()
