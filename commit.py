@@ -47,6 +47,7 @@ import json
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -749,6 +750,13 @@ def provenance():
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
+
+
+def write_results(path, program, argv, indent=None, **content):
+    """Write a file of results: the command that made it, what it depends on besides, and the content."""
+    command = shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps({"command": command, **provenance(), **content}, indent=indent))
 
 
 def run_program(main):

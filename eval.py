@@ -507,18 +507,24 @@ def parse_options(argv=None):
     return args
 
 
+def open_run(folder, device, names=()):
+    """-> (run, model that holds its versions, tokenizer). Refused: nothing has been committed there, or no
+    version has one of the names."""
+    run = Run(folder)
+    if not run.tasks:
+        raise Refused(f"{run.folder}: nothing has been committed there yet")
+    for name in names:
+        run.find(name)
+    backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], device)
+    return run, run.open_model(backbone, tokenizer), tokenizer
+
+
 @torch.no_grad()
 def main(argv=None):
     args, outs = parse_options(argv), []
     device = pick_device(args.device)
     for folder in args.run or [latest_run()]:
-        run = Run(folder)
-        if not run.tasks:
-            raise Refused(f"{run.folder}: nothing has been committed there yet")
-        for name in args.version or ():
-            run.find(name)
-        backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], device)
-        model = run.open_model(backbone, tokenizer)
+        run, model, tokenizer = open_run(folder, device, args.version or ())
         if args.prompt is not None:
             return answer_prompt(run, model, tokenizer, args)
         outs.append(measure_run(run, model, tokenizer, args))

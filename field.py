@@ -113,6 +113,19 @@ def unsquash(z):
     return torch.atanh(z.clamp(-1 + 1e-6, 1 - 1e-6))
 
 
+def shrinkage(x):
+    """How far the covariance of centred x [n, d] is to be drawn towards scale * I, scale its mean variance:
+    (share, scale), of least expected squared error (Ledoit and Wolf 2004). Nothing has to be chosen, and
+    Sigma is regular also with fewer coordinates than dimensions."""
+    n, d = x.shape
+    S = x.T @ x / n
+    scale = S.diagonal().mean()
+    spread = (S - scale * torch.eye(d, dtype=x.dtype)).square().sum()
+    noise = (x.square().sum(1).square().mean() - S.square().sum()) / n
+    share = (noise / spread).clamp(0, 1) if spread > 0 else torch.ones_like(scale)
+    return share, scale
+
+
 @dataclasses.dataclass(eq=False)
 class Region:
     """R = {z : d_M(z; mu, Sigma) <= tau}, NIWF Eq. (11). mean [d] and cov [d, d] are those of artanh(z), in
@@ -136,8 +149,9 @@ class Region:
         # The last term: a fixed coordinate would leave Sigma singular.
         scatter, ridge = (1 - share) * x.T @ x, (share * scale + 1e-10) * eye
         region = cls(mean, scatter / max(n - 1, 1) + ridge, tau=0.0, n=n)
-        squared = region.distance(z.cpu().double()).square()
-        if n > 2:
+        if n <= 2:  # none can be left out
+            squared = region.distance(z.cpu().double()).square()
+        else:
             # Without x_i the mean is x_i / (n - 1) further away, and the scatter loses n / (n - 1) x_i x_i^T:
             # the inverse of what is left follows from one inverse for all (Sherman and Morrison).
             q = (x @ torch.linalg.inv(scatter / (n - 2) + ridge) * x).sum(1)
@@ -155,19 +169,6 @@ class Region:
         """d_M(z; mu, Sigma) [B], differentiable in z [B, d]."""
         centred = unsquash(z) - self.mean.to(z)
         return (centred @ self.whiten.to(z).T).square().sum(1).clamp(min=1e-12).sqrt()
-
-
-def shrinkage(x):
-    """How far the covariance of centred x [n, d] is to be drawn towards scale * I, scale its mean variance:
-    (share, scale), of least expected squared error (Ledoit and Wolf 2004). Nothing has to be chosen, and
-    Sigma is regular also with fewer coordinates than dimensions."""
-    n, d = x.shape
-    S = x.T @ x / n
-    scale = S.diagonal().mean()
-    spread = (S - scale * torch.eye(d, dtype=x.dtype)).square().sum()
-    noise = (x.square().sum(1).square().mean() - S.square().sum()) / n
-    share = (noise / spread).clamp(0, 1) if spread > 0 else torch.ones_like(scale)
-    return share, scale
 
 
 @dataclasses.dataclass

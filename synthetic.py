@@ -40,7 +40,6 @@ import math
 import multiprocessing
 import pathlib
 import re
-import shlex
 import statistics
 import sys
 import time
@@ -49,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from commit import Parser, atomic, number, output_file, provenance, run_program
+from commit import Parser, atomic, number, output_file, run_program, write_results
 from ftn import ALL, FastGrid, LoRAPool, SmoothKWTA, commit_mask, grow, unpack
 from model import (
     TINY_FOLDER,
@@ -868,10 +867,8 @@ def main(argv=None):
     outs.sort(key=table_place)
     print_tables(outs)
     if args.json:
-        command = shlex.join(["python", "synthetic.py", *(sys.argv[1:] if argv is None else argv)])
         results = [dict(o, summary=row_summary(o)) for o in outs]
-        with atomic(args.json) as tmp:
-            tmp.write_text(json.dumps(dict(command=command, refused=refused, **provenance(), rows=results)))
+        write_results(args.json, "synthetic.py", argv, refused=refused, rows=results)
     if refused:
         raise Refused(f"{len(refused)} of {len(rows)} rows were not computed: {'; '.join(reasons.values())}")
 

@@ -485,8 +485,8 @@ def micro_batches(examples, step, args):
 
 
 def learn(run, learner, examples, h_bar, val, args):
-    """Train one task and commit it. h_bar [n, features]: of the bare backbone, for every example. Raises
-    KeyboardInterrupt, with everything saved, when asked to stop."""
+    """Train one task and commit it. h_bar [n, features]: of the bare backbone, for every example; an adapted
+    probe does not use it. Raises KeyboardInterrupt, with everything saved, when asked to stop."""
     total = args.epochs * math.ceil(len(examples) / (args.batch * args.grad_accum))
     about = describe_training(examples, args)
     training = Training(run.folder, learner.weights(), total, about, args.lr)
@@ -581,7 +581,9 @@ def run_task(run, args):
             measure_last(run, backbone, tokenizer)
         run.manifest["settings"] = {key: getattr(args, key) for key in FIXED_BY_FIRST_TASK}
         model = run.open_model(backbone, tokenizer)
-        h_bar = probe_all(model, examples, args.pool)  # a bare probe never changes, so it is asked once
+        # A bare probe never changes, so it is asked once; an adapted one needs it for standardising alone.
+        asked = args.probe == "bare" or not run.tasks
+        h_bar = probe_all(model, examples, args.pool) if asked else None
         learn(run, writable(run, model, h_bar, args), examples, h_bar, val, args)
         model.detach()
         del model  # its memory, before the same is read back from disk: what is measured is what was saved

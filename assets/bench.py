@@ -20,11 +20,8 @@ import contextlib
 import copy
 import functools
 import importlib.util
-import json
 import multiprocessing
 import pathlib
-import resource
-import shlex
 import statistics
 import sys
 import time
@@ -36,7 +33,7 @@ import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from commit import Parser, atomic, number, output_file, provenance, read_records, run_program
+from commit import Parser, number, output_file, read_records, run_program, write_results
 from field import CoordinateDynamics, WeightField, top_k_gating
 from model import (
     NIWF,
@@ -50,6 +47,7 @@ from model import (
     response_logits,
     response_nll,
 )
+from train import peak_memory
 from synthetic import HEAD, METHODS, Adapters, Neurons, Row, StyleRow, generator
 
 
@@ -161,16 +159,23 @@ class Peer:
 SIDES = {"ours": Gated, "peft": functools.partial(Peer, lora=True), "loops": Loops, "bare": Peer}
 
 
-def peak_memory(side, shape, form, arguments):
-    """Peak resident memory in GiB of a process that has this side alone and runs its form once."""
+def make_sides(shape, without):
+    """-> ({name: side}, examples). Each has a backbone of its own, the same one."""
+    backbone, pad_id, examples = make_backbone(shape)
+    names = [name for name in SIDES if name not in without]
+    return {name: SIDES[name](copy.deepcopy(backbone), pad_id, examples) for name in names}, examples
+
+
+def memory_of(side, shape, form, arguments):
+    """Peak memory of a process that has this side alone and runs its form once."""
     made = SIDES[side](*make_backbone(shape))
     getattr(made, form)(*arguments)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return peak_memory("cpu")
 
 
 def compare_sides(what, shape, sides, turns, form, *arguments):
     """Run a form ("step" or "generate") of every side, in turns; print medians, the median of ours over each,
-    and peak memory. -> {side: {"seconds": one a turn, "GiB": peak}}"""
+    and peak memory. -> {side: {"seconds": one a turn, "peak memory": text}}"""
     times = {name: [] for name in sides}
     for _ in range(turns + 1):
         take_turn([getattr(side, form) for side in sides.values()], [arguments], times.values())
@@ -178,28 +183,24 @@ def compare_sides(what, shape, sides, turns, form, *arguments):
     rows = {}
     for name, spent in times.items():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            gib = pool.apply(peak_memory, (name, shape, form, arguments))
-        rows[name] = {"seconds": spent[1:], "GiB": gib}
+            peak = pool.apply(memory_of, (name, shape, form, arguments))
+        rows[name] = {"seconds": spent[1:], "peak memory": peak}
         ratio = statistics.median(o / t for o, t in zip(times["ours"][1:], spent[1:]))
         median = 1e3 * statistics.median(spent[1:])
-        print(f"  {name:6}{median:10.1f} ms   ours / {name} {ratio:.2f}   peak {gib:.2f} GiB", flush=True)
+        print(f"  {name:6}{median:10.1f} ms   ours / {name} {ratio:.2f}   peak {peak}", flush=True)
     return rows
 
 
 def bench_niwf(shape, turns):
     """Forward and backward of one step, beside peft's LoRA and, where that is small enough, plain loops."""
-    backbone, pad_id, examples = make_backbone(shape)
-    names = [name for name in SIDES if name != "loops" or shape == "tiny"]
-    sides = {name: SIDES[name](copy.deepcopy(backbone), pad_id, examples) for name in names}
+    sides, examples = make_sides(shape, without=[] if shape == "tiny" else ["loops"])
     what = f"{shape}, a step"
     yield what, compare_sides(what, shape, sides, turns, "step", examples)
 
 
 def bench_decode(shape, turns, count=32):
     """One prompt: the prefill with its probe, alone and with `count` tokens after it."""
-    backbone, pad_id, examples = make_backbone(shape)
-    names = [name for name in SIDES if name != "loops"]
-    sides = {name: SIDES[name](copy.deepcopy(backbone), pad_id, examples) for name in names}
+    sides, examples = make_sides(shape, without=["loops"])
     prompts = [(p + r)[:128] for p, r in examples[:1]]
     for what, tokens in ((f"{shape}, prefill", 1), (f"{shape}, prefill and {count} tokens", count + 1)):
         yield what, compare_sides(what, shape, sides, turns, "generate", prompts, tokens)
@@ -351,9 +352,7 @@ def main(argv=None):
         for shape in args.shape:
             seconds |= dict(bench(shape, args.repeats))
         if args.json:
-            command = shlex.join(["python", "assets/bench.py", *(sys.argv[1:] if argv is None else argv)])
-            with atomic(args.json) as tmp:
-                tmp.write_text(json.dumps({"command": command, **provenance(), "rows": seconds}, indent=1))
+            write_results(args.json, "assets/bench.py", argv, indent=1, rows=seconds)
         return
     torch.set_num_threads(1)
     if args.command == "ftn":

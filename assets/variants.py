@@ -20,8 +20,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nvariants.py: stopped\n") and 130))
 
 import contextlib
-import functools
-import json
+import math
 import pathlib
 import shlex
 import statistics
@@ -33,10 +32,11 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import train
-from commit import Parser, Run, atomic, number, output_file, provenance, run_program
-from eval import validation_set
+from commit import Parser, Run, number, output_file, run_program, write_results
+from eval import open_run, validation_set
 from field import CoordinateDynamics, WeightField
 from model import pick_device
+from synthetic import spread
 
 rms = lambda x: float(x.square().mean().sqrt())
 
@@ -60,10 +60,10 @@ class AllButTheTop:
     forward, top = CoordinateDynamics.forward, None
 
     def standardise(self, h_bar):
-        top = torch.linalg.svd(h_bar - h_bar.mean(0), full_matrices=False).Vh[: max(1, h_bar.shape[1] // 100)]
-        AllButTheTop.top = top
-        centred(self, h_bar)
-        self.deviation.fill_(rms((h_bar - self.mean) - (h_bar - self.mean) @ top.T @ top))
+        self.mean.copy_(h_bar.mean(0))
+        x = h_bar - self.mean
+        AllButTheTop.top = torch.linalg.svd(x, full_matrices=False).Vh[: max(1, x.shape[1] // 100)]
+        self.deviation.fill_(rms(x - x @ AllButTheTop.top.T @ AllButTheTop.top))
 
     def without_top(self, h_bar):
         x = h_bar - self.mean
@@ -77,6 +77,7 @@ def random_dynamics(self):
 
 
 WEIGHTS, LOSSES, INIT = train.Learner.weights, train.loss_terms, WeightField.__init__
+UPDATE = train.Training.update
 
 
 def balanced(learner, batch, h_bar, args, share, responses):
@@ -96,15 +97,14 @@ def wide_logits(self, *args, **kwargs):
         self.w3.weight.mul_(4)
 
 
-def slow_field(update, self, losses):
+def slow_field(self, losses):
     """Field and dynamics learn with 0.3 of the learning rate: 0.3 of every step is taken."""
     before = {k: p.detach().clone() for k, p in self.weights.items() if not k.startswith("bank.")}
-    update(self, losses)
+    UPDATE(self, losses)
     for key, old in before.items():
         self.weights[key].data.lerp_(old, 0.7)
 
 
-SLOW = functools.partialmethod(functools.partial(slow_field, train.Training.update))
 PATCHES = {
     "not standardised": {(CoordinateDynamics, "standardise"): not_standardised},
     "centred only": {(CoordinateDynamics, "standardise"): centred},
@@ -115,7 +115,7 @@ PATCHES = {
     "random dynamics": {(train.Learner, "weights"): random_dynamics},
     "load balancing": {(train, "loss_terms"): balanced},
     "logits x 4": {(WeightField, "__init__"): wide_logits},
-    "field and dynamics: 0.3 lr": {(train.Training, "update"): SLOW},
+    "field and dynamics: 0.3 lr": {(train.Training, "update"): slow_field},
 }
 
 # --------------------------------------------------------------------------------------------------- the rows
@@ -178,7 +178,7 @@ def train_row(name, options, seed, args, rest):
     (n,) = (sum(count.values()) for count in row["routing"].values())
     version = run.read_version(run.manifest["versions"][0], [])
     return {
-        "loss": float(torch.tensor(row["stored"]["alpaca"], dtype=torch.double).log()),
+        "loss": math.log(row["stored"]["alpaca"]),
         "perplexity": row["stored"]["alpaca"],
         "choices": row["gating"]["alpaca"]["sets"],
         "bases": row["gating"]["alpaca"]["bases"],
@@ -191,13 +191,10 @@ def train_row(name, options, seed, args, rest):
 def print_table(rows):
     """rows: {name: [one dict a seed]}"""
     width = max(map(len, rows))
-    print(
-        f"\n{'':{width}}  nats a token        perplexity         choices  of bases  inside  stored parameters"
-    )
+    print(f"\n{'':{width}}  nats a token     perplexity       choices  of bases  inside  stored parameters")
     for name, seeds in rows.items():
         mean = lambda key, seeds=seeds: statistics.mean(row[key] for row in seeds)
-        spread = lambda key, seeds=seeds: statistics.stdev(row[key] for row in seeds) if seeds[1:] else 0.0
-        figures = "  ".join(f"{mean(key):.4f} +- {spread(key):.4f}" for key in ("loss", "perplexity"))
+        figures = "  ".join(f"{spread([row[k] for row in seeds], 4):15}" for k in ("loss", "perplexity"))
         print(
             f"{name:{width}}  {figures}  {mean('choices'):7.1f}  {mean('bases'):8.1f}  "
             f"{mean('inside'):6.1%}  {mean('stored parameters'):,.0f}"
@@ -210,10 +207,7 @@ def print_table(rows):
 def one_class(folder):
     """For the region of each task alone: the share of every task's validation inputs inside it, and the
     AUROC of the distance to it, own inputs against the others'. -> {region: {task: {...}}}"""
-    run = Run(folder)
-    run.read()
-    backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], pick_device(None))
-    model = run.open_model(backbone, tokenizer)
+    run, model, tokenizer = open_run(folder, pick_device(None))
     found = {}
     with torch.no_grad():
         routes = {task: validation_set(run, model, tokenizer, task)[2] for task in run.tasks}
@@ -256,9 +250,7 @@ def main(argv=None):
                 result.setdefault(name, []).append(train_row(name, rows[name], seed, args, rest))
         print_table(result)
     if args.json:
-        command = shlex.join(["python", "assets/variants.py", *(sys.argv[1:] if argv is None else argv)])
-        with atomic(args.json) as tmp:
-            tmp.write_text(json.dumps({"command": command, **provenance(), "rows": result}, indent=1))
+        write_results(args.json, "assets/variants.py", argv, indent=1, rows=result)
 
 
 if __name__ == "__main__":
