@@ -182,7 +182,8 @@ def compare_sides(what, shape, sides, turns, form, *arguments):
     print(what)
     rows = {}
     for name, spent in times.items():
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        # Not "spawn": a process that is started by this one begins with the peak of this one.
+        with multiprocessing.get_context("forkserver").Pool(1) as pool:
             peak = pool.apply(memory_of, (name, shape, form, arguments))
         rows[name] = {"seconds": spent[1:], "peak memory": peak}
         ratio = statistics.median(o / t for o, t in zip(times["ours"][1:], spent[1:]))
