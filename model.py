@@ -60,7 +60,8 @@ class Refused(Exception):
     """Something the user can mend, in one line. Nothing on disk has been changed."""
 
     def __init__(self, message):
-        super().__init__(" ".join(str(message).encode("utf-8", "backslashreplace").decode().split()))
+        text = " ".join(str(message).split())
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
 # ------------------------------------------------------------------------------------------ the bank of bases

@@ -553,6 +553,11 @@ def test_only_live_and_chosen_bases_get_gradient():
     assert all(p.grad is None for p in model.backbone.parameters())
 
 
+def test_a_refusal_is_one_line_of_printable_text():
+    """What it quotes from a file can be anything: half characters, control characters, line breaks."""
+    assert str(Refused("lr \x00,\n not\x1b[2J \udc80 0.02 é")) == r"lr \x00, not\x1b[2J \udc80 0.02 é"
+
+
 def test_fresh_bases_change_nothing_and_detach_restores_every_bit():
     ids, fresh = torch.randint(3, 300, (2, 9)), micro_backbone()
     model = NIWF(micro_backbone(), pad_id=0)
