@@ -1151,12 +1151,9 @@ def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
         p.requires_grad for v in run.versions for m in (v.field, v.dynamics) for p in m.parameters()
     )
     logits = learner.field(learner.dynamics(h_bar))  # [50, L, 8]
-    # Its own two lead at the start, at all of its coordinates; at the worst of them the second is level with
-    # the best of the older four, up to rounding. It may read the next.
-    ahead = logits[..., 4:].topk(2).values[..., 1] - logits[..., :4].amax(-1)
-    assert ahead.min() > -1e-6
+    # Its own two lead at the start, at all of its coordinates. It may read the next.
     indices, weights = top_k_gating(logits, 3)
-    assert (indices[..., :2] >= 4)[ahead > 1e-6].all() and (indices[..., 2] < 4).any()
+    assert (indices[..., :2] >= 4).all() and (indices[..., 2] < 4).any()
     assert weights.min() > 0.25
 
 
@@ -1490,6 +1487,24 @@ def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
     for name, value in wanted.items():
         torch.testing.assert_close(sum(t[name] for t in terms), value, atol=1e-4, rtol=1e-4)
         assert value > 0.01, name
+
+
+@pytest.mark.parametrize("n, batch, grad_accum", [(100, 4, 2), (37, 3, 1), (5, 1, 16), (64, 16, 1)])
+def test_an_epoch_has_every_example_once_and_like_lengths_together(n, batch, grad_accum):
+    args = train.argparse.Namespace(batch=batch, grad_accum=grad_accum, seed=7)
+    lengths = torch.randperm(n).tolist()
+    examples, steps = [([0] * length, [1]) for length in lengths], -(-n // (batch * grad_accum))
+    epochs = [[train.micro_batches(examples, e * steps + s, args) for s in range(steps)] for e in range(2)]
+    for epoch in epochs:
+        micros = [micro for step in epoch for micro in step]
+        assert sorted(i for micro in micros for i in micro) == list(range(n))
+        assert len(micros) == -(-n // batch) and max(map(len, micros)) == batch
+        assert {len(step) for step in epoch[:-1]} <= {grad_accum}
+    assert n <= 5 or epochs[0] != epochs[1]
+    if n == 100:  # padded to the longest, beside batches as they come
+        padded = lambda groups: sum(len(g) * max(lengths[i] for i in g) for g in groups)
+        as_they_come = [list(range(i, i + batch)) for i in range(0, n, batch)]
+        assert padded(micros) < 0.8 * padded(as_they_come)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

@@ -83,6 +83,7 @@ HUB_DATA = {
 }
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 MISTRAL_BYTES = 24.7e9  # 23.7 GB by count for its second task (see the tests), and 1 GB for CUDA
+LENGTH_WINDOW = 4  # steps among whose examples those of like length are put together
 SAVE_EVERY = 20  # seconds between two saved states; more where saving takes over 5 % of the time
 
 # The paper's values (its table of hyperparameters), and what the tiny backbone changes.
@@ -326,7 +327,8 @@ def lead_with_own(field, old, top_k, z):
     all of the task's coordinates z [n, d]: of many bases, hardly one of a random top K could be trained."""
     logits = field(z)  # [n, L, N]
     behind = logits[..., :old].amax(-1) - logits[..., old:].topk(top_k).values[..., -1]
-    field.w3.bias.view(field.layers, -1)[:, old:] += behind.amax(0).clamp(min=0)[:, None]
+    lift = behind.amax(0) + 1e-3  # more than rounding takes away again
+    field.w3.bias.view(field.layers, -1)[:, old:] += lift.clamp(min=0)[:, None]
 
 
 # ----------------------------------------------------------------------------------------------- the training
@@ -474,14 +476,20 @@ def loss_terms(learner, batch, h_bar, args, share, responses):
 
 
 def micro_batches(examples, step, args):
-    """Indices of the examples of a step, in lists of `--batch`, the same whenever it is asked."""
+    """Indices of the examples of a step, in lists of `--batch`, the same whenever it is asked.
+
+    Padding costs what text costs, so like lengths come together: the shuffled examples of LENGTH_WINDOW steps
+    are sorted by length and cut into micro-batches, which are shuffled again."""
     per_step = args.batch * args.grad_accum
     epoch, place = divmod(step, math.ceil(len(examples) / per_step))
+    window, place = divmod(place, LENGTH_WINDOW)
     generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
-    order = torch.randperm(len(examples), generator=generator)
-    chosen = order[place * per_step :][:per_step].tolist()
-    chosen.sort(key=lambda i: sum(map(len, examples[i])))  # like lengths together: less padding
-    return [chosen[i : i + args.batch] for i in range(0, len(chosen), args.batch)]
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    size = LENGTH_WINDOW * per_step
+    chosen = sorted(order[window * size :][:size], key=lambda i: sum(map(len, examples[i])))
+    micros = [chosen[i : i + args.batch] for i in range(0, len(chosen), args.batch)]
+    random.Random(f"{args.seed} {epoch} {window}").shuffle(micros)
+    return micros[place * args.grad_accum :][: args.grad_accum]
 
 
 def learn(run, learner, examples, h_bar, val, args):
