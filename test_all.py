@@ -3184,19 +3184,50 @@ def test_rows_that_do_not_belong_together_are_not_drawn(tmp_path, capsys):
         assert [p.name for p in tmp_path.iterdir()] == ["lie.json"]
 
 
+SMALL = ["--examples", 40, "--val-examples", 16, "--batch", 8, "--lr", 0.02, "--device", "cpu"]
+
+
+def run_variants(table, rows, micro, tmp_path, data):
+    backbone = micro("alpaca", tmp_path)[3]
+    argv = [table, "--backbone", backbone, "--data", *data, "--out", tmp_path / "v", "--seeds", 0]
+    argv = [*argv, "--json", tmp_path / "v.json", "--rows", *rows, *SMALL]
+    variants.main([str(x) for x in argv])
+    return json.loads((tmp_path / "v.json").read_text())["rows"]
+
+
 def test_every_variant_is_another_training(micro, tmp_path, capsys):
-    rows = ["NIWF, N 16, K 8", *(name for name in variants.PATCHES if name in variants.CHOSEN_AMONG)]
-    backbone, data = micro("alpaca", tmp_path)[3], HERE / "assets" / "data" / "alpaca.choose.json"
-    argv = ["--choose", "--backbone", backbone, "--data", data, "--out", tmp_path / "v", "--seeds", 0]
-    argv += ["--json", tmp_path / "v.json", "--rows", *rows]
-    argv += ["--examples", 40, "--val-examples", 16, "--batch", 8, "--lr", 0.02, "--device", "cpu"]
-    argv = [str(x) for x in argv]
-    variants.main(argv)
-    found = json.loads((tmp_path / "v.json").read_text())["rows"]
+    rows = ["NIWF, N 16, K 8", *(name for name, row in variants.CHOICES.items() if row.patch)]
+    data = [HERE / "assets" / "data" / "alpaca.choose.json"]
+    found = run_variants("choose", rows, micro, tmp_path, data)
     losses = [found[name][0]["loss"] for name in rows]
     assert len({*losses}) == len(rows) and len(rows) > 5, found
-    variants.main(argv)  # nothing is trained again
-    assert json.loads((tmp_path / "v.json").read_text())["rows"] == found
-    assert "nothing to train" in capsys.readouterr().out
-    no_such = run_quietly(variants.main, ["--rows", "no such"], capsys)
-    assert "no such" in no_such
+    again = run_variants("choose", rows, micro, tmp_path, data)  # nothing is trained again
+    assert again == found and "nothing to train" in capsys.readouterr().out
+    assert "no such" in run_quietly(variants.main, ["choose", "--rows", "no such"], capsys)
+
+
+def test_two_task_rows_keep_or_lose_what_they_must(micro, tmp_path):
+    data = [HERE / "assets" / "data" / f"{task}.choose.json" for task in ("alpaca", "code")]
+    rows = ["full fine-tuning", "LoRA r 64, one", "LoRA r 64, one a task", "NIWF, exact lock"]
+    found = {name: made[0] for name, made in run_variants("baselines", rows, micro, tmp_path, data).items()}
+    after = lambda name, task="alpaca": [row.get(task) for row in found[name]["R"]["stored"]]
+    for name in rows:
+        learned, now = after(name)
+        assert (learned == now) == (name not in rows[:2]), name  # nothing holds the first two
+        assert (
+            learned < found[name]["base"]["alpaca"] and after(name, "code")[1] < found[name]["base"]["code"]
+        )
+    assert found["LoRA r 64, one a task"]["kept parameters"] > found["LoRA r 64, one"]["kept parameters"]
+
+
+def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
+    data = [HERE / "assets" / "data" / f"{task}.choose.json" for task in ("alpaca", "code")]
+    found = run_variants("soft-lock", list(variants.SOFT_LOCK), micro, tmp_path, data)
+    drift = {name: made[0]["drift"]["alpaca"] for name, made in found.items()}
+    R = {name: [row["alpaca"] for row in made[0]["R"]["stored"]] for name, made in found.items()}
+    for name in variants.SOFT_LOCK:
+        assert ("dynamics" in name) == (drift[name]["moved"] == 0), name
+        assert ("field" in name) == (drift[name]["lock_loss"] == 0), name
+        # Stored: the committed dynamics and field, and what has become of the bases.
+        assert R[name][0] == R[name][1] if name == "bases and field frozen" else True
+    assert R["nothing frozen"][0] != R["nothing frozen"][1]

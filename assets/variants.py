@@ -1,16 +1,22 @@
-"""What the weight field is worth: one task learned with it, with parts of it changed, and without it.
+"""What each part of NIWF is worth: tasks learned with it, with parts of it changed, and without it.
 
-    python assets/variants.py              # tiny, seeds 0 1 2: the published rows
-    python assets/variants.py --choose     # what was chosen among: other items, seeds 200 201 202
-    python assets/variants.py --backbone FOLDER --data alpaca.json --seeds 0 --examples 600 --lr 5e-4
-    python assets/variants.py --regions RUN    # does one region tell two tasks apart?
+    python assets/variants.py worth            # one task: the field, parts of it, plain LoRAs in its place
+    python assets/variants.py choose           # what was chosen among: other items, other seeds
+    python assets/variants.py baselines        # two tasks: fine-tuning, LoRAs, the three locks (Table 3)
+    python assets/variants.py ablations        # two tasks: NIWF with one thing changed (Figure 7)
+    python assets/variants.py soft-lock        # why the soft lock forgets: parts of it frozen
+    python assets/variants.py regions --run RUN      # does one region tell two tasks apart?
+    python assets/variants.py worth --backbone FOLDER --data A.json B.json --seeds 0 --examples 600 --lr 5e-4
 
-Each row is a training by train.py in a run folder of its own under runs/variants; what is there is not
-trained again. Options that this script does not know go to train.py. A row is its options and, where no
-option says it, a change of one function, made here and nowhere else.
+A row is one training by train.py, or two, in a run folder of its own under runs/variants. What is there is
+not trained again, and rows that differ in their second task alone share their first. Options that this script
+does not know go to train.py. A row is its options and, where no option says it, a change of one function,
+made here and nowhere else.
 
-The controls are plain LoRAs: N = K = 1, so that Eq. (7) has one weight, 1, and no field to learn; the
-coordinate only routes. alpha follows K r, so that all updates have the same scale.
+The LoRAs are NIWF with N = K = 1: Eq. (7) then has one weight, 1, and there is no field to learn; the
+coordinate only routes. alpha follows K r, so that all updates have the same scale. Under the exact lock that
+is an adapter a task, and *stored* means that the task's name is given; without a lock it is one adapter,
+trained on.
 """
 
 import os
@@ -20,9 +26,13 @@ if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nvariants.py: stopped\n") and 130))
 
 import contextlib
+import dataclasses
+import itertools
+import json
 import math
 import pathlib
 import shlex
+import shutil
 import statistics
 import sys
 import unittest.mock
@@ -32,11 +42,12 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import train
-from commit import Parser, Run, number, output_file, run_program, write_results
-from eval import open_run, validation_set
+from commit import Parser, Run, atomic, number, output_file, run_program, write_results
+from eval import batches, open_run, validation_set
 from field import CoordinateDynamics, WeightField
-from model import pick_device
+from model import load_backbone, pad_of, perplexity, pick_device, response_logits, response_nll
 from synthetic import spread
+from train import encode
 
 rms = lambda x: float(x.square().mean().sqrt())
 
@@ -105,6 +116,21 @@ def slow_field(self, losses):
         self.weights[key].data.lerp_(old, 0.7)
 
 
+def frozen(*parts):
+    """The second task of a soft lock leaves these parts as they were: "bank", "field", "dynamics"."""
+    return {
+        (train.Learner, "weights"): lambda self: {
+            key: p for key, p in WEIGHTS(self).items() if key.split(".")[0] not in parts
+        }
+    }
+
+
+def own_alone(field, old, top_k, z):
+    """A new version never chooses a basis of an older one."""
+    with torch.no_grad():
+        field.w3.bias.view(field.layers, -1)[:, old:] += 1e4
+
+
 PATCHES = {
     "not standardised": {(CoordinateDynamics, "standardise"): not_standardised},
     "centred only": {(CoordinateDynamics, "standardise"): centred},
@@ -116,80 +142,255 @@ PATCHES = {
     "load balancing": {(train, "loss_terms"): balanced},
     "logits x 4": {(WeightField, "__init__"): wide_logits},
     "field and dynamics: 0.3 lr": {(train.Training, "update"): slow_field},
+    "own bases alone": {(train, "lead_with_own"): own_alone},
+    "bases frozen": frozen("bank"),
+    "dynamics frozen": frozen("dynamics"),
+    "field frozen": frozen("field"),
+    "bases and dynamics frozen": frozen("bank", "dynamics"),
+    "bases and field frozen": frozen("bank", "field"),
+    "dynamics and field frozen": frozen("dynamics", "field"),
 }
 
 # --------------------------------------------------------------------------------------------------- the rows
 
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """options: of both tasks. second: of the second, besides; None where there is one task. patch: a name
+    among PATCHES, for both tasks; later: one for the second task alone. lr: in place of all that, full
+    fine-tuning with this learning rate."""
+
+    options: str = ""
+    second: str | None = None
+    patch: str | None = None
+    later: str | None = None
+    lr: float = 0.0
+
+
 LORA = "--bases 1 --top-k 1 --rank 64"
-PUBLISHED = {
-    "LoRA r 64: same active rank": LORA,
-    "LoRA r 128: same stored size": "--bases 1 --top-k 1 --rank 128 --alpha 256",
-    "fixed z, N = K = 8": "--fixed-coordinate --bases 8",
-    "fixed z, N 16, K 8": "--fixed-coordinate",
-    "fixed z, N = K = 16": "--fixed-coordinate --dense-gating --alpha 256",
-    "NIWF, N 16, K 8": "",
-    "not standardised": "",
-    "random dynamics": "",
-    "NIWF, N 8, K 8": "--bases 8",
+LARGE_LORA = "--bases 1 --top-k 1 --rank 128 --alpha 256"
+DENSE = "--dense-gating --alpha 256"
+PAPER = "--pool sequence --probe adapted --alpha 16"
+EXACT, SOFT, NONE = "--lock exact", "--lock soft", ""
+WORTH = {
+    "LoRA r 64: same active rank": Variant(LORA),
+    "LoRA r 128: same stored size": Variant(LARGE_LORA),
+    "fixed z, N = K = 8": Variant("--fixed-coordinate --bases 8"),
+    "fixed z, N 16, K 8": Variant("--fixed-coordinate"),
+    "fixed z, N = K = 16": Variant("--fixed-coordinate " + DENSE),
+    "NIWF, N 16, K 8": Variant(),
+    "NIWF, N = K = 8": Variant("--bases 8"),
+    "not standardised": Variant(patch="not standardised"),
+    "random dynamics": Variant(patch="random dynamics"),
 }
-CHOSEN_AMONG = {
-    "NIWF, N 16, K 8": "",
-    "lr 1e-3": "--lr 1e-3",
-    "lr 4e-3": "--lr 4e-3",
-    "alpha 16 (the paper)": "--alpha 16",
-    "alpha 64": "--alpha 64",
-    "alpha 256": "--alpha 256",
-    "LoRA r 64": LORA,
-    "LoRA r 64, lr 1e-3": LORA + " --lr 1e-3",
-    "LoRA r 64, lr 4e-3": LORA + " --lr 4e-3",
-    "LoRA r 64, alpha 64": LORA + " --alpha 64",
-    "LoRA r 64, alpha 256": LORA + " --alpha 256",
-    "not standardised": "",
-    "centred only": "",
-    "all but the top": "",
-    "load balancing": "",
-    "logits x 4": "",
-    "field and dynamics: 0.3 lr": "",
-    "d 32": "--coord-dim 32",
-    "d 128": "--coord-dim 128",
-    "N 32, K 8": "--bases 32",
-    "N 16, K 4": "--top-k 4",
-    "shared gating": "--shared-gating",
+CHOICES = {
+    "NIWF, N 16, K 8": Variant(),
+    "lr 2e-3": Variant("--lr 2e-3"),
+    "lr 5e-4": Variant("--lr 5e-4"),
+    "alpha 16 (the paper)": Variant("--alpha 16"),
+    "alpha 16, lr 2e-3": Variant("--alpha 16 --lr 2e-3"),
+    "alpha 256": Variant("--alpha 256"),
+    "LoRA r 64": Variant(LORA),
+    "LoRA r 64, lr 2e-3": Variant(LORA + " --lr 2e-3"),
+    "LoRA r 64, lr 5e-4": Variant(LORA + " --lr 5e-4"),
+    "LoRA r 64, alpha 64": Variant(LORA + " --alpha 64"),
+    "LoRA r 64, alpha 256": Variant(LORA + " --alpha 256"),
+    "not standardised": Variant(patch="not standardised"),
+    "centred only": Variant(patch="centred only"),
+    "all but the top": Variant(patch="all but the top"),
+    "load balancing": Variant(patch="load balancing"),
+    "logits x 4": Variant(patch="logits x 4"),
+    "field and dynamics: 0.3 lr": Variant(patch="field and dynamics: 0.3 lr"),
+    "d 32": Variant("--coord-dim 32"),
+    "d 128": Variant("--coord-dim 128"),
+    "N 32, K 8": Variant("--bases 32"),
+    "N 16, K 4": Variant("--top-k 4"),
+    "shared gating": Variant("--shared-gating"),
+}
+BASELINES = {
+    "full fine-tuning": Variant(lr=1e-4),
+    "LoRA r 64, one": Variant(LORA, NONE),
+    "LoRA r 64, one a task": Variant(LORA, EXACT, later="own bases alone"),
+    "LoRA r 128, one": Variant(LARGE_LORA, NONE),
+    "LoRA r 128, one a task": Variant(LARGE_LORA, EXACT, later="own bases alone"),
+    "NIWF, no lock": Variant("", NONE),
+    "NIWF, soft lock": Variant("", SOFT),
+    "NIWF, the paper's own": Variant(PAPER, SOFT, patch="not standardised"),
+    "NIWF, exact lock": Variant("", EXACT),
+}
+ABLATIONS = {
+    "exact lock": Variant("", EXACT),
+    "older bases are not read": Variant("", EXACT, later="own bases alone"),
+    "fixed coordinate": Variant("--fixed-coordinate", EXACT),
+    "dense gating": Variant(DENSE, EXACT),
+    "shared gating": Variant("--shared-gating", EXACT),
+    "not standardised": Variant("", EXACT, patch="not standardised"),
+    "pool: whole sequence": Variant("--pool sequence", EXACT),
+    "no lock": Variant("", NONE),
+    "soft lock": Variant("", SOFT),
+    "soft, adapted probe": Variant("--probe adapted", SOFT),
+    "soft, no separation": Variant("", SOFT + " --lambda-sep 0"),
+    "soft, anchors a sample": Variant("--anchor-source empirical", SOFT),
+}
+FROZEN = [name for name in PATCHES if name.endswith("frozen")]
+SOFT_LOCK = {"nothing frozen": Variant("", SOFT)} | {name: Variant("", SOFT, later=name) for name in FROZEN}
+TABLES = {
+    "worth": WORTH,
+    "choose": CHOICES,
+    "baselines": BASELINES,
+    "ablations": ABLATIONS,
+    "soft-lock": SOFT_LOCK,
 }
 
 
-def train_row(name, options, seed, args, rest):
-    """Train a row and measure it, unless that has been done. -> what is known of it"""
-    place = "choose" if args.choose else "publish"
-    folder = pathlib.Path(args.out, place, f"{seed}", "".join(c if c.isalnum() else "-" for c in name))
-    said = ["--task", "alpaca", "--backbone", args.backbone, "--seed", str(seed), "--out", str(folder)]
-    said += ["--data", args.data] * bool(args.data)
-    if args.choose and not args.data:
-        data = train.DATA / "alpaca"
-        said += ["--data", f"{data}.train.json", "--val-data", f"{data}.choose.json", "--val-examples", "200"]
+# ------------------------------------------------------------------------------------- trained and measured
+
+
+def said(task, folder, seed, args):
+    """The options that all rows of a table share."""
+    options = ["--task", task, "--backbone", args.backbone, "--seed", str(seed), "--out", str(folder)]
+    if args.data:
+        return [*options, "--data", args.data[0 if task == "alpaca" else -1]]
+    if args.table == "choose":
+        data = train.DATA / task
+        options += ["--data", f"{data}.train.json", "--val-data", f"{data}.choose.json"]
+        options += ["--val-examples", "200"]
+    return options
+
+
+def train_task(folder, task, options, patch, args, seed, rest):
+    """Train a task in a run folder, unless that has been done."""
+    options = train.parse_options([*said(task, folder, seed, args), *rest, *shlex.split(options)])
+    options.device = pick_device(options.device)
     with contextlib.ExitStack() as patches:
-        for (owner, attribute), new in PATCHES.get(name, {}).items():
+        for (owner, attribute), new in PATCHES.get(patch, {}).items():
             patches.enter_context(unittest.mock.patch.object(owner, attribute, new))
-        options = train.parse_options([*said, *shlex.split(options), *rest])
-        options.device = pick_device(options.device)
         with Run(folder).exclusive() as run:
             train.run_task(run, options)
-    row = run.manifest["results"][0]
-    (n,) = (sum(count.values()) for count in row["routing"].values())
+    return run
+
+
+def train_row(variant, seed, args, rest):
+    """Train a row and measure it, unless that has been done. -> what is known of it"""
+    plain = lambda text: "".join(c if c.isalnum() else "-" for c in text) or "default"
+    place = pathlib.Path(args.out, "choose" if args.table == "choose" else "publish", f"{seed}")
+    first = place / plain(f"{variant.options} {variant.patch or ''}".strip())
+    run = train_task(first, "alpaca", variant.options, variant.patch, args, seed, rest)
+    about = describe_first(run)
+    if variant.second is None:
+        return about
+    folder = place / plain(f"{variant.options} {variant.patch or ''} {variant.second} {variant.later or ''}")
+    if not folder.exists():
+        copy = folder.with_name(folder.name + ".part")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(first, copy)
+        copy.rename(folder)
+    options = f"{variant.options} {variant.second}"
+    run = train_task(folder, "code", options, variant.later or variant.patch, args, seed, rest)
+    return about | describe_second(run)
+
+
+def parameters(run):
+    """-> (of the bases of the last version, of everything that the run folder has to keep)"""
+    versions = []
+    for entry in run.manifest["versions"]:
+        versions.append(run.read_version(entry, versions))
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    kept = {id(v.dynamics): size(v.dynamics) for v in versions}
+    chooses = versions[0].config["bases"] > 1  # a field over one basis chooses nothing and need not be kept
+    per_version = [sum(t.numel() for t in v.bases.values()) + chooses * size(v.field) for v in versions]
+    # Under the soft lock and without one the last version holds the one bank; the earlier are copies of
+    # what it was, kept to measure forgetting.
+    exact = versions[-1].lock in ("exact", "first")
+    bases = sum(t.numel() for t in versions[-1].bases.values())
+    return bases, (sum(per_version) if exact else per_version[-1]) + sum(kept.values()) // len(kept)
+
+
+def describe_first(run):
+    row, task = run.manifest["results"][0], "alpaca"
     version = run.read_version(run.manifest["versions"][0], [])
     return {
-        "loss": math.log(row["stored"]["alpaca"]),
-        "perplexity": row["stored"]["alpaca"],
-        "choices": row["gating"]["alpaca"]["sets"],
-        "bases": row["gating"]["alpaca"]["bases"],
-        "inside": row["inside"]["alpaca"]["alpaca"] / n,
+        "loss": math.log(row["stored"][task]),
+        "perplexity": row["stored"][task],
+        "prompt alone": row["routed"][task],
+        "choices": row["gating"][task]["sets"],
+        "bases": row["gating"][task]["bases"],
+        "inside": row["inside"][task][task] / sum(row["routing"][task].values()),
         "stored parameters": sum(t.numel() for t in version.bases.values()),
         "config": version.config,
     }
 
 
-def print_table(rows):
-    """rows: {name: [one dict a seed]}"""
+def describe_second(run):
+    after_a, after_b = run.manifest["results"]
+    home = {task: counts[task] / sum(counts.values()) for task, counts in after_b["routing"].items()}
+    trained, kept = parameters(run)
+    return {
+        "base": after_b["base"],
+        "R": {p: [after_a[p], after_b[p]] for p in ("stored", "routed")},
+        "home": home,
+        "drift": after_b["drift"],
+        "trained parameters": trained,
+        "kept parameters": kept,
+    }
+
+
+def fine_tune(variant, seed, args, rest):
+    """All weights of the backbone, trained on one task and then on the other: the same examples in the same
+    order, the same warm-up and decay of the learning rate. -> as `train_row`"""
+    path = pathlib.Path(args.out, "publish", f"{seed}", f"fine-tuning-{variant.lr:g}.json")
+    if path.exists():
+        return json.loads(path.read_text())
+    backbone, tokenizer = load_backbone(args.backbone, "cpu")
+    sets, R = {}, []
+    for task in ("alpaca", "code"):
+        options = train.parse_options([*said(task, pathlib.Path(args.out), seed, args), *rest])
+        train.fill_in(options, Run(pathlib.Path(args.out, "none")))
+        examples, records = train.load_data(options, tokenizer)
+        held_out = sorted((encode(r, tokenizer) for r in records), key=lambda e: len(e[0]) + len(e[1]))
+        sets[task] = examples, held_out, options
+    measured = lambda: {task: measure_backbone(backbone, tokenizer, s[1]) for task, s in sets.items()}
+    base = measured()
+    for examples, _, options in sets.values():
+        learn_backbone(backbone, tokenizer, examples, options, variant.lr)
+        R.append(measured())
+    size = sum(p.numel() for p in backbone.parameters())
+    found = {"loss": math.log(R[0]["alpaca"]), "perplexity": R[0]["alpaca"], "base": base}
+    found |= {"R": {"stored": R, "routed": R}, "trained parameters": size, "kept parameters": size}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(found))
+    return found
+
+
+def learn_backbone(backbone, tokenizer, examples, args, lr):
+    weights = [p.requires_grad_() for p in backbone.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01, fused=True)
+    total = args.epochs * math.ceil(len(examples) / (args.batch * args.grad_accum))
+    for step in range(total):
+        micros = train.micro_batches(examples, step, args)
+        responses = sum(len(examples[i][1]) for micro in micros for i in micro)
+        for micro in micros:
+            logits, labels = response_logits(backbone, pad_of(tokenizer), [examples[i] for i in micro])
+            (response_nll(logits, labels).sum() / responses).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, total, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def measure_backbone(backbone, tokenizer, examples):
+    pad = pad_of(tokenizer)
+    nll = sum(float(response_nll(*response_logits(backbone, pad, b)).sum()) for (b,) in batches(examples))
+    return perplexity(nll, sum(len(r) for _, r in examples))
+
+
+# ------------------------------------------------------------------------------------------------ the tables
+
+
+def print_worth(rows):
+    """rows: {name: [one dict a seed]}, of one task."""
     width = max(map(len, rows))
     print(f"\n{'':{width}}  nats a token     perplexity       choices  of bases  inside  stored parameters")
     for name, seeds in rows.items():
@@ -198,6 +399,30 @@ def print_table(rows):
         print(
             f"{name:{width}}  {figures}  {mean('choices'):7.1f}  {mean('bases'):8.1f}  "
             f"{mean('inside'):6.1%}  {mean('stored parameters'):,.0f}"
+        )
+
+
+def print_pairs(rows):
+    """rows: {name: [one dict a seed]}, of two tasks: perplexity on A after A and after B, and on B."""
+    width, heads = max(map(len, rows)), ["A after A", "after A, B", "routed", "B stored", "B routed"]
+    print(
+        f"\n{'':{width}}"
+        + "".join(f"{head:>16}" for head in heads)
+        + "  home A, B    trained    kept parameters"
+    )
+    for name, seeds in rows.items():
+        cells = [("stored", 0, "alpaca"), ("stored", 1, "alpaca"), ("routed", 1, "alpaca")]
+        cells += [("stored", 1, "code"), ("routed", 1, "code")]
+        figures = [spread([row["R"][p][i][task] for row in seeds]) for p, i, task in cells]
+        home = [
+            f"{statistics.mean(row['home'][task] for row in seeds):.1%}" if "home" in seeds[0] else ""
+            for task in ("alpaca", "code")
+        ]
+        sizes = [f"{seeds[0][key]:,}" for key in ("trained parameters", "kept parameters")]
+        print(
+            f"{name:{width}}"
+            + "".join(f"{f:>16}" for f in figures)
+            + f"  {' '.join(home):12} {' '.join(sizes)}"
         )
 
 
@@ -225,30 +450,42 @@ def one_class(folder):
     return found
 
 
-def main(argv=None):
-    parser = Parser(prog="variants.py", description="What the weight field is worth.", allow_abbrev=False)
-    parser.add_argument("--choose", action="store_true", help="the settings that were chosen among")
-    parser.add_argument(
-        "--regions", metavar="RUN", help="instead: one-class capture and AUROC of this run folder"
-    )
+def parse_options(argv):
+    parser = Parser(prog="variants.py", description="What each part of NIWF is worth.", allow_abbrev=False)
+    parser.add_argument("table", choices=[*TABLES, "regions"], help="see above")
+    parser.add_argument("--run", help="the run folder of `regions`")
     parser.add_argument("--rows", nargs="+", help="names of rows [all]")
     parser.add_argument("--backbone", default="tiny", help="[tiny]")
-    parser.add_argument("--data", help="JSON records [embedded]")
-    parser.add_argument("--seeds", nargs="+", type=number(int, 0, 2**31), help="[0 1 2; 200 201 202]")
+    parser.add_argument(
+        "--data", nargs="+", help="JSON records of the first task, and of the second [embedded]"
+    )
+    parser.add_argument("--seeds", nargs="+", type=number(int, 0, 2**31), help="[0 1 2; choose: 200 201 202]")
     parser.add_argument("--out", default="runs/variants", help="folder of the run folders")
     parser.add_argument("--json", type=output_file, help="write all of it to this file")
     args, rest = parser.parse_known_args(argv)
-    if args.regions:
-        result = one_class(args.regions)
+    if (args.table == "regions") != bool(args.run):
+        parser.error("--run names the run folder of `regions`")
+    if args.table != "regions":
+        args.rows = args.rows or [*TABLES[args.table]]
+        if unknown := [name for name in args.rows if name not in TABLES[args.table]]:
+            parser.error(f"no row is called {unknown[0]!r}: {', '.join(TABLES[args.table])}")
+        args.seeds = args.seeds or ([200, 201, 202] if args.table == "choose" else [0, 1, 2])
+    return args, rest
+
+
+def main(argv=None):
+    args, rest = parse_options(argv)
+    if args.table == "regions":
+        result = one_class(args.run)
     else:
-        rows, result = CHOSEN_AMONG if args.choose else PUBLISHED, {}
-        names = args.rows or list(rows)
-        if unknown := [name for name in names if name not in rows]:
-            parser.error(f"no row is called {unknown[0]!r}: {', '.join(rows)}")
-        for seed in args.seeds or ([200, 201, 202] if args.choose else [0, 1, 2]):
-            for name in names:
-                result.setdefault(name, []).append(train_row(name, rows[name], seed, args, rest))
-        print_table(result)
+        result = {name: [] for name in args.rows}
+        for seed, name in itertools.product(args.seeds, args.rows):
+            variant = TABLES[args.table][name]
+            made = (
+                fine_tune(variant, seed, args, rest) if variant.lr else train_row(variant, seed, args, rest)
+            )
+            result[name].append(made)
+        (print_worth if args.table in ("worth", "choose") else print_pairs)(result)
     if args.json:
         write_results(args.json, "assets/variants.py", argv, indent=1, rows=result)
 
