@@ -129,8 +129,7 @@ def shrinkage(x):
 @dataclasses.dataclass(eq=False)
 class Region:
     """R = {z : d_M(z; mu, Sigma) <= tau}, NIWF Eq. (11). mean [d] and cov [d, d] are those of artanh(z), in
-    float64; n coordinates were fitted. A region is itself and equals no other, so that `shrunk` can know it
-    again."""
+    float64; n coordinates were fitted."""
 
     mean: torch.Tensor
     cov: torch.Tensor
@@ -186,25 +185,15 @@ class Route:
 
 
 def route(z, regions):
-    """Send coordinates z [B, d] to the region under whose Gaussian they are most likely. -> Route
-
-    Regularised discriminant analysis (Friedman 1989): each covariance is drawn towards the pooled one, the
-    more the fewer coordinates it was fitted on. With the pooled one alone (linear discriminant analysis)
-    regions of different shape are confused; with its own alone, small ones are."""
+    """Send coordinates z [B, d] to the region under whose Gaussian they are most likely (quadratic
+    discriminant analysis). -> Route"""
     z = z.cpu().double()
     # log N(z; mu, Sigma) without its constant; log |Sigma|^(-1/2) is the sum of the logarithms on L^-1's
     # diagonal
-    scores = [r.whiten.diagonal().log().sum() - r.distance(z).square() / 2 for r in shrunk(tuple(regions))]
+    distances = [r.distance(z) for r in regions]
+    scores = [r.whiten.diagonal().log().sum() - d.square() / 2 for r, d in zip(regions, distances)]
     probability, choice = torch.stack(scores, 1).softmax(1).max(1)
-    return Route(choice, probability, torch.stack([r.distance(z) <= r.tau for r in regions], 1))
-
-
-@functools.lru_cache(maxsize=1)
-def shrunk(regions):
-    """The regions with the covariances that `route` compares: the same for every batch, so factored once."""
-    pooled = sum(r.n * r.cov for r in regions) / sum(r.n for r in regions)
-    d = len(pooled)
-    return [dataclasses.replace(r, cov=(r.n * r.cov + d * pooled) / (r.n + d)) for r in regions]
+    return Route(choice, probability, torch.stack([d <= r.tau for r, d in zip(regions, distances)], 1))
 
 
 # --------------------------------------------------------------------------- anchors, and the losses of the

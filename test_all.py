@@ -468,16 +468,12 @@ def test_a_fixed_coordinate_still_makes_a_region():
     assert sample_anchors(region, z, 16, "gaussian", 0).isfinite().all()
 
 
-def test_routing_is_regularised_discriminant_analysis():
+def test_routing_goes_to_the_likeliest_gaussian():
     torch.manual_seed(0)
     groups = [torch.tanh(torch.randn(n, 4) @ torch.randn(4, 4) / 3 + torch.randn(4)) for n in (100, 300)]
     regions = [Region.fit(g) for g in groups]
     found = route(torch.cat(groups), regions)
-    pooled = (100 * regions[0].cov + 300 * regions[1].cov) / 400
-    gauss = [
-        torch.distributions.MultivariateNormal(r.mean, (r.n * r.cov + 4 * pooled) / (r.n + 4))
-        for r in regions
-    ]
+    gauss = [torch.distributions.MultivariateNormal(r.mean, r.cov) for r in regions]
     for x, choice, p in zip(field.unsquash(torch.cat(groups).double()), found.choice, found.probability):
         likelihood = [float(g.log_prob(x).exp()) for g in gauss]
         assert choice == likelihood.index(max(likelihood))
