@@ -721,10 +721,8 @@ def output_file(text):
         if path.is_dir():
             raise OSError(0, "it is a folder")
         if path.exists():
-            old = read_json(path, own=False)
-            for part in old if isinstance(old, list) and old else [old]:
-                if not {"command", "rows"} <= {*part} and not {"tasks", "R", "config"} <= {*part}:
-                    raise ValueError
+            if not {"command", "rows"} <= {*read_json(path, own=False)}:
+                raise ValueError
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as e:

@@ -44,8 +44,8 @@ from commit import (
     latest_run,
     number,
     output_file,
-    provenance,
     run_program,
+    write_results,
 )
 from field import top_k_gating
 from model import Refused, encode, perplexity, pick_device, prompt_of, response_logits, response_nll
@@ -434,7 +434,7 @@ def measure_run(run, model, tokenizer, args):
     rows = [r for r in run.manifest["results"] if r["version"] != row["version"]] + [row]
     run.manifest["results"] = rows
     report(run)
-    config = {"backbone": run.manifest["backbone"], "outside": args.outside, **provenance()}
+    config = {"backbone": run.manifest["backbone"], "outside": args.outside}
     out = {
         "tasks": run.tasks,
         "base": row["base"],
@@ -534,9 +534,7 @@ def main(argv=None):
         print(f"\nmean and standard deviation over {len(outs)} runs")
         print("\n".join(table_over_runs(outs)))
     if args.json:
-        with atomic(args.json) as tmp:
-            tmp.write_text(json.dumps(outs[0] if len(outs) == 1 else outs, indent=1))
-        print(f"written to {args.json}")
+        write_results(args.json, "eval.py", argv, indent=1, rows=outs)
 
 
 if __name__ == "__main__":

@@ -1065,7 +1065,7 @@ def test_prompt_and_exact_match_and_log(first, tmp_path, capsys):
             str(tmp_path / "e.json"),
         ]
     )
-    counts = json.loads((tmp_path / "e.json").read_text())["exact_match"]["alpaca"]
+    counts = json.loads((tmp_path / "e.json").read_text())["rows"][0]["exact_match"]["alpaca"]
     assert (
         sum(n for _, n in counts.values()) == 32 and "of 32 answers exactly right" in capsys.readouterr().out
     )
@@ -1082,7 +1082,7 @@ def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp
     evaluation.main(
         ["--run", str(out), "--version", "onlyA", "--prompt", "Name a fruit.", "--max-new-tokens", "3"]
     )
-    table = json.loads((tmp_path / "u.json").read_text())["under"]
+    table = json.loads((tmp_path / "u.json").read_text())["rows"][0]["under"]
     stored = Run(two).manifest["results"][-1]["stored"]
     for task in ("alpaca", "code"):
         assert table[task][task] == pytest.approx(stored[task], rel=1e-6)
@@ -1215,7 +1215,7 @@ def test_every_setting_of_the_paper_runs_and_is_read_back(micro, tmp_path, more)
     )
     rows = Run(out).manifest["results"]
     evaluation.main(["--run", str(out), "--json", str(tmp_path / "e.json")])
-    again = json.loads((tmp_path / "e.json").read_text())
+    (again,) = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert again["R"]["stored"] == [
         [rows[0]["stored"]["alpaca"], None],
         [rows[1]["stored"][t] for t in ("alpaca", "code")],
@@ -1518,7 +1518,7 @@ def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, m
     evaluation.main(
         ["--run", str(tmp_path / "run"), "--growth", "--json", str(tmp_path / "s.json"), "--device", "cpu"]
     )
-    run, out = Run(tmp_path / "run"), json.loads((tmp_path / "s.json").read_text())
+    run, (out,) = Run(tmp_path / "run"), json.loads((tmp_path / "s.json").read_text())["rows"]
     assert (
         out["tasks"] == run.tasks == ["alpaca-before", "code-append"]
         and run.manifest["versions"][:1] == first
@@ -2880,7 +2880,7 @@ def test_every_command_works_and_touches_nothing_that_is_not_ours(base, world, c
 def test_older_results_of_ours_are_written_again_and_no_folder_is_made_for_nothing(base, world):
     for _ in range(2):
         works("eval", ["--run", "run", "--json", "results.json", "--device", "cpu"])
-    assert json.loads((world / "results.json").read_text())["tasks"] == ["alpaca", "code"]
+    assert json.loads((world / "results.json").read_text())["rows"][0]["tasks"] == ["alpaca", "code"]
     before = fuzz.snapshot(world)
     refuses("train", fuzz.options(base, "third", "deep/down/new", "--data", "none"), "no such file")
     unchanged(world, before)
@@ -3180,13 +3180,13 @@ def test_rows_that_do_not_belong_together_are_not_drawn(tmp_path, capsys):
         assert [p.name for p in tmp_path.iterdir()] == ["lie.json"]
 
 
-SMALL = ["--examples", 40, "--val-examples", 16, "--batch", 8, "--lr", 0.02, "--device", "cpu"]
+FEW_EXAMPLES = ["--examples", 40, "--val-examples", 16, "--batch", 8, "--lr", 0.02, "--device", "cpu"]
 
 
 def run_variants(table, rows, micro, tmp_path, data):
     backbone = micro("alpaca", tmp_path)[3]
     argv = [table, "--backbone", backbone, "--data", *data, "--out", tmp_path / "v", "--seeds", 0]
-    argv = [*argv, "--json", tmp_path / "v.json", "--rows", *rows, *SMALL]
+    argv = [*argv, "--json", tmp_path / "v.json", "--rows", *rows, *FEW_EXAMPLES]
     variants.main([str(x) for x in argv])
     return json.loads((tmp_path / "v.json").read_text())["rows"]
 
