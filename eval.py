@@ -428,6 +428,18 @@ def growth_step(run, model, results, examples, h_bar):
 # ------------------------------------------------------------------------------------------- the command line
 
 
+def what_is_published(results):
+    """From rows as `measure` makes them: R[i][j], the perplexity on task j after task i, None for j > i, what
+    came to be forgotten, and the last row's columns."""
+    tasks, last = [row["task"] for row in results], results[-1]
+    return {
+        "tasks": tasks,
+        "R": {p: [[row[p].get(t) for t in tasks] for row in results] for p in ("stored", "routed")},
+        "forgetting": {p: forgetting(results, p) for p in ("stored", "routed")},
+        **{key: last[key] for key in ("base", "routing", "inside", "identical", "gating", "drift")},
+    }
+
+
 def measure_run(run, model, tokenizer, args):
     """Measure one run folder as it is now, print it, and return it as it goes to --json."""
     row, _ = measure(run, model, tokenizer, args.outside)
@@ -436,11 +448,7 @@ def measure_run(run, model, tokenizer, args):
     report(run)
     config = {"backbone": run.manifest["backbone"], "outside": args.outside}
     out = {
-        "tasks": run.tasks,
-        "base": row["base"],
-        "R": {k: [[r[k].get(t) for t in run.tasks] for r in rows] for k in ("stored", "routed")},
-        "forgetting": {k: forgetting(rows, k) for k in ("stored", "routed")},
-        **{k: row[k] for k in ("routing", "inside", "identical", "gating", "drift")},
+        **what_is_published(rows),
         "config": config | {v.task: {"lock": v.lock, **v.config} for v in run.versions},
     }
     if args.exact_match is not None:

@@ -670,7 +670,9 @@ def finished_rows(rows, workers):
         futures = [pool.submit(finished_row, row) for row in rows]
         signal.signal(signal.SIGINT, handler)
         try:
-            for future in tqdm(concurrent.futures.as_completed(futures), total=len(rows), unit="row"):
+            for future in tqdm(
+                concurrent.futures.as_completed(futures), total=len(rows), unit="row", disable=None
+            ):
                 yield future.result()
         except concurrent.futures.process.BrokenProcessPool:
             raise Refused("a worker was killed, perhaps for want of memory: try fewer --workers") from None

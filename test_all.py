@@ -3195,7 +3195,7 @@ def test_every_variant_is_another_training(micro, tmp_path, capsys):
     rows = ["NIWF, N 16, K 8", *(name for name, row in variants.CHOICES.items() if row.patch)]
     data = [HERE / "assets" / "data" / "alpaca.choose.json"]
     found = run_variants("choose", rows, micro, tmp_path, data)
-    losses = [found[name][0]["loss"] for name in rows]
+    losses = [found[name][0]["R"]["stored"][0][0] for name in rows]
     assert len({*losses}) == len(rows) and len(rows) > 5, found
     again = run_variants("choose", rows, micro, tmp_path, data)  # nothing is trained again
     assert again == found and "nothing to train" in capsys.readouterr().out
@@ -3206,13 +3206,10 @@ def test_two_task_rows_keep_or_lose_what_they_must(micro, tmp_path):
     data = [HERE / "assets" / "data" / f"{task}.choose.json" for task in ("alpaca", "code")]
     rows = ["full fine-tuning", "LoRA r 64, one", "LoRA r 64, one a task", "NIWF, exact lock"]
     found = {name: made[0] for name, made in run_variants("baselines", rows, micro, tmp_path, data).items()}
-    after = lambda name, task="alpaca": [row.get(task) for row in found[name]["R"]["stored"]]
     for name in rows:
-        learned, now = after(name)
+        (learned, _), (now, code) = found[name]["R"]["stored"]
         assert (learned == now) == (name not in rows[:2]), name  # nothing holds the first two
-        assert (
-            learned < found[name]["base"]["alpaca"] and after(name, "code")[1] < found[name]["base"]["code"]
-        )
+        assert learned < found[name]["base"]["alpaca"] and code < found[name]["base"]["code"]
     assert found["LoRA r 64, one a task"]["kept parameters"] > found["LoRA r 64, one"]["kept parameters"]
 
 
@@ -3220,7 +3217,7 @@ def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
     data = [HERE / "assets" / "data" / f"{task}.choose.json" for task in ("alpaca", "code")]
     found = run_variants("soft-lock", list(variants.SOFT_LOCK), micro, tmp_path, data)
     drift = {name: made[0]["drift"]["alpaca"] for name, made in found.items()}
-    R = {name: [row["alpaca"] for row in made[0]["R"]["stored"]] for name, made in found.items()}
+    R = {name: [row[0] for row in made[0]["R"]["stored"]] for name, made in found.items()}
     for name in variants.SOFT_LOCK:
         assert ("dynamics" in name) == (drift[name]["moved"] == 0), name
         assert ("field" in name) == (drift[name]["lock_loss"] == 0), name

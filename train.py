@@ -409,7 +409,8 @@ class Training:
         self.stop = []
         handler = lambda *_: self.stop.append(1)
         self.before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=self.total, initial=self.step, desc=self.about["task"], unit="step")
+        bar = dict(total=self.total, initial=self.step, desc=self.about["task"], unit="step")
+        self.bar = tqdm(**bar, disable=None)  # None: not where there is no terminal
         self.began = self.saved = time.time()
         self.tokens, self.save_time, self.average = 0, 0, None
         return self

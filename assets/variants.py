@@ -43,7 +43,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import train
 from commit import Parser, Run, atomic, number, output_file, run_program, write_results
-from eval import batches, open_run, validation_set
+from eval import batches, open_run, validation_set, what_is_published
 from field import CoordinateDynamics, WeightField
 from model import load_backbone, pad_of, perplexity, pick_device, response_logits, response_nll
 from synthetic import spread
@@ -206,6 +206,9 @@ CHOICES = {
     "N 32, K 8": Variant("--bases 32"),
     "N 16, K 4": Variant("--top-k 4"),
     "shared gating": Variant("--shared-gating"),
+    "full fine-tuning, lr 1e-4": Variant(lr=1e-4),
+    "full fine-tuning, lr 3e-4": Variant(lr=3e-4),
+    "full fine-tuning, lr 1e-3": Variant(lr=1e-3),
 }
 BASELINES = {
     "full fine-tuning": Variant(lr=1e-4),
@@ -270,24 +273,28 @@ def train_task(folder, task, options, patch, args, seed, rest):
     return run
 
 
+def place_of(args, seed, *parts):
+    """The folder or file that belongs to a row, or to the first task of several."""
+    name = " ".join(part for part in parts if part) or "default"
+    table = "choose" if args.table == "choose" else "publish"
+    return pathlib.Path(args.out, table, f"{seed}", "".join(c if c.isalnum() else "-" for c in name))
+
+
 def train_row(variant, seed, args, rest):
-    """Train a row and measure it, unless that has been done. -> what is known of it"""
-    plain = lambda text: "".join(c if c.isalnum() else "-" for c in text) or "default"
-    place = pathlib.Path(args.out, "choose" if args.table == "choose" else "publish", f"{seed}")
-    first = place / plain(f"{variant.options} {variant.patch or ''}".strip())
+    """Train a row and measure it, unless that has been done. -> what is published of it"""
+    first = place_of(args, seed, variant.options, variant.patch)
     run = train_task(first, "alpaca", variant.options, variant.patch, args, seed, rest)
-    about = describe_first(run)
     if variant.second is None:
-        return about
-    folder = place / plain(f"{variant.options} {variant.patch or ''} {variant.second} {variant.later or ''}")
+        return describe(run)
+    then = f"then {variant.second or 'no lock'}"
+    folder = place_of(args, seed, variant.options, variant.patch, then, variant.later)
     if not folder.exists():
         copy = folder.with_name(folder.name + ".part")
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(first, copy)
         copy.rename(folder)
     options = f"{variant.options} {variant.second}"
-    run = train_task(folder, "code", options, variant.later or variant.patch, args, seed, rest)
-    return about | describe_second(run)
+    return describe(train_task(folder, "code", options, variant.later or variant.patch, args, seed, rest))
 
 
 def parameters(run):
@@ -306,57 +313,36 @@ def parameters(run):
     return bases, (sum(per_version) if exact else per_version[-1]) + sum(kept.values()) // len(kept)
 
 
-def describe_first(run):
-    row, task = run.manifest["results"][0], "alpaca"
-    version = run.read_version(run.manifest["versions"][0], [])
-    return {
-        "loss": math.log(row["stored"][task]),
-        "perplexity": row["stored"][task],
-        "prompt alone": row["routed"][task],
-        "choices": row["gating"][task]["sets"],
-        "bases": row["gating"][task]["bases"],
-        "inside": row["inside"][task][task] / sum(row["routing"][task].values()),
-        "stored parameters": sum(t.numel() for t in version.bases.values()),
-        "config": version.config,
-    }
-
-
-def describe_second(run):
-    after_a, after_b = run.manifest["results"]
-    home = {task: counts[task] / sum(counts.values()) for task, counts in after_b["routing"].items()}
+def describe(run):
+    """What is published of a row: as of `eval.py --json`, and how large it is."""
     trained, kept = parameters(run)
-    return {
-        "base": after_b["base"],
-        "R": {p: [after_a[p], after_b[p]] for p in ("stored", "routed")},
-        "home": home,
-        "drift": after_b["drift"],
-        "trained parameters": trained,
-        "kept parameters": kept,
-    }
+    config = {e["task"]: {"lock": e["lock"], **run.head(e)["config"]} for e in run.manifest["versions"]}
+    about = {"trained parameters": trained, "kept parameters": kept, "config": config}
+    return what_is_published(run.manifest["results"]) | about
 
 
 def fine_tune(variant, seed, args, rest):
     """All weights of the backbone, trained on one task and then on the other: the same examples in the same
     order, the same warm-up and decay of the learning rate. -> as `train_row`"""
-    path = pathlib.Path(args.out, "publish", f"{seed}", f"fine-tuning-{variant.lr:g}.json")
+    path = place_of(args, seed, f"fine-tuning {variant.lr:g}")
     if path.exists():
         return json.loads(path.read_text())
     backbone, tokenizer = load_backbone(args.backbone, "cpu")
     sets, R = {}, []
     for task in ("alpaca", "code"):
-        options = train.parse_options([*said(task, pathlib.Path(args.out), seed, args), *rest])
-        train.fill_in(options, Run(pathlib.Path(args.out, "none")))
+        options = train.parse_options([*said(task, path, seed, args), *rest])
+        train.fill_in(options, Run(pathlib.Path(args.out)))
         examples, records = train.load_data(options, tokenizer)
         held_out = sorted((encode(r, tokenizer) for r in records), key=lambda e: len(e[0]) + len(e[1]))
         sets[task] = examples, held_out, options
-    measured = lambda: {task: measure_backbone(backbone, tokenizer, s[1]) for task, s in sets.items()}
-    base = measured()
+    base = {task: measure_backbone(backbone, tokenizer, held_out) for task, (_, held_out, _) in sets.items()}
     for examples, _, options in sets.values():
         learn_backbone(backbone, tokenizer, examples, options, variant.lr)
-        R.append(measured())
+        row = [measure_backbone(backbone, tokenizer, held_out) for _, held_out, _ in sets.values()]
+        R.append([row[0], row[1] if R else None])
     size = sum(p.numel() for p in backbone.parameters())
-    found = {"loss": math.log(R[0]["alpaca"]), "perplexity": R[0]["alpaca"], "base": base}
-    found |= {"R": {"stored": R, "routed": R}, "trained parameters": size, "kept parameters": size}
+    found = {"tasks": list(sets), "base": base, "R": {"stored": R, "routed": R}}
+    found |= {"trained parameters": size, "kept parameters": size}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as tmp:
         tmp.write_text(json.dumps(found))
@@ -392,37 +378,39 @@ def measure_backbone(backbone, tokenizer, examples):
 def print_worth(rows):
     """rows: {name: [one dict a seed]}, of one task."""
     width = max(map(len, rows))
-    print(f"\n{'':{width}}  nats a token     perplexity       choices  of bases  inside  stored parameters")
+    print(f"\n{'':{width}}  nats a token     perplexity          parameters  choices  of bases  inside")
     for name, seeds in rows.items():
-        mean = lambda key, seeds=seeds: statistics.mean(row[key] for row in seeds)
-        figures = "  ".join(f"{spread([row[k] for row in seeds], 4):15}" for k in ("loss", "perplexity"))
-        print(
-            f"{name:{width}}  {figures}  {mean('choices'):7.1f}  {mean('bases'):8.1f}  "
-            f"{mean('inside'):6.1%}  {mean('stored parameters'):,.0f}"
-        )
+        found = [row["R"]["stored"][0][0] for row in seeds]
+        line = f"{name:{width}}  {spread([*map(math.log, found)], 4):15}  {spread(found, 4):15}  "
+        line += f"{seeds[0]['trained parameters']:12,}"
+        if "gating" in seeds[0]:
+            gating = [row["gating"]["alpaca"] for row in seeds]
+            choices, bases = (statistics.mean(g[key] for g in gating) for key in ("sets", "bases"))
+            count = sum(seeds[0]["routing"]["alpaca"].values())
+            inside = statistics.mean(row["inside"]["alpaca"]["alpaca"] for row in seeds) / count
+            line += f"  {choices:7.1f}  {bases:8.1f}  {inside:6.1%}"
+        print(line)
 
 
 def print_pairs(rows):
-    """rows: {name: [one dict a seed]}, of two tasks: perplexity on A after A and after B, and on B."""
-    width, heads = max(map(len, rows)), ["A after A", "after A, B", "routed", "B stored", "B routed"]
+    """rows: {name: [one dict a seed]}, of two tasks A and B."""
+    width, heads = max(map(len, rows)), ["A after A", "after A and B", "routed", "B", "routed"]
     print(
-        f"\n{'':{width}}"
-        + "".join(f"{head:>16}" for head in heads)
-        + "  home A, B    trained    kept parameters"
+        f"\n{'':{width}}" + "".join(f"{head:>15}" for head in heads) + "   home A, B       parameters, kept"
     )
     for name, seeds in rows.items():
-        cells = [("stored", 0, "alpaca"), ("stored", 1, "alpaca"), ("routed", 1, "alpaca")]
-        cells += [("stored", 1, "code"), ("routed", 1, "code")]
-        figures = [spread([row["R"][p][i][task] for row in seeds]) for p, i, task in cells]
+        cells = [("stored", 0, 0), ("stored", 1, 0), ("routed", 1, 0), ("stored", 1, 1), ("routed", 1, 1)]
+        figures = [spread([row["R"][p][i][j] for row in seeds]) for p, i, j in cells]
         home = [
-            f"{statistics.mean(row['home'][task] for row in seeds):.1%}" if "home" in seeds[0] else ""
-            for task in ("alpaca", "code")
+            f"{statistics.mean(row['routing'][t][t] / sum(row['routing'][t].values()) for row in seeds):.1%}"
+            for t in ("alpaca", "code")
+            if "routing" in seeds[0]
         ]
         sizes = [f"{seeds[0][key]:,}" for key in ("trained parameters", "kept parameters")]
         print(
             f"{name:{width}}"
-            + "".join(f"{f:>16}" for f in figures)
-            + f"  {' '.join(home):12} {' '.join(sizes)}"
+            + "".join(f"{f:>15}" for f in figures)
+            + f"   {' '.join(home):13} {' '.join(sizes)}"
         )
 
 
