@@ -1,15 +1,15 @@
-"""Pictures of published results. Nothing is computed again: they are drawn from result files alone.
+"""The page of results and its pictures. Nothing is computed again: all is made of assets/results/*.json.
 
-    python synthetic.py --seeds 8 --json assets/results/ftn-experiment-1.json
+    python assets/report.py                  # writes assets/results/README.md, whole
     python assets/report.py --figures assets/results/ftn-experiment-1.json --to assets
 
-For every variant that the files hold, as PNG in the folder `--to`:
+For every variant of FTN's experiments that the files hold, as PNG in the folder `--to`:
 
     ftn-masks-VARIANT.png    the masks of the methods that search them, a colour for every task (Figures 1, 4)
     ftn-curves-VARIANT.png   every task's score through the stream, mean over seeds (Figure 3)
     ftn-matrices-style.png   R[i][j], recovered, mean over seeds (Figure 2)
 
-A result file may come from anywhere, so it is checked whole when it is read: `parse_row`.
+A result file to draw may come from anywhere, so it is checked whole when it is read: `parse_row`.
 """
 
 import os
@@ -21,6 +21,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no trace
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -39,8 +40,20 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from commit import Parser, atomic, run_program
 from model import Refused
-from synthetic import METHODS, VARIANTS, Adapters, FixedMask, Row, SearchedMask, StyleRow
+from synthetic import (
+    METHODS,
+    PUBLISHED,
+    VARIANTS,
+    Adapters,
+    FixedMask,
+    Row,
+    SearchedMask,
+    StyleRow,
+    row_summary,
+    spread,
+)
 
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -248,16 +261,217 @@ def save(figure, path):
     print(f"wrote {path}")
 
 
+# ------------------------------------------------------------------------------------------------- the page
+#
+# A section is a title, a sentence or two, and the tables of its files, each made by a function of the file's
+# content. The text holds no figure: those stand in the tables.
+
+
+def table(heads, lines):
+    """Lines of Markdown."""
+    return ["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]]
+
+
+def over(values, digits=3):
+    """Mean and deviation over seeds."""
+    return spread(values, digits).replace("±", "± ")
+
+
+def learned(row):
+    """Perplexity on the first task when it was committed."""
+    return row["R"]["stored"][0][0]
+
+
+def share(counts, name, row):
+    """Percent of a task's inputs."""
+    return 100 * counts[name] / sum(row["routing"][name].values())
+
+
+def two_tasks(content):
+    """rows {name: a dict a seed} of variants.py: perplexity on A, learned first, and on B."""
+    cells = [("stored", 0, 0), ("stored", 1, 0), ("routed", 1, 0), ("stored", 1, 1), ("routed", 1, 1)]
+    lines = []
+    for name, seeds in content["rows"].items():
+        line = [name] + [over([row["R"][p][i][j] for row in seeds]) for p, i, j in cells]
+        home = [
+            over([share(row["routing"][t], t, row) for row in seeds], 1) for t in seeds[0].get("routing", ())
+        ]
+        sizes = [f"{seeds[0][key] / 1e6:.2f} M" for key in ("trained parameters", "kept parameters")]
+        lines.append([*line, " / ".join(home), *sizes])
+    heads = ["", "A learned", "A after B, stored", "routed", "B stored", "B routed", "routed home, %"]
+    return table([*heads, "trained", "kept"], lines)
+
+
+def one_task(content):
+    """rows {name: a dict a seed} of variants.py: what one task learned."""
+    lines = []
+    for name, seeds in content["rows"].items():
+        line = [name, over([math.log(learned(row)) for row in seeds], 4)]
+        line += [over([learned(row) for row in seeds], 4), f"{seeds[0]['trained parameters'] / 1e6:.2f} M"]
+        if "gating" in seeds[0]:
+            line += [over([row["gating"]["alpaca"][key] for row in seeds], 1) for key in ("sets", "bases")]
+            line.append(over([share(row["inside"]["alpaca"], "alpaca", row) for row in seeds], 1))
+        lines.append(line + [""] * (7 - len(line)))
+    heads = ["", "nats a token", "perplexity", "trained", "choices a layer", "bases that carry weight"]
+    return table([*heads, "inside their region, %"], lines)
+
+
+def drift(content):
+    """rows {name: a dict a seed} of variants.py: what a soft lock held of the first task, and what not."""
+    lines = []
+    for name, seeds in content["rows"].items():
+        drifts = [row["drift"]["alpaca"] for row in seeds]
+        line = [name] + [
+            over([row["forgetting"][p]["alpaca"] for row in seeds], 1) for p in ("stored", "routed")
+        ]
+        line.append(f"{statistics.mean(d['lock_loss'] for d in drifts):.1e}")
+        line.append(over([100 * d["top_k_kept"] for d in drifts], 2))
+        line.append(over([d["moved"] for d in drifts], 2))
+        line += [over([100 * d[key] for d in drifts], 1) for key in ("inside_at_commit", "inside_now")]
+        lines.append(line)
+    heads = ["", "A forgotten, stored, %", "routed, %", "L_lock at the anchors", "top K kept there, %"]
+    return table([*heads, "inputs moved by", "in their region at commit, %", "now, %"], lines)
+
+
+def regions(content):
+    lines = [
+        [region, task, f"{100 * found['inside']:.1f}", f"{found['AUROC']:.3f}"]
+        for region, tasks in content["rows"].items()
+        for task, found in tasks.items()
+        if task != region
+    ]
+    return table(["region of", "inputs of", "inside it, %", "AUROC of the distance"], lines)
+
+
+def exact_match(content):
+    kinds = {}
+    for row in content["rows"]:
+        for task, counts in row["exact_match"].items():
+            for kind, (right, of) in {"all": [sum(c) for c in zip(*counts.values())], **counts}.items():
+                kinds.setdefault((task, kind), []).append((right, of))
+    lines = [
+        [*name, " ".join(str(right) for right, _ in seeds), str(seeds[0][1])] for name, seeds in kinds.items()
+    ]
+    return table(["task", "kind", "right, by seed", "of"], lines)
+
+
+def compositions(content):
+    (row,) = content["rows"]
+    names = list(next(iter(row["under"].values())))
+    lines = [[task, *(f"{x:.3f}" for x in under.values())] for task, under in row["under"].items()]
+    return table(["perplexity of", *(f"under {name}" for name in names)], lines)
+
+
+def growth(content):
+    (row,) = content["rows"]
+    lines = []
+    for x in row["growth"]:
+        line = [str(x["n"]), x["task"], f"{x['bases_read']} + {x['bases_written']}", f"{x['MB']:.2f}"]
+        line += [f"{x[key]:.3f}" for key in ("bare_ms", "stored_ms", "routed_ms", "learned")]
+        line += [f"{x[f'{p}_forgetting']:.1f}" for p in ("stored", "routed")]
+        lines.append([*line, f"{100 * x['routed_home']:.1f}"])
+    heads = ["n", "last task", "bases read + written", "file, MB", "ms a token: bare", "stored", "routed"]
+    return table([*heads, "learned", "forgotten, stored, %", "routed, %", "routed home, %"], lines)
+
+
+def timings(content):
+    """rows {what: {side: {"seconds", "peak memory"}}} of bench.py."""
+    lines = []
+    for what, sides in content["rows"].items():
+        ms = {side: 1000 * statistics.median(found["seconds"]) for side, found in sides.items()}
+        ratio = f"{ms['ours'] / ms['peft']:.2f}" if "peft" in ms else ""
+        line = [what] + [f"{ms[side]:.1f}" if side in ms else "" for side in ("ours", "peft", "bare")]
+        memory = [sides[side]["peak memory"] for side in ("ours", "peft") if side in sides]
+        lines.append([*line, ratio, ", ".join(memory)])
+    return table(["ms", "ours", "peft", "bare backbone", "ours / peft", "peak memory, ours, peft"], lines)
+
+
+def scores(content):
+    """rows of synthetic.py: FTN Tables 1 to 3."""
+    lines, groups = [], {}
+    for row in content["rows"]:
+        groups.setdefault((row["variant"], row["method"], row.get("leak", "none")), []).append(
+            row_summary(row)
+        )
+    keys = ("recovered_last", "recovered_fm", "stored_last", "stored_fm", "overlap_last", "parameters_moved")
+    for (variant, method, leak), seeds in groups.items():
+        line = [variant, method + (f", {leak} left out" if leak != "none" else ""), str(len(seeds))]
+        line += [over([row.get(key) for row in seeds]) for key in keys]
+        lines.append(line + list(PUBLISHED[variant].get(method, ("", ""))))
+    heads = [
+        "variant",
+        "method",
+        "seeds",
+        "score, recovered",
+        "FM",
+        "score, stored",
+        "FM",
+        "overlap of last masks",
+    ]
+    return table([*heads, "own parameters moved", "paper: score", "FM"], lines)
+
+
+# fmt: off
+SECTIONS = [  # a file of results and its table; where a section begins, its title and a sentence
+    ("tiny-worth", one_task, "What the field is worth", "One task, general instructions, tiny backbone."),
+    ("tiny-choose", one_task, "What was chosen among", "Other items and another seed than are published."),
+    ("tiny-baselines", two_tasks, "Baselines and locks", "Two tasks: A general instructions, B code. "
+     "*Stored*: the right version is given; *routed*: the coordinate decides. Of one adapter, or of all "
+     "weights, there is one version."),
+    ("tiny-ablations", two_tasks, "Ablations", "The same two tasks, one thing changed."),
+    ("tiny-soft-lock", drift, "Why the soft lock forgets", "The same two tasks, parts frozen after A."),
+    ("tiny-regions", regions, "One region alone", "Does it tell the tasks apart?"),
+    ("smollm2-regions", regions),
+    ("tiny-exact-match", exact_match, "Answers to the letter", "Greedy, routed, held-out prompts."),
+    ("tiny-compose", compositions, "Compositions", "Two versions, weighted."),
+    ("stream", growth, "Twenty-four tasks in a row", "Kinds of instruction, exact lock."),
+    ("smollm2-worth", one_task, "A real language model", "SmolLM2-135M-Instruct, real data."),
+    ("smollm2-baselines", two_tasks),
+    ("niwf-bench", timings, "Speed beside peft", "A training step, and answers."),
+    ("decode-bench", timings),
+    ("ftn-experiment-1", scores, "Functional task networks", "The score is an accuracy in clf and a loss in "
+     "reg and style. FM is forgetting: positive is worse."),
+    ("ftn-unseen-seeds", scores), ("ftn-gaussian", scores), ("ftn-leaks", scores), ("ftn-capacity", scores),
+    ("ftn-ten-steps", scores), ("ftn-no-recall", scores), ("ftn-recall-by-overlap", scores),
+    ("lora-ftn", scores, "LoRA-FTN", "Six ways to rewrite a sentence; nats per token."),
+    ("lora-ftn-b-std", scores), ("lora-ftn-every", scores), ("lora-ftn-once", scores),
+    ("lora-ftn-no-recall", scores), ("lora-ftn-excluded", scores), ("lora-ftn-smollm2", scores)]
+# fmt: on
+
+
+def results_page():
+    """assets/results/README.md, whole. Refused: a file is no file of results."""
+    yield "# Results\n\nWritten by `python assets/report.py` from the files in this folder, whole."
+    yield "Mean ± standard deviation over seeds. Perplexity is over response tokens, end token included."
+    for name, draw, *begins in SECTIONS:
+        path = RESULTS / f"{name}.json"
+        try:
+            content = json.loads(path.read_bytes())
+            made = f"{content['date'][:10]}, {content['machine']}, torch {content['torch']}"
+            made += f", {content['threads']} threads" if "threads" in content else ""
+            made += f", revision {content['git'][:7]}" if content.get("git") else ""
+            lines = draw(content)
+            command = content["command"]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise Refused(f"{path}: not what this program's results are ({type(e).__name__} {e})") from e
+        yield "\n\n".join(["## " + begins[0], begins[1]] if begins else [])
+        yield f"`{command}`\n([{name}.json]({name}.json), {made})\n\n" + "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------- the command line
 
 
 def main(argv=None):
-    parser = Parser(prog="report.py", description="Draw results that synthetic.py --json wrote.")
-    parser.add_argument("--figures", nargs="+", type=pathlib.Path, required=True, metavar="FILE.json")
+    parser = Parser(prog="report.py", description="The page of results, and its pictures.")
+    parser.add_argument("--figures", nargs="+", type=pathlib.Path, metavar="FILE.json", help="draw, instead")
     parser.add_argument(
         "--to", type=pathlib.Path, default="runs/figures", metavar="DIR", help="[runs/figures]"
     )
     args = parser.parse_args(argv)
+    if not args.figures:
+        with atomic(RESULTS / "README.md") as tmp:
+            tmp.write_text("\n\n".join(filter(None, results_page())) + "\n")
+        return print(f"wrote {RESULTS / 'README.md'}")
     results = [row for path in args.figures for row in read_rows(path)]
     if matplotlib is None:
         raise Refused("figures need matplotlib: pip install matplotlib")
