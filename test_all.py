@@ -609,12 +609,21 @@ def test_loss_counts_response_tokens_with_eos_and_nothing_else():
     assert perplexity(2 * math.log(3), 2) == pytest.approx(3)
 
 
+def hidden_of(model, ids):
+    return model.backbone.base_model(torch.tensor([ids])).last_hidden_state
+
+
 def test_the_probe_reads_the_prompt_only_and_no_adapter():
     model = micro_model()
     ((p, r),) = random_examples(1)
     hidden = model.backbone.base_model(torch.tensor([p])).last_hidden_state
     torch.testing.assert_close(model.probe([p])[0], hidden[0].mean(0))
     assert not torch.allclose(model.probe([p], random_gating(1, 2, 6))[0], hidden[0].mean(0))
+    # So what h_bar is made of says nothing about the response, unless it is asked to.
+    prompt_alone, (whole,) = evaluation.probe_all(model, [(p, r)], "prompt"), hidden_of(model, p + r)
+    assert torch.equal(prompt_alone, evaluation.probe_all(model, [(p, r[::-1] + r)], "prompt"))
+    torch.testing.assert_close(prompt_alone[0], hidden[0].mean(0))
+    torch.testing.assert_close(evaluation.probe_all(model, [(p, r)], "sequence")[0], whole.mean(0))
 
 
 def test_generation_with_a_cache_is_greedy_decoding_without_one():
@@ -1213,7 +1222,11 @@ def test_every_setting_of_the_paper_runs_and_is_read_back(micro, tmp_path, more)
             *[m for m in more if m not in ("--probe", "adapted", "--pool", "sequence", "--fixed-coordinate")],
         )
     )
-    rows = Run(out).manifest["results"]
+    run = Run(out)
+    v, rows = run.read_version(run.manifest["versions"][-1], []), run.manifest["results"]
+    assert v.top_k == (len(v.index) if "--dense-gating" in more else 2)
+    assert v.field.layers == (1 if "--shared-gating" in more else 2)
+    assert v.dynamics.fixed == ("--fixed-coordinate" in more)
     evaluation.main(["--run", str(out), "--json", str(tmp_path / "e.json")])
     (again,) = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert again["R"]["stored"] == [
@@ -1769,6 +1782,15 @@ def test_every_task_has_the_same_inputs_and_targets_of_its_own():
         assert all((targets[i] - targets[j]).abs().mean() > 0.1 for i, j in ((0, 1), (0, 2), (1, 2)))
         centre = 0.5 if variant == "clf" else 0.0
         assert all(abs(y.mean() - centre) < 0.05 for y in targets)
+        # What a mask is searched on is not what it is scored on, and neither has been trained on.
+        for t in range(3):
+            parts = [
+                world.support[t][0],
+                world.test[t][0],
+                world.batch(t, 256, synthetic.generator(5, t, 0))[0],
+            ]
+            points = [{tuple(x) for x in part.tolist()} for part in parts]
+            assert len(set.union(*points)) == sum(map(len, points))
 
 
 @pytest.mark.parametrize(
@@ -1893,6 +1915,27 @@ def test_forgetting_is_positive_where_a_score_got_worse():
     assert synthetic.forgetting_measure(error, -1) == pytest.approx((0.2 + 0.0) / 2)
     # the formula as printed rewards the second
     assert synthetic.forgetting_measure(error, 1) == pytest.approx((0.1 + 0.1) / 2)
+
+
+def test_tables_say_mean_deviation_overlap_and_what_was_lost_to_it(capsys):
+    assert synthetic.spread([1.0, 2.0, 6.0]) == "3.000 ±2.646" and synthetic.spread([1.0, None]) == "1.000"
+    R = lambda now: [[0.9], [0.8, 0.9], [now, now, 0.9]]
+    row = dict(variant="clf", seed=0, tasks=3, overlap_last=[0.1, 0.2, 0.3], overlap_union=[0.7, 0.8, 0.9])
+    oracle = dict(row, method="fixedmask", R_stored=R(0.9), R_recovered=R(0.9))
+    other = dict(row, method="ftn-slow", R_stored=R(0.7), R_recovered=R(0.65))
+    synthetic.print_decomposition([oracle, other], "clf")
+    assert capsys.readouterr().out.split("\n")[-2].split() == ["ftn-slow", "0.200", "0.050"]
+    worse = [dict(o, R_stored=[[1 - x for x in r] for r in o["R_stored"]]) for o in (oracle, other)]
+    worse = [dict(o, R_recovered=[[1 - x for x in r] for r in o["R_recovered"]]) for o in worse]
+    synthetic.print_decomposition(worse, "reg")  # errors: what was lost is lost there, too
+    assert capsys.readouterr().out.split("\n")[-2].split() == ["ftn-slow", "0.200", "0.050"]
+    synthetic.print_overlaps([dict(other, method="lora-ftn")])
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert [line.split()[1:] for line in lines[2:]] == [
+        [".", "0.10", "0.20"],
+        ["0.10", ".", "0.30"],
+        ["0.20", "0.30", "."],
+    ]
 
 
 def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, capsys):
@@ -2070,6 +2113,9 @@ def test_the_bank_takes_a_component_of_the_same_size_per_task():
     out.begin(0)
     out.train(0, out.world.training[0][:4])
     assert out.stored[0].numel() == 1
+    losses = [out.mean_loss(torch.tensor([i]), *out.world.support[0]) for i in range(4)]
+    chosen = out.mask.mask_for(out, 0, *out.world.support[0])
+    assert losses[int(chosen)] == min(losses) < max(losses)
 
 
 def test_styles_share_their_sentences_and_no_sentence_is_in_two_parts():
