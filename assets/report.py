@@ -1,15 +1,21 @@
 """The page of results and its pictures. Nothing is computed again: all is made of assets/results/*.json.
 
     python assets/report.py                  # writes assets/results/README.md, whole
+    python assets/report.py --regions assets/results/tiny-regions.json --to assets
     python assets/report.py --figures assets/results/ftn-experiment-1.json --to assets
 
-For every variant of FTN's experiments that the files hold, as PNG in the folder `--to`:
+As PNG in the folder `--to`, from what variants.py found in regions:
+
+    niwf-coordinates.png     the coordinates of both tasks in a plane, and which lie in their own region
+    niwf-gating.png          which bases a version chooses in a layer, and how often
+
+For every variant of FTN's experiments that the files hold:
 
     ftn-masks-VARIANT.png    the masks of the methods that search them, a colour for every task (Figures 1, 4)
     ftn-curves-VARIANT.png   every task's score through the stream, mean over seeds (Figure 3)
     ftn-matrices-style.png   R[i][j], recovered, mean over seeds (Figure 2)
 
-A result file to draw may come from anywhere, so it is checked whole when it is read: `parse_row`.
+A file to draw may come from anywhere, so it is checked whole when it is read.
 """
 
 import os
@@ -145,6 +151,24 @@ def check_masks(result):
         check(is_list(result.get(name), n * (n - 1) // 2), name)
 
 
+def read_regions(path):
+    """The rows of a file that `variants.py regions --json` wrote. Refused: it is no such file."""
+    try:
+        rows = json.loads(path.read_bytes())["rows"]
+        check(type(rows) is list and rows, "rows")
+        for row in rows:
+            check({type(name) for name in (row["lock"], *row["tasks"])} == {str}, "tasks")
+            for found in row["coordinates"].values():
+                n = len(found["home"])
+                check(is_list(found["home"], n, 0, 1, (int,)) and len(found["tsne"]) == n, "home")
+                check(all(is_list(point, 2) for point in found["tsne"]), "tsne")
+            for layers in row["usage"].values():
+                check(layers and all(is_list(layer, len(layers[0]), 0, 1) for layer in layers), "usage")
+        return rows
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise Refused(f"{path}: not what variants.py writes of regions ({type(e).__name__} {e})") from None
+
+
 def grouped(results):
     """{variant: its results}. Refused: they differ in more than method and seed, or one is there twice."""
     groups = {}
@@ -251,6 +275,40 @@ def draw_curves(by_method, title):
     return figure
 
 
+BLUE, ORANGE = "#0072b2", "#e69f00"  # told apart whatever colours one sees
+
+
+def draw_coordinates(runs):
+    """The coordinates of every run's tasks, after its last one, in a plane of its own."""
+    figure, axes = plt.subplots(
+        1, len(runs), figsize=(4.6 * len(runs), 4.4), squeeze=False, layout="constrained"
+    )
+    for axis, run in zip(axes[0], runs):
+        for colour, (task, found) in zip((BLUE, ORANGE), run["coordinates"].items()):
+            home = [100 * sum(found["home"]) / len(found["home"])]
+            for inside, marker in ((1, "o"), (0, "x")):
+                points = [p for p, h in zip(found["tsne"], found["home"]) if h == inside]
+                label = f"{task}, {home[0]:.0f} % in its region" if inside else f"{task}, outside it"
+                axis.scatter(*zip(*points or [(math.nan,) * 2]), s=12, marker=marker, c=colour, label=label)
+        axis.set(xticks=[], yticks=[], title=f"--lock {run['lock']}: after {run['tasks'][-1]}")
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
+    return figure
+
+
+def draw_gating(run):
+    """A panel for every version: the share of its inputs for which a layer chooses a basis."""
+    usage = run["usage"]
+    figure, axes = plt.subplots(
+        len(usage), 1, figsize=(8, 1.9 * len(usage)), squeeze=False, layout="constrained"
+    )
+    for axis, (task, shares) in zip(axes[:, 0], usage.items()):
+        image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        axis.set(ylabel="layer", title=f"version {task}", yticks=range(len(shares)))
+    axes[-1, 0].set_xlabel("basis, in the order of the tasks that wrote it")
+    figure.colorbar(image, ax=axes[:, 0], label="share of inputs")
+    return figure
+
+
 def save(figure, path):
     """Refused: something else than a picture is already there."""
     if path.exists() and path.read_bytes()[: len(PNG)] != PNG:
@@ -334,13 +392,14 @@ def drift(content):
 
 
 def regions(content):
+    """rows: a dict for each run folder, of variants.py."""
     lines = [
-        [region, task, f"{100 * found['inside']:.1f}", f"{found['AUROC']:.3f}"]
-        for region, tasks in content["rows"].items()
+        [row["lock"], region, task, f"{100 * found['inside']:.1f}", f"{found['AUROC']:.3f}"]
+        for row in content["rows"]
+        for region, tasks in row["regions"].items()
         for task, found in tasks.items()
-        if task != region
     ]
-    return table(["region of", "inputs of", "inside it, %", "AUROC of the distance"], lines)
+    return table(["lock", "region of", "inputs of", "inside it, %", "AUROC of the distance"], lines)
 
 
 def exact_match(content):
@@ -463,19 +522,26 @@ def results_page():
 
 def main(argv=None):
     parser = Parser(prog="report.py", description="The page of results, and its pictures.")
-    parser.add_argument("--figures", nargs="+", type=pathlib.Path, metavar="FILE.json", help="draw, instead")
+    parser.add_argument(
+        "--figures", nargs="+", type=pathlib.Path, metavar="FILE.json", help="draw, of synthetic.py"
+    )
+    parser.add_argument("--regions", type=pathlib.Path, metavar="FILE.json", help="draw, of variants.py")
     parser.add_argument(
         "--to", type=pathlib.Path, default="runs/figures", metavar="DIR", help="[runs/figures]"
     )
     args = parser.parse_args(argv)
-    if not args.figures:
+    if not args.figures and not args.regions:
         with atomic(RESULTS / "README.md") as tmp:
             tmp.write_text("\n\n".join(filter(None, results_page())) + "\n")
         return print(f"wrote {RESULTS / 'README.md'}")
-    results = [row for path in args.figures for row in read_rows(path)]
+    results = [row for path in args.figures or () for row in read_rows(path)]
+    runs = read_regions(args.regions) if args.regions else []
     if matplotlib is None:
         raise Refused("figures need matplotlib: pip install matplotlib")
     draw_figures(results, args.to)
+    if runs:
+        save(draw_coordinates(runs), args.to / "niwf-coordinates.png")
+        save(draw_gating(runs[0]), args.to / "niwf-gating.png")
 
 
 if __name__ == "__main__":

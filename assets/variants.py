@@ -5,7 +5,7 @@
     python assets/variants.py baselines        # two tasks: fine-tuning, LoRAs, the three locks (Table 3)
     python assets/variants.py ablations        # two tasks: NIWF with one thing changed (Figure 7)
     python assets/variants.py soft-lock        # why the soft lock forgets: parts of it frozen
-    python assets/variants.py regions --run RUN      # does one region tell two tasks apart?
+    python assets/variants.py regions --run RUN      # does one region tell two tasks apart? what is chosen?
     python assets/variants.py worth --backbone FOLDER --data A.json B.json --seeds 0 --examples 600 --lr 5e-4
 
 A row is one training by train.py, or two, in a run folder of its own under runs/variants. What is there is
@@ -27,6 +27,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -417,31 +418,44 @@ def print_pairs(rows):
 # -------------------------------------------------------------------------------- does one region tell apart?
 
 
-def one_class(folder):
-    """For the region of each task alone: the share of every task's validation inputs inside it, and the
-    AUROC of the distance to it, own inputs against the others'. -> {region: {task: {...}}}"""
+def look_at_regions(folder):
+    """Of validation prompts: the share of every task's inputs inside the region of each task alone, and the
+    AUROC of the distance to it, own inputs against others'; all coordinates as they are now in a plane
+    (t-SNE, where scikit-learn is installed), and which lie in their own region; how often each basis is
+    chosen. ->
+
+    {"regions": {region: {task: {"inside", "AUROC"}}}, "coordinates": {task: {"tsne" [n, 2], "home" [n]}},
+    "usage": {task: [L, N]}}"""
     run, model, tokenizer = open_run(folder, pick_device(None))
-    found = {}
-    with torch.no_grad():
-        routes = {task: validation_set(run, model, tokenizer, task)[2] for task in run.tasks}
-        for v in run.versions:
-            distance = {task: v.region.distance(v.dynamics(h).cpu().double()) for task, h in routes.items()}
-            own, found[v.task] = distance[v.task], {}
-            for task, d in distance.items():
-                auroc = ((own[:, None] < d).double() + (own[:, None] == d).double() / 2).mean()
-                found[v.task][task] = {
-                    "inside": float((d <= v.region.tau).double().mean()),
-                    "AUROC": float(auroc),
-                }
-                inside = f"{found[v.task][task]['inside']:6.1%} of {task} inside"
-                print(f"region of {v.task}: {inside}, AUROC {auroc:.3f}")
+    last = run.versions[-1]
+    h_bar = {task: validation_set(run, model, tokenizer, task)[2] for task in run.tasks}
+    z = {task: last.dynamics(h).cpu().double() for task, h in h_bar.items()}
+    found = {"tasks": run.tasks, "lock": last.lock, "regions": {}, "coordinates": {}, "usage": {}}
+    for i, v in enumerate(run.versions):
+        distance, about = {task: v.region.distance(x) for task, x in z.items()}, {}
+        for task, d in distance.items():
+            own, other = distance[v.task][:, None], d
+            auroc = float(((own < other).double() + (own == other).double() / 2).mean())
+            about[task] = {"inside": float((d <= v.region.tau).double().mean()), "AUROC": auroc}
+            print(f"region of {v.task}: {about[task]['inside']:6.1%} of {task} inside, AUROC {auroc:.3f}")
+        found["regions"][v.task] = about
+        found["coordinates"][v.task] = {"home": (distance[v.task] <= v.region.tau).int().tolist()}
+        indices, _ = run.stored(i, h_bar[v.task])
+        chosen = torch.nn.functional.one_hot(indices, len(model.bank)).sum(2).double().mean(0)  # [L, N]
+        found["usage"][v.task] = [[round(x, 3) for x in layer] for layer in chosen.tolist()]
+    if importlib.util.find_spec("sklearn"):
+        from sklearn.manifold import TSNE
+
+        plane = TSNE(random_state=0, init="pca").fit_transform(torch.cat([*z.values()]).numpy())
+        for task, part in zip(z, torch.tensor(plane).split([len(x) for x in z.values()])):
+            found["coordinates"][task]["tsne"] = [[round(x, 1) for x in point] for point in part.tolist()]
     return found
 
 
 def parse_options(argv):
     parser = Parser(prog="variants.py", description="What each part of NIWF is worth.", allow_abbrev=False)
     parser.add_argument("table", choices=[*TABLES, "regions"], help="see above")
-    parser.add_argument("--run", help="the run folder of `regions`")
+    parser.add_argument("--run", nargs="+", help="the run folders of `regions`")
     parser.add_argument("--rows", nargs="+", help="names of rows [all]")
     parser.add_argument("--backbone", default="tiny", help="[tiny]")
     parser.add_argument(
@@ -452,7 +466,7 @@ def parse_options(argv):
     parser.add_argument("--json", type=output_file, help="write all of it to this file")
     args, rest = parser.parse_known_args(argv)
     if (args.table == "regions") != bool(args.run):
-        parser.error("--run names the run folder of `regions`")
+        parser.error("--run names the run folders of `regions`")
     if args.table != "regions":
         args.rows = args.rows or [*TABLES[args.table]]
         if unknown := [name for name in args.rows if name not in TABLES[args.table]]:
@@ -464,7 +478,8 @@ def parse_options(argv):
 def main(argv=None):
     args, rest = parse_options(argv)
     if args.table == "regions":
-        result = one_class(args.run)
+        with torch.no_grad():
+            result = [look_at_regions(folder) for folder in args.run]
     else:
         result = {name: [] for name in args.rows}
         for seed, name in itertools.product(args.seeds, args.rows):
