@@ -3250,7 +3250,7 @@ def test_every_variant_is_another_training(micro, tmp_path, capsys):
 
 def test_two_task_rows_keep_or_lose_what_they_must(micro, tmp_path):
     data = [HERE / "assets" / "data" / f"{task}.choose.json" for task in ("alpaca", "code")]
-    rows = ["full fine-tuning", "LoRA r 64, one", "LoRA r 64, one a task", "NIWF, exact lock"]
+    rows = ["LoRA r 64, one", "full fine-tuning", "LoRA r 64, one a task", "NIWF, exact lock"]
     found = {name: made[0] for name, made in run_variants("baselines", rows, micro, tmp_path, data).items()}
     for name in rows:
         (learned, _), (now, code) = found[name]["R"]["stored"]

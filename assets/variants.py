@@ -332,7 +332,7 @@ def fine_tune(variant, seed, args, rest):
     sets, R = {}, []
     for task in ("alpaca", "code"):
         options = train.parse_options([*said(task, path, seed, args), *rest])
-        train.fill_in(options, Run(pathlib.Path(args.out)))
+        train.fill_in(options, Run(path))
         examples, records = train.load_data(options, tokenizer)
         held_out = sorted((encode(r, tokenizer) for r in records), key=lambda e: len(e[0]) + len(e[1]))
         sets[task] = examples, held_out, options
