@@ -2,6 +2,7 @@
 
     python assets/bench.py niwf                         # a training step beside peft (pip install peft)
     python assets/bench.py decode                       # prefill and decoding beside peft's LoRA
+    python assets/bench.py gather                       # one projection: bases a sequence, or a token
     python assets/bench.py ftn                          # a training step against the literal Algorithm 1
     python assets/bench.py lora-ftn --backbone tiny     # a step and a mask search against all H components
 
@@ -207,6 +208,36 @@ def bench_decode(shape, turns, count=32):
         yield what, compare_sides(what, shape, sides, turns, "generate", prompts, tokens)
 
 
+def bench_gather(shape, turns):
+    """One projection's update (section 3.1): bases gathered once a sequence, as here, and once a token."""
+    backbone, pad_id, examples = make_backbone(shape)
+    side, length = Gated(backbone, pad_id, examples), max(len(p) + len(r) for p, r in examples)
+    bank, name = side.model.bank, next(iter(side.model.bank.shapes))
+    x, y = (torch.randn(len(examples), length, d) for d in bank.shapes[name])
+    with torch.no_grad():
+        indices, weights = (part[:, 0] for part in side.gating(side.h_bar))  # [B, K], of the first layer
+        bank.use(side.gating(side.h_bar))
+        A, B = (bank.live[f"{name}.{part}"] for part in "AB")
+
+        def a_token():
+            every = indices[:, None].expand(-1, length, -1)  # [B, T, K]
+            h = torch.einsum("btd,btkrd->btkr", x, A[every]) * bank.scale * weights[:, None, :, None]
+            return y + torch.einsum("btkr,btkrd->btd", h, B[every])
+
+        sides, times = {"a sequence": lambda: bank.update(name, x, y), "a token": a_token}, [[], []]
+        for _ in range(turns + 1):
+            (ours,), (theirs,) = take_turn(sides.values(), [()], times)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    size = 4 * indices.numel() * RANK * sum(bank.shapes[name])
+    rows = {}
+    for side_name, spent, count in zip(sides, times, (size, size * length)):
+        rows[side_name] = {"seconds": spent[1:], "bytes": count}
+        print(
+            f"{shape}, {name}: {side_name} {1e3 * statistics.median(spent[1:]):.1f} ms, {count / 1e6:.1f} MB"
+        )
+    yield f"{shape}, {len(examples)} x {length} tokens", rows
+
+
 # ------------------------------------------------------------------------------------------------- the grid
 
 
@@ -340,16 +371,18 @@ def main(argv=None):
     lora.add_argument("--backbone", default="tiny", help="tiny, a Hub id, a local folder, FILE.gguf [tiny]")
     niwf = commands.add_parser("niwf", help="a training step of NIWF beside peft's LoRA")
     decode = commands.add_parser("decode", help="prefill and decoding beside peft's LoRA")
-    for p in (niwf, decode):
+    gather = commands.add_parser("gather", help="bases gathered a sequence, and a token")
+    for p in (niwf, decode, gather):
         p.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="[all]")
         p.add_argument("--json", type=output_file, help="write the seconds of every turn to this file")
-    for p in (ftn, lora, niwf, decode):
+    for p in (ftn, lora, niwf, decode, gather):
         p.add_argument("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed [5]")
     args = parser.parse_args(argv)
-    if args.command in ("niwf", "decode"):
-        if not importlib.util.find_spec("peft"):
+    benches = {"niwf": bench_niwf, "decode": bench_decode, "gather": bench_gather}
+    if args.command in benches:
+        if args.command != "gather" and not importlib.util.find_spec("peft"):
             raise Refused(f"bench.py {args.command} compares with peft: pip install peft")
-        bench, seconds = {"niwf": bench_niwf, "decode": bench_decode}[args.command], {}
+        bench, seconds = benches[args.command], {}
         for shape in args.shape:
             seconds |= dict(bench(shape, args.repeats))
         if args.json:

@@ -462,7 +462,7 @@ def parse_options(argv):
         "--data", nargs="+", help="JSON records of the first task, and of the second [embedded]"
     )
     parser.add_argument("--seeds", nargs="+", type=number(int, 0, 2**31), help="[0 1 2; choose: 200 201 202]")
-    parser.add_argument("--out", default="runs/variants", help="folder of the run folders")
+    parser.add_argument("--out", help="folder of the run folders [runs/variants, runs/variants-BACKBONE]")
     parser.add_argument("--json", type=output_file, help="write all of it to this file")
     args, rest = parser.parse_known_args(argv)
     if (args.table == "regions") != bool(args.run):
@@ -471,6 +471,8 @@ def parse_options(argv):
         args.rows = args.rows or [*TABLES[args.table]]
         if unknown := [name for name in args.rows if name not in TABLES[args.table]]:
             parser.error(f"no row is called {unknown[0]!r}: {', '.join(TABLES[args.table])}")
+        name = pathlib.Path(args.backbone).name
+        args.out = args.out or "runs/variants" + f"-{name}" * (name != "tiny")
         args.seeds = args.seeds or ([200, 201, 202] if args.table == "choose" else [0, 1, 2])
     return args, rest
 
