@@ -299,11 +299,25 @@ class EWC(NoMask):
 
 
 class BestAdapter(Mask):
-    """LoRA-Bank: the one adapter with the lowest loss on the batch."""
+    """LoRA-Bank: the one adapter with the lowest loss on the batch. One that another task has trained can be
+    that, and is then trained on."""
+
+    def losses(self, learner, *batch):
+        """Of every adapter, infinite where it is committed."""
+        found = [learner.mean_loss(torch.tensor([i]), *batch) for i in range(len(learner.components.free))]
+        return torch.tensor(found).masked_fill(~learner.components.free, math.inf)
 
     def mask_for(self, learner, t, *batch):
-        single = (torch.tensor([i]) for i in range(len(learner.components.free)))
-        return min(single, key=lambda i: learner.mean_loss(i, *batch))
+        return self.losses(learner, *batch).argmin()[None]
+
+
+class LockedBank(BestAdapter):
+    """LoRA-Bank with the lock: a finished task's adapter is offered to no other, and later recalled."""
+
+    recover = recall
+
+    def end(self, learner, t, *batch):
+        commit_mask(learner.components, learner.stored[t])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,6 +467,7 @@ class Adapters(Learner):
         super().__init__(row, mask, world, LoRAPool(targets, *size))
         attach(targets, self.components.update)
         self.always = row.reconfigure == "every" and isinstance(mask, SearchedMask)
+        self.offered = []  # for each task of a bank, the loss of every adapter when one was chosen
 
     def loss(self, examples):
         """Mean negative log-likelihood per response token, in nats."""
@@ -472,6 +487,8 @@ class Adapters(Learner):
         if not self.always:
             support = self.world.batch(t, self.row.support, generator(self.row.seed, "install", t))
             self.rows = self.stored[t] = self.mask.mask_for(self, t, *support)
+            if isinstance(self.mask, BestAdapter):
+                self.offered.append(self.mask.losses(self, *support).tolist())
         taken = self.components.take(self.rows).items()
         self.live = {name: (A.requires_grad_(), B.requires_grad_()) for name, (A, B) in taken}
         parameters = itertools.chain(*self.live.values())
@@ -527,6 +544,7 @@ METHODS = {
     "lora-ftn-lock": (Adapters, LockedMask(kernel=3, rounds=15)),
     "lora-naive": (Adapters, NoMask()),
     "lora-bank": (Adapters, BestAdapter()),
+    "lora-bank-lock": (Adapters, LockedBank()),
 }
 
 
@@ -562,6 +580,11 @@ def run_row(row):
     out.update(parameters_moved=[share for share, _ in moved], outputs_moved=[share for _, share in moved])
     if torch.is_tensor(learner.stored[0]) and len(learner.stored[0]) == row.k:
         out.update(overlaps(learner))
+    if isinstance(mask, BestAdapter):
+        chosen = [int(handle) for handle in learner.stored]
+        # JSON has no infinity: of a committed adapter there is no loss.
+        offered = [[x if math.isfinite(x) else None for x in losses] for losses in learner.offered]
+        out.update(chosen=chosen, offered=offered)
     ms_per_step = 1e3 * training / (row.tasks * row.steps)
     return dict(out, ms_per_step=ms_per_step, seconds=time.perf_counter() - began)
 
@@ -839,7 +862,7 @@ def rows_of(args):
         variants, leaks = dict.fromkeys(args.variant or HEAD), LEAKS if args.leaks else LEAKS[:1]
         lines = itertools.product(variants, args.methods, seeds, leaks)
         rows = [Row(variant=v, method=m, seed=s, leak=leak, **given) for v, m, s, leak in lines]
-    order = [FixedMask, Supermask, NoMask, EWC, BestAdapter, SearchedMask, LockedMask]
+    order = [FixedMask, Supermask, NoMask, EWC, BestAdapter, LockedBank, SearchedMask, LockedMask]
     return sorted(rows, key=lambda row: (row.seed, order.index(type(METHODS[row.method][1]))))
 
 

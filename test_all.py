@@ -2106,6 +2106,9 @@ def test_other_ways_to_use_the_pool_run_and_are_not_protected(more):
     assert more["method"] != "lora-naive" or all(p > 0.9 for p in out["parameters_moved"][:-1])
 
 
+METHODS_OF_BANKS = ("lora-bank", "lora-bank-lock")
+
+
 def test_the_bank_takes_a_component_of_the_same_size_per_task():
     out = learner_of(synthetic.StyleRow("lora-bank", 0, **SMALL_STYLE))
     A, B = next(iter(out.components.parts.values()))
@@ -2116,6 +2119,12 @@ def test_the_bank_takes_a_component_of_the_same_size_per_task():
     losses = [out.mean_loss(torch.tensor([i]), *out.world.support[0]) for i in range(4)]
     chosen = out.mask.mask_for(out, 0, *out.world.support[0])
     assert losses[int(chosen)] == min(losses) < max(losses)
+    free, locked = (synthetic.run_row(synthetic.StyleRow(m, 0, **SMALL_STYLE)) for m in METHODS_OF_BANKS)
+    for row in (free, locked):
+        offered = [[math.inf if x is None else x for x in losses] for losses in row["offered"]]
+        assert row["chosen"] == [losses.index(min(losses)) for losses in offered]
+    assert len({*locked["chosen"]}) == locked["tasks"] and synthetic.row_summary(locked)["stored_fm"] == 0.0
+    assert [losses.count(None) for losses in locked["offered"]] == list(range(locked["tasks"]))
 
 
 def test_styles_share_their_sentences_and_no_sentence_is_in_two_parts():
@@ -3270,3 +3279,33 @@ def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
         # Stored: the committed dynamics and field, and what has become of the bases.
         assert R[name][0] == R[name][1] if name == "bases and field frozen" else True
     assert R["nothing frozen"][0] != R["nothing frozen"][1]
+
+
+def test_tables_are_what_the_files_of_results_say():
+    assert "\n\n".join(report.results_page()) + "\n" == (report.RESULTS / "README.md").read_text()
+    text = (HERE / "README.md").read_text()
+    assert report.with_tables(text) == text and text.count("<!-- end -->") == text.count("<!-- ") / 2 > 5
+    shown = {name for name, *_ in report.SECTIONS}
+    assert shown == {path.stem for path in report.RESULTS.glob("*.json")}  # no result is kept back
+
+
+def test_what_the_readme_names_is_there():
+    text, here = (HERE / "README.md").read_text(), (HERE / "test_all.py").read_text()
+    for row in re.findall(r"^\| .*`test_\w+`.* \|$", text, re.MULTILINE):
+        _, where, tests = row.strip("| ").split(" | ")
+        file = (HERE / re.search(r"`(\w+\.py): ", where)[1]).read_text()
+        for name in re.findall(r"`(?:\w+\.py: )?([\w.]+)`", where):
+            for part in name.split("."):
+                assert re.search(rf"^ *(def|class) {part}\b", file, re.MULTILINE), name
+        for test in re.findall(r"`(test_\w+)`", tests):
+            assert f"def {test}(" in here, test
+    pages = {
+        HERE / "README.md": text,
+        report.RESULTS / "README.md": (report.RESULTS / "README.md").read_text(),
+    }
+    for page, content in pages.items():
+        for link in re.findall(r"\]\(([^)]+)\)", content):
+            file, _, section = link.partition("#")
+            assert (page.parent / file).exists(), link
+            heads = re.findall(r"^#+ (.*)$", pages.get(page.parent / file, ""), re.MULTILINE)
+            assert not section or section in {h.lower().replace(" ", "-") for h in heads}, link

@@ -1,6 +1,6 @@
 """The page of results and its pictures. Nothing is computed again: all is made of assets/results/*.json.
 
-    python assets/report.py                  # writes assets/results/README.md, whole
+    python assets/report.py      # writes assets/results/README.md, whole, and the tables of the README
     python assets/report.py --regions assets/results/tiny-regions.json --to assets
     python assets/report.py --figures assets/results/ftn-experiment-1.json --to assets
 
@@ -29,6 +29,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import statistics
 import sys
 
@@ -42,7 +43,8 @@ except ImportError:
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+HOME = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HOME))
 
 from commit import Parser, atomic, run_program
 from model import Refused
@@ -59,7 +61,7 @@ from synthetic import (
     spread,
 )
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+RESULTS = HOME / "assets" / "results"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -435,14 +437,34 @@ def growth(content):
 
 def timings(content):
     """rows {what: {side: {"seconds", "peak memory"}}} of bench.py."""
+    rows = {
+        what: {n: found["seconds"] for n, found in sides.items()} for what, sides in content["rows"].items()
+    }
+    for what in list(rows):
+        if tokens := re.fullmatch(r"(.*, prefill) and (\d+) tokens", what):
+            after = {
+                side: [(long - short) / int(tokens[2]) for long, short in zip(seconds, rows[tokens[1]][side])]
+                for side, seconds in rows[what].items()
+            }
+            rows[what.replace("prefill and", "each of")] = after
     lines = []
-    for what, sides in content["rows"].items():
-        ms = {side: 1000 * statistics.median(found["seconds"]) for side, found in sides.items()}
-        ratio = f"{ms['ours'] / ms['peft']:.2f}" if "peft" in ms else ""
-        line = [what] + [f"{ms[side]:.1f}" if side in ms else "" for side in ("ours", "peft", "bare")]
-        memory = [sides[side]["peak memory"] for side in ("ours", "peft") if side in sides]
-        lines.append([*line, ratio, ", ".join(memory)])
-    return table(["ms", "ours", "peft", "bare backbone", "ours / peft", "peak memory, ours, peft"], lines)
+    for what, sides in rows.items():
+        ms = {side: 1000 * statistics.median(seconds) for side, seconds in sides.items()}
+        memory = content["rows"].get(what, {})
+        line = [what] + [f"{ms[side]:.2f}" if side in ms else "" for side in ("ours", "peft", "bare")]
+        line.append(f"{ms['ours'] / ms['peft']:.2f}")
+        lines.append(line + [memory[side]["peak memory"] if memory else "" for side in ("ours", "peft")])
+    heads = ["ms", "ours", "peft", "bare backbone", "ours / peft"]
+    return table([*heads, "peak memory, ours", "peft"], lines)
+
+
+def gathered(content):
+    lines = [
+        [what, side, f"{1000 * statistics.median(found['seconds']):.2f}", f"{found['bytes'] / 1e6:.1f}"]
+        for what, sides in content["rows"].items()
+        for side, found in sides.items()
+    ]
+    return table(["one projection", "bases gathered for", "ms", "MB gathered"], lines)
 
 
 def scores(content):
@@ -477,7 +499,6 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("tiny-baselines", two_tasks, "Baselines and locks", "Two tasks: A general instructions, B code. "
      "*Stored*: the right version is given; *routed*: the coordinate decides. Of one adapter, or of all "
      "weights, there is one version."),
-    ("tiny-ablations", two_tasks, "Ablations", "The same two tasks, one thing changed."),
     ("tiny-soft-lock", drift, "Why the soft lock forgets", "The same two tasks, parts frozen after A."),
     ("tiny-regions", regions, "One region alone", "Does it tell the tasks apart?"),
     ("smollm2-regions", regions),
@@ -488,33 +509,52 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("smollm2-baselines", two_tasks),
     ("niwf-bench", timings, "Speed beside peft", "A training step, and answers."),
     ("decode-bench", timings),
+    ("gather-bench", gathered, "What is gathered", "Bases gathered once a sequence, or for every token."),
     ("ftn-experiment-1", scores, "Functional task networks", "The score is an accuracy in clf and a loss in "
      "reg and style. FM is forgetting: positive is worse."),
     ("ftn-unseen-seeds", scores), ("ftn-gaussian", scores), ("ftn-leaks", scores), ("ftn-capacity", scores),
-    ("ftn-ten-steps", scores), ("ftn-no-recall", scores), ("ftn-recall-by-overlap", scores),
+    ("ftn-ten-steps", scores),
     ("lora-ftn", scores, "LoRA-FTN", "Six ways to rewrite a sentence; nats per token."),
     ("lora-ftn-b-std", scores), ("lora-ftn-every", scores), ("lora-ftn-once", scores),
-    ("lora-ftn-no-recall", scores), ("lora-ftn-excluded", scores), ("lora-ftn-smollm2", scores)]
+    ("lora-ftn-smollm2", scores)]
 # fmt: on
 
 
+def read_results(name):
+    path = RESULTS / f"{name}.json"
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        raise Refused(f"{path}: not JSON, or cut short") from None
+
+
 def results_page():
-    """assets/results/README.md, whole. Refused: a file is no file of results."""
+    """assets/results/README.md, part by part. Refused: a file is no file of results."""
     yield "# Results\n\nWritten by `python assets/report.py` from the files in this folder, whole."
     yield "Mean ± standard deviation over seeds. Perplexity is over response tokens, end token included."
     for name, draw, *begins in SECTIONS:
-        path = RESULTS / f"{name}.json"
-        try:
-            content = json.loads(path.read_bytes())
-            made = f"{content['date'][:10]}, {content['machine']}, torch {content['torch']}"
-            made += f", {content['threads']} threads" if "threads" in content else ""
-            made += f", revision {content['git'][:7]}" if content.get("git") else ""
-            lines = draw(content)
-            command = content["command"]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise Refused(f"{path}: not what this program's results are ({type(e).__name__} {e})") from e
-        yield "\n\n".join(["## " + begins[0], begins[1]] if begins else [])
-        yield f"`{command}`\n([{name}.json]({name}.json), {made})\n\n" + "\n".join(lines)
+        content = read_results(name)
+        made = f"{content['date'][:10]}, {content['machine']}, torch {content['torch']}"
+        made += f", {content['threads']} threads" if "threads" in content else ""
+        made += f", revision {content['git'][:7]}" if content.get("git") else ""
+        yield from ["## " + begins[0], begins[1]] if begins else []
+        yield f"`{content['command']}`\n([{name}.json]({name}.json), {made})"
+        yield "\n".join(draw(content))
+
+
+def with_tables(text):
+    """The text of a README with what stands between `<!-- FILE -->` or `<!-- FILE: VARIANT -->` and `<!-- end
+    -->` made again, from all rows of that file of results or from those of the variant."""
+    draws = {name: draw for name, draw, *_ in SECTIONS}
+
+    def made(block):
+        begin, name, variant, end = block.groups()
+        content = read_results(name)
+        if variant:
+            content["rows"] = [row for row in content["rows"] if row["variant"] == variant]
+        return "\n".join([begin, *draws[name](content), end])
+
+    return re.sub(r"(<!-- ([\w-]+)(?:: (\w+))? -->)\n.*?(<!-- end -->)", made, text, flags=re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------- the command line
@@ -531,9 +571,13 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     if not args.figures and not args.regions:
-        with atomic(RESULTS / "README.md") as tmp:
-            tmp.write_text("\n\n".join(filter(None, results_page())) + "\n")
-        return print(f"wrote {RESULTS / 'README.md'}")
+        pages = {RESULTS / "README.md": "\n\n".join(results_page()) + "\n"}
+        pages[HOME / "README.md"] = with_tables((HOME / "README.md").read_text())
+        for path, text in pages.items():
+            with atomic(path) as tmp:
+                tmp.write_text(text)
+            print(f"wrote {path}")
+        return
     results = [row for path in args.figures or () for row in read_rows(path)]
     runs = read_regions(args.regions) if args.regions else []
     if matplotlib is None:
