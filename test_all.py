@@ -13,6 +13,7 @@ os.environ.setdefault(
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.util
 import itertools
@@ -23,8 +24,10 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -2016,14 +2019,21 @@ def test_a_kept_row_is_named_after_what_decides_its_numbers_and_nothing_else(tmp
 
 def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
     command = [sys.executable, str(HERE / "synthetic.py"), "--methods", "ftn-slow", "--workers", "2"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
-    said = ""
-    while "row" not in said:
-        said += process.stderr.read(1)
-    os.killpg(process.pid, signal.SIGINT)
-    said += process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "Traceback" not in said
+    ours, its = os.openpty()  # a terminal, as the bar that is waited for is drawn on nothing else
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=its
+    )
+    os.close(its)
+    said = b""
+    with contextlib.suppress(OSError):  # at the end, when nobody holds the other side
+        while part := os.read(ours, 1000):
+            started, said = b"row" in said, said + part
+            if b"row" in said and not started:
+                os.killpg(process.pid, signal.SIGINT)
+    os.close(ours)
+    assert process.wait(60) == 1 and b"Traceback" not in said
+    said = said.decode()
     assert said.strip().splitlines()[-1].startswith("synthetic.py: stopped; finished rows are kept")
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
