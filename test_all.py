@@ -2061,7 +2061,7 @@ def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
         (["--json", "."], "--json: '.' cannot be written"),
         (["--methods", "lora-ftn"], "experiment 1 has the methods fixedmask"),
         (["--experiment", "2", "--methods", "ewc"], "experiment 2 has the methods lora-fixedmask"),
-        (["--experiment", "2", "--backbone", "no/such"], "5 of 5 rows were not computed: .*no/such"),
+        (["--experiment", "2", "--backbone", "no/such"], "6 of 6 rows were not computed: .*no/such"),
         (
             ["--methods", "fixedmask", "--tasks", "9", "--steps", "1", "--variant", "clf"],
             "hold 8 fixed masks",
