@@ -13,7 +13,6 @@ os.environ.setdefault(
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.util
 import itertools
@@ -27,7 +26,6 @@ import signal
 import struct
 import subprocess
 import sys
-import termios
 import time
 
 import pytest
@@ -2019,6 +2017,7 @@ def test_a_kept_row_is_named_after_what_decides_its_numbers_and_nothing_else(tmp
 
 def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
     command = [sys.executable, str(HERE / "synthetic.py"), "--methods", "ftn-slow", "--workers", "2"]
+    fcntl, termios = map(pytest.importorskip, ("fcntl", "termios"))
     ours, its = os.openpty()  # a terminal, as the bar that is waited for is drawn on nothing else
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(
@@ -3278,6 +3277,26 @@ def test_two_task_rows_keep_or_lose_what_they_must(micro, tmp_path):
     assert found["LoRA r 64, one a task"]["kept parameters"] > found["LoRA r 64, one"]["kept parameters"]
 
 
+def test_variants_remove_nothing_and_refuse_a_damaged_row(micro, tmp_path, capsys):
+    data = [HERE / "assets" / "data" / f"{task}.choose.json" for task in ("alpaca", "code")]
+    place = tmp_path / "v" / "publish" / "0"
+    mine = place / "then---lock-exact.part" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    run_variants("baselines", ["NIWF, exact lock", "full fine-tuning"], micro, tmp_path, data)
+    assert mine.read_text() == "mine" and {p.name for p in place.iterdir()} == {
+        "default",
+        "fine-tuning-0-0001",
+        "then---lock-exact",
+        "then---lock-exact.part",
+    }
+    kept = place / "fine-tuning-0-0001"
+    kept.write_bytes(damaged := kept.read_bytes()[:-9])
+    with pytest.raises(Refused, match="fine-tuning-0-0001 is damaged"):
+        run_variants("baselines", ["full fine-tuning"], micro, tmp_path, data)
+    assert kept.read_bytes() == damaged
+
+
 def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
     data = [HERE / "assets" / "data" / f"{task}.choose.json" for task in ("alpaca", "code")]
     found = run_variants("soft-lock", list(variants.SOFT_LOCK), micro, tmp_path, data)
@@ -3286,8 +3305,8 @@ def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
     for name in variants.SOFT_LOCK:
         assert ("dynamics" in name) == (drift[name]["moved"] == 0), name
         assert ("field" in name) == (drift[name]["lock_loss"] == 0), name
-        # Stored: the committed dynamics and field, and what has become of the bases.
-        assert R[name][0] == R[name][1] if name == "bases and field frozen" else True
+    # Stored: the committed dynamics, and what has become of the field and the bases.
+    assert R["bases and field frozen"][0] == R["bases and field frozen"][1]
     assert R["nothing frozen"][0] != R["nothing frozen"][1]
 
 

@@ -215,8 +215,9 @@ def bench_gather(shape, turns):
     bank, name = side.model.bank, next(iter(side.model.bank.shapes))
     x, y = (torch.randn(len(examples), length, d) for d in bank.shapes[name])
     with torch.no_grad():
-        indices, weights = (part[:, 0] for part in side.gating(side.h_bar))  # [B, K], of the first layer
-        bank.use(side.gating(side.h_bar))
+        gating = side.gating(side.h_bar)
+        bank.use(gating)
+        indices, weights = (part[:, 0] for part in gating)  # [B, K], of the first layer
         A, B = (bank.live[f"{name}.{part}"] for part in "AB")
 
         def a_token():

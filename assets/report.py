@@ -287,10 +287,10 @@ def draw_coordinates(runs):
     )
     for axis, run in zip(axes[0], runs):
         for colour, (task, found) in zip((BLUE, ORANGE), run["coordinates"].items()):
-            home = [100 * sum(found["home"]) / len(found["home"])]
+            home = 100 * sum(found["home"]) / len(found["home"])
             for inside, marker in ((1, "o"), (0, "x")):
                 points = [p for p, h in zip(found["tsne"], found["home"]) if h == inside]
-                label = f"{task}, {home[0]:.0f} % in its region" if inside else f"{task}, outside it"
+                label = f"{task}, {home:.0f} % in its region" if inside else f"{task}, outside it"
                 axis.scatter(*zip(*points or [(math.nan,) * 2]), s=12, marker=marker, c=colour, label=label)
         axis.set(xticks=[], yticks=[], title=f"--lock {run['lock']}: after {run['tasks'][-1]}")
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
@@ -521,11 +521,15 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
 
 
 def read_results(name):
+    """Refused: the file is not one that `write_results` wrote."""
     path = RESULTS / f"{name}.json"
     try:
-        return json.loads(path.read_bytes())
-    except ValueError:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
         raise Refused(f"{path}: not JSON, or cut short") from None
+    if not isinstance(content, dict) or not {"command", "date", "machine", "torch", "rows"} <= {*content}:
+        raise Refused(f"{path}: not a file of results")
+    return content
 
 
 def results_page():

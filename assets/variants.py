@@ -34,8 +34,8 @@ import math
 import pathlib
 import shlex
 import shutil
-import statistics
 import sys
+import tempfile
 import unittest.mock
 
 import torch
@@ -47,7 +47,8 @@ from commit import Parser, Run, atomic, number, output_file, run_program, write_
 from eval import batches, open_run, validation_set, what_is_published
 from field import CoordinateDynamics, WeightField
 from model import load_backbone, pad_of, perplexity, pick_device, response_logits, response_nll
-from synthetic import spread
+from report import one_task, two_tasks
+from synthetic import read_sealed, sealed
 from train import encode
 
 rms = lambda x: float(x.square().mean().sqrt())
@@ -290,10 +291,8 @@ def train_row(variant, seed, args, rest):
     then = f"then {variant.second or 'no lock'}"
     folder = place_of(args, seed, variant.options, variant.patch, then, variant.later)
     if not folder.exists():
-        copy = folder.with_name(folder.name + ".part")
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(first, copy)
-        copy.rename(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:  # whole or not at all
+            pathlib.Path(shutil.copytree(first, f"{tmp}/copy")).rename(folder)
     options = f"{variant.options} {variant.second}"
     return describe(train_task(folder, "code", options, variant.later or variant.patch, args, seed, rest))
 
@@ -304,14 +303,13 @@ def parameters(run):
     for entry in run.manifest["versions"]:
         versions.append(run.read_version(entry, versions))
     size = lambda module: sum(p.numel() for p in module.parameters())
-    kept = {id(v.dynamics): size(v.dynamics) for v in versions}
     chooses = versions[0].config["bases"] > 1  # a field over one basis chooses nothing and need not be kept
     per_version = [sum(t.numel() for t in v.bases.values()) + chooses * size(v.field) for v in versions]
     # Under the soft lock and without one the last version holds the one bank; the earlier are copies of
     # what it was, kept to measure forgetting.
     exact = versions[-1].lock in ("exact", "first")
     bases = sum(t.numel() for t in versions[-1].bases.values())
-    return bases, (sum(per_version) if exact else per_version[-1]) + sum(kept.values()) // len(kept)
+    return bases, (sum(per_version) if exact else per_version[-1]) + size(versions[-1].dynamics)
 
 
 def describe(run):
@@ -327,7 +325,7 @@ def fine_tune(variant, seed, args, rest):
     order, the same warm-up and decay of the learning rate. -> as `train_row`"""
     path = place_of(args, seed, f"fine-tuning {variant.lr:g}")
     if path.exists():
-        return json.loads(path.read_text())
+        return read_sealed(path)
     backbone, tokenizer = load_backbone(args.backbone, "cpu")
     sets, R = {}, []
     for task in ("alpaca", "code"):
@@ -346,7 +344,7 @@ def fine_tune(variant, seed, args, rest):
     found |= {"trained parameters": size, "kept parameters": size}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as tmp:
-        tmp.write_text(json.dumps(found))
+        tmp.write_text(json.dumps(sealed(path, found)))
     return found
 
 
@@ -371,48 +369,6 @@ def measure_backbone(backbone, tokenizer, examples):
     pad = pad_of(tokenizer)
     nll = sum(float(response_nll(*response_logits(backbone, pad, b)).sum()) for (b,) in batches(examples))
     return perplexity(nll, sum(len(r) for _, r in examples))
-
-
-# ------------------------------------------------------------------------------------------------ the tables
-
-
-def print_worth(rows):
-    """rows: {name: [one dict a seed]}, of one task."""
-    width = max(map(len, rows))
-    print(f"\n{'':{width}}  nats a token     perplexity          parameters  choices  of bases  inside")
-    for name, seeds in rows.items():
-        found = [row["R"]["stored"][0][0] for row in seeds]
-        line = f"{name:{width}}  {spread([*map(math.log, found)], 4):15}  {spread(found, 4):15}  "
-        line += f"{seeds[0]['trained parameters']:12,}"
-        if "gating" in seeds[0]:
-            gating = [row["gating"]["alpaca"] for row in seeds]
-            choices, bases = (statistics.mean(g[key] for g in gating) for key in ("sets", "bases"))
-            count = sum(seeds[0]["routing"]["alpaca"].values())
-            inside = statistics.mean(row["inside"]["alpaca"]["alpaca"] for row in seeds) / count
-            line += f"  {choices:7.1f}  {bases:8.1f}  {inside:6.1%}"
-        print(line)
-
-
-def print_pairs(rows):
-    """rows: {name: [one dict a seed]}, of two tasks A and B."""
-    width, heads = max(map(len, rows)), ["A after A", "after A and B", "routed", "B", "routed"]
-    print(
-        f"\n{'':{width}}" + "".join(f"{head:>15}" for head in heads) + "   home A, B       parameters, kept"
-    )
-    for name, seeds in rows.items():
-        cells = [("stored", 0, 0), ("stored", 1, 0), ("routed", 1, 0), ("stored", 1, 1), ("routed", 1, 1)]
-        figures = [spread([row["R"][p][i][j] for row in seeds]) for p, i, j in cells]
-        home = [
-            f"{statistics.mean(row['routing'][t][t] / sum(row['routing'][t].values()) for row in seeds):.1%}"
-            for t in ("alpaca", "code")
-            if "routing" in seeds[0]
-        ]
-        sizes = [f"{seeds[0][key]:,}" for key in ("trained parameters", "kept parameters")]
-        print(
-            f"{name:{width}}"
-            + "".join(f"{f:>15}" for f in figures)
-            + f"   {' '.join(home):13} {' '.join(sizes)}"
-        )
 
 
 # -------------------------------------------------------------------------------- does one region tell apart?
@@ -490,7 +446,8 @@ def main(argv=None):
                 fine_tune(variant, seed, args, rest) if variant.lr else train_row(variant, seed, args, rest)
             )
             result[name].append(made)
-        (print_worth if args.table in ("worth", "choose") else print_pairs)(result)
+        made = one_task if args.table in ("worth", "choose") else two_tasks
+        print("", *made({"rows": result}), sep="\n")
     if args.json:
         write_results(args.json, "assets/variants.py", argv, indent=1, rows=result)
 
