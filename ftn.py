@@ -86,13 +86,17 @@ def unpack(theta, shapes):
 
 @dataclasses.dataclass(frozen=True)
 class SmoothKWTA:
-    """FTN Algorithm 1: `steps` (S) of Adam at `lr` (eta), `rounds` (T) of a `kernel` (s), then k winners."""
+    """FTN Algorithm 1: `steps` (S) of Adam at `lr` (eta), `rounds` (T) of a `kernel` (s), then k winners.
+
+    start is the logit that all of m begins with: 0 in the paper, so that everything is half switched on.
+    """
 
     k: int
     kernel: int = 3
     rounds: int = 15
     steps: int = 1
     lr: float = 1.0
+    start: float = 0.0
 
     def configure(self, loss, side, free=None):
         """The winners [k] of a side x side grid, ascending.
@@ -102,7 +106,7 @@ class SmoothKWTA:
         Refused: fewer than k are free, or the kernel does not fit.
         """
         # fmt: off
-        m = torch.zeros(side * side, requires_grad=True)                  # line 2: a cold start
+        m = torch.full((side * side,), self.start, requires_grad=True)    # line 2: a cold start
         adam = torch.optim.Adam([m], lr=self.lr, fused=True)
         for _ in range(self.steps):                                       # lines 3-5: gradient proposal
             adam.zero_grad()

@@ -1,6 +1,7 @@
 """FTN's two experiments, and their tables beside the paper's.
 
-    python synthetic.py                        # experiment 1: both variants, every method, one seed
+    python synthetic.py                        # experiment 1: both variants, the paper's methods, one seed
+    python synthetic.py --methods all          # and supsup-wide, the slowest
     python synthetic.py --seeds 8              # mean +- std over seeds, as in the paper
     python synthetic.py --leaks                # what each broken precaution costs FixedMask
     python synthetic.py --tasks 12 --methods ftn-slow ftn-slow-lock --grow     # beyond the capacity H/k = 8
@@ -88,11 +89,14 @@ class Row:
     method: str
     seed: int
     inputs: str = "uniform"  # "gaussian": x ~ N(0, I) and no phases, the harder generator
+    frequency: float = 8.0
+    generator: int = -1  # the seed of W, b and v; -1: the row's own
     leak: str = "none"  # one of Appendix C's precautions, left out
     tasks: int = 3
     steps: int = 1000  # training steps a task
     grow: bool = False  # enlarge the grid when too few neurons are free
     search: tuple = ()  # (S, eta) in place of the variant's own
+    m0: float = 0.0  # what a search's mask logits start with
     batch: int = 256
     side: int = 32  # D, H = D^2
     k: int = 128
@@ -140,14 +144,15 @@ def generator(*key):
 
 
 class ConceptShift:
-    """x in R^2, h = W x + b in R^(8 tasks), y_t = sum over the task's own eight i of v_i sin(8 h_i), |v| = 1.
+    """x in R^2, h = W x + b in R^(8 tasks), y_t = sum over the task's own eight i of v_i sin(f h_i), |v| = 1.
 
-    W_ij ~ N(0, 0.5^2), b ~ U(-pi, pi), x ~ U(-1, 1)^2; with inputs "gaussian" x ~ N(0, 1)^2 and b = 0.
-    Classification: is y_t above its median. Regression: 0.75 (y_t - mean).
+    The frequency f is 8, W_ij ~ N(0, 0.5^2), b ~ U(-pi, pi), x ~ U(-1, 1)^2; with inputs "gaussian" x ~
+    N(0, 1)^2 and b = 0. Classification: is y_t above its median. Regression: 0.75 (y_t - mean).
     """
 
     def __init__(self, row):
-        self.row, rng, tasks = row, generator(row.seed, 0), range(row.tasks)
+        rng = generator(row.seed if row.generator < 0 else row.generator, 0)
+        self.row, tasks = row, range(row.tasks)
         self.W = 0.5 * torch.randn(8 * row.tasks, 2, generator=rng)
         phases = (torch.rand(8 * row.tasks, 1, generator=rng) * 2 - 1) * torch.pi
         self.b = phases * (row.inputs == "uniform")
@@ -163,7 +168,7 @@ class ConceptShift:
 
     def signal(self, t, x):
         own = slice(8 * t, 8 * t + 8)
-        return torch.sin(8 * (self.W[own] @ x.T + self.b[own])).T @ self.v[t]
+        return torch.sin(self.row.frequency * (self.W[own] @ x.T + self.b[own])).T @ self.v[t]
 
     def batch(self, t, n, rng):
         """x [n, 2] and y: classes [n] or values [n, 1]."""
@@ -232,32 +237,49 @@ class Mask:
         """Task t is over; `batch` was its last."""
 
 
+@dataclasses.dataclass(frozen=True)
 class FixedMask(Mask):
-    """Disjoint blocks in the order of the tasks. This method alone is told which task it is."""
+    """Disjoint blocks in the order of the tasks, or anywhere: the next k of a random order.
+
+    Told, at test time, which task it is, as no other method is; if not, it recalls as the lock does.
+    """
+
+    told: bool = True
+    anywhere: bool = False
 
     def mask_for(self, learner, t, *batch):
         k, count = learner.row.k, len(learner.components.free)
         if (t + 1) * k > count:
             raise Refused(f"{count} neurons hold {count // k} fixed masks of {k}, not {t + 1}")
-        return torch.arange(t * k, (t + 1) * k)
+        order = torch.arange(count)
+        if self.anywhere:
+            order = torch.randperm(count, generator=generator(learner.row.seed, "blocks"))
+        return order[t * k : (t + 1) * k].sort().values
 
     def recover(self, learner, t):
-        return learner.stored[t]
+        return learner.stored[t] if self.told else recall(self, learner, t)
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchedMask(Mask):
-    """FTN: Algorithm 1, in training and at test time."""
+    """FTN: Algorithm 1, in training and at test time. hidden: in training the search does not see the answers
+    of what earlier tasks have trained, though it may still win; under the lock this is what is committed."""
 
     kernel: int = 3
     rounds: int = 15
+    hidden: bool = False
 
-    def search(self, learner):
-        return SmoothKWTA(learner.row.k, self.kernel, self.rounds, *learner.proposal)
+    def search(self, learner, seen, *batch):
+        free, loss = learner.components.free, learner.loss_of_mask(*batch)
+        algorithm = SmoothKWTA(learner.row.k, self.kernel, self.rounds, *learner.proposal)
+        return algorithm.configure(lambda mask: loss(mask * seen), math.isqrt(len(free)), free)
 
     def mask_for(self, learner, t, *batch):
-        free = learner.components.free
-        return self.search(learner).configure(learner.loss_of_mask(*batch), math.isqrt(len(free)), free)
+        earlier = torch.stack(learner.touched[: t * self.hidden] or [torch.zeros_like(learner.touched[t])])
+        return self.search(learner, ~earlier.any(0), *batch)
+
+    def recover(self, learner, t):
+        return self.search(learner, torch.ones_like(learner.touched[t]), *learner.world.support[t])
 
 
 class LockedMask(SearchedMask):
@@ -322,9 +344,17 @@ class LockedBank(BestAdapter):
 
 @dataclasses.dataclass(frozen=True)
 class Supermask(Mask):
-    """A mask over weights: `SupSup` learns it, so here it is only recalled."""
+    """A mask over weights: `SupSup` learns it, so here it is only recalled.
 
+    lr: of the scores. top: a weight is on where its score is among the larger half of its layer, as the
+    paper says, in place of where it is positive. wide: twice the width, and signed constants +-sqrt(gain /
+    fan_in) in place of normal weights; Kaiming-He's gain is 2, and 4 allows for the half that is off.
+    """
+
+    lr: float = 3e-4
+    top: bool = False
     wide: bool = False
+    gain: float = 4.0
     recover = recall
 
 
@@ -358,7 +388,7 @@ class Neurons(Learner):
         head = HEAD[row.variant]
         self.loss, self.fisher, self.optimizer = head["loss"], [], None
         steps, lr = row.search or (head["steps"], head["lr"])
-        self.proposal = int(steps), lr  # S and eta of Algorithm 1
+        self.proposal = int(steps), lr, row.m0  # S, eta and m_0 of Algorithm 1
         size = dict(layers=row.layers, width=width * row.width, bias=row.leak == "bias")
         super().__init__(row, mask, ConceptShift(row), FastGrid(row.side, 2, head["d_out"], **size))
 
@@ -414,8 +444,7 @@ class SupSup(Neurons):
 
     A weight is on where its score is positive (straight-through gradient), as in the SupSup authors' own
     example; scores start at U(-1, 1) / sqrt(fan_in), so half are on. A handle is a mask of each weight
-    tensor. "Wide" has twice the width and signed constants +-sqrt(2 / (fan_in / 2)) in place of normal
-    weights.
+    tensor.
     """
 
     def __init__(self, row, mask):
@@ -423,7 +452,7 @@ class SupSup(Neurons):
         self.weights = [p.detach() for p in self.grid.parameters()]
         if mask.wide:
             for W in unpack(self.weights[0], self.grid.shapes)[0]:
-                W.sign_().mul_(2 / W.shape[2] ** 0.5)
+                W.sign_().mul_((mask.gain / W.shape[2]) ** 0.5)
 
     def begin(self, t):
         theta, readout = (torch.empty_like(w) for w in self.weights)
@@ -434,13 +463,19 @@ class SupSup(Neurons):
         for s in self.scores:
             s.grad = torch.zeros_like(s)
         self.on = [torch.zeros_like(w).requires_grad_() for w in self.weights]
-        self.optimizer = torch.optim.Adam(self.scores, lr=self.row.lr, fused=True)
-        self.stored.append([torch.empty_like(w, dtype=torch.bool) for w in self.weights])
+        self.optimizer = torch.optim.Adam(self.scores, lr=self.mask.lr, fused=True)
+        self.stored.append([torch.zeros_like(w, dtype=torch.bool) for w in self.weights])
+
+    def layers(self, tensors):
+        """Views of those for theta and readout: [H, out, in] of every layer, [d_out, H]. Biases are 0."""
+        return [*unpack(tensors[0].detach(), self.grid.shapes)[0], tensors[1].detach()]
 
     def train(self, t, x, y):
         with torch.no_grad():
-            for s, mask, on, w in zip(self.scores, self.stored[t], self.on, self.weights):
-                torch.mul(w, torch.gt(s, 0, out=mask), out=on)
+            for s, mask, on, w in zip(
+                *map(self.layers, (self.scores, self.stored[t], self.on, self.weights))
+            ):
+                torch.mul(w, torch.gt(s, s.median() if self.mask.top else 0, out=mask), out=on)
         loss = self.loss(self.grid.answer(*self.on, x, self.row.dropout), y)
         for s, g, w in zip(self.scores, torch.autograd.grad(loss, self.on), self.weights):
             torch.mul(g, w, out=s.grad)  # straight through: d(mask)/d(score) is taken as 1
@@ -538,7 +573,7 @@ METHODS = {
     "nomask": (Neurons, NoMask()),
     "ewc": (Neurons, EWC(strength=400.0)),
     "supsup": (SupSup, Supermask()),
-    "supsup-wide": (SupSup, Supermask(wide=True)),
+    "supsup-wide": (SupSup, Supermask(wide=True)),  # run with --methods all
     "lora-fixedmask": (Adapters, FixedMask()),
     "lora-ftn": (Adapters, SearchedMask(kernel=3, rounds=15)),
     "lora-ftn-lock": (Adapters, LockedMask(kernel=3, rounds=15)),
@@ -546,6 +581,17 @@ METHODS = {
     "lora-bank": (Adapters, BestAdapter()),
     "lora-bank-lock": (Adapters, LockedBank()),
 }
+CONTROLS = {  # of experiment 1, run when they are named
+    "fixedmask-recall": (Neurons, FixedMask(told=False)),
+    "random-disjoint-recall": (Neurons, FixedMask(told=False, anywhere=True)),
+    "ftn-slow-hidden": (Neurons, SearchedMask(kernel=3, rounds=15, hidden=True)),
+    "ftn-slow-lock-hidden": (Neurons, LockedMask(kernel=3, rounds=15, hidden=True)),
+}
+CONTROLS |= {f"ewc-{strength:g}": (Neurons, EWC(strength)) for strength in (40, 4e3, 4e4, 4e5)}
+for lr, top, gain in itertools.product((0.0, 3e-4, 3e-3, 3e-2), (False, True), (0.0, 2.0, 4.0)):
+    name = "supsup" + {0.0: "", 2.0: "-wide-he", 4.0: "-wide"}[gain] + "-top" * top + f"-{lr:g}"
+    CONTROLS[name] = SupSup, Supermask(lr, top, gain > 0, gain)
+KNOWN = METHODS | CONTROLS
 
 
 # -------------------------------------------------------------------------------------------- one stream
@@ -559,7 +605,7 @@ def run_row(row):
     torch.set_num_threads(1)
     torch.manual_seed(row.seed)
     began, training, kept, curve = time.perf_counter(), 0.0, [], []
-    learner_class, mask = METHODS[row.method]
+    learner_class, mask = KNOWN[row.method]
     learner = learner_class(row, mask)
     for t in range(row.tasks):
         rng = generator(row.seed, "train", t)
@@ -748,7 +794,7 @@ def print_tables(outs):
                 if o.get("leak", "none") == leak:
                     rows.setdefault(o["method"], []).append(row_summary(o))
             if rows:
-                print_scores(variant, leak, {m: rows[m] for m in METHODS if m in rows})
+                print_scores(variant, leak, {m: rows[m] for m in KNOWN if m in rows})
         print_decomposition([o for o in group if o.get("leak", "none") == "none"], variant)
         if variant == "style":
             for method in ("lora-ftn", "lora-ftn-lock"):
@@ -790,7 +836,7 @@ def print_decomposition(outs, variant):
             lines.setdefault(o["method"], []).append(losses)
     if lines:
         print(f"\nloss on earlier tasks against FixedMask, {variant}\n{'':<14}{'overlap':>16}{'recall':>16}")
-        for method in filter(lines.get, METHODS):
+        for method in filter(lines.get, KNOWN):
             print(f"{method:<14}" + "".join(f"{spread(column):>16}" for column in zip(*lines[method])))
 
 
@@ -811,14 +857,17 @@ def print_overlaps(outs):
 # -------------------------------------------------------------------------------------- the command line
 
 # Options that one experiment alone has; None where they are not given, and then `Row` or `StyleRow` decides.
-OWN = {1: ("inputs", "search", "grow"), 2: ("backbone", "reconfigure", "b_std")}
+OWN = {
+    1: ("inputs", "frequency", "generator", "search", "m0", "grow"),
+    2: ("backbone", "reconfigure", "b_std"),
+}
 
 
 def parse_options(argv=None):
     p = Parser(prog="synthetic.py", description="The FTN experiments and their tables.")
     add = p.add_argument
     add("--experiment", type=int, choices=[1, 2], default=1)
-    add("--methods", nargs="+", choices=METHODS, help="[all]")
+    add("--methods", nargs="+", choices=["all", *KNOWN], metavar="METHOD", help="[all but supsup-wide]")
     add("--seeds", type=number(int, 1, 1000), default=1, help="how many [1]")
     add("--first-seed", type=number(int, 0, 2**31), default=0, help="[0]")
     add("--tasks", type=number(int, 2, 100), help="[3; 6]")
@@ -828,7 +877,10 @@ def parse_options(argv=None):
     add = p.add_argument_group("experiment 1").add_argument
     add("--variant", nargs="+", choices=list(HEAD), help="[both]")
     add("--inputs", choices=["uniform", "gaussian"], help="the generator, see Row [uniform]")
+    add("--frequency", type=number(float, 0.1, 100), help="of the generator [8]")
+    add("--generator", type=number(int, 0, 2**31), help="one for all seeds: its own seed [every seed's]")
     add("--search", nargs=2, type=number(float, 1e-3, 1000), metavar=("S", "ETA"), help="of Algorithm 1")
+    add("--m0", type=number(float, -100, 100), help="what mask logits start with [0]")
     add("--grow", action="store_const", const=True, help="when too few neurons are free, take a larger grid")
     add("--leaks", action="store_true", help="FixedMask with each precaution of Appendix C left out")
     add = p.add_argument_group("experiment 2").add_argument
@@ -839,8 +891,12 @@ def parse_options(argv=None):
     for name in OWN[3 - args.experiment] + (("variant", "leaks") if args.experiment == 2 else ()):
         if getattr(args, name):
             p.error(f"--{name.replace('_', '-')} is an option of experiment {3 - args.experiment}")
-    known = [m for m, (learner, _) in METHODS.items() if (learner is Adapters) == (args.experiment == 2)]
-    args.methods = list(dict.fromkeys(args.methods or (["fixedmask"] if args.leaks else known)))
+    known = [m for m, (learner, _) in KNOWN.items() if (learner is Adapters) == (args.experiment == 2)]
+    table = [m for m in known if m in METHODS]
+    if args.methods is None:
+        args.methods = ["fixedmask"] if args.leaks else [m for m in table if m != "supsup-wide"]
+    args.methods = [name for m in args.methods for name in (table if m == "all" else [m])]
+    args.methods = list(dict.fromkeys(args.methods))
     if set(args.methods) - set(known):
         p.error(f"experiment {args.experiment} has the methods {', '.join(known)}")
     if args.experiment == 2 and (args.tasks or 2) > len(StyleStream.STYLES):
@@ -863,13 +919,13 @@ def rows_of(args):
         lines = itertools.product(variants, args.methods, seeds, leaks)
         rows = [Row(variant=v, method=m, seed=s, leak=leak, **given) for v, m, s, leak in lines]
     order = [FixedMask, Supermask, NoMask, EWC, BestAdapter, LockedBank, SearchedMask, LockedMask]
-    return sorted(rows, key=lambda row: (row.seed, order.index(type(METHODS[row.method][1]))))
+    return sorted(rows, key=lambda row: (row.seed, order.index(type(KNOWN[row.method][1]))))
 
 
 def table_place(out):
     """What results are sorted by, so that their order does not depend on which was finished first."""
     leak = LEAKS.index(out.get("leak", "none"))
-    return out["seed"], list(VARIANTS).index(out["variant"]), list(METHODS).index(out["method"]), leak
+    return out["seed"], list(VARIANTS).index(out["variant"]), list(KNOWN).index(out["method"]), leak
 
 
 def main(argv=None):

@@ -49,7 +49,7 @@ sys.path.insert(0, str(HOME))
 from commit import Parser, atomic, run_program
 from model import Refused
 from synthetic import (
-    METHODS,
+    KNOWN,
     PUBLISHED,
     VARIANTS,
     Adapters,
@@ -98,8 +98,8 @@ def parse_row(result):
         types = {float: (int, float), tuple: (list, tuple)}.get(field.type, (field.type,))
         check(type(result.setdefault(field.name, field.default)) in types, field.name)
     check(result["variant"] in VARIANTS, "variant")
-    check(result["method"] in METHODS, "method")
-    learner, mask = METHODS[result["method"]]
+    check(result["method"] in KNOWN, "method")
+    learner, mask = KNOWN[result["method"]]
     check((learner is Adapters) == (kind is StyleRow), "method")
     check(2 <= result["tasks"] <= 100, "tasks")
     check(1 <= result["steps"] <= 100_000, "steps")
@@ -197,9 +197,9 @@ def grouped(results):
 def draw_figures(results, folder):
     """Draw all that the results allow, as PNG in `folder`."""
     for variant, group in grouped(results).items():
-        by_method = {m: [r for r in group if r["method"] == m] for m in METHODS}
+        by_method = {m: [r for r in group if r["method"] == m] for m in KNOWN}
         by_method = {m: rows for m, rows in by_method.items() if rows}
-        searched = {m: rows for m, rows in by_method.items() if isinstance(METHODS[m][1], SearchedMask)}
+        searched = {m: rows for m, rows in by_method.items() if isinstance(KNOWN[m][1], SearchedMask)}
         if searched:
             save(draw_masks(searched), folder / f"ftn-masks-{variant}.png")
         if variant == "style":
@@ -499,6 +499,8 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("tiny-baselines", two_tasks, "Baselines and locks", "Two tasks: A general instructions, B code. "
      "*Stored*: the right version is given; *routed*: the coordinate decides. Of one adapter, or of all "
      "weights, there is one version."),
+    ("tiny-ablations", two_tasks, "Ablations", "The exact lock with one thing changed, and the other locks. "
+     "Pooled over the whole sequence, *stored* sees the answer that it is asked to predict."),
     ("tiny-soft-lock", drift, "Why the soft lock forgets", "The same two tasks, parts frozen after A."),
     ("tiny-regions", regions, "One region alone", "Does it tell the tasks apart?"),
     ("smollm2-regions", regions),
@@ -506,7 +508,7 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("tiny-compose", compositions, "Compositions", "Two versions, weighted."),
     ("stream", growth, "Twenty-four tasks in a row", "Kinds of instruction, exact lock."),
     ("smollm2-worth", one_task, "A real language model", "SmolLM2-135M-Instruct, real data."),
-    ("smollm2-baselines", two_tasks),
+    ("smollm2-worth-two", one_task), ("smollm2-baselines", two_tasks),
     ("niwf-bench", timings, "Speed beside peft", "A training step, and answers."),
     ("decode-bench", timings),
     ("gather-bench", gathered, "What is gathered", "Bases gathered once a sequence, or for every token."),

@@ -208,6 +208,8 @@ CHOICES = {
     "N 32, K 8": Variant("--bases 32"),
     "N 16, K 4": Variant("--top-k 4"),
     "shared gating": Variant("--shared-gating"),
+    "full fine-tuning, lr 1e-5": Variant(lr=1e-5),
+    "full fine-tuning, lr 3e-5": Variant(lr=3e-5),
     "full fine-tuning, lr 1e-4": Variant(lr=1e-4),
     "full fine-tuning, lr 3e-4": Variant(lr=3e-4),
     "full fine-tuning, lr 1e-3": Variant(lr=1e-3),
