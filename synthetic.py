@@ -824,16 +824,23 @@ def print_scores(variant, leak, rows):
         print(f"{method:<14}" + "".join(f"{cell:>14}" for cell in cells))
 
 
-def print_decomposition(outs, variant):
-    """FTN Table 4: what earlier tasks lost against FixedMask, as overlap (stored) and recall (recovered)."""
-    sign, mean = VARIANTS[variant]["sign"], statistics.mean
-    oracle = {o["seed"]: mean(o["R_stored"][-1][:-1]) for o in outs if o["method"].endswith("fixedmask")}
-    lines = {}
+def decomposition(outs):
+    """FTN Table 4, of one variant's results: what earlier tasks lost against FixedMask with the same seed, as
+    overlap (with the stored mask) and recall (with the recovered one). -> {method: [(overlap, recall)]}"""
+    earlier = lambda out, protocol: statistics.mean(out[f"R_{protocol}"][-1][:-1])
+    oracle = {o["seed"]: earlier(o, "stored") for o in outs if o["method"].endswith("fixedmask")}
+    found = {}
     for o in outs:
         if o["seed"] in oracle and not o["method"].endswith("fixedmask"):
-            stored, recovered = mean(o["R_stored"][-1][:-1]), mean(o["R_recovered"][-1][:-1])
+            stored, recovered = earlier(o, "stored"), earlier(o, "recovered")
+            sign = VARIANTS[o["variant"]]["sign"]
             losses = sign * (oracle[o["seed"]] - stored), sign * (stored - recovered)
-            lines.setdefault(o["method"], []).append(losses)
+            found.setdefault(o["method"], []).append(losses)
+    return found
+
+
+def print_decomposition(outs, variant):
+    lines = decomposition(outs)
     if lines:
         print(f"\nloss on earlier tasks against FixedMask, {variant}\n{'':<14}{'overlap':>16}{'recall':>16}")
         for method in filter(lines.get, KNOWN):

@@ -1,16 +1,15 @@
 """The page of results and its pictures. Nothing is computed again: all is made of assets/results/*.json.
 
     python assets/report.py      # writes assets/results/README.md, whole, and the tables of the README
-    python assets/report.py --regions assets/results/tiny-regions.json --to assets
-    python assets/report.py --figures assets/results/ftn-experiment-1.json --to assets
+    python assets/report.py --figures --to assets     # every picture, of what is published
+    python assets/report.py --figures FILE.json       # FTN's alone, of what synthetic.py wrote
 
-As PNG in the folder `--to`, from what variants.py found in regions:
+As PNG in the folder `--to`:
 
     niwf-coordinates.png     the coordinates of both tasks in a plane, and which lie in their own region
     niwf-gating.png          which bases a version chooses in a layer, and how often
-
-For every variant of FTN's experiments that the files hold:
-
+    niwf-losses.png          the training loss of both tasks
+    niwf-matrices.png        R[i][j], stored, mean over seeds, of NIWF and what it is compared with
     ftn-masks-VARIANT.png    the masks of the methods that search them, a colour for every task (Figures 1, 4)
     ftn-curves-VARIANT.png   every task's score through the stream, mean over seeds (Figure 3)
     ftn-matrices-style.png   R[i][j], recovered, mean over seeds (Figure 2)
@@ -57,6 +56,7 @@ from synthetic import (
     Row,
     SearchedMask,
     StyleRow,
+    decomposition,
     row_summary,
     spread,
 )
@@ -151,24 +151,6 @@ def check_masks(result):
     check(is_list(result.get("touched"), n, 0, side * side, (int,)), "touched")
     for name in ("overlap_last", "overlap_union", "overwritten"):
         check(is_list(result.get(name), n * (n - 1) // 2), name)
-
-
-def read_regions(path):
-    """The rows of a file that `variants.py regions --json` wrote. Refused: it is no such file."""
-    try:
-        rows = json.loads(path.read_bytes())["rows"]
-        check(type(rows) is list and rows, "rows")
-        for row in rows:
-            check({type(name) for name in (row["lock"], *row["tasks"])} == {str}, "tasks")
-            for found in row["coordinates"].values():
-                n = len(found["home"])
-                check(is_list(found["home"], n, 0, 1, (int,)) and len(found["tsne"]) == n, "home")
-                check(all(is_list(point, 2) for point in found["tsne"]), "tsne")
-            for layers in row["usage"].values():
-                check(layers and all(is_list(layer, len(layers[0]), 0, 1) for layer in layers), "usage")
-        return rows
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise Refused(f"{path}: not what variants.py writes of regions ({type(e).__name__} {e})") from None
 
 
 def grouped(results):
@@ -308,6 +290,55 @@ def draw_gating(run):
         axis.set(ylabel="layer", title=f"version {task}", yticks=range(len(shares)))
     axes[-1, 0].set_xlabel("basis, in the order of the tasks that wrote it")
     figure.colorbar(image, ax=axes[:, 0], label="share of inputs")
+    return figure
+
+
+def draw_losses(runs):
+    """The loss of every training step and its mean over 20 steps, a panel for every task, a colour for every
+    lock: they share the first task's training."""
+    tasks = runs[0]["tasks"]
+    shared = dict(sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3), **shared)
+    for axis, task in zip(axes[0], tasks):
+        for colour, run in zip((BLUE, ORANGE), runs):
+            losses = torch.tensor(run["losses"][task])
+            window = min(20, len(losses))
+            axis.plot(range(1, len(losses) + 1), losses, color=colour, alpha=0.25, linewidth=0.8)
+            smooth = losses.unfold(0, window, 1).mean(1)
+            axis.plot(range(window, len(losses) + 1), smooth, color=colour, label=f"--lock {run['lock']}")
+        axis.set(title=task, xlabel="training step", yscale="log")
+    axes[0, 0].set_ylabel("loss, nats per token")
+    axes[0, -1].legend(fontsize=8)
+    return figure
+
+
+def draw_two_tasks(rows):
+    """R of every method, stored, mean over seeds: perplexity on A and B, before and after either."""
+    columns = min(5, len(rows))
+    lines = -(-len(rows) // columns)
+    size = 2.0 * columns, 2.0 * lines
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(rows) :]:
+        axis.axis("off")
+    for axis, (name, seeds) in zip(axes.flat, rows.items()):
+        before = [[*seeds[0]["base"].values()]]
+        cells = before + [
+            [
+                statistics.mean(row["R"]["stored"][i][j] for row in seeds) if j <= i else math.nan
+                for j in (0, 1)
+            ]
+            for i in (0, 1)
+        ]
+        axis.imshow([[math.log(x) for x in line] for line in cells], vmin=0, vmax=2.4, cmap="viridis_r")
+        for i, j in itertools.product(range(3), range(2)):
+            if not math.isnan(cells[i][j]):
+                look = dict(ha="center", va="center", fontsize=9, color="white" if i == 0 else "black")
+                axis.text(j, i, f"{cells[i][j]:.3f}", **look)
+        axis.set_title(name, fontsize=8)
+        axis.set(xticks=[0, 1], yticks=range(3))
+        axis.set_xticklabels(["on A", "on B"], fontsize=8)
+        axis.set_yticklabels(["before", "after A", "after B"] if axis in axes[:, 0] else [""] * 3, fontsize=8)
+    figure.suptitle("perplexity with the right version given, mean over seeds", fontsize=9)
     return figure
 
 
@@ -479,17 +510,38 @@ def scores(content):
         line = [variant, method + (f", {leak} left out" if leak != "none" else ""), str(len(seeds))]
         line += [over([row.get(key) for row in seeds]) for key in keys]
         lines.append(line + list(PUBLISHED[variant].get(method, ("", ""))))
-    heads = [
-        "variant",
-        "method",
-        "seeds",
-        "score, recovered",
-        "FM",
-        "score, stored",
-        "FM",
-        "overlap of last masks",
-    ]
-    return table([*heads, "own parameters moved", "paper: score", "FM"], lines)
+    heads = ["variant", "method", "seeds", "score, recovered", "FM", "score, stored", "FM"]
+    heads += ["overlap of last masks", "own parameters moved", "paper: score", "FM"]
+    return table(heads, lines)
+
+
+def decomposed(content):
+    """rows of synthetic.py: FTN Table 4."""
+    groups, lines = {}, []
+    for row in content["rows"]:
+        groups.setdefault(row["variant"], []).append(row)
+    for variant, group in groups.items():
+        for method, losses in decomposition(group).items():
+            lines.append([variant, method, *(over(column) for column in zip(*losses))])
+    return table(["variant", "method", "lost by overlap", "lost in recall"], lines)
+
+
+def offered(content):
+    """rows of synthetic.py: what the adapters of a bank lose on a task's first batch, and which is taken."""
+    groups, lines = {}, []
+    for row in content["rows"]:
+        for t in range(1, row["tasks"] * ("offered" in row)):
+            old = {*row["chosen"][:t]}
+            losses = [(loss, i in old) for i, loss in enumerate(row["offered"][t]) if loss is not None]
+            best = [
+                min((loss for loss, o in losses if o == is_old), default=None) for is_old in (True, False)
+            ]
+            groups.setdefault((row["method"], t + 1), []).append((*best, row["chosen"][t] in old))
+    for (method, task), seeds in groups.items():
+        trained, fresh, reused = zip(*seeds)
+        lines.append([method, str(task), over(trained), over(fresh), f"{sum(reused)} of {len(seeds)}"])
+    heads = ["method", "task", "lowest loss of those that older tasks trained", "of fresh ones"]
+    return table([*heads, "an older task's taken"], lines)
 
 
 # fmt: off
@@ -551,7 +603,7 @@ def results_page():
 def with_tables(text):
     """The text of a README with what stands between `<!-- FILE -->` or `<!-- FILE: VARIANT -->` and `<!-- end
     -->` made again, from all rows of that file of results or from those of the variant."""
-    draws = {name: draw for name, draw, *_ in SECTIONS}
+    draws = {name: draw for name, draw, *_ in reversed(SECTIONS)}  # a file's first table
 
     def made(block):
         begin, name, variant, end = block.groups()
@@ -568,15 +620,12 @@ def with_tables(text):
 
 def main(argv=None):
     parser = Parser(prog="report.py", description="The page of results, and its pictures.")
-    parser.add_argument(
-        "--figures", nargs="+", type=pathlib.Path, metavar="FILE.json", help="draw, of synthetic.py"
-    )
-    parser.add_argument("--regions", type=pathlib.Path, metavar="FILE.json", help="draw, of variants.py")
-    parser.add_argument(
-        "--to", type=pathlib.Path, default="runs/figures", metavar="DIR", help="[runs/figures]"
-    )
+    about = "draw what synthetic.py wrote in these files [all that is published]"
+    parser.add_argument("--figures", nargs="*", type=pathlib.Path, metavar="FILE.json", help=about)
+    about = "where to draw it [runs/figures]"
+    parser.add_argument("--to", type=pathlib.Path, default="runs/figures", metavar="DIR", help=about)
     args = parser.parse_args(argv)
-    if not args.figures and not args.regions:
+    if args.figures is None:
         pages = {RESULTS / "README.md": "\n\n".join(results_page()) + "\n"}
         pages[HOME / "README.md"] = with_tables((HOME / "README.md").read_text())
         for path, text in pages.items():
@@ -584,14 +633,17 @@ def main(argv=None):
                 tmp.write_text(text)
             print(f"wrote {path}")
         return
-    results = [row for path in args.figures or () for row in read_rows(path)]
-    runs = read_regions(args.regions) if args.regions else []
+    ftn = args.figures or [RESULTS / f"{name}.json" for name in ("ftn-experiment-1", "lora-ftn")]
+    results = [row for path in ftn for row in read_rows(path)]
     if matplotlib is None:
         raise Refused("figures need matplotlib: pip install matplotlib")
     draw_figures(results, args.to)
-    if runs:
+    if not args.figures:
+        runs, baselines = (read_results(f"tiny-{name}")["rows"] for name in ("regions", "baselines"))
         save(draw_coordinates(runs), args.to / "niwf-coordinates.png")
         save(draw_gating(runs[0]), args.to / "niwf-gating.png")
+        save(draw_losses(runs), args.to / "niwf-losses.png")
+        save(draw_two_tasks(baselines), args.to / "niwf-matrices.png")
 
 
 if __name__ == "__main__":

@@ -376,19 +376,31 @@ def measure_backbone(backbone, tokenizer, examples):
 # -------------------------------------------------------------------------------- does one region tell apart?
 
 
+def training_losses(log):
+    """-> {task: the language-model loss of every step}, whatever stops and starts there were"""
+    losses = {}
+    for line in map(json.loads, log.read_text().splitlines()):
+        if "task" in line:
+            steps = losses.setdefault(line["task"], {})
+        else:
+            steps[line["step"]] = round(line["lm"], 4)
+    return {task: [steps[step] for step in sorted(steps)] for task, steps in losses.items()}
+
+
 def look_at_regions(folder):
     """Of validation prompts: the share of every task's inputs inside the region of each task alone, and the
     AUROC of the distance to it, own inputs against others'; all coordinates as they are now in a plane
     (t-SNE, where scikit-learn is installed), and which lie in their own region; how often each basis is
-    chosen. ->
+    chosen; and the loss of every training step, nats per token. ->
 
     {"regions": {region: {task: {"inside", "AUROC"}}}, "coordinates": {task: {"tsne" [n, 2], "home" [n]}},
-    "usage": {task: [L, N]}}"""
+    "usage": {task: [L, N]}, "losses": {task: [steps]}}"""
     run, model, tokenizer = open_run(folder, pick_device(None))
     last = run.versions[-1]
     h_bar = {task: validation_set(run, model, tokenizer, task)[2] for task in run.tasks}
     z = {task: last.dynamics(h).cpu().double() for task, h in h_bar.items()}
     found = {"tasks": run.tasks, "lock": last.lock, "regions": {}, "coordinates": {}, "usage": {}}
+    found["losses"] = training_losses(run.folder / "log.jsonl")
     for i, v in enumerate(run.versions):
         distance, about = {task: v.region.distance(x) for task, x in z.items()}, {}
         for task, d in distance.items():
