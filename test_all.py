@@ -1992,7 +1992,8 @@ def test_tables_say_mean_deviation_overlap_and_what_was_lost_to_it(capsys):
     other = dict(row, method="ftn-slow", R_stored=R(0.7), R_recovered=R(0.65))
     synthetic.print_decomposition([oracle, other], "clf")
     assert capsys.readouterr().out.split("\n")[-2].split() == ["ftn-slow", "0.200", "0.050"]
-    worse = [dict(o, R_stored=[[1 - x for x in r] for r in o["R_stored"]]) for o in (oracle, other)]
+    worse = [dict(o, variant="reg") for o in (oracle, other)]
+    worse = [dict(o, R_stored=[[1 - x for x in r] for r in o["R_stored"]]) for o in worse]
     worse = [dict(o, R_recovered=[[1 - x for x in r] for r in o["R_recovered"]]) for o in worse]
     synthetic.print_decomposition(worse, "reg")  # errors: what was lost is lost there, too
     assert capsys.readouterr().out.split("\n")[-2].split() == ["ftn-slow", "0.200", "0.050"]
@@ -3243,6 +3244,26 @@ def test_figures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys)
     pathlib.Path("ftn-masks-clf.png").write_text("mine")
     assert "no PNG" in run_quietly(report.main, ["--figures", "out.json", "--to", "."], capsys)
     assert pathlib.Path("ftn-masks-clf.png").read_text() == "mine"
+    report.main(["--figures", "--to", "all"])
+    drawn = {path.stem for path in pathlib.Path("all").iterdir()}
+    assert drawn == {path.stem for path in (HERE / "assets").glob("*.png")} == {*report.PICTURES}
+
+
+def test_the_losses_of_a_training_that_was_stopped_are_those_of_the_one_that_went_on(tmp_path):
+    lines = [{"task": "a"}, *({"step": i, "lm": i} for i in (1, 2, 3)), {"task": "a", "start": 2}]
+    lines += [{"step": 3, "lm": 0.30004}, {"task": "b"}, {"step": 1, "lm": 7}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert variants.training_losses(tmp_path / "log.jsonl") == {"a": [1, 2, 0.3], "b": [7]}
+
+
+def test_a_claim_is_shown_by_a_test_or_by_a_file_of_results():
+    rows = lambda name: report.read_results(name)["rows"]
+    claims = report.niwf_claims(rows) + report.ftn_claims(rows)
+    assert {verdict for *_, verdict in claims} == {"holds", "fails", "partly", "open"}
+    here = (HERE / "test_all.py").read_text()
+    for _, _, _, see, _ in claims:
+        if see.startswith("`"):
+            assert re.search(rf"^def test_\w*{see.strip('`').split()[-1]}", here, re.MULTILINE), see
 
 
 RESULT_LIES = {
@@ -3403,4 +3424,5 @@ def test_what_the_readme_names_is_there():
             file, _, section = link.partition("#")
             assert (page.parent / file).exists(), link
             heads = re.findall(r"^#+ (.*)$", pages.get(page.parent / file, ""), re.MULTILINE)
-            assert not section or section in {h.lower().replace(" ", "-") for h in heads}, link
+            anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads}
+            assert not section or section in anchors, link
