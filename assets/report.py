@@ -309,21 +309,16 @@ def draw_losses(runs):
 
 def draw_two_tasks(rows):
     """R of every method, stored, mean over seeds: perplexity on A and B, before and after either."""
-    columns = min(4, len(rows))
+    columns = min(3, len(rows))
     lines = -(-len(rows) // columns)
     size = 2.0 * columns, 2.0 * lines
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(rows) :]:
         axis.axis("off")
     for axis, (name, seeds) in zip(axes.flat, rows.items()):
-        before = [[*seeds[0]["base"].values()]]
-        cells = before + [
-            [
-                statistics.mean(row["R"]["stored"][i][j] for row in seeds) if j <= i else math.nan
-                for j in (0, 1)
-            ]
-            for i in (0, 1)
-        ]
+        cells = [[*seeds[0]["base"].values()], [math.nan] * 2, [math.nan] * 2]
+        for i, j in ((0, 0), (1, 0), (1, 1)):
+            cells[i + 1][j] = statistics.mean(row["R"]["stored"][i][j] for row in seeds)
         axis.imshow([[math.log(x) for x in line] for line in cells], vmin=0, vmax=2.4, cmap="viridis_r")
         for i, j in itertools.product(range(3), range(2)):
             if not math.isnan(cells[i][j]):
@@ -499,7 +494,7 @@ def scores(content):
     for row in content["rows"]:
         leak = row.get("leak", "none")
         about = [f"{leak} left out"] if leak != "none" else []
-        about += ["S {}, eta {}".format(*row["search"])] if row.get("search") else []
+        about += ["S {:g}, eta {:g}".format(*row["search"])] if row.get("search") else []
         about += [f"m0 {row['m0']:g}"] if row.get("m0") else []
         method = ", ".join([row["method"], *about])
         groups.setdefault((row["variant"], row["method"], method), []).append(row_summary(row))
@@ -542,6 +537,20 @@ def offered(content):
     return table([*heads, "an older task's taken"], lines)
 
 
+PICTURES = {
+    "niwf-coordinates": "Coordinates of both tasks after the second, in a plane (t-SNE). Under the exact "
+    "lock the first task's are where they were when it was committed.",
+    "niwf-gating": "How often each basis is chosen in each layer, by the inputs of either version.",
+    "niwf-losses": "Training loss, seed 0; thick: its mean over 20 steps.",
+    "niwf-matrices": "R[i][j] of NIWF and what it is compared with.",
+    "ftn-masks-clf": "Masks, classification: a colour for each task.",
+    "ftn-curves-clf": "Accuracy through the stream, mean over seeds.",
+    "ftn-masks-reg": "Masks, regression.",
+    "ftn-curves-reg": "Squared error through the stream, mean over seeds.",
+    "ftn-masks-style": "Masks of six tasks; white where three or more overlap.",
+    "ftn-curves-style": "Loss through the stream of styles.",
+    "ftn-matrices-style": "R[i][j], recovered, of the adapters.",
+}
 # fmt: off
 SECTIONS = [  # a file of results and its table; where a section begins, its title and a sentence
     ("tiny-worth", one_task, "What the field is worth", "One task, general instructions, tiny backbone."),
@@ -601,6 +610,12 @@ def read_results(name):
     return content
 
 
+def claim_line(claim):
+    """A claim's line; what shows it is a test, or a file of results."""
+    where, says, finds, see, verdict = claim
+    return [where, says, finds, see if see.startswith("`") else f"[{see}]({see}.json)", verdict]
+
+
 def results_page():
     """assets/results/README.md, part by part. Refused: a file is no file of results."""
     yield "# Results\n\nWritten by `python assets/report.py` from the files in this folder, whole."
@@ -613,7 +628,7 @@ def results_page():
     ]
     rows = lambda name: read_results(name)["rows"]
     for title, claims in (("NIWF", niwf_claims(rows)), ("FTN", ftn_claims(rows))):
-        yield "\n".join(table([title, "it says", "we find", "shown by", "verdict"], map(told, claims)))
+        yield "\n".join(table([title, "it says", "we find", "shown by", "verdict"], map(claim_line, claims)))
     for name, draw, *begins in SECTIONS:
         content = read_results(name)
         made = f"{content['date'][:10]}, {content['machine']}, torch {content['torch']}"
@@ -626,28 +641,6 @@ def results_page():
     yield "## Pictures\n\n`python assets/report.py --figures --to assets`"
     for name, caption in PICTURES.items():
         yield f"{caption}\n\n![{caption}](../{name}.png)"
-
-
-PICTURES = {
-    "niwf-coordinates": "Coordinates of both tasks after the second, in a plane (t-SNE). Under the exact "
-    "lock the first task's are where they were when it was committed.",
-    "niwf-gating": "How often each basis is chosen in each layer, by the inputs of either version.",
-    "niwf-losses": "Training loss, seed 0; thick: its mean over 20 steps.",
-    "niwf-matrices": "R[i][j] of NIWF and what it is compared with.",
-    "ftn-masks-clf": "Masks, classification: a colour for each task.",
-    "ftn-curves-clf": "Accuracy through the stream, mean over seeds.",
-    "ftn-masks-reg": "Masks, regression.",
-    "ftn-curves-reg": "Squared error through the stream, mean over seeds.",
-    "ftn-masks-style": "Masks of six tasks; white where three or more overlap.",
-    "ftn-curves-style": "Loss through the stream of styles.",
-    "ftn-matrices-style": "R[i][j], recovered, of the adapters.",
-}
-
-
-def told(claim):
-    """A claim's line; what shows it is a test, or a file of results."""
-    where, says, finds, see, verdict = claim
-    return [where, says, finds, see if see.startswith("`") else f"[{see}]({see}.json)", verdict]
 
 
 def with_tables(text):
@@ -689,11 +682,12 @@ def main(argv=None):
         raise Refused("figures need matplotlib: pip install matplotlib")
     draw_figures(results, args.to)
     if not args.figures:
-        runs, baselines = (read_results(f"tiny-{name}")["rows"] for name in ("regions", "baselines"))
+        names = ("regions", "baselines", "baselines-r128")
+        runs, baselines, larger = (read_results(f"tiny-{name}")["rows"] for name in names)
         save(draw_coordinates(runs), args.to / "niwf-coordinates.png")
         save(draw_gating(runs[0]), args.to / "niwf-gating.png")
         save(draw_losses(runs), args.to / "niwf-losses.png")
-        save(draw_two_tasks(baselines), args.to / "niwf-matrices.png")
+        save(draw_two_tasks(baselines | larger), args.to / "niwf-matrices.png")
 
 
 if __name__ == "__main__":
