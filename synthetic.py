@@ -275,8 +275,10 @@ class SearchedMask(Mask):
         return algorithm.configure(lambda mask: loss(mask * seen), math.isqrt(len(free)), free)
 
     def mask_for(self, learner, t, *batch):
-        earlier = torch.stack(learner.touched[: t * self.hidden] or [torch.zeros_like(learner.touched[t])])
-        return self.search(learner, ~earlier.any(0), *batch)
+        seen = torch.ones_like(learner.touched[t])
+        for trained in learner.touched[:t] if self.hidden else ():
+            seen &= ~trained
+        return self.search(learner, seen, *batch)
 
     def recover(self, learner, t):
         return self.search(learner, torch.ones_like(learner.touched[t]), *learner.world.support[t])
