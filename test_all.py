@@ -3405,6 +3405,25 @@ def test_tables_are_what_the_files_of_results_say():
     assert shown == {path.stem for path in report.RESULTS.glob("*.json")}  # no result is kept back
 
 
+def test_a_file_of_results_with_other_rows_is_refused_by_name(tmp_path, monkeypatch):
+    damaged = {}
+    for name, draw, *_ in report.SECTIONS:
+        content = report.read_results(name)
+        rows = content["rows"]
+        first = next(iter(rows)) if isinstance(rows, dict) else 0
+        others = [1, None, [{}], [[]], {"x": [{}]}, {"x": 1}]
+        others += [dict(rows, **{first: None})] if isinstance(rows, dict) else [[None, *rows]]
+        damaged[name] = draw, [dict(content, rows=other) for other in others]
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for name, (draw, contents) in damaged.items():
+        for content in contents:
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+            with contextlib.suppress(Refused):  # nothing else is raised; a table without lines is one
+                assert len(report.drawn(name, draw)) == 2
+        with pytest.raises(Refused, match=f"{name}.json: not what"):
+            report.drawn(name, draw)
+
+
 def test_what_the_readme_names_is_there():
     text, here = (HERE / "README.md").read_text(), (HERE / "test_all.py").read_text()
     for row in re.findall(r"^\| .*`test_\w+`.* \|$", text, re.MULTILINE):

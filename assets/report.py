@@ -610,6 +610,19 @@ def read_results(name):
     return content
 
 
+def drawn(name, draw, variant=None):
+    """The lines of a file's table, of one variant alone if it is named. Refused: its rows are not what its
+    command writes."""
+    content = read_results(name)
+    try:
+        if variant:
+            content["rows"] = [row for row in content["rows"] if row["variant"] == variant]
+        return draw(content)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        why = f"not what its command writes ({type(e).__name__} {e})"
+        raise Refused(f"{RESULTS / name}.json: {why}") from None
+
+
 def claim_line(claim):
     """A claim's line; what shows it is a test, or a file of results."""
     where, says, finds, see, verdict = claim
@@ -637,7 +650,7 @@ def results_page():
         title, *sentence = begins or [""]
         yield from ["## " + title] * (title != "") + sentence
         yield f"`{content['command']}`\n([{name}.json]({name}.json), {made})"
-        yield "\n".join(draw(content))
+        yield "\n".join(drawn(name, draw))
     yield "## Pictures\n\n`python assets/report.py --figures --to assets`"
     for name, caption in PICTURES.items():
         yield f"{caption}\n\n![{caption}](../{name}.png)"
@@ -650,10 +663,7 @@ def with_tables(text):
 
     def made(block):
         begin, name, variant, end = block.groups()
-        content = read_results(name)
-        if variant:
-            content["rows"] = [row for row in content["rows"] if row["variant"] == variant]
-        return "\n".join([begin, *draws[name](content), end])
+        return "\n".join([begin, *drawn(name, draws[name], variant), end])
 
     return re.sub(r"(<!-- ([\w-]+)(?:: (\w+))? -->)\n.*?(<!-- end -->)", made, text, flags=re.DOTALL)
 
