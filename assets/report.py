@@ -581,12 +581,13 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("ftn-experiment-1", decomposed, "Where the loss goes", "What earlier tasks lost against FixedMask: "
      "because masks overlap, and because the right one is not found again (Table 4)."),
     ("ftn-recall", scores, "Is the search needed?", "Masks that no search has made, recalled as the lock "
-     "recalls: the one with the lowest loss on a labelled batch."),
+     "recalls: the one with the lowest loss on a labelled batch."), ("ftn-gaussian-recall", scores),
     ("ftn-search-1", scores, "Why the search forgets", "Chosen among these, on seeds 200 to 203: S steps at "
      "eta, from logits m0; *hidden*: in training the search does not see what earlier tasks have trained."),
     ("ftn-search-1-low", scores), ("ftn-search-3", scores), ("ftn-search-3-low", scores),
     ("ftn-search-10", scores), ("ftn-search-10-low", scores),
-    ("ftn-slow-hidden", scores, "", "The best of them on other seeds."),
+    ("ftn-slow-hidden", scores, "", "The best of them on other seeds, and with the harder generator:"),
+    ("ftn-gaussian-hidden", scores),
     ("ftn-choose-ewc-clf", scores, "Baselines, tuned", "EWC by strength, SupSup by learning rate and by "
      "rule: scores over 0, or the top half of each layer. Chosen on seeds 200 and 201 ..."),
     ("ftn-choose-ewc-reg", scores), ("ftn-choose-supsup-clf", scores), ("ftn-choose-supsup-reg", scores),
