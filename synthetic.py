@@ -467,6 +467,8 @@ class SupSup(Neurons):
         self.on = [torch.zeros_like(w).requires_grad_() for w in self.weights]
         self.optimizer = torch.optim.Adam(self.scores, lr=self.mask.lr, fused=True)
         self.stored.append([torch.zeros_like(w, dtype=torch.bool) for w in self.weights])
+        tensors = self.scores, self.stored[t], self.on, self.weights
+        self.views = list(zip(*map(self.layers, tensors)))  # all are written in place
 
     def layers(self, tensors):
         """Views of those for theta and readout: [H, out, in] of every layer, [d_out, H]. Biases are 0."""
@@ -474,9 +476,7 @@ class SupSup(Neurons):
 
     def train(self, t, x, y):
         with torch.no_grad():
-            for s, mask, on, w in zip(
-                *map(self.layers, (self.scores, self.stored[t], self.on, self.weights))
-            ):
+            for s, mask, on, w in self.views:
                 torch.mul(w, torch.gt(s, s.median() if self.mask.top else 0, out=mask), out=on)
         loss = self.loss(self.grid.answer(*self.on, x, self.row.dropout), y)
         for s, g, w in zip(self.scores, torch.autograd.grad(loss, self.on), self.weights):
@@ -590,9 +590,11 @@ CONTROLS = {  # of experiment 1, run when they are named
     "ftn-slow-lock-hidden": (Neurons, LockedMask(kernel=3, rounds=15, hidden=True)),
 }
 CONTROLS |= {f"ewc-{strength:g}": (Neurons, EWC(strength)) for strength in (40, 4e3, 4e4, 4e5)}
-for lr, top, gain in itertools.product((0.0, 3e-4, 3e-3, 3e-2), (False, True), (0.0, 2.0, 4.0)):
-    name = "supsup" + {0.0: "", 2.0: "-wide-he", 4.0: "-wide"}[gain] + "-top" * top + f"-{lr:g}"
-    CONTROLS[name] = SupSup, Supermask(lr, top, gain > 0, gain)
+CONTROLS |= {
+    f"supsup{size}{rule}-{lr:g}": (SupSup, Supermask(lr, rule == "-top", size != "", gain))
+    for lr, rule in itertools.product((0.0, 3e-4, 3e-3, 3e-2), ("", "-top"))
+    for size, gain in (("", 0.0), ("-wide-he", 2.0), ("-wide", 4.0))
+}
 KNOWN = METHODS | CONTROLS
 
 
@@ -891,14 +893,19 @@ def parse_options(argv=None):
     add("--search", nargs=2, type=number(float, 1e-3, 1000), metavar=("S", "ETA"), help="of Algorithm 1")
     add("--m0", type=number(float, -100, 100), help="what mask logits start with [0]")
     add("--grow", action="store_const", const=True, help="when too few neurons are free, take a larger grid")
-    add("--leaks", action="store_true", help="FixedMask with each precaution of Appendix C left out")
+    add(
+        "--leaks",
+        action="store_const",
+        const=True,
+        help="FixedMask with each precaution of Appendix C left out",
+    )
     add = p.add_argument_group("experiment 2").add_argument
     add("--backbone", help="tiny, a Hub id, a local folder, FILE.gguf [tiny]")
     add("--reconfigure", choices=["once", "every"], help="search the mask once a task, or every step [once]")
     add("--b-std", type=number(float, 0, 1), help="standard deviation that B starts with [0]")
     args = p.parse_args(argv)
     for name in OWN[3 - args.experiment] + (("variant", "leaks") if args.experiment == 2 else ()):
-        if getattr(args, name):
+        if getattr(args, name) is not None:
             p.error(f"--{name.replace('_', '-')} is an option of experiment {3 - args.experiment}")
     known = [m for m, (learner, _) in KNOWN.items() if (learner is Adapters) == (args.experiment == 2)]
     table = [m for m in known if m in METHODS]

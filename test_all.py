@@ -2858,7 +2858,8 @@ ARGUMENTS = {
         --b-std inf | --search 0 1 | --search 1 nan | --search inf 1 | --first-seed -1 | --first-seed 1{0}
         --steps 1{0} | --seeds 1{0} | --methods x | --variant x | --experiment 3 | --inputs x
         --json none/x.json | --json proj | --json notes.txt | --json list.json | --json run/manifest.json
-        --experiment 2 --tasks 7 | --experiment 2 --methods ewc | --figures notes.txt | --frobnicate""",
+        --experiment 2 --tasks 7 | --experiment 2 --methods ewc | --figures notes.txt | --frobnicate
+        --experiment 2 --m0 0 | --experiment 2 --generator 0 | --b-std 0""",
 }
 
 
