@@ -3420,9 +3420,27 @@ def test_a_file_of_results_with_other_rows_is_refused_by_name(tmp_path, monkeypa
         for content in contents:
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
             with contextlib.suppress(Refused):  # nothing else is raised; a table without lines is one
-                assert len(report.drawn(name, draw)) == 2
+                assert len(report.drawn(name, draw, report.read_results(name))) == 2
         with pytest.raises(Refused, match=f"{name}.json: not what"):
-            report.drawn(name, draw)
+            report.drawn(name, draw, report.read_results(name))
+
+
+@pytest.mark.parametrize("name, argv", [("baselines", []), ("regions", ["--figures", "--to", "new"])])
+def test_a_damaged_file_of_results_ends_a_page_or_its_pictures_with_one_line(
+    name, argv, tmp_path, monkeypatch, capsys
+):
+    if argv:
+        pytest.importorskip("matplotlib")
+    results = shutil.copytree(report.RESULTS, tmp_path / "results")
+    rows = [{}] if argv else {}
+    damaged = json.dumps(report.read_results(f"tiny-{name}") | {"rows": rows})
+    (results / f"tiny-{name}.json").write_text(damaged)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "RESULTS", results)
+    monkeypatch.setattr(report, "HOME", tmp_path)
+    before = (results / "README.md").read_bytes()
+    assert "not what its command writes" in run_quietly(report.main, argv, capsys)
+    assert (results / "README.md").read_bytes() == before
 
 
 def test_what_the_readme_names_is_there():

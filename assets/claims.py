@@ -27,10 +27,15 @@ def learned(rows, task=0):
     return f"{mean(r['R']['stored'][task][task] for r in rows):.3f}"
 
 
+def share(counts, name, row):
+    """Percent of a task's inputs."""
+    return 100 * counts[name] / sum(row["routing"][name].values())
+
+
 def home(rows):
     """The share of either task's inputs that are routed to it, mean over seeds."""
-    share = lambda r, task: 100 * r["routing"][task][task] / sum(r["routing"][task].values())
-    return " and ".join(f"{mean(share(r, task) for r in rows):.1f}" for task in rows[0]["tasks"]) + " %"
+    shares = [mean(share(r["routing"][task], task, r) for r in rows) for task in rows[0]["tasks"]]
+    return " and ".join(f"{x:.1f}" for x in shares) + " %"
 
 
 def mistral_sizes():

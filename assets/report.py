@@ -16,6 +16,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nreport.py: stopped\n") and 130))
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -38,7 +39,7 @@ import torch
 HOME = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HOME), str(HOME / "assets")]
 
-from claims import ftn_claims, niwf_claims
+from claims import ftn_claims, niwf_claims, share
 from commit import Parser, atomic, run_program
 from model import Refused
 from synthetic import (
@@ -363,11 +364,6 @@ def learned(row):
     return row["R"]["stored"][0][0]
 
 
-def share(counts, name, row):
-    """Percent of a task's inputs."""
-    return 100 * counts[name] / sum(row["routing"][name].values())
-
-
 def two_tasks(content):
     """rows {name: a dict a seed} of variants.py: perplexity on A, learned first, and on B."""
     cells = [("stored", 0, 0), ("stored", 1, 0), ("routed", 1, 0), ("stored", 1, 1), ("routed", 1, 1)]
@@ -611,17 +607,20 @@ def read_results(name):
     return content
 
 
-def drawn(name, draw, variant=None):
-    """The lines of a file's table, of one variant alone if it is named. Refused: its rows are not what its
-    command writes."""
-    content = read_results(name)
+@contextlib.contextmanager
+def naming(*names):
+    """Refused, in place of the error inside: a file's rows are not what its command writes."""
     try:
-        if variant:
-            content["rows"] = [row for row in content["rows"] if row["variant"] == variant]
-        return draw(content)
+        yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
-        why = f"not what its command writes ({type(e).__name__} {e})"
-        raise Refused(f"{RESULTS / name}.json: {why}") from None
+        files = ", ".join(str(RESULTS / f"{name}.json") for name in names)
+        raise Refused(f"{files}: not what its command writes ({type(e).__name__} {e})") from None
+
+
+def drawn(name, draw, content):
+    """The lines of a file's table."""
+    with naming(name):
+        return draw(content)
 
 
 def claim_line(claim):
@@ -640,18 +639,20 @@ def results_page():
         "ours. Backbones and, for FTN, the task generator are not theirs: kinds and signs can be compared, "
         "last digits cannot.",
     ]
-    rows = lambda name: read_results(name)["rows"]
-    for title, claims in (("NIWF", niwf_claims(rows)), ("FTN", ftn_claims(rows))):
-        yield "\n".join(table([title, "it says", "we find", "shown by", "verdict"], map(claim_line, claims)))
+    contents = {name: read_results(name) for name, *_ in SECTIONS}
+    for title, claims in (("NIWF", niwf_claims), ("FTN", ftn_claims)):
+        with naming("*"):
+            lines = [claim_line(claim) for claim in claims(lambda name: contents[name]["rows"])]
+        yield "\n".join(table([title, "it says", "we find", "shown by", "verdict"], lines))
     for name, draw, *begins in SECTIONS:
-        content = read_results(name)
+        content = contents[name]
         made = f"{content['date'][:10]}, {content['machine']}, torch {content['torch']}"
         made += f", {content['threads']} threads" if "threads" in content else ""
         made += f", revision {content['git'][:7]}" if content.get("git") else ""
         title, *sentence = begins or [""]
         yield from ["## " + title] * (title != "") + sentence
         yield f"`{content['command']}`\n([{name}.json]({name}.json), {made})"
-        yield "\n".join(drawn(name, draw))
+        yield "\n".join(drawn(name, draw, content))
     yield "## Pictures\n\n`python assets/report.py --figures --to assets`"
     for name, caption in PICTURES.items():
         yield f"{caption}\n\n![{caption}](../{name}.png)"
@@ -664,7 +665,11 @@ def with_tables(text):
 
     def made(block):
         begin, name, variant, end = block.groups()
-        return "\n".join([begin, *drawn(name, draws[name], variant), end])
+        content = read_results(name)
+        if variant:
+            with naming(name):
+                content["rows"] = [row for row in content["rows"] if row["variant"] == variant]
+        return "\n".join([begin, *drawn(name, draws[name], content), end])
 
     return re.sub(r"(<!-- ([\w-]+)(?:: (\w+))? -->)\n.*?(<!-- end -->)", made, text, flags=re.DOTALL)
 
@@ -693,12 +698,14 @@ def main(argv=None):
         raise Refused("figures need matplotlib: pip install matplotlib")
     draw_figures(results, args.to)
     if not args.figures:
-        names = ("regions", "baselines", "baselines-r128")
-        runs, baselines, larger = (read_results(f"tiny-{name}")["rows"] for name in names)
-        save(draw_coordinates(runs), args.to / "niwf-coordinates.png")
-        save(draw_gating(runs[0]), args.to / "niwf-gating.png")
-        save(draw_losses(runs), args.to / "niwf-losses.png")
-        save(draw_two_tasks(baselines | larger), args.to / "niwf-matrices.png")
+        names = [f"tiny-{name}" for name in ("regions", "baselines", "baselines-r128")]
+        runs, baselines, larger = (read_results(name)["rows"] for name in names)
+        with naming(names[0]):
+            save(draw_coordinates(runs), args.to / "niwf-coordinates.png")
+            save(draw_gating(runs[0]), args.to / "niwf-gating.png")
+            save(draw_losses(runs), args.to / "niwf-losses.png")
+        with naming(*names[1:]):
+            save(draw_two_tasks(baselines | larger), args.to / "niwf-matrices.png")
 
 
 if __name__ == "__main__":
