@@ -42,6 +42,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -207,6 +208,12 @@ def write_version(folder, head, tensors):
     return digest
 
 
+def map_tensors(path):
+    """The tensors of a safetensors file, mapped into memory: what is not read takes none."""
+    with safe_open(path, "pt") as f:
+        return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+
+
 def read_version_file(path, tensors=False):
     """A version file's header, and its tensors if asked: then its hash is checked first. Refused: it is
     missing, its contents no longer have the hash that is its name, or its header has not the form of one."""
@@ -219,7 +226,7 @@ def read_version_file(path, tensors=False):
             raise ValueError(f"its contents hash to {digest[:12]}")
         with safe_open(path, "pt") as f:
             head = json.loads(f.metadata()["version"], parse_constant=refuse_constant)
-            found = {key: f.get_tensor(key) for key in f.keys()} if tensors else {}  # noqa: SIM118
+        found = map_tensors(path) if tensors else {}
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise Refused(f"{path}: corrupted version file ({e}); restore it from a copy") from None
     form = COMPOSITION if isinstance(head, dict) and head.get("lock") == "composed" else VERSION
@@ -228,47 +235,68 @@ def read_version_file(path, tensors=False):
 
 @dataclasses.dataclass
 class Version:
-    """One committed capability. The bank of a run holds the bases of its versions in order of commitment."""
+    """One committed capability. The bank of a run holds the bases of its versions in order of commitment.
+
+    tensors: "anchors" [count, d], "snapshot" [count, L, N], "field.*", and "bank.*", the bases it wrote,
+    keyed as in AdapterBank. In a version that comes from its file they are mapped from there, so that one
+    that nobody asks for takes hardly any memory."""
 
     task: str
     lock: str  # how it was trained: "exact", "soft", "none"; "first" had nothing to protect
     reads: list  # hashes of the versions whose bases its field may choose, before its own
     top_k: int
-    field: WeightField
     dynamics: CoordinateDynamics  # under the exact lock, that of the run's first version
     region: Region
-    anchors: torch.Tensor  # [count, d]
-    snapshot: torch.Tensor  # [count, L, N]
-    bases: dict  # the bases it wrote, keyed as in AdapterBank; None once they are in the bank
+    tensors: dict
     config: dict  # the options it was trained with
     index: torch.Tensor  # [N]: for each logit of its field, the number of the basis in the bank
     hash: str = ""  # the name of its file, once it has one
 
-    def __post_init__(self):
-        self.writes = len(next(iter(self.bases.values()), ()))
-        self.shapes = {key: t.shape[1:] for key, t in self.bases.items()}  # of one basis
+    @property
+    def anchors(self):
+        return self.tensors["anchors"]
+
+    @property
+    def snapshot(self):
+        return self.tensors["snapshot"]
+
+    @property
+    def layers(self):
+        """L, rows of gating."""
+        return self.snapshot.shape[1]
+
+    @property
+    def bases(self):
+        return part_of(self.tensors, "bank")
+
+    @property
+    def writes(self):
+        """How many bases it wrote."""
+        return len(next(iter(self.bases.values())))
 
     @property
     def own(self):
         """Numbers, in the bank, of the bases that it wrote."""
         return self.index[-self.writes :]
 
+    @functools.cached_property
+    def field(self):
+        """Phi, when it is first asked for."""
+        return field_of(self.tensors)
+
     def gating(self, z):
         """z [B, d] -> (indices into the bank, weights), both [B, L, K]."""
-        indices, weights = top_k_gating(self.field(z), self.top_k)
+        indices, weights = top_k_gating(self.field.to(z.device)(z), self.top_k)
         return self.index.to(indices.device)[indices], weights
 
     def save(self, folder):
         """Write it to `folder` under the hash of its contents, which is set."""
-        region = self.region
-        tensors = {f"bank.{k}": t for k, t in self.bases.items()}
-        tensors |= {f"field.{k}": t for k, t in self.field.state_dict().items()}
+        tensors = {**self.tensors, "region.mean": self.region.mean, "region.cov": self.region.cov}
         if not self.reads:  # the coordinate space belongs to a version that stands on no other
             tensors |= {f"dynamics.{k}": t for k, t in self.dynamics.state_dict().items()}
-        tensors |= {"region.mean": region.mean, "region.cov": region.cov}
-        tensors |= {"anchors": self.anchors, "snapshot": self.snapshot}
         head = {key: getattr(self, key) for key in ("task", "lock", "reads", "writes", "top_k", "config")}
-        head |= {"tau": region.tau, "n": region.n, "anchors": len(self.anchors), "fixed": self.dynamics.fixed}
+        head |= {"tau": self.region.tau, "n": self.region.n}
+        head |= {"anchors": len(self.anchors), "fixed": self.dynamics.fixed}
         self.hash = write_version(folder, head, tensors)
 
     @classmethod
@@ -277,10 +305,8 @@ class Version:
         `read_version_file`; it reads what is not there; its tensors do not fit its header, each other or the
         run's first version."""
         head, tensors = read_version_file(path, tensors=True)
-        known, parts = {v.hash: v for v in earlier}, {}
-        for key, t in tensors.items():
-            group, _, rest = key.partition(".")
-            parts.setdefault(group, {})[rest] = t
+        known = {v.hash: v for v in earlier}
+        parts = {name: part_of(tensors, name) for name in {key.partition(".")[0] for key in tensors}}
         lost = [h for i, h in enumerate(head["reads"]) if h not in known or h in head["reads"][:i]]
         if lost or head["lock"] == "composed":
             raise Refused(f"{path}: composed, or reads {''.join(lost)[:12]}, which is not here, or twice")
@@ -289,21 +315,38 @@ class Version:
         index = torch.cat([*(known[h].own for h in head["reads"]), own])
         try:
             check_tensors(head, tensors, parts, bases=len(index), first=earlier[0] if earlier else None)
-            layers, (hidden, d) = tensors["snapshot"].shape[1], parts["field"]["w1.weight"].shape
-            field = WeightField(layers, len(index), d, hidden)
-            field.load_state_dict(parts["field"])
+            field_of(tensors)
             dynamics = earlier[0].dynamics if head["reads"] else None
             if not dynamics:
-                features = parts["dynamics"]["gru.weight_ih"].shape[1]
-                dynamics = CoordinateDynamics(features, d, head["fixed"])
+                features, d = parts["dynamics"]["gru.weight_ih"].shape[1], len(tensors["region.mean"])
+                dynamics = CoordinateDynamics(features, d, head["fixed"]).requires_grad_(False)
                 dynamics.load_state_dict(parts["dynamics"])
         except (KeyError, ValueError, RuntimeError, IndexError) as e:
             raise Refused(f"{path}: its tensors do not fit: {e}") from None
-        region = Region(**parts["region"], tau=head["tau"], n=head["n"])
+        region = Region(**{k: t.clone() for k, t in parts["region"].items()}, tau=head["tau"], n=head["n"])
         same = {key: head[key] for key in ("task", "lock", "reads", "top_k", "config")}
-        same |= {key: tensors[key] for key in ("anchors", "snapshot")} | {"index": index, "hash": path.stem}
-        same |= {"field": field.requires_grad_(False), "dynamics": dynamics.requires_grad_(False)}
-        return cls(region=region, bases=parts["bank"], **same)
+        # Mapped anew: what was read to be checked is let go.
+        later = {key: t for key, t in map_tensors(path).items() if key.partition(".")[0] in KEPT_MAPPED}
+        return cls(**same, dynamics=dynamics, region=region, tensors=later, index=index, hash=path.stem)
+
+
+KEPT_MAPPED = ("bank", "field", "anchors", "snapshot")
+
+
+def part_of(tensors, part):
+    """The tensors whose keys begin with a part's name, keyed by the rest."""
+    found = [(key.partition("."), t) for key, t in tensors.items()]
+    return {rest: t for (name, _, rest), t in found if name == part}
+
+
+def field_of(tensors):
+    """The field in a version's tensors, with a copy of its weights. RuntimeError: they do not fit."""
+    (_, layers, bases), (hidden, d) = tensors["snapshot"].shape, tensors["field.w1.weight"].shape
+    with torch.device("meta"):  # nothing is drawn, nothing is filled
+        field = WeightField(layers, bases, d, hidden)
+    own = {key: t.clone() for key, t in part_of(tensors, "field").items()}
+    field.load_state_dict(own, assign=True)
+    return field.requires_grad_(False)
 
 
 def check_tensors(head, tensors, parts, bases, first):
@@ -321,7 +364,9 @@ def check_tensors(head, tensors, parts, bases, first):
     shapes |= {"region.mean": (d,), "region.cov": (d, d), "field.w3.weight": (layers * bases, hidden)}
     one_basis = {key: t.shape[1:] for key, t in parts["bank"].items()}
     rank = min(shape[0] for shape in one_basis.values())
-    of_first = first.shapes if first else {key: (rank, *shape[1:]) for key, shape in one_basis.items()}
+    of_first = {key: (rank, *shape[1:]) for key, shape in one_basis.items()}
+    if first:
+        of_first = {key: t.shape[1:] for key, t in first.bases.items()}
     shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in of_first.items()}
     for key in sorted({*shapes, *tensors}):
         t, kind = tensors[key], torch.float64 if key.startswith("region.") else torch.float32
@@ -538,7 +583,7 @@ class Run:
             return version
         (self.digests if self.measured(entry) else self.validation)(entry["task"])
         if not earlier:
-            (rank, _), d = next(iter(version.shapes.values())), len(version.region.mean)
+            rank, d = next(iter(version.bases.values())).shape[1], len(version.region.mean)
             fixed = version.dynamics.fixed
             made = dict(version.config, rank=rank, coord_dim=d, fixed_coordinate=fixed)
             for key, value in self.manifest["settings"].items():
@@ -622,12 +667,11 @@ class Run:
             self.versions.append(self.read_version(entry, self.versions))
         for i, v in enumerate(self.versions):
             if self.speaker(i) is v:
-                shapes = {k: t.shape[1:] for k, t in model.bank.committed.items()}
-                if v.shapes != shapes or v.dynamics.gru.input_size != model.features:
+                shapes = {key: (*t.shape[1:],) for key, t in v.bases.items()}
+                if shapes != model.bank.basis_shapes() or v.dynamics.gru.input_size != model.features:
                     raise Refused(f"{self.path(v.hash)}: made for other modules than this backbone has")
                 model.bank.commit(v.bases)
-            v.bases = None
-            v.field.to(model.device), v.dynamics.to(model.device)
+            v.dynamics.to(model.device)
         self.compositions = [self.read_version(e, self.versions) for e in self.manifest["compositions"]]
 
     def speaker(self, i):
@@ -652,12 +696,13 @@ class Run:
         z = self.versions[-1].dynamics(h_bar)
         found = route(z, [v.region for v in self.versions])
         speakers = [self.speaker(i) for i in range(len(self.versions))]
-        layers, k = max(v.field.layers for v in speakers), max(v.top_k for v in speakers)
+        layers, k = max(v.layers for v in speakers), max(v.top_k for v in speakers)
         indices = torch.zeros(len(z), layers, k, dtype=torch.long, device=z.device)
         weights = torch.zeros(len(z), layers, k, device=z.device)
-        for v in {id(v): v for v in speakers}.values():
-            rows = [row for row, i in enumerate(found.choice.tolist()) if speakers[i] is v]
-            for whole, own in zip((indices, weights), v.gating(z[rows]) if rows else ()):
+        asked = [speakers[i] for i in found.choice.tolist()]
+        for v in {id(v): v for v in asked}.values():
+            rows = [row for row, speaker in enumerate(asked) if speaker is v]
+            for whole, own in zip((indices, weights), v.gating(z[rows])):
                 whole[rows, :, : own.shape[-1]] = own.expand(-1, layers, -1)
         if outside == "base":  # weight 0: the low-rank update vanishes
             weights = weights * found.at_home().to(z.device)[:, None, None]
@@ -825,7 +870,6 @@ def verify(run):
         try:
             version = run.read_version(entry, earlier)
             if isinstance(version, Version):
-                version.bases = None
                 earlier.append(version)
                 now = take_snapshot(version.field, version.anchors)
                 different = int((now != version.snapshot).flatten(1).any(1).sum())
@@ -930,7 +974,7 @@ def export(run, name, folder):
     if not parts:
         composition = run.read_version(entry, versions)
         parts = zip(composition.versions, composition.weights)
-    bank = {key: torch.cat([v.bases[key] for v in versions]) for key in versions[0].shapes}
+    bank = {key: torch.cat([v.bases[key] for v in versions]) for key in versions[0].bases}
     numbers, rows = layer_numbers({key.rpartition(".")[0]: None for key in bank}), {key: [] for key in bank}
     for v, share in parts:
         indices, weights = (g[0] for g in v.gating(torch.tanh(v.region.mean).float()[None]))  # [L, K]

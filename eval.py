@@ -47,7 +47,7 @@ from commit import (
     run_program,
     write_results,
 )
-from field import top_k_gating
+from field import take_snapshot, top_k_gating
 from model import Refused, encode, perplexity, pick_device, prompt_of, response_logits, response_nll
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
@@ -154,7 +154,7 @@ def describe_drift(run, i, h_bar):
     held."""
     v, speaker = run.versions[i], run.speaker(i)
     then, now = v.dynamics(h_bar), speaker.dynamics(h_bar)
-    logits, old = speaker.field(v.anchors.to(h_bar.device)).cpu(), v.snapshot.shape[-1]
+    logits, old = take_snapshot(speaker.field, v.anchors), v.snapshot.shape[-1]
     now_chosen, then_chosen = (top_k_gating(x, v.top_k)[0] for x in (logits, v.snapshot))  # [count, L, K]
     # Bases that a grown bank added were chosen by no anchor then.
     kept = (now_chosen[..., None] == then_chosen[..., None, :]).any(-1)

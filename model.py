@@ -107,6 +107,7 @@ class AdapterBank:
     Tensors are keyed "{target}.A" with shape [n, r, d_in] and "{target}.B" with shape [n, r, d_out]. B is
     kept transposed, so that the K gathered blocks line up without a copy. Bases are numbered committed first,
     then live. Only live ones are Parameters: a committed basis has no gradient, no moments and no decay.
+    Committed bases stay in blocks as they came, and a block reaches its device when a gating first names it.
     """
 
     def __init__(self, targets, rank=8, alpha=16):
@@ -118,14 +119,24 @@ class AdapterBank:
         self.layers = len(set(self.layer.values()))
         self.gating = None  # what `use` made of a gating; None: adapters off
         self.folded = None  # what `fold` made of that, while a text is generated
-        self.committed, self.live = {}, {}
-        for name, (d_in, d_out) in self.shapes.items():
-            self.committed[f"{name}.A"] = torch.empty(0, rank, d_in, device=self.device[name])
-            self.committed[f"{name}.B"] = torch.empty(0, rank, d_out, device=self.device[name])
+        self.committed, self.live = [], {}  # blocks of bases; those that are trained
+
+    def blocks(self):
+        """All bases: the committed blocks, then the live one."""
+        return self.committed + [self.live] * bool(self.live)
+
+    def sizes(self):
+        """How many bases each block holds."""
+        return [len(next(iter(block.values()))) for block in self.blocks()]
 
     def __len__(self):
         """Bases a module holds, committed and live."""
-        return sum(len(next(iter(part.values()))) for part in (self.committed, self.live) if part)
+        return sum(self.sizes())
+
+    def basis_shapes(self):
+        """{key: shape of one basis}."""
+        pairs = [(f"{name}.{part}", d) for name, ds in self.shapes.items() for part, d in zip("AB", ds)]
+        return {key: (self.rank, d) for key, d in pairs}
 
     def add(self, n):
         """n fresh live bases: A Kaiming-uniform as in LoRA (bound 1/sqrt(d_in)), B 0: Delta W starts at 0."""
@@ -136,36 +147,50 @@ class AdapterBank:
                 self.live[key] = nn.Parameter(torch.cat([*old, new.to(self.device[name])]))
 
     def commit(self, tensors):
-        """Append read-only bases, keyed as above."""
-        for key, committed in self.committed.items():
-            self.committed[key] = torch.cat([committed, tensors[key].to(committed)])
+        """Append a block of read-only bases, keyed as above."""
+        self.committed.append(dict(tensors))
 
     def unlock(self):
         """Make every committed basis live: what the soft lock and no lock do to the bank."""
-        self.live = {key: nn.Parameter(t.clone()) for key, t in self.committed.items()}
-        self.committed = {key: t[:0] for key, t in self.committed.items()}
+        for key in self.basis_shapes():
+            whole = torch.cat([block[key] for block in self.committed])
+            self.live[key] = nn.Parameter(whole.to(self.device[key.rpartition(".")[0]]))
+        self.committed = []
 
-    def gather(self, name, indices):
-        """Bases `indices` [B, K] of one module -> A [B, K, r, d_in], B [B, K, r, d_out]. Plainly:
+    def locate(self, indices):
+        """Where bases `indices` [B, L, K] lie, for every layer a list of (block, which of the layer's B K are
+        in it [n], their numbers in it [n])."""
+        sizes, layers = torch.tensor(self.sizes()), indices.transpose(0, 1).flatten(1)  # [L, B K]
+        if len(sizes) == 1:
+            return [[(0, None, layer)] for layer in layers]
+        ends = sizes.cumsum(0)
+        blocks = torch.bucketize(layers.cpu(), ends, right=True)  # a GPU is waited for once, here
+        numbers, places = layers - (ends - sizes)[blocks].to(layers.device), []
+        for block, number in zip(blocks, numbers):
+            found = [(b, (block == b).nonzero()[:, 0].to(number.device)) for b in block.unique().tolist()]
+            places.append([(b, which, number[which]) for b, which in found])
+        return places
+
+    def gather(self, name, places):
+        """The bases of one module that `locate` found -> A [B K, r, d_in], B [B K, r, d_out]. Plainly:
 
             A = torch.cat([committed A, live A])[indices],    B = torch.cat([committed B, live B])[indices]
 
         What follows gives the same without copying the bank, and gradients reach live bases only."""
-        keys, flat = (f"{name}.A", f"{name}.B"), indices.flatten()
-        committed = len(self.committed[keys[0]])
-
-        def rows(tensor, i):  # an embedding lookup: its backward is many times faster than that of indexing
-            return nn.functional.embedding(i, tensor.flatten(1))
-
-        if not self.live or not committed:
-            found = [rows((self.live or self.committed)[key], flat) for key in keys]
-        else:
-            live = (flat >= committed).nonzero()[:, 0]  # on a GPU this waits for it, so once for A and B
-            found = [rows(self.live[key], flat[live] - committed) for key in keys]
-            if len(live) < len(flat):
-                old = [rows(self.committed[key], flat.clamp(max=committed - 1)) for key in keys]
-                found = [whole.index_copy(0, live, own) for whole, own in zip(old, found)]
-        return [tensor.view(*indices.shape, self.rank, -1) for tensor in found]
+        blocks, device, found = self.blocks(), self.device[name], []
+        for key in (f"{name}.A", f"{name}.B"):
+            parts = []
+            for b, which, number in places:
+                blocks[b][key] = block = blocks[b][key].to(device)
+                # An embedding lookup: its backward is many times faster than that of indexing.
+                parts.append((which, nn.functional.embedding(number.to(device), block.flatten(1))))
+            whole = parts[0][1]
+            if len(parts) > 1:
+                whole = whole.new_empty(sum(len(which) for which, _ in parts), whole.shape[1])
+                for which, part in parts:  # the live ones last: nothing before them has a gradient
+                    whole.index_copy_(0, which.to(device), part)
+            found.append(whole.unflatten(1, (self.rank, -1)))
+        return found
 
     def use(self, gating):
         """Run adapters with this gating from now on: (indices, weights), both [B, L or 1, K]. None: off."""
@@ -173,15 +198,15 @@ class AdapterBank:
         if gating is not None:
             indices, weights = gating
             weights = self.scale * weights.repeat_interleave(self.rank, -1)[:, :, None]  # [B, L or 1, 1, K r]
-            self.gating = list(zip(indices.unbind(1), weights.unbind(1)))
+            self.gating = list(zip(self.locate(indices), weights.unbind(1)))
 
     def factors(self, name):
         """One module's gathered A [B, K r, d_in] and B [B, K r, d_out], and (alpha / r) w [B, 1, K r]."""
-        indices, weights = self.gating[min(self.layer[name], len(self.gating) - 1)]
-        A, B = self.gather(name, indices.to(self.device[name]))
+        places, weights = self.gating[min(self.layer[name], len(self.gating) - 1)]
+        A, B = self.gather(name, places)
         # The bank is float32; what is multiplied, and kept for the backward pass, has the backbone's type: at
         # 7B in bfloat16 that is 1.2 GB less.
-        A, B = (tensor.flatten(1, 2).to(self.dtype[name]) for tensor in (A, B))
+        A, B = (t.view(len(weights), -1, t.shape[-1]).to(self.dtype[name]) for t in (A, B))
         return A, B, weights.to(self.device[name])
 
     def update(self, name, x, y):

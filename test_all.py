@@ -226,6 +226,9 @@ def opened(folder, backbone=None):
 
 def a_version_of(phi, dynamics, region, anchors, bases, **more):
     """A version as training makes it."""
+    tensors = {"anchors": anchors, "snapshot": take_snapshot(phi, anchors)}
+    tensors |= {f"field.{key}": t for key, t in phi.state_dict().items()}
+    tensors |= {f"bank.{key}": t for key, t in bases.items()}
     return Version(
         **{
             **dict(
@@ -233,12 +236,9 @@ def a_version_of(phi, dynamics, region, anchors, bases, **more):
                 lock="first",
                 reads=[],
                 top_k=2,
-                field=phi,
                 dynamics=dynamics,
                 region=region,
-                anchors=anchors,
-                snapshot=take_snapshot(phi, anchors),
-                bases=bases,
+                tensors=tensors,
                 config={"seed": 1},
                 index=torch.arange(phi.bases),
             ),
@@ -525,7 +525,7 @@ def test_update_is_equation_2(committed, live, dtype, tolerance):
         adapted = module(x)
     assert adapted.dtype == dtype
     A, B = (
-        torch.cat([model.bank.committed[f"{name}.{p}"], *([model.bank.live[f"{name}.{p}"]] if live else [])])
+        torch.cat([block[f"{name}.{p}"] for block in (*model.bank.committed, model.bank.live) if block])
         for p in "AB"
     )
     for b in range(3):
@@ -543,7 +543,7 @@ def test_only_live_and_chosen_bases_get_gradient():
     indices = torch.tensor([[[0, 5], [1, 5]], [[3, 4], [2, 3]]])  # live bases are 4, 5, 6
     logits, labels = model.logits(random_examples(2), (indices, torch.full((2, 2, 2), 0.5)))
     response_nll(logits, labels).sum().backward()
-    assert not any(t.requires_grad for t in model.bank.committed.values())
+    assert not any(t.requires_grad for block in model.bank.committed for t in block.values())
     for key, p in model.bank.live.items():
         chosen = {4 - 4, 5 - 4} if model.bank.layer[key[:-2]] == 0 else {5 - 4}
         assert {i for i in range(3) if p.grad[i].any()} == chosen, key
@@ -891,11 +891,10 @@ def test_verify_finds_a_flipped_bit_and_a_moved_field(two, tmp_path, capsys):
         commit.main(["verify", "--run", str(out), "--json"])
     assert [bool(e["wrong"]) for e in json.loads(capsys.readouterr().out)] == [False, True]
     out = tmp_path / "moved"
-    root = fake_commit(out, "root", 0)
+    fake_commit(out, "root", 0)
     run, _ = opened(out)
     version = run.versions[0]
-    version.bases = Version.load(run.path(root)).bases
-    version.snapshot = version.snapshot + 1e-6
+    version.tensors["snapshot"] = version.snapshot + 1e-6
     run.manifest |= {"versions": [], "results": []}
     run.commit(version)
     assert "8 of 8 anchors" in commit.verify(Run(out))[0][1]

@@ -298,7 +298,7 @@ def writable(run, model, h_bar, args):
     if run.versions and args.lock != "exact":
         bank.unlock()
         bank.add(max(0, args.bases - len(bank)))
-        field = run.versions[-1].field.grown(len(bank)).requires_grad_(True)
+        field = run.versions[-1].field.grown(len(bank)).requires_grad_(True).to(model.device)
         dynamics = copy.deepcopy(run.versions[-1].dynamics).requires_grad_(True)
     else:
         old = len(bank)
@@ -538,17 +538,17 @@ def commit_task(run, learner, h_bar, val, about, args):
     bank, z = learner.model.bank, learner.dynamics(h_bar)
     region = Region.fit(z, args.quantile)
     anchors = sample_anchors(region, z, args.anchors, args.anchor_source, args.seed)
+    tensors = {"anchors": anchors, "snapshot": take_snapshot(learner.field, anchors)}
+    tensors |= {f"field.{key}": t for key, t in learner.field.state_dict().items()}
+    tensors |= {f"bank.{key}": p.data for key, p in bank.live.items()}
     version = Version(
         task=args.task,
         lock=args.lock if run.versions else "first",
         reads=learner.reads,
         top_k=learner.top_k,
-        field=learner.field,
         dynamics=learner.dynamics,
         region=region,
-        anchors=anchors,
-        snapshot=take_snapshot(learner.field, anchors),
-        bases={key: p.data for key, p in bank.live.items()},
+        tensors=tensors,
         index=torch.arange(len(bank)),
         config=about,
     )
