@@ -187,13 +187,17 @@ class Route:
 def route(z, regions):
     """Send coordinates z [B, d] to the region under whose Gaussian they are most likely (quadratic
     discriminant analysis). -> Route"""
-    z = z.cpu().double()
+    # Of all regions at once: one after another, they would take the longer the more tasks there are.
+    whiten = torch.stack([r.whiten for r in regions])  # [regions, d, d]
+    centred = unsquash(z.cpu().double()) - torch.stack([r.mean for r in regions])[:, None]
+    distance = (centred @ whiten.mT).square().sum(2).clamp(min=1e-12).sqrt().T  # [B, regions]
     # log N(z; mu, Sigma) without its constant; log |Sigma|^(-1/2) is the sum of the logarithms on L^-1's
     # diagonal
-    distances = [r.distance(z) for r in regions]
-    scores = [r.whiten.diagonal().log().sum() - d.square() / 2 for r, d in zip(regions, distances)]
-    probability, choice = torch.stack(scores, 1).softmax(1).max(1)
-    return Route(choice, probability, torch.stack([d <= r.tau for r, d in zip(regions, distances)], 1))
+    scores = whiten.diagonal(dim1=1, dim2=2).log().sum(1) - distance.square() / 2
+    probability, choice = scores.softmax(1).max(1)
+    return Route(
+        choice, probability, distance <= torch.tensor([r.tau for r in regions], dtype=distance.dtype)
+    )
 
 
 # --------------------------------------------------------------------------- anchors, and the losses of the

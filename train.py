@@ -3,7 +3,7 @@
     python train.py --task alpaca                  # learn, commit region "alpaca", report
     python train.py --task code --lock             # a second version; the first stays bit-identical
     python train.py --task mine --data my.json --lock   # your own: a JSON list of instruction, input, output
-    python train.py --stream 24                    # 24 kinds of instruction, one after another, exact lock
+    python train.py --stream 76                    # 76 kinds of instruction, one after another, exact lock
     python train.py --task synthetic               # the FTN experiments, see synthetic.py
 
 The path of an example: read_records (commit.py) -> encode -> probe (model.py) -> coordinate -> gating
@@ -100,7 +100,7 @@ WEIGHT, FLAG, TEXT = dict(type=number(float, 0, 1e6)), dict(action="store_true")
 OPTIONS = {
     "what to learn, from what, on what": {
         "--task": ("name of the capability; alpaca and code bring their data, others need --data", TEXT),
-        "--stream": ("instead: N kinds of instruction, a task each", dict(type=number(int, 1, 72))),
+        "--stream": ("instead: N kinds of instruction, a task each", dict(type=number(int, 1, 76))),
         "--data": ("JSON list of records with instruction, input, output", TEXT),
         "--val-data": ("the same, for validation; else part of the data is held out", TEXT),
         "--backbone": ("tiny, a Hub id, a folder, FILE.gguf, random:mistral-7b [Mistral-7B or tiny]", TEXT),
@@ -610,7 +610,8 @@ def stream(args):
         for part in ("train", "val")
     }
     kinds = [sorted({(name, r["kind"]) for r in sets[name, "train"]}) for name in HUB_DATA]
-    for name, kind in list(itertools.chain.from_iterable(zip(*kinds)))[: args.stream]:
+    in_turn = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*kinds)))
+    for name, kind in list(in_turn)[: args.stream]:
         with tempfile.TemporaryDirectory() as tmp:
             for part in ("train", "val"):
                 chosen = [r for r in sets[name, part] if r["kind"] == kind]

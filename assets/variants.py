@@ -6,6 +6,7 @@
     python assets/variants.py ablations        # two tasks: NIWF with one thing changed (Figure 7)
     python assets/variants.py soft-lock        # why the soft lock forgets: parts of it frozen
     python assets/variants.py regions --run RUN      # does one region tell two tasks apart? what is chosen?
+    python assets/variants.py transfer --run STREAM  # what reading older bases is worth to later tasks
     python assets/variants.py worth --backbone FOLDER --data A.json B.json --seeds 0 --examples 600 --lr 5e-4
 
 A row is one training by train.py, or two, in a run folder of its own under runs/variants. What is there is
@@ -25,6 +26,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nvariants.py: stopped\n") and 130))
 
+import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -34,6 +36,7 @@ import math
 import pathlib
 import shlex
 import shutil
+import statistics
 import sys
 import tempfile
 import unittest.mock
@@ -269,12 +272,18 @@ def train_task(folder, task, options, patch, args, seed, rest):
     """Train a task in a run folder, unless that has been done."""
     options = train.parse_options([*said(task, folder, seed, args), *rest, *shlex.split(options)])
     options.device = pick_device(options.device)
-    with contextlib.ExitStack() as patches:
-        for (owner, attribute), new in PATCHES.get(patch, {}).items():
-            patches.enter_context(unittest.mock.patch.object(owner, attribute, new))
-        with Run(folder).exclusive() as run:
-            train.run_task(run, options)
+    with patched(patch), Run(folder).exclusive() as run:
+        train.run_task(run, options)
     return run
+
+
+@contextlib.contextmanager
+def patched(name):
+    """Within this block the program is changed as a patch says; by none, if there is none of that name."""
+    with contextlib.ExitStack() as patches:
+        for (owner, attribute), new in PATCHES.get(name, {}).items():
+            patches.enter_context(unittest.mock.patch.object(owner, attribute, new))
+        yield
 
 
 def place_of(args, seed, *parts):
@@ -422,10 +431,31 @@ def look_at_regions(folder):
     return found
 
 
+# --------------------------------------------------------------------------- does reading help later tasks?
+
+
+def measure_transfer(folder, args):
+    """Perplexity of every task of a stream when it was learned, beside that in the same stream without
+    reading: a new version then never chooses an older one's basis. -> {"tasks", "read", "own bases alone"}"""
+    run = Run(folder)
+    with patched("own bases alone"):
+        out = pathlib.Path(args.out, "stream-own-bases-alone")
+        alone = train.stream(argparse.Namespace(out=out, stream=len(run.tasks), device=pick_device(None)))
+    learned = lambda run: [row["stored"][row["task"]] for row in run.manifest["results"]]
+    found = {"tasks": run.tasks, "read": learned(run), "own bases alone": learned(alone)}
+    pairs = [*zip(found["read"], found["own bases alone"])][1:]
+    gains = [100 * (1 - read / own) for read, own in pairs]
+    gain = f"{statistics.mean(gains):.2f} ± {statistics.stdev(gains):.2f}" if len(gains) > 1 else "nothing"
+    print(
+        f"reading: perplexity lower by {gain} %, on {sum(g > 0 for g in gains)} of {len(gains)} later tasks"
+    )
+    return found
+
+
 def parse_options(argv):
     parser = Parser(prog="variants.py", description="What each part of NIWF is worth.", allow_abbrev=False)
-    parser.add_argument("table", choices=[*TABLES, "regions"], help="see above")
-    parser.add_argument("--run", nargs="+", help="the run folders of `regions`")
+    parser.add_argument("table", choices=[*TABLES, "regions", "transfer"], help="see above")
+    parser.add_argument("--run", nargs="+", help="the run folders of `regions` and `transfer`")
     parser.add_argument("--rows", nargs="+", help="names of rows [all]")
     parser.add_argument("--backbone", default="tiny", help="[tiny]")
     parser.add_argument(
@@ -435,14 +465,14 @@ def parse_options(argv):
     parser.add_argument("--out", help="folder of the run folders [runs/variants, runs/variants-BACKBONE]")
     parser.add_argument("--json", type=output_file, help="write all of it to this file")
     args, rest = parser.parse_known_args(argv)
-    if (args.table == "regions") != bool(args.run):
-        parser.error("--run names the run folders of `regions`")
-    if args.table != "regions":
+    if (args.table in TABLES) == bool(args.run):
+        parser.error("--run names the run folders of `regions` and `transfer`")
+    name = pathlib.Path(args.backbone).name
+    args.out = args.out or "runs/variants" + f"-{name}" * (name != "tiny")
+    if args.table in TABLES:
         args.rows = args.rows or [*TABLES[args.table]]
         if unknown := [name for name in args.rows if name not in TABLES[args.table]]:
             parser.error(f"no row is called {unknown[0]!r}: {', '.join(TABLES[args.table])}")
-        name = pathlib.Path(args.backbone).name
-        args.out = args.out or "runs/variants" + f"-{name}" * (name != "tiny")
         args.seeds = args.seeds or ([200, 201, 202] if args.table == "choose" else [0, 1, 2])
     return args, rest
 
@@ -452,6 +482,8 @@ def main(argv=None):
     if args.table == "regions":
         with torch.no_grad():
             result = [look_at_regions(folder) for folder in args.run]
+    elif args.table == "transfer":
+        result = [measure_transfer(folder, args) for folder in args.run]
     else:
         result = {name: [] for name in args.rows}
         for seed, name in itertools.product(args.seeds, args.rows):
