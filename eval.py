@@ -4,7 +4,6 @@
     python eval.py --exact-match                     # greedy answers to the validation prompts, per kind
     python eval.py --prompt "Name three fruits."     # routed: says which version answered, and how sure it is
     python eval.py --version alpaca code AB          # every task under these; with --prompt: ask the first
-    python eval.py --growth                          # what the first n versions cost and know, for every n
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
 
@@ -28,25 +27,12 @@ import importlib.util
 import json
 import math
 import pathlib
-import re
 import statistics
 import tempfile
-import time
 
 import torch
 
-from commit import (
-    Parser,
-    Run,
-    atomic,
-    describe,
-    export,
-    latest_run,
-    number,
-    output_file,
-    run_program,
-    write_results,
-)
+from commit import Parser, Run, atomic, export, latest_run, number, output_file, run_program, write_results
 from field import take_snapshot, top_k_gating
 from model import Refused, encode, perplexity, pick_device, prompt_of, response_logits, response_nll
 
@@ -304,7 +290,7 @@ def answer_prompt(run, model, tokenizer, args):
     )
 
 
-# ------------------------------------------------------------------ versions by name, and what n of them cost
+# ----------------------------------------------------------------------------------------- versions by name
 
 
 def perplexity_by_name(run, model, tokenizer, names):
@@ -354,77 +340,6 @@ def peft_composition(run, backbone, composition):
     return adapted
 
 
-def median_ms(f, repeats=5):
-    """Median time of f() in milliseconds."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - began)
-    return 1000 * statistics.median(times)
-
-
-GROWTH_COLUMNS = {  # of the table, with the format of a figure
-    "n": "4",
-    "task": "<22",
-    "bases_read": "12",
-    "bases_written": "14",
-    "MB": "7.2f",
-    "commit_ms": "11.1f",
-    "bare_ms": "9.3f",
-    "stored_ms": "11.3f",
-    "routed_ms": "11.3f",
-    "learned": "9.3f",
-    "stored_forgetting": "19.2f",
-    "routed_forgetting": "19.2f",
-    "routed_home": "13.3f",
-}
-
-
-def growth(run, model, tokenizer):
-    """What the first n versions of a run folder cost and know, for every n. Prints a table; returns its lines
-    as dicts. Times are in milliseconds; but for that of a commit, per token of one pass over the first task's
-    validation examples."""
-    whole, lines = run.manifest, []
-    examples, h_bar, _ = validation_set(run, model, tokenizer, run.tasks[0])
-    model.detach()
-    width = lambda form: int(re.match(r"<?(\d+)", form)[1])
-    print("\n" + "".join(f"{name:>{width(form)}}" for name, form in GROWTH_COLUMNS.items()))
-    for n in range(1, len(run.tasks) + 1):
-        run.manifest = dict(whole, versions=whole["versions"][:n], compositions=[])
-        model = run.open_model(model.backbone, tokenizer)
-        lines.append({"n": n, **growth_step(run, model, whole["results"][:n], examples, h_bar)})
-        print("".join(f"{lines[-1][name]:{form}}" for name, form in GROWTH_COLUMNS.items()))
-        model.detach()
-    run.manifest = whole
-    return lines
-
-
-def growth_step(run, model, results, examples, h_bar):
-    """The last version's line of `growth`."""
-    entry, routing = run.manifest["versions"][-1], results[-1]["routing"]
-    version, about = run.read_version(entry, run.versions[:-1]), describe(run, entry)
-    prompts, tokens = [p for p, _ in examples], sum(len(p) + len(r) for p, r in examples)
-    passes = {
-        "bare_ms": lambda: model.logits(examples, None),
-        "stored_ms": lambda: model.logits(examples, run.stored(0, h_bar)),
-        "routed_ms": lambda: model.logits(examples, run.routed(model.probe(prompts))[0]),
-    }
-    line = {
-        "task": entry["task"],
-        "bases_written": version.writes,
-        "bases_read": len(version.index) - version.writes,
-    }
-    line |= {"bytes": about["bytes"], "MB": about["bytes"] / 1e6, "learned": about["perplexity"]["stored"]}
-    with tempfile.TemporaryDirectory() as tmp:  # written again, as at commit: hash, fsync, rename
-        line["commit_ms"] = median_ms(lambda: version.save(pathlib.Path(tmp)))
-    line |= {name: median_ms(f) / tokens for name, f in passes.items()}
-    for p in ("stored", "routed"):
-        line[f"{p}_forgetting"] = statistics.mean(forgetting(results, p).values())
-    home = sum(counts[t] for t, counts in routing.items())
-    return line | {"routed_home": home / sum(sum(counts.values()) for counts in routing.values())}
-
-
 # ------------------------------------------------------------------------------------------- the command line
 
 
@@ -455,8 +370,6 @@ def measure_run(run, model, tokenizer, args):
         out["exact_match"] = exact_match(run, model, tokenizer, args)
     if args.version:
         out["under"] = perplexity_by_name(run, model, tokenizer, args.version)
-    if args.growth:
-        out["growth"] = growth(run, model, tokenizer)
     return out
 
 
@@ -505,7 +418,6 @@ def parse_options(argv=None):
         metavar="NAME",
         help="measure every task under these, or let the first answer the --prompt",
     )
-    add("--growth", action="store_true", help="what the first n versions cost and know, for every n")
     add("--prompt", help="an instruction to answer, instead of measuring")
     add("--input", default="", help="the input that goes with --prompt")
     add("--max-new-tokens", type=number(int, 1, 10**6), default=128)

@@ -55,6 +55,7 @@ from model import (
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE / "assets"))
+import bench
 import fuzz
 import report
 import variants
@@ -756,6 +757,37 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="asks Linux what is mapped")
+def test_what_no_gating_names_stays_on_disk(two):
+    """Bases are mapped from their version's file, and a field is read when it is first asked."""
+    run, model = opened(two)
+    for v, block in zip(run.versions, model.bank.committed):
+        maps = [
+            line.split()
+            for line in open("/proc/self/maps")
+            if line.rstrip().endswith(v.hash + ".safetensors")
+        ]
+        spans = [range(*(int(x, 16) for x in line[0].split("-"))) for line in maps]
+        assert all(any(t.data_ptr() in span for span in spans) for t in block.values())
+        assert "field" not in vars(v)
+    run.stored(0, torch.randn(3, model.features))
+    assert ["field" in vars(v) for v in run.versions] == [True, False]
+    model.detach()
+
+
+@pytest.mark.parametrize("sizes", [(4,), (2, 3), (1, 2, 1)])
+def test_bases_in_blocks_are_gathered_as_from_one_tensor(sizes):
+    bank = AdapterBank(find_targets(one_backbone()), rank=3)
+    for n in sizes:
+        bank.commit({key: torch.randn(n, *shape) for key, shape in bank.basis_shapes().items()})
+    bank.add(2)
+    name, indices = next(iter(bank.shapes)), torch.randint(sum(sizes) + 2, (3, 2, 5))
+    for places, layer in zip(bank.locate(indices), indices.unbind(1)):
+        for part, found in zip("AB", bank.gather(name, places)):
+            whole = torch.cat([block[f"{name}.{part}"] for block in (*bank.committed, bank.live)])
+            assert torch.equal(found, whole[layer.flatten()])
+
+
 def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
     r, backbone, examples = random.Random(0), micro_backbone(), random_examples(3)
     folder, count = tmp_path / "run", iter(range(10**6))
@@ -1528,23 +1560,17 @@ def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, m
     train.main(["--stream", "1", *command])
     first = Run(tmp_path / "run").manifest["versions"]
     train.main(["--stream", "2", *command])
-    evaluation.main(
-        ["--run", str(tmp_path / "run"), "--growth", "--json", str(tmp_path / "s.json"), "--device", "cpu"]
-    )
-    run, (out,) = Run(tmp_path / "run"), json.loads((tmp_path / "s.json").read_text())["rows"]
-    assert (
-        out["tasks"] == run.tasks == ["alpaca-before", "code-append"]
-        and run.manifest["versions"][:1] == first
-    )
+    found = tmp_path / "s.json"
+    bench.main(["growth", "--run", str(tmp_path / "run"), "--repeats", "1", "--json", str(found)])
+    run, lines = Run(tmp_path / "run"), json.loads(found.read_text())["rows"]
+    versions, row = run.manifest["versions"], run.manifest["results"][-1]
+    assert run.tasks == ["alpaca-before", "code-append"] and versions[:1] == first
     assert {r["kind"] for r in run.validation("alpaca-before")} == {"before"}
-    assert [x["bases_read"] for x in out["growth"]] == [0, 16] and all(
-        x["bases_written"] == 16 for x in out["growth"]
-    )
-    assert [x["bytes"] for x in out["growth"]] == [
-        run.path(v["hash"]).stat().st_size for v in run.manifest["versions"]
-    ]
-    assert [x["stored_forgetting"] for x in out["growth"]] == [0, 0] and out["R"]["stored"][0][1] is None
-    assert out["growth"][1]["routed_home"] == sum(out["routing"][t][t] for t in run.tasks) / 8
+    assert [x["bases_read"] for x in lines] == [0, 16] and all(x["bases_written"] == 16 for x in lines)
+    assert [x["bytes"] for x in lines] == [run.path(v["hash"]).stat().st_size for v in versions]
+    assert [x["stored_forgetting"] for x in lines] == [0, 0] and lines[1]["identical"] == [8, 8]
+    assert lines[1]["routed_home"] == sum(row["routing"][t][t] for t in run.tasks) / 8
+    assert all(x["memory"] > 10**8 and x["routed_ms"] > 0 for x in lines)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -3,6 +3,7 @@
     python assets/bench.py niwf                         # a training step beside peft (pip install peft)
     python assets/bench.py decode                       # prefill and decoding beside peft's LoRA
     python assets/bench.py gather                       # one projection: bases a sequence, or a token
+    python assets/bench.py growth --run runs/stream     # what the first n versions cost and know, for every n
     python assets/bench.py ftn                          # a training step against the literal Algorithm 1
     python assets/bench.py lora-ftn --backbone tiny     # a step and a mask search against all H components
 
@@ -21,10 +22,13 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import math
 import multiprocessing
 import pathlib
+import resource
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 
@@ -34,7 +38,8 @@ import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from commit import Parser, number, output_file, read_records, run_program, write_results
+from commit import Parser, Run, number, output_file, read_records, run_program, write_results
+from eval import answer, forgetting, validation_set
 from field import CoordinateDynamics, WeightField, top_k_gating
 from model import (
     NIWF,
@@ -45,6 +50,7 @@ from model import (
     greedy,
     load_backbone,
     pad_of,
+    prompt_of,
     response_logits,
     response_nll,
 )
@@ -361,6 +367,80 @@ def bench_lora_ftn(backbone, turns):
     print(f"step: {compared(steps)}")
 
 
+# ---------------------------------------------------------------------------------- what n versions cost
+
+
+def first_versions(folder, n):
+    """A run folder as it was after its first n tasks."""
+    run = Run(folder)
+    keep = {"versions": run.manifest["versions"][:n], "results": run.manifest["results"][:n]}
+    run.manifest |= keep | {"compositions": []}
+    return run
+
+
+def memory_of_answers(folder, n, tasks):
+    """Peak resident memory, in bytes, of a process that opens the first n versions and answers the prompts of
+    some tasks."""
+    run = first_versions(folder, n)
+    backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], "cpu")
+    model = run.open_model(backbone, tokenizer)
+    for task in tasks:
+        answer(run, model, tokenizer, [prompt_of(r) for r in run.validation(task)], "nearest", 16)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def bench_growth(folder, turns):
+    """For every n a line, as a dict: what the first n versions of a stream cost and know. Milliseconds are
+    for each token of a pass over the first task's validation examples, but for a commit and for opening the
+    folder; memory is that of a process which answers the first three tasks' prompts."""
+    whole = Run(folder)
+    backbone, tokenizer = whole.open_backbone(whole.manifest["backbone"]["name"], "cpu")
+    for n in range(1, len(whole.tasks) + 1):
+        run, entry = first_versions(folder, n), whole.manifest["versions"][n - 1]
+        opened = timed(lambda run=run: run.open_model(backbone, tokenizer).detach(), 1)
+        model = run.open_model(backbone, tokenizer)
+        version, row = run.versions[-1], run.manifest["results"][-1]
+        line = {"n": n, "task": entry["task"], "bytes": run.path(entry["hash"]).stat().st_size}
+        line |= {"bases_written": version.writes, "bases_read": len(version.index) - version.writes}
+        with tempfile.TemporaryDirectory() as tmp:  # written again, as at commit: hash, fsync, rename
+            line["commit_ms"] = timed(lambda v=version, tmp=tmp: v.save(pathlib.Path(tmp)), turns)
+        line |= {"open_ms": opened, "learned": row["stored"][entry["task"]]}
+        line |= time_passes(run, model, tokenizer, turns)
+        model.detach()
+        with multiprocessing.get_context("forkserver").Pool(1) as pool:
+            line["memory"] = pool.apply(memory_of_answers, (folder, n, whole.tasks[: min(n, 3)]))
+        for p in ("stored", "routed"):
+            lost = forgetting(run.manifest["results"], p).values()
+            line[f"{p}_forgetting"] = statistics.mean(math.log1p(x / 100) for x in lost)
+        line["identical"] = [sum(column) for column in zip(*row["identical"].values())]
+        home = sum(counts[t] for t, counts in row["routing"].items())
+        yield line | {"routed_home": home / sum(sum(counts.values()) for counts in row["routing"].values())}
+
+
+def timed(form, turns):
+    """Median time of form(), in milliseconds."""
+    times = []
+    for _ in range(turns):
+        take_turn([form], [()], [times])
+    return 1000 * statistics.median(times)
+
+
+@torch.no_grad()
+def time_passes(run, model, tokenizer, turns):
+    """Of the bare backbone, of one version that is given, and of a routed pass with its probe, in turns."""
+    examples, h_bar, _ = validation_set(run, model, tokenizer, run.tasks[0])
+    prompts, tokens = [p for p, _ in examples], sum(len(p) + len(r) for p, r in examples)
+    passes = {
+        "bare_ms": lambda: model.logits(examples, None),
+        "stored_ms": lambda: model.logits(examples, run.stored(0, h_bar)),
+        "routed_ms": lambda: model.logits(examples, run.routed(model.probe(prompts))[0]),
+    }
+    times = [[] for _ in passes]
+    for _ in range(turns + 1):
+        take_turn(passes.values(), [()], times)
+    return {name: 1000 * statistics.median(spent[1:]) / tokens for name, spent in zip(passes, times)}
+
+
 # ----------------------------------------------------------------------------------------- the command line
 
 
@@ -373,10 +453,13 @@ def main(argv=None):
     niwf = commands.add_parser("niwf", help="a training step of NIWF beside peft's LoRA")
     decode = commands.add_parser("decode", help="prefill and decoding beside peft's LoRA")
     gather = commands.add_parser("gather", help="bases gathered a sequence, and a token")
+    growth = commands.add_parser("growth", help="what the first n versions cost and know, for every n")
+    growth.add_argument("--run", default="runs/stream", help="run folder of a stream [runs/stream]")
+    growth.add_argument("--json", type=output_file, help="write a line for every n to this file")
     for p in (niwf, decode, gather):
         p.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="[all]")
         p.add_argument("--json", type=output_file, help="write the seconds of every turn to this file")
-    for p in (ftn, lora, niwf, decode, gather):
+    for p in (ftn, lora, niwf, decode, gather, growth):
         p.add_argument("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed [5]")
     args = parser.parse_args(argv)
     benches = {"niwf": bench_niwf, "decode": bench_decode, "gather": bench_gather}
@@ -390,7 +473,14 @@ def main(argv=None):
             write_results(args.json, "assets/bench.py", argv, indent=1, rows=seconds)
         return
     torch.set_num_threads(1)
-    if args.command == "ftn":
+    if args.command == "growth":
+        lines = []
+        for line in bench_growth(args.run, args.repeats):
+            lines.append(line)
+            print("  ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in line.items()))
+        if args.json:
+            write_results(args.json, "assets/bench.py", argv, indent=1, rows=lines)
+    elif args.command == "ftn":
         for variant in HEAD:
             bench_ftn(variant, args.repeats)
     else:
