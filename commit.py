@@ -12,16 +12,18 @@ soft    The paper, Eqs. (9)-(13): one live bank, field and dynamics; a penalty h
         anchors. The bases and the dynamics move freely, and forgetting is what it is measured to be.
 none    The same live bank, field and dynamics with no penalty at all.
 
-    python commit.py log                            # the versions of a run folder, newest first python
-    commit.py show VERSION                   # all about one; VERSION is a task or the start of a hash
-    python commit.py verify                         # every hash, every anchor recomputed and compared bit
-    for bit python commit.py rollback VERSION [--cascade]   # take a version out, and those that stand on it
+    python commit.py log                      # the versions of a run folder, newest first
+    python commit.py show VERSION             # all about one; VERSION is a task or the start of a hash
+    python commit.py verify                   # every hash; every anchor recomputed and compared bit for bit
+    python commit.py rollback VERSION [--cascade]             # take it out, and those that stand on it
     python commit.py compose A B --weights .5 .5 --name AB    # a gating over both, which owns no bases
-    python commit.py merge OTHER_RUN                # take in versions learned elsewhere from the same first
-    one python commit.py export VERSION --to DIR        # an ordinary LoRA adapter in PEFT's format
+    python commit.py merge OTHER_RUN          # versions learned elsewhere from the same first one
+    python commit.py export VERSION --to DIR  # an ordinary LoRA adapter in PEFT's format
+    python commit.py export VERSION --to DIR --merged         # the backbone with that update in its weights
 
-None of these trains, needs data or loads the backbone. All take `--run DIR` (default: the latest under
-runs/) and `--json`. Whatever they do, every other version stays what it was, to the last bit.
+None of these trains or needs data, and none but `export --merged` loads the backbone. All take `--run DIR`
+(default: the latest under runs/) and `--json`. Whatever they do, every other version stays what it was, to
+the last bit.
 
 A run folder holds `manifest.json`, `versions/<sha256>.safetensors` (named by content, as in git), for every
 task `data/<task>.val.json` and `data/<task>.logits.json`, `training.safetensors` while a task is being
@@ -64,9 +66,10 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from transformers.pytorch_utils import Conv1D
 
 from field import CoordinateDynamics, Region, WeightField, route, take_snapshot, top_k_gating
-from model import NIWF, Refused, fingerprint, layer_numbers, load_backbone, pad_of
+from model import NIWF, Refused, find_targets, fingerprint, in_out, layer_numbers, load_backbone, pad_of
 
 # ---------------------------------------------------------------------------- what is on disk, and reading it
 
@@ -78,7 +81,9 @@ NOT_NEGATIVE = lambda x: x == 0 and type(x) in (int, float) or POSITIVE(x)
 
 # fmt: off
 SETTINGS = {"rank": COUNT, "alpha": NOT_NEGATIVE, "coord_dim": COUNT, "pool": ("prompt", "sequence"),
-            "probe": ("bare", "adapted"), "fixed_coordinate": bool}  # options that a run's first task fixes
+            "probe": ("bare", "adapted"), "fixed_coordinate": bool,
+            "template": ("alpaca", "chat")}  # options that a run's first task fixes
+OLD_SETTINGS = {key: form for key, form in SETTINGS.items() if key != "template"}  # alpaca it was
 ENTRY = {"hash": SHA, "task": NAME, "lock": ("first", "exact", "soft", "none"), "date": DATE}
 DRIFT = ("inside_at_commit", "inside_now", "moved", "spread", "lock_loss", "top_k_kept")
 PERPLEXITIES, COUNTS = {NAME: POSITIVE}, {NAME: {NAME: COUNT_OR_0}}
@@ -86,10 +91,12 @@ RESULT = {"task": NAME, "version": SHA, "base": PERPLEXITIES, "stored": PERPLEXI
           "routing": COUNTS, "inside": COUNTS, "identical": {NAME: [COUNT_OR_0]},
           "gating": {NAME: {"sets": POSITIVE, "bases": POSITIVE}},
           "drift": {NAME: dict.fromkeys(DRIFT, NOT_NEGATIVE)}}
-MANIFEST = {"format": 1, "backbone": (None, {"name": str, "fingerprint": SHA}), "settings": ({}, SETTINGS),
-            "versions": [ENTRY], "results": [RESULT], "compositions": [{**ENTRY, "lock": "composed"}]}
+MANIFEST = {"format": 1, "backbone": (None, {"name": str, "fingerprint": SHA}),
+            "settings": ({}, OLD_SETTINGS, SETTINGS), "versions": [ENTRY], "results": [RESULT],
+            "compositions": [{**ENTRY, "lock": "composed"}]}
 VERSION = {"task": NAME, "lock": ENTRY["lock"], "reads": [SHA], "writes": COUNT, "top_k": COUNT, "n": COUNT,
            "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, str)}}
+MESSAGES = [{"role": re.compile(r"\w+"), "content": str}]
 COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
 # fmt: on
 
@@ -139,34 +146,90 @@ def refuse_constant(text):
     raise ValueError(f"{text} is no number")
 
 
-def read_json(path, own=True):
-    """What a JSON file holds. own: it lies in a run folder. Refused: it is no plain file, or not JSON."""
+def refuse_twice(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = sorted(key for key, _ in pairs)
+        raise ValueError(f"{next(a for a, b in zip(keys, keys[1:]) if a == b)!r} is there twice")
+    return found
+
+
+def parse_json(text, where):
+    """What a JSON text holds. Refused: it is not JSON, or an object in it has a key twice."""
+    try:
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_twice)
+    except (ValueError, RecursionError) as e:
+        raise Refused(f"{where}: not readable as JSON ({e})") from None
+
+
+def read_text(path, own):
+    """The text of a file. own: it lies in a run folder. Refused: it is no plain file, or not UTF-8."""
     path = pathlib.Path(path)
     if not path.is_file() or own and path.is_symlink():
         raise Refused(f"{path}: no such file" if not path.exists() else f"{path}: not a plain file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
-    except (ValueError, RecursionError, OSError) as e:
+        return path.read_text(encoding="utf-8")
+    except (ValueError, OSError) as e:
         raise Refused(f"{path}: not readable as JSON ({e})") from None
 
 
-def read_records(path, own=False):
-    """A JSON list in Alpaca's format -> list of dicts. Refused with the file and the number of the record."""
-    records = read_json(path, own)
-    if not isinstance(records, list) or not records:
-        raise Refused(f"{path}: expected a JSON list of records")
-    for i, record in enumerate(records, 1):
-        for key in ("instruction", "output"):
-            if not isinstance(record, dict) or not isinstance(record.get(key), str):
-                raise Refused(f"{path}: record {i} has no text under {key!r}")
-        for key in ("input", "kind"):
-            if not isinstance(record.get(key, ""), str):
-                raise Refused(f"{path}: record {i} has something other than text under {key!r}")
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except ValueError:
-            raise Refused(f"{path}: record {i} holds half a character (a lone surrogate)") from None
-    return records
+def read_json(path, own=True):
+    """What a JSON file holds. Refused: see `read_text` and `parse_json`."""
+    return parse_json(read_text(path, own), path)
+
+
+def read_records(path, template="alpaca", own=False):
+    """The records of a JSON list or, where the text does not begin as one, of JSON lines; see `plain_record`.
+    own: the file is ours, a list. Refused with the file, the number of the record and that of its line."""
+    text = read_text(path, own)
+    if own or text.lstrip().startswith("["):
+        found = parse_json(text, path)
+        if not isinstance(found, list):
+            raise Refused(f"{path}: expected a JSON list of records")
+        rows = [(f"{path}: record {i}", record) for i, record in enumerate(found, 1)]
+    else:  # not splitlines: a JSON text may hold other line breaks
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        lines = [(f"{path}: record {i} (line {n})", line) for i, (n, line) in enumerate(lines, 1)]
+        rows = [(where, parse_json(line, where)) for where, line in lines]
+    if not rows:
+        raise Refused(f"{path}: expected a JSON list of records, or JSON lines, and there are none")
+    return [plain_record(record, where, template) for where, record in rows]
+
+
+def plain_record(record, where, template):
+    """A record as the rest of the program has it: {"instruction": the last prompt, "output": the response,
+    and perhaps "input", "kind", "history": messages before}. It comes so (Alpaca); or with prompt and
+    completion, texts or lists of messages (TRL); or with messages, of which the last is the response.
+    Refused: it has none of these whole, or a history, which the template alpaca has no place for."""
+    if not isinstance(record, dict):
+        raise Refused(f"{where} is not a JSON object")
+    trl, messages = "prompt" in record and "instruction" not in record, record.get("messages")
+    asked, said = ("prompt", "completion") if trl else ("instruction", "output")
+    if messages is None and all(isinstance(record.get(key), list) for key in (asked, said)):
+        messages = record[asked] + record[said]
+    if messages is not None:
+        validate(messages, MESSAGES, f"{where}: messages")
+        if [m["role"] for m in messages[-2:]] != ["user", "assistant"]:
+            raise Refused(f"{where}: the last two messages are not of user and assistant")
+        *history, prompt, response = messages
+        plain = {"instruction": prompt["content"], "output": response["content"], "history": history}
+    else:
+        for key in (asked, said):
+            if not isinstance(record.get(key), str):
+                raise Refused(f"{where} has no text under {key!r}")
+        plain = {"instruction": record[asked], "output": record[said]} if trl else record
+    plain |= {"kind": record["kind"]} if "kind" in record else {}
+    for key in ("input", "kind"):
+        if not isinstance(plain.get(key, ""), str):
+            raise Refused(f"{where} has something other than text under {key!r}")
+    validate(plain.get("history", []), MESSAGES, f"{where}: history")
+    try:
+        json.dumps(plain, ensure_ascii=False).encode()
+    except ValueError:
+        raise Refused(f"{where} holds half a character (a lone surrogate)") from None
+    if plain.get("history") and template == "alpaca":
+        raise Refused(f"{where} is a chat of more than a prompt and its answer: --template chat takes it")
+    return plain
 
 
 @contextlib.contextmanager
@@ -188,6 +251,26 @@ def atomic(path):
             os.close(folder)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder):
+    """Gives a temporary folder beside `folder`, which is absent or empty; on success what is in it is fsynced
+    and it is renamed. A kill can leave the temporary folder, never a part under the final name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.niwf-tmp")
+    tmp.mkdir()
+    try:
+        yield tmp
+        for path in tmp.rglob("*"):
+            if path.is_file():
+                with open(path, "rb+") as f:
+                    os.fsync(f.fileno())
+        if folder.exists():  # empty: elsewhere than on POSIX a rename does not replace it
+            folder.rmdir()
+        tmp.rename(folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 KINDS = r"manifest\.json|training\.safetensors|[0-9a-f]{64}\.safetensors|\w[\w.-]*\.(val|logits)\.json"
@@ -456,6 +539,8 @@ class Run:
         if path.exists():
             self.manifest = read_json(path)
             self.check_manifest()
+            if self.manifest["settings"]:
+                self.manifest["settings"].setdefault("template", "alpaca")
             if not self.tasks and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
                 raise Refused(
                     f"{path}: names no version, but versions/ holds some: restore it, or move them away"
@@ -520,6 +605,11 @@ class Run:
         """Do all versions share one live bank, field and dynamics?"""
         return bool(self.manifest["versions"]) and self.manifest["versions"][-1]["lock"] in ("soft", "none")
 
+    @property
+    def template(self):
+        """How prompts are written, see `prompt_of`."""
+        return self.manifest["settings"]["template"]
+
     def path(self, digest):
         """The file of a version."""
         return self.folder / "versions" / f"{digest}.safetensors"
@@ -540,7 +630,7 @@ class Run:
 
     def validation(self, task):
         """Those records. Refused: they are not there, or not whole."""
-        return read_records(self.data_file(task, "val"), own=True)
+        return read_records(self.data_file(task, "val"), self.template, own=True)
 
     def digests(self, task):
         """Those digests. Refused: they are not there, or not one for each record."""
@@ -585,7 +675,8 @@ class Run:
         if not earlier:
             rank, d = next(iter(version.bases.values())).shape[1], len(version.region.mean)
             fixed = version.dynamics.fixed
-            made = dict(version.config, rank=rank, coord_dim=d, fixed_coordinate=fixed)
+            made = {"template": "alpaca", **version.config}
+            made |= {"rank": rank, "coord_dim": d, "fixed_coordinate": fixed}
             for key, value in self.manifest["settings"].items():
                 if made.get(key) != value:
                     raise Refused(f"{self.manifest_file}: settings: {key} {value}, not {made.get(key)}")
@@ -959,14 +1050,13 @@ def merge(run, other):
     return new
 
 
-def export(run, name, folder):
-    """Write a version as a LoRA adapter in PEFT's format: its gating at its region's mean coordinate, of rank
-    K r, with A the chosen A_i stacked and B the chosen B_i, times (alpha / r) w_i. A composition joins its
-    versions'. -> its config"""
-    entry, folder, settings = run.find(name), pathlib.Path(folder), run.manifest["settings"]
+def update_of(run, name):
+    """What a version adds to the backbone's weights, with its gating at its region's mean coordinate.
+    -> {target: (A [K r, d_in], B [K r, d_out])}, Delta W = B^T A: the chosen A_i stacked, and the chosen B_i,
+    times (alpha / r) w_i. A composition joins its versions'. Refused: there is no such version, or not
+    whole."""
+    entry, settings = run.find(name), run.manifest["settings"]
     refuse_shared(run)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Refused(f"{folder} is not empty, or no folder")
     versions = []
     for e in run.manifest["versions"]:
         versions.append(run.read_version(e, versions))
@@ -983,20 +1073,53 @@ def export(run, name, folder):
             scale = share * settings["alpha"] / settings["rank"] * w
             rows[f"{target}.A"].append(bank[f"{target}.A"][chosen].flatten(0, 1))
             rows[f"{target}.B"].append((scale[:, None, None] * bank[f"{target}.B"][chosen]).flatten(0, 1))
-    tensors = {}
-    for target in numbers:
-        A, B = (torch.cat(rows[f"{target}.{part}"]) for part in "AB")  # [K r, d_in], [K r, d_out]
+    return {t: (torch.cat(rows[f"{t}.A"]), torch.cat(rows[f"{t}.B"])) for t in numbers}
+
+
+def write_adapter(run, update, folder):
+    """Write an update as a LoRA adapter in PEFT's format."""
+    tensors, rank = {}, len(next(iter(update.values()))[0])
+    for target, (A, B) in update.items():
         start = f"base_model.model.{target}.lora"
         tensors |= {f"{start}_A.weight": A, f"{start}_B.weight": B.T.contiguous()}
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
-    config |= {"base_model_name_or_path": run.manifest["backbone"]["name"], "target_modules": sorted(numbers)}
-    config |= {"r": len(A), "lora_alpha": len(A), "lora_dropout": 0.0, "fan_in_fan_out": False}
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / "adapter_model.safetensors") as tmp:
-        tmp.write_bytes(save(tensors, {"format": "pt"}))
-    with atomic(folder / "adapter_config.json") as tmp:
-        tmp.write_text(json.dumps(config, indent=1))
-    return dict(config, folder=str(folder))
+    config |= {"base_model_name_or_path": run.manifest["backbone"]["name"], "target_modules": sorted(update)}
+    config |= {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "fan_in_fan_out": False}
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+
+
+@torch.no_grad()
+def merged_backbone(run, update):
+    """-> (the backbone in float32 with an update added to its weights, its tokenizer). Refused: it cannot be
+    had, or is another."""
+    backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], "cpu")
+    targets = find_targets(backbone)
+    fits = {name: (A.shape[1], B.shape[1]) for name, (A, B) in update.items()}
+    if fits != {name: in_out(module) for name, module in targets.items()}:
+        raise Refused(f"{run.folder}: made for other modules than this backbone has")
+    for name, (A, B) in update.items():
+        added = B.T @ A  # [d_out, d_in]
+        targets[name].weight += added.T if isinstance(targets[name], Conv1D) else added
+    return backbone, tokenizer
+
+
+def export(run, name, folder, merged=False):
+    """Write a version to a new or empty folder: an adapter in PEFT's format, or a checkpoint that any program
+    of transformers loads. -> what it is. Refused: the folder holds something; see `update_of` and
+    `merged_backbone`."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Refused(f"{folder} is not empty, or no folder")
+    update = update_of(run, name)
+    parts = merged_backbone(run, update) if merged else ()
+    with atomic_folder(folder.resolve()) as tmp:
+        for part in parts:
+            part.save_pretrained(tmp)
+        if not merged:
+            write_adapter(run, update, tmp)
+    rank = len(next(iter(update.values()))[0])
+    return {"folder": str(folder), "merged": merged, "r": rank, "target_modules": sorted(update)}
 
 
 def parse_options(argv=None):
@@ -1022,9 +1145,9 @@ def parse_options(argv=None):
     add("--weights", nargs="+", type=number(float, -1e6, 1e6), required=True, help="one for each of them")
     add("--name", required=True, help="what the composition is called")
     command("merge", "take in another run's versions")("other", metavar="OTHER_RUN")
-    command("export", "write a LoRA adapter in PEFT's format", version=True)(
-        "--to", required=True, metavar="DIR"
-    )
+    add = command("export", "write a LoRA adapter in PEFT's format", version=True)
+    add("--to", required=True, metavar="DIR", help="a new or an empty folder")
+    add("--merged", action="store_true", help="a whole checkpoint in place of an adapter; loads the backbone")
     return parser.parse_args(argv)
 
 
@@ -1061,8 +1184,10 @@ def main(argv=None):
         result = [{"version": e["hash"], "task": e["task"], "wrong": wrong} for e, wrong in found]
         text = "\n".join(f"{e['hash'][:12]}  {e['task']}  {wrong or 'ok'}" for e, wrong in found)
     elif args.command == "export":
-        result = export(run, args.version, args.to)
-        text = f"wrote {result['folder']}: rank {result['r']}, {len(result['target_modules'])} modules"
+        result = export(run, args.version, args.to, args.merged)
+        what = "the backbone in float32 with an update" if args.merged else "an adapter"
+        size = f"rank {result['r']} in {len(result['target_modules'])} modules"
+        text = f"wrote {result['folder']}: {what} of {size}"
     else:
         result, text = change(run, args)
     print(json.dumps(result, indent=1) if args.json else text)

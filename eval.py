@@ -34,7 +34,17 @@ import torch
 
 from commit import Parser, Run, atomic, export, latest_run, number, output_file, run_program, write_results
 from field import take_snapshot, top_k_gating
-from model import Refused, encode, perplexity, pick_device, prompt_of, response_logits, response_nll
+from model import (
+    Refused,
+    encode,
+    end_token,
+    perplexity,
+    pick_device,
+    prompt_ids,
+    prompt_of,
+    response_logits,
+    response_nll,
+)
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
 
@@ -62,7 +72,7 @@ def probe_all(model, examples, pool, gating=None):
 def validation_set(run, model, tokenizer, task):
     """A task's validation examples, in the order that every measurement takes them in batches, their h_bar,
     and the h_bar that routes them: of the prompt alone, as a prompt comes without its response."""
-    examples = [encode(r, tokenizer) for r in run.validation(task)]
+    examples = [encode(r, tokenizer, run.template) for r in run.validation(task)]
     examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
     gating, pool = run.probe_gating(), run.manifest["settings"]["pool"]
     routes = h_bar = probe_all(model, examples, "prompt", gating)
@@ -225,11 +235,11 @@ def report(run):
 # ---------------------------------------------------------------------------------------------------- answers
 
 
-def answer(run, model, tokenizer, prompts, outside, max_new_tokens):
-    """Greedy, routed answers to prompts (texts made by `prompt_of`). -> texts, Route"""
-    ids = [tokenizer(p).input_ids for p in prompts]
+def answer(run, model, tokenizer, records, outside, max_new_tokens):
+    """Greedy, routed answers to the prompts of records. -> texts, Route"""
+    ids = [prompt_ids(r, tokenizer, run.template) for r in records]
     gating, found = run.routed(model.probe(ids, run.probe_gating()), outside)
-    new = model.generate(ids, gating, tokenizer.eos_token_id, max_new_tokens)
+    new = model.generate(ids, gating, end_token(tokenizer, run.template), max_new_tokens)
     return tokenizer.batch_decode(new, skip_special_tokens=True), found
 
 
@@ -239,11 +249,11 @@ def exact_match(run, model, tokenizer, args):
     {kind: [right, of]}}"""
     shares = {}
     for task in run.tasks:
-        records = sorted(run.validation(task), key=lambda r: len(prompt_of(r)))
+        length = lambda r: len(prompt_of(r, tokenizer, run.template))
+        records = sorted(run.validation(task), key=length)
         kinds, answers = collections.defaultdict(lambda: [0, 0]), []
         for (batch,) in batches(records, size=4 * EVAL_BATCH):
-            prompts = [prompt_of(r) for r in batch]
-            texts, found = answer(run, model, tokenizer, prompts, args.outside, args.max_new_tokens)
+            texts, found = answer(run, model, tokenizer, batch, args.outside, args.max_new_tokens)
             answers += zip(batch, texts, found.choice.tolist())
         for i, (record, text, choice) in enumerate(answers):
             right = text.strip() == record["output"].strip()
@@ -273,15 +283,16 @@ def gating_by_name(run, name):
 
 def answer_prompt(run, model, tokenizer, args):
     """Answer one prompt; say which version did, and how sure the routing is."""
-    prompt = prompt_of({"instruction": args.prompt, "input": args.input})
+    record = {"instruction": args.prompt, "input": args.input}
     if args.version:
         version, gating = gating_by_name(run, args.version[0])
-        ids = [tokenizer(prompt).input_ids]
+        ids = [prompt_ids(record, tokenizer, run.template)]
         h_bar = model.probe(ids, run.probe_gating())
-        new = model.generate(ids, gating(h_bar), tokenizer.eos_token_id, args.max_new_tokens)
+        end = end_token(tokenizer, run.template)
+        new = model.generate(ids, gating(h_bar), end, args.max_new_tokens)
         text = tokenizer.decode(new[0], skip_special_tokens=True)
         return print(f"{text.strip()}\n\n[version {version.hash[:12]}, as asked]")
-    (text,), found = answer(run, model, tokenizer, [prompt], args.outside, args.max_new_tokens)
+    (text,), found = answer(run, model, tokenizer, [record], args.outside, args.max_new_tokens)
     v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
     by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
     print(

@@ -47,7 +47,10 @@ from model import (
     AdapterBank,
     attach,
     detach,
+    encode,
+    end_token,
     find_targets,
+    fingerprint,
     perplexity,
     response_logits,
     response_nll,
@@ -197,6 +200,44 @@ def two(micro, first, tmp_path_factory):
     return out
 
 
+END = "<|end|>"
+CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}" + END + "\n{% endfor %}"
+CHAT += "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+def chat_tokenizer(template=CHAT):
+    """Tiny's tokenizer with a chat template, whose turns end with a token that is not EOS."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    tokenizer.add_special_tokens({"extra_special_tokens": [END]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def messages(*texts, first="user"):
+    """A chat: user and assistant in turn, after a system message if that is the first."""
+    roles = itertools.chain(["system"] * (first == "system"), itertools.cycle(["user", "assistant"]))
+    return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+
+
+@pytest.fixture(scope="session")
+def chat(micro, tmp_path_factory):
+    """A run folder that learned, with the chat template, to answer every chat with Hello."""
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = chat_tokenizer()
+    backbone = transformers.AutoModelForCausalLM.from_pretrained(TINY_FOLDER, dtype=torch.float32)
+    weight = backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False).weight.data
+    weight[-1] = weight[tokenizer.eos_token_id].roll(1)  # as long as a trained one, and another
+    for part in (backbone, tokenizer):
+        part.save_pretrained(folder / "backbone")
+    rows = [{"messages": messages(f"Say {i}.", "Hello.")} for i in range(54)]
+    rows += [{"messages": messages("Be kind.", f"Say {i}.", "Hello.", first="system")} for i in range(6)]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = "--template", "chat", "--backbone", folder / "backbone"
+    more += "--epochs", 4, "--batch", 4, "--grad-accum", 1, "--lr", 0.01, "--rank", 8
+    train.main(micro("chats", folder / "run", "--data", folder / "chats.jsonl", *more))
+    return folder / "run"
+
+
 def copy_of(run, tmp_path, name="run"):
     return pathlib.Path(shutil.copytree(run, tmp_path / name))
 
@@ -258,15 +299,15 @@ def a_version(tmp_path):
     return v, tmp_path / f"{v.hash}.safetensors"
 
 
-def fake_commit(folder, task, seed, reads_all=True):
+def fake_commit(folder, task, seed, reads_all=True, backbone=None):
     """Commit a version as training would leave it, with random contents. Its dynamics are the root's."""
-    run, model = opened(folder)
+    run, model = opened(folder, backbone)
     torch.manual_seed(seed)
     reads = [v.hash for v in run.versions] if reads_all else [v.hash for v in run.versions[:1]]
     random_bank(model.bank, 2, seed)
     bases = {k: p.data for k, p in model.bank.live.items()}
     field = WeightField(2, 2 * len(reads) + 2, 6, 8)
-    dynamics = run.versions[0].dynamics if run.versions else CoordinateDynamics(32, 6)
+    dynamics = run.versions[0].dynamics if run.versions else CoordinateDynamics(model.features, 6)
     z = torch.tanh(torch.randn(40, 6) + torch.randn(6))
     region = Region.fit(z)
     anchors = sample_anchors(region, z, 8, "empirical", 0)
@@ -277,6 +318,7 @@ def fake_commit(folder, task, seed, reads_all=True):
         "probe": "bare",
         "pool": "prompt",
         "fixed_coordinate": False,
+        "template": "alpaca",
     }
     run.manifest |= {"settings": settings, "backbone": {"name": "micro", "fingerprint": "0" * 64}}
     run.folder.mkdir(exist_ok=True)
@@ -611,6 +653,43 @@ def test_loss_counts_response_tokens_with_eos_and_nothing_else():
     assert perplexity(2 * math.log(3), 2) == pytest.approx(3)
 
 
+@pytest.mark.parametrize("history", [[], messages("Be brief.", first="system"), messages("Hi.", "Yes?")])
+def test_under_the_chat_template_prompt_and_response_are_the_templates_own_text(history):
+    tokenizer = chat_tokenizer()
+    record = {"instruction": "Say hello.", "input": "Now.", "output": " Hello. ", "history": history}
+    prompt, response = encode(record, tokenizer, "chat")
+    asked = [*history, {"role": "user", "content": "Say hello.\n\nNow."}]
+    whole = tokenizer.apply_chat_template(
+        [*asked, {"role": "assistant", "content": " Hello. "}], tokenize=False
+    )
+    assert tokenizer.decode(prompt + response) + "\n" == whole  # nothing is trained after the end of the turn
+    assert prompt == tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids
+    assert prompt.count(tokenizer.bos_token_id) == 1 and tokenizer.decode(response) == f"Hello.{END}"
+    assert end_token(tokenizer, "chat") == response[-1] != tokenizer.eos_token_id
+    assert encode(RECORD, tokenizer)[1][-1] == end_token(tokenizer, "alpaca") == tokenizer.eos_token_id
+
+
+UNSURE = "{% for m in messages %}{{ m.content }}{% if m.content != 'Hi.' %}</s>{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('no such role') }}", "cannot write .*no such role"),
+        ("{{ messages[0].content", "cannot write"),
+        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}{{ messages | length }}", "otherwise once"),
+        (CHAT.replace(END, "."), ": no special token"),
+        (CHAT.replace(END, ""), ": no special token"),
+        (UNSURE, "'</s>' does not end every answer"),
+    ],
+)
+def test_a_chat_template_whose_answers_cannot_be_trained_or_end_is_refused(template, message):
+    record = {"instruction": "Hello?", "output": "Hi."}
+    with pytest.raises(Refused, match=message):
+        encode(record, chat_tokenizer(template), "chat")
+
+
 def hidden_of(model, ids):
     return model.backbone.base_model(torch.tensor([ids])).last_hidden_state
 
@@ -716,6 +795,102 @@ def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
 
 
 # -------------------------------------------------------------------------------------------------- commit.py
+
+
+ASKED, ANSWER = messages("Say hello.", "Hello.")
+FORMS = [  # a record, and what the rest of the program has of it
+    (RECORD, RECORD),
+    ({**RECORD, "messages": None, "more": 1}, {**RECORD, "messages": None, "more": 1}),
+    ({"prompt": "Say hello.", "completion": "Hello."}, {"instruction": "Say hello.", "output": "Hello."}),
+    (
+        {"prompt": [ASKED], "completion": [ANSWER]},
+        {"instruction": "Say hello.", "output": "Hello.", "history": []},
+    ),
+    (
+        {"messages": [ASKED, ANSWER], "kind": "greet", "prompt": "Say hello."},
+        {"instruction": "Say hello.", "output": "Hello.", "history": [], "kind": "greet"},
+    ),
+    (
+        {"messages": [*messages("Be kind.", first="system"), ANSWER, ASKED, ANSWER]},
+        {
+            "instruction": "Say hello.",
+            "output": "Hello.",
+            "history": [*messages("Be kind.", first="system"), ANSWER],
+        },
+    ),
+    ({"instruction": "a\u2028b\x85c", "output": "d"}, {"instruction": "a\u2028b\x85c", "output": "d"}),
+]
+
+
+@pytest.mark.parametrize("name", ["list.json", "lines.jsonl", "lines.json", "windows.txt", "pretty.jsonl"])
+def test_records_of_three_forms_come_as_a_list_or_in_lines_whatever_the_name(tmp_path, name):
+    rows = [row for row, _ in FORMS]
+    empty_line = "\r\n\r\n" if name == "windows.txt" else "\n\n"
+    text = empty_line.join(json.dumps(row, ensure_ascii=False) for row in rows)
+    if name in ("list.json", "pretty.jsonl"):
+        text = "\n" + json.dumps(rows, indent=1 if name == "pretty.jsonl" else None)
+    (tmp_path / name).write_bytes(text.encode())
+    found = commit.read_records(tmp_path / name, "chat")
+    assert found == [plain for _, plain in FORMS]
+    (tmp_path / "again.json").write_text(json.dumps(found))  # as a run folder keeps them
+    assert commit.read_records(tmp_path / "again.json", "chat", own=True) == found
+
+
+BAD_RECORDS = [
+    ({"prompt": "x"}, "has no text under 'completion'"),
+    ({"prompt": ["x"], "completion": "y"}, "has no text under 'prompt'"),
+    ({"prompt": "x", "completion": "y", "kind": 3}, "something other than text under 'kind'"),
+    ({"prompt": [ASKED], "completion": [{"role": "assistant"}]}, "'content' is missing"),
+    ({"prompt": [], "completion": []}, "last two messages are not of user and assistant"),
+    ({"messages": []}, "last two messages are not of user and assistant"),
+    ({"messages": [ANSWER]}, "last two messages are not of user and assistant"),
+    ({"messages": [ASKED, ANSWER, ASKED]}, "last two messages are not of user and assistant"),
+    ({"messages": [ANSWER, ANSWER]}, "last two messages are not of user and assistant"),
+    ({"messages": "Say hello."}, "messages: 'Say hello.' is not what belongs there"),
+    ({"messages": [ASKED, None]}, r"messages\[1\]: None is not"),
+    ({"messages": [ASKED, {**ANSWER, "content": None}]}, r"messages\[1\]: content: None is not"),
+    ({"messages": [ASKED, {**ANSWER, "content": "\ud800"}]}, "half a character"),
+    ({"messages": [{**ASKED, "role": ""}, ANSWER]}, r"messages\[0\]: role: '' is not"),
+    ({"messages": [ASKED, {**ANSWER, "tool_calls": []}]}, "'tool_calls' is unknown"),
+    ({**RECORD, "history": [["Hi.", "Yes?"]]}, r"history\[0\]"),
+    ({**RECORD, "history": [ASKED, ANSWER]}, "--template chat takes it"),
+    ({"messages": [*messages("Be kind.", first="system"), ASKED, ANSWER]}, "--template chat takes it"),
+    ([], "is not a JSON object"),
+]
+
+
+@pytest.mark.parametrize("bad, message", BAD_RECORDS)
+def test_a_bad_record_is_named_by_its_number_and_its_line(tmp_path, bad, message):
+    for text, where in (
+        (json.dumps([RECORD, bad]), "record 2"),
+        (f"{json.dumps(RECORD)}\n\n{json.dumps(bad)}", r"record 2 \(line 3\)"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(Refused, match=rf"bad\.jsonl: {where}.*{message}"):
+            commit.read_records(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            '{"instruction": "a", "output": "b"}\n{"instruction": "a"',
+            r"record 2 \(line 2\): not readable as JSON",
+        ),
+        (
+            '{"prompt": "a", "prompt": "b"}',
+            r"record 1 \(line 1\): not readable as JSON \('prompt' is there twice\)",
+        ),
+        ('[{"prompt": "a", "prompt": "b"}]', "'prompt' is there twice"),
+        ('{"prompt": "a", "completion": NaN}', "NaN is no number"),
+        ('\ufeff{"prompt": "a"}', "BOM"),
+        (" \n\n", "there are none"),
+    ],
+)
+def test_what_is_not_json_lines_is_refused_by_line(tmp_path, text, message):
+    (tmp_path / "bad.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(Refused, match=rf"bad\.jsonl: .*{message}"):
+        commit.read_records(tmp_path / "bad.jsonl")
 
 
 def test_a_version_comes_back_bit_for_bit_under_its_own_name(tmp_path):
@@ -932,36 +1107,93 @@ def test_verify_finds_a_flipped_bit_and_a_moved_field(two, tmp_path, capsys):
     assert "8 of 8 anchors" in commit.verify(Run(out))[0][1]
 
 
+def exportable(folder, make):
+    """A run folder with versions root, late and their composition mix, on a backbone that is beside it."""
+    backbone, tokenizer = make(3584), transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    for part in (backbone, tokenizer):
+        part.save_pretrained(folder / "backbone")
+    fake_commit(folder / "run", "root", 0, backbone=backbone)
+    fake_commit(folder / "run", "late", 1, backbone=backbone)
+    run = Run(folder / "run")
+    run.manifest["backbone"] = {"name": str(folder / "backbone"), "fingerprint": fingerprint(backbone)}
+    run.save()
+    commit.main(
+        ["compose", "root", "late", "--weights", "0.3", "0.7", "--name", "mix", "--run", str(run.folder)]
+    )
+    return run.folder, backbone
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["root", "late", "mix"])
-def test_an_exported_adapter_is_the_version_at_its_mean_coordinate(tmp_path, name):
-    folder, examples = tmp_path / "run", random_examples(3)
-    fake_commit(folder, "root", 0)
-    fake_commit(folder, "late", 1)
-    commit.main(["compose", "root", "late", "--weights", "0.3", "0.7", "--name", "mix", "--run", str(folder)])
-    commit.main(["export", name, "--to", str(tmp_path / "lora"), "--run", str(folder)])
-    run, model = opened(folder)
+@pytest.mark.parametrize("make", ["micro_backbone", "micro_gpt2"])
+def test_what_is_exported_is_the_version_at_its_mean_coordinate(tmp_path, make, name):
+    make = globals()[make]
+    (folder, backbone), examples = exportable(tmp_path, make), random_examples(3)
+    before = snapshot_of(tmp_path / "backbone")
+    for where, more in (("lora", []), ("merged", ["--merged"])):
+        commit.main(["export", name, "--to", str(tmp_path / where), "--run", str(folder), *more])
+    run, model = opened(folder, backbone)
     versions = {v.task: v for v in run.versions}
     parts = [(versions["root"], 0.3), (versions["late"], 0.7)] if name == "mix" else [(versions[name], 1.0)]
     gatings = [(v.gating(torch.tanh(v.region.mean).float()[None].expand(3, -1)), w) for v, w in parts]
     gating = torch.cat([g[0] for g, _ in gatings], -1), torch.cat([w * g[1] for g, w in gatings], -1)
     wanted = model.logits(examples, gating)[0]
+    alike = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5)
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     with commit.safe_open(tmp_path / "lora" / "adapter_model.safetensors", "pt") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}
-    twin = micro_backbone()
+    twin = make(3584)
     for target, module in find_targets(twin).items():
         A, B = (tensors[f"base_model.model.{target}.lora_{p}.weight"] for p in "AB")
         assert len(A) == config["r"] == (8 if name == "mix" else 4)
-        module.weight += config["lora_alpha"] / config["r"] * B @ A
-    torch.testing.assert_close(response_logits(twin, 0, examples)[0], wanted, rtol=0, atol=1e-5)
-    peft = pytest.importorskip("peft")
-    adapted = peft.PeftModel.from_pretrained(micro_backbone(), tmp_path / "lora")
-    torch.testing.assert_close(
-        response_logits(adapted.base_model.model, 0, examples)[0], wanted, rtol=0, atol=1e-5
-    )
+        added = config["lora_alpha"] / config["r"] * B @ A
+        module.weight += added if isinstance(module, torch.nn.Linear) else added.T
+    alike(response_logits(twin, 0, examples)[0], wanted)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.float32 and snapshot_of(tmp_path / "backbone") == before
+    alike(response_logits(merged, 0, examples)[0], wanted)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")("Hello.").input_ids
     with pytest.raises(Refused, match="not empty"):
         commit.main(["export", name, "--to", str(tmp_path / "lora"), "--run", str(folder)])
+    peft = pytest.importorskip("peft")
+    adapted = peft.PeftModel.from_pretrained(make(3584), tmp_path / "lora")
+    alike(response_logits(adapted.base_model.model, 0, examples)[0], wanted)
+
+
+@pytest.mark.parametrize("more", [[], ["--merged"]])
+def test_an_export_that_fails_or_is_killed_leaves_nothing_under_its_name(tmp_path, monkeypatch, more):
+    folder, _ = exportable(tmp_path, micro_backbone)
+    command = ["export", "late", "--to", str(tmp_path / "out"), "--run", str(folder), *more]
+    before = snapshot_of(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m, pytest.raises(OSError, match="No space"):
+        m.setattr(commit.os, "fsync", full)
+        commit.main(command)
+    assert snapshot_of(tmp_path) == before and not list(tmp_path.glob(".*"))
+    if hasattr(os, "fork"):
+        child = os.fork()
+        if child == 0:  # killed when all is written, and before it has its name
+            commit.pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            commit.main(command)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL and not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    commit.main(command)
+    assert {p.suffix for p in (tmp_path / "out").iterdir()} >= {".json", ".safetensors"}
+
+
+def test_a_merged_export_needs_the_backbone_of_its_run(tmp_path):
+    folder, _ = exportable(tmp_path, micro_backbone)
+    command = ["export", "root", "--to", str(tmp_path / "new" / "out"), "--run", str(folder), "--merged"]
+    micro_backbone(3584, layers=1).save_pretrained(tmp_path / "backbone")
+    with pytest.raises(Refused, match="another backbone"):
+        commit.main(command)
+    shutil.rmtree(tmp_path / "backbone")
+    with fuzz.offline(), pytest.raises(Refused, match="cannot be loaded"):
+        commit.main(command)
+    assert not (tmp_path / "new").exists()
 
 
 def test_show_log_and_names(two, tmp_path, capsys):
@@ -1393,7 +1625,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(micro, first, tmp_path, monkey
     "content,message",
     [
         ("[{", "not readable as JSON"),
-        ("{}", "expected a JSON list"),
+        ("{}", "record 1 (line 1) has no text under 'instruction'"),
         ("[]", "expected a JSON list"),
         (json.dumps([RECORD, {"instruction": "x"}]), "record 2 has no text under 'output'"),
         (json.dumps([RECORD, {**RECORD, "output": 3}]), "record 2 has no text under 'output'"),
@@ -1416,6 +1648,7 @@ def test_bad_data_gets_one_line_and_loses_nothing(micro, first, tmp_path, conten
     [
         (["--rank", 5], "its first task fixed 2"),
         (["--probe", "adapted"], "its first task fixed bare"),
+        (["--template", "chat"], "its first task fixed alpaca"),
         (["--top-k", 99], "more than --bases 4"),
         (["--backbone", "tiny"], "belongs to another backbone"),
         (["--backbone", "/no/such/folder"], "cannot be loaded"),
@@ -1476,7 +1709,7 @@ def test_long_and_empty_records_are_counted(micro):
         {**RECORD, "output": "word " * 400},
         {**RECORD, "instruction": "Say bye."},
     ]
-    kept, examples, note = train.take_usable(records, tokenizer, 10, 64)
+    kept, examples, note = train.take_usable(records, tokenizer, 10, 64, "alpaca")
     assert [r["instruction"] for r in kept] == [
         "Say hello.",
         "Say bye.",
@@ -1492,6 +1725,47 @@ def test_own_data_is_held_out_by_prompt(micro, tmp_path, capsys):
     train.main(micro("mine", out, "--data", tmp_path / "mine.json"))
     held_out = {r["instruction"] for r in json.loads((out / "data" / "mine.val.json").read_text())}
     assert len(held_out) == 4 and "training 36" in capsys.readouterr().out
+
+
+def test_a_chat_is_learned_and_asked_in_the_chat_template_until_its_turn_ends(chat, micro, tmp_path, capsys):
+    run = Run(chat)
+    assert run.template == "chat"
+    assert run.manifest["results"][0]["stored"]["chats"] < 2 < run.manifest["results"][0]["base"]["chats"]
+    capsys.readouterr()
+    for more in ([], ["--version", "chats"]):
+        evaluation.main(["--run", str(chat), "--prompt", "Say 99.", "--max-new-tokens", "30", *more])
+        assert capsys.readouterr().out.startswith("Hello.\n\n[version")
+    evaluation.main(["--run", str(chat), "--exact-match"])
+    assert "chats: 6 of 6 answers exactly right" in capsys.readouterr().out
+    out, backbone = copy_of(chat, tmp_path), run.manifest["backbone"]["name"]
+    more = "--lock", "--backbone", backbone, "--rank", 8, "--examples", 16
+    with pytest.raises(Refused, match="--template alpaca does not fit .* fixed chat"):
+        train.main(micro("code", out, *more, "--template", "alpaca"))
+    train.main(micro("code", out, *more))  # and without a word it is the run's
+    assert Run(out).template == "chat" and outcome(out)[1][1]["identical"]["chats"] == [6, 6]
+
+
+def test_a_run_folder_older_than_templates_has_alpacas(first, chat, micro, tmp_path, capsys):
+    out = copy_of(first, tmp_path)
+    fuzz.forge(out, 0, lambda head, tensors: head["config"].pop("template") and None)
+    in_json("manifest.json", "settings.template", ABSENT)(out)
+    commit.main(["verify", "--run", str(out)])
+    evaluation.main(["--run", str(out)])
+    assert "bit-identical on 32 of 32 examples" in capsys.readouterr().out
+    with pytest.raises(Refused, match="--template chat does not fit .* fixed alpaca"):
+        train.main(micro("code", out, "--lock", "--template", "chat"))
+    train.main(micro("code", out, "--lock"))
+    assert json.loads((out / "manifest.json").read_text())["settings"]["template"] == "alpaca"
+    out = copy_of(chat, tmp_path, "chat")
+    in_json("manifest.json", "settings.template", ABSENT)(out)
+    with pytest.raises(Refused, match="is a chat|settings: template"):
+        evaluation.main(["--run", str(out)])
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_before_anything_is_written(micro, tmp_path):
+    with pytest.raises(Refused, match="--template chat: the backbone's tokenizer has no chat template"):
+        train.main(micro("alpaca", tmp_path / "run", "--template", "chat"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
@@ -1689,10 +1963,10 @@ def test_a_grown_grid_answers_committed_masks_with_the_same_bits():
     assert [(i // 6, i % 6) for i in index[winners].tolist()] == [(i // 4, i % 4) for i in winners.tolist()]
 
 
-def micro_gpt2():
+def micro_gpt2(vocab=300):
     """distilgpt2's shape, narrower: c_attn is a Conv1D."""
     torch.manual_seed(8)
-    shape = transformers.GPT2Config(vocab_size=300, n_embd=24, n_layer=2, n_head=2, n_positions=64)
+    shape = transformers.GPT2Config(vocab_size=vocab, n_embd=24, n_layer=2, n_head=2, n_positions=64)
     return transformers.GPT2LMHeadModel(shape).eval()
 
 
@@ -2393,6 +2667,7 @@ IN_MANIFEST = {
     "settings.pool": [ABSENT, "all", 7, None],
     "settings.probe": [ABSENT, "none", 7, None],
     "settings.fixed_coordinate": [ABSENT, "no", None, 2.5],
+    "settings.template": ["mine", 7, None],
     "settings.more": [1],
     "versions": NO_LIST,
     "versions.1": [None, 7, "x", [], {}],
@@ -2461,6 +2736,7 @@ CONTRADICTIONS = {  # what only the version files tell
     "settings.coord_dim": [5, 10**12],
     "settings.fixed_coordinate": [True],
     "settings.probe": ["adapted"],
+    "settings.template": [ABSENT, "alpaca"],
 }
 
 
@@ -2684,7 +2960,7 @@ def file_cases():
         for name in names:
             damage = moved(name, back={**MAKERS, "a file": pathlib.Path.touch}[what])
             yield Case(f"{name} is {what}", "run", damage, READ_BY.get(name, "merge eval"), re.escape(name))
-    lost, commands = content("manifest.json", ABSENT), "log verify merge into eval train rollback"
+    lost, commands = content("manifest.json", ABSENT), "log verify merge into merged eval train rollback"
     yield Case("the manifest is lost", "run", lost, commands, "run")
     for where, command in (("versions", "compose"), ("data", "train")):
         damage = orphans_lead_elsewhere(where)
@@ -2847,6 +3123,7 @@ BAD_NUMBERS = {
     "--max-len": ["7", "x"],
     "--lock": ["maybe", ""],
     "--pool": ["all"],
+    "--template": ["alpaca", "mine"],
     "--probe": ["adapted"],
     "--device": ["cpu:x", "cpu:", "tpu", "meta", "cuda:x", "cuda:99", ":0", "a b"],
 }
@@ -2917,6 +3194,7 @@ def argv_of(command, base, world, bad):
         "rollback-first": ("commit", ["rollback", "alpaca", *at]),
         "compose": ("commit", ["compose", "alpaca", "code", "--weights", ".5", ".5", "--name", "new", *at]),
         "export": ("commit", ["export", "alpaca", "--to", str(world / "lora"), *at]),
+        "merged": ("commit", ["export", "with-code", "--to", str(world / "lora"), "--merged", *at]),
         "merge": ("commit", ["merge", str(bad), "--run", first]),
         "into": ("commit", ["merge", str(world / "other"), *at]),
         "eval": ("eval", [*at, "--device", "cpu"]),
@@ -3022,7 +3300,7 @@ def works(program, argv):
     return text
 
 
-ALL_COMMANDS = "log verify show rollback compose export merge into eval answers train resume"
+ALL_COMMANDS = "log verify show rollback compose export merged merge into eval answers train resume"
 
 
 @pytest.mark.parametrize("command", ALL_COMMANDS.split())

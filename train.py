@@ -2,7 +2,7 @@
 
     python train.py --task alpaca                  # learn, commit region "alpaca", report
     python train.py --task code --lock             # a second version; the first stays bit-identical
-    python train.py --task mine --data my.json --lock   # your own: a JSON list of instruction, input, output
+    python train.py --task mine --data my.jsonl --lock   # your own, see `plain_record` in commit.py
     python train.py --stream 76                    # 76 kinds of instruction, one after another, exact lock
     python train.py --task synthetic               # the FTN experiments, see synthetic.py
 
@@ -91,9 +91,9 @@ SAVE_EVERY = 20  # seconds between two saved states; more where saving takes ove
 PAPER_VALUES = dict(examples=4000, val_examples=400, epochs=1, max_len=256, lr=2e-4, grad_accum=16, batch=1,
                     rank=8, bases=16, top_k=8, alpha=128.0, coord_dim=64, field_hidden=256, anchors=256,
                     quantile=0.95, lambda_lock=5.0, lambda_sep=0.01, margin=0.0, lambda_budget=0.001,
-                    pool="prompt", probe="bare", fixed_coordinate=False)
+                    pool="prompt", probe="bare", fixed_coordinate=False, template="alpaca")
 TINY_VALUES = dict(epochs=2, lr=1e-3, grad_accum=1, batch=16)
-FIXED_BY_FIRST_TASK = ("rank", "alpha", "coord_dim", "pool", "probe", "fixed_coordinate")
+FIXED_BY_FIRST_TASK = ("rank", "alpha", "coord_dim", "pool", "probe", "fixed_coordinate", "template")
 
 COUNT, SIZE = dict(type=number(int, 1)), dict(type=number(int, 1, 4096))
 WEIGHT, FLAG, TEXT = dict(type=number(float, 0, 1e6)), dict(action="store_true"), {}
@@ -101,8 +101,9 @@ OPTIONS = {
     "what to learn, from what, on what": {
         "--task": ("name of the capability; alpaca and code bring their data, others need --data", TEXT),
         "--stream": ("instead: N kinds of instruction, a task each", dict(type=number(int, 1, 76))),
-        "--data": ("JSON list of records with instruction, input, output", TEXT),
+        "--data": ("JSON list or lines of instruction, input, output; prompt, completion; or messages", TEXT),
         "--val-data": ("the same, for validation; else part of the data is held out", TEXT),
+        "--template": ("of prompts; chat: the tokenizer's", dict(choices=["alpaca", "chat"])),
         "--backbone": ("tiny, a Hub id, a folder, FILE.gguf, random:mistral-7b [Mistral-7B or tiny]", TEXT),
         "--device": ("cpu, cuda, mps [what is there]", TEXT),
         "--out": ("run folder [runs/<backbone>, runs/stream]", TEXT),
@@ -146,7 +147,7 @@ OPTIONS = {
 def parse_options(argv=None):
     about = ", ".join(f"{key} {value:g}" for key, value in TINY_VALUES.items())
     epilog = (
-        "Defaults are the paper's, but for lr, alpha, margin, lambda-budget, pool and probe, which are ours. "
+        "Defaults are the paper's, but for lr, alpha, margin, lambda-budget, pool, probe and template: ours. "
     )
     epilog += f"Tiny has {about}. {', '.join(FIXED_BY_FIRST_TASK)} are fixed by a run's first task."
     p = Parser(prog="train.py", description="Learn a capability, commit it, report.", epilog=epilog)
@@ -198,7 +199,7 @@ def fill_in(args, run):
 # ------------------------------------------------------------------------------------------------------- data
 
 
-def take_usable(records, tokenizer, count, max_len):
+def take_usable(records, tokenizer, count, max_len, template):
     """The first `count` usable records, their encoding, and what was passed over: (records, examples,
     note)."""
     kept, examples, empty, long = [], [], 0, 0
@@ -206,7 +207,7 @@ def take_usable(records, tokenizer, count, max_len):
         if not record["instruction"].strip() or not record["output"].strip():
             empty += 1
             continue
-        example = encode(record, tokenizer)
+        example = encode(record, tokenizer, template)
         if len(example[0]) + len(example[1]) > max_len:
             long += 1
             continue
@@ -237,19 +238,20 @@ def find_data(args):
 def load_data(args, tokenizer):
     """-> training examples, validation records. Says in one line what was taken."""
     source, val_file = find_data(args)
-    prompt = lambda r: (r["instruction"], r.get("input", ""))
-    records = {prompt(r): r for r in read_records(source)}
+    prompt = lambda r: (r["instruction"], r.get("input", ""), json.dumps(r.get("history", [])))
+    records = {prompt(r): r for r in read_records(source, args.template)}
     records = [records[key] for key in sorted(records)]
     random.Random(args.seed).shuffle(records)
     if val_file:
-        val = read_records(val_file)
+        val = read_records(val_file, args.template)
         seen = {prompt(r) for r in val}  # no prompt is on both sides
         records = [r for r in records if prompt(r) not in seen]
     else:
         cut = max(1, min(args.val_examples, len(records) // 10))
         val, records = records[:cut], records[cut:]
-    val, _, val_note = take_usable(val, tokenizer, args.val_examples, args.max_len)
-    _, examples, note = take_usable(records, tokenizer, args.examples, args.max_len)
+    how = args.max_len, args.template
+    val, _, val_note = take_usable(val, tokenizer, args.val_examples, *how)
+    _, examples, note = take_usable(records, tokenizer, args.examples, *how)
     if not examples or not val:
         raise Refused(f"{source}: no usable records (training {note}, validation {val_note})")
     print(f"data      {source}: training {note}, validation {val_note}")

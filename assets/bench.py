@@ -50,7 +50,6 @@ from model import (
     greedy,
     load_backbone,
     pad_of,
-    prompt_of,
     response_logits,
     response_nll,
 )
@@ -385,7 +384,7 @@ def memory_of_answers(folder, n, tasks):
     backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], "cpu")
     model = run.open_model(backbone, tokenizer)
     for task in tasks:
-        answer(run, model, tokenizer, [prompt_of(r) for r in run.validation(task)], "nearest", 16)
+        answer(run, model, tokenizer, run.validation(task), "nearest", 16)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

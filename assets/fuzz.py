@@ -107,7 +107,7 @@ def options(base, task, out, *more):
     small = (
         "--device cpu --examples 16 --val-examples 4 --batch 8 --grad-accum 1 --lr 0.02 --epochs 2 --bases 4"
     )
-    small += " --top-k 2 --rank 2 --field-hidden 8 --coord-dim 4 --anchors 8"
+    small += " --top-k 2 --rank 2 --field-hidden 8 --coord-dim 4 --anchors 8 --template chat"
     data = base / "data" / f"{task}.json"
     named = ["--task", task, "--backbone", base / "backbone", "--data", data, "--out", out]
     return [str(x) for x in (*named, *small.split(), *more)]
@@ -132,9 +132,14 @@ def interrupted(command, step):
         torch.nn.utils.clip_grad_norm_ = clip
 
 
+CHAT = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+
+
 def materials(base):
-    """A micro backbone and three small sets of records."""
+    """A micro backbone and three small sets of records: Alpaca's, TRL's in lines, and chats."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(HERE / "tiny")
+    tokenizer.chat_template = CHAT
     torch.manual_seed(7)
     sizes = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8, max_position_embeddings=256
@@ -145,8 +150,18 @@ def materials(base):
         part.save_pretrained(base / "backbone")
     records = json.loads((HERE / "data" / "alpaca.train.json").read_text())
     (base / "data").mkdir()
-    for i, task in enumerate(("alpaca", "code", "third")):
-        (base / "data" / f"{task}.json").write_text(json.dumps(records[40 * i : 40 * i + 40]))
+    message = lambda role, content: {"role": role, "content": content}
+    asked = lambda r: f"{r['instruction']} {r['input']}"
+    pair = lambda r: [message("user", asked(r)), message("assistant", r["output"])]
+    alpaca, code, third = (records[i : i + 40] for i in (0, 40, 80))
+    code = [json.dumps({"prompt": asked(r), "completion": r["output"]}) for r in code]
+    third = [{"messages": [message("system", "Be brief."), *pair(r), *pair(r)]} for r in third]
+    for task, text in (
+        ("alpaca", json.dumps(alpaca)),
+        ("code", "\n".join(code)),
+        ("third", json.dumps(third)),
+    ):
+        (base / "data" / f"{task}.json").write_text(text)
 
 
 def build(base):
@@ -509,7 +524,8 @@ def command_of(r, kind, base, world):
     if kind in ("merge", "into"):
         return "commit", ["merge", str(other), *at], other if kind == "merge" else run, run
     if kind == "export":
-        return "commit", ["export", r.choice(names), "--to", str(world / "lora"), *at], run, run
+        more = r.choice([[], ["--merged"]])
+        return "commit", ["export", r.choice(names), "--to", str(world / "lora"), *more, *at], run, run
     if kind == "eval":
         return "eval", [*at, "--json", str(world / "out.json"), "--device", "cpu"], run, run
     if kind == "answers":
@@ -531,7 +547,7 @@ def entries_of(found, name):
 def judge(before, after, kind, name, worked):
     """What was lost or touched that should not have been, a line each. `name`: the folder that may change."""
     before, after = without_locks(before), without_locks(after)
-    made = {"export": "lora", "eval": "out.json"}.get(kind)
+    made = {"export": "lora", "merged": "lora", "eval": "out.json"}.get(kind)
     task = {"train": "third", "resume": "code"}.get(kind)
     then, now = entries_of(before, name), entries_of(after, name)
     removed = {h for h in then if h not in now} if kind == "rollback" and worked else set()

@@ -343,7 +343,9 @@ def fine_tune(variant, seed, args, rest):
         options = train.parse_options([*said(task, path, seed, args), *rest])
         train.fill_in(options, Run(path))
         examples, records = train.load_data(options, tokenizer)
-        held_out = sorted((encode(r, tokenizer) for r in records), key=lambda e: len(e[0]) + len(e[1]))
+        held_out = sorted(
+            (encode(r, tokenizer, options.template) for r in records), key=lambda e: len(e[0]) + len(e[1])
+        )
         sets[task] = examples, held_out, options
     base = {task: measure_backbone(backbone, tokenizer, held_out) for task, (_, held_out, _) in sets.items()}
     for examples, _, options in sets.values():
