@@ -916,9 +916,10 @@ def merge(run, other):
 
 
 def export(run, name, folder):
-    """Write a version as a LoRA adapter in PEFT's format: its gating at its region's mean coordinate, of rank
-    K r, with A the chosen A_i stacked and B the chosen B_i, times (alpha / r) w_i. A composition joins its
-    versions'. -> its config"""
+    """Write the version called `name` to a new folder as a LoRA adapter in PEFT's format: its gating at its
+    region's mean coordinate, of rank K r, with A the chosen A_i stacked and B the chosen B_i, times
+    (alpha / r) w_i. A composition joins its versions'. -> its config. Refused: there is no such version, it
+    shares its bases with others, or the folder holds something."""
     entry, folder, settings = run.find(name), pathlib.Path(folder), run.manifest["settings"]
     refuse_shared(run)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -40,9 +40,9 @@ from model import (
     NIWF,
     Refused,
     attach,
+    decode,
     encode,
     find_targets,
-    greedy,
     load_backbone,
     pad_of,
     response_logits,
@@ -154,7 +154,8 @@ class Peer:
         response_nll(*response_logits(self.backbone, self.pad_id, examples)).sum().backward()
 
     def generate(self, prompts, count):
-        greedy(self.backbone, self.pad_id, prompts, -1, count)
+        for _ in decode(self.backbone, self.pad_id, prompts, -1, count):
+            pass
 
 
 SIDES = {"ours": Gated, "peft": functools.partial(Peer, lora=True), "loops": Loops, "bare": Peer}

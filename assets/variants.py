@@ -395,7 +395,7 @@ def look_at_regions(folder):
 
     {"regions": {region: {task: {"inside", "AUROC"}}}, "coordinates": {task: {"tsne" [n, 2], "home" [n]}},
     "usage": {task: [L, N]}, "losses": {task: [steps]}}"""
-    run, model, tokenizer = open_run(folder, pick_device(None))
+    run, model, tokenizer = open_run(folder)
     last = run.versions[-1]
     h_bar = {task: validation_set(run, model, tokenizer, task)[2] for task in run.tasks}
     z = {task: last.dynamics(h).cpu().double() for task, h in h_bar.items()}
