@@ -12,13 +12,13 @@ soft    The paper, Eqs. (9)-(13): one live bank, field and dynamics; a penalty h
         anchors. The bases and the dynamics move freely, and forgetting is what it is measured to be.
 none    The same live bank, field and dynamics with no penalty at all.
 
-    python commit.py log                            # the versions of a run folder, newest first python
-    commit.py show VERSION                   # all about one; VERSION is a task or the start of a hash
-    python commit.py verify                         # every hash, every anchor recomputed and compared bit
-    for bit python commit.py rollback VERSION [--cascade]   # take a version out, and those that stand on it
+    python commit.py log                            # the versions of a run folder, newest first
+    python commit.py show VERSION                   # all about one; VERSION is a task or the start of a hash
+    python commit.py verify                         # every hash, and every anchor computed again, to the bit
+    python commit.py rollback VERSION --cascade     # take a version out, and those that stand on it
     python commit.py compose A B --weights .5 .5 --name AB    # a gating over both, which owns no bases
-    python commit.py merge OTHER_RUN                # take in versions learned elsewhere from the same first
-    one python commit.py export VERSION --to DIR        # an ordinary LoRA adapter in PEFT's format
+    python commit.py merge OTHER_RUN                # take in versions learned elsewhere on the same first
+    python commit.py export VERSION --to DIR        # an ordinary LoRA adapter in PEFT's format
 
 None of these trains, needs data or loads the backbone. All take `--run DIR` (default: the latest under
 runs/) and `--json`. Whatever they do, every other version stays what it was, to the last bit.
@@ -52,6 +52,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 
 try:
@@ -685,8 +686,26 @@ def latest_run(root="runs"):
 # ------------------------------------------------------------------------------- the rest is the command line
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows every default in one way, " [default]", unless the help text says it in words."""
+
+    def _get_help_string(self, action):
+        plain = type(action.default) in (int, float, str) and action.default not in ("", argparse.SUPPRESS)
+        return f"{action.help} [%(default)s]" if plain and "[" not in action.help else action.help
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, and takes text only."""
+    """An argument parser that says what is wrong in one line, and takes text only. Its --help has, from the
+    docstring of a program, the first sentences and the command lines that this parser is for."""
+
+    def __init__(self, doc, **how):
+        super().__init__(formatter_class=HelpFormatter, **how)
+        self.color = False  # Python 3.14 has it on
+        mine = re.compile(rf"    python (assets/)?{re.escape(self.prog)}\b")
+        examples = [line for line in doc.splitlines() if mine.match(line)]
+        self.description = self.description or doc.partition("\n\n")[0]
+        notes = [textwrap.fill(self.epilog, 100)] if self.epilog else []
+        self.epilog = "\n\n".join([*notes, "\n".join(["examples:", *examples])])
 
     def parse_known_args(self, args=None, namespace=None):
         for text in sys.argv[1:] if args is None else args:
@@ -960,11 +979,11 @@ def parse_options(argv=None):
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--run", help="run folder [the latest under runs/]")
     common.add_argument("--json", action="store_true", help="print JSON")
-    parser = Parser(prog="commit.py", description="Look after the versions of a run folder.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(__doc__, prog="commit.py")
+    commands = parser.add_subparsers(dest="command", required=True, help="each has a --help of its own:")
 
     def command(name, help, version=False):
-        p = commands.add_parser(name, help=help, parents=[common])
+        p = commands.add_parser(name, help=help, doc=__doc__, description=help, parents=[common])
         if version:
             p.add_argument("version", help="a task, or the start of a hash")
         return p.add_argument
@@ -978,10 +997,10 @@ def parse_options(argv=None):
     add("versions", nargs="+", help="tasks, or starts of hashes")
     add("--weights", nargs="+", type=number(float, -1e6, 1e6), required=True, help="one for each of them")
     add("--name", required=True, help="what the composition is called")
-    command("merge", "take in another run's versions")("other", metavar="OTHER_RUN")
-    command("export", "write a LoRA adapter in PEFT's format", version=True)(
-        "--to", required=True, metavar="DIR"
-    )
+    add = command("merge", "take in another run's versions")
+    add("other", metavar="OTHER_RUN", help="its run folder")
+    add = command("export", "write a LoRA adapter in PEFT's format", version=True)
+    add("--to", required=True, metavar="DIR", help="a new or empty folder")
     return parser.parse_args(argv)
 
 

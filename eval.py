@@ -547,7 +547,7 @@ def table_over_runs(outs):
 
 
 def parse_options(argv=None):
-    p = Parser(prog="eval.py", description="Measure what a run folder knows.")
+    p = Parser(__doc__, prog="eval.py")
     add = p.add_argument
     add("--run", nargs="+", help="run folder, or several for mean and deviation [the latest under runs/]")
     add("--device", help="cpu, cuda, mps [what is there]")

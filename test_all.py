@@ -3274,6 +3274,71 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(program, tmp_path):
     says_in_one_line(process.returncode, err, f"{program}.py: stopped")
 
 
+@pytest.mark.parametrize("program", ["train", "synthetic"])
+def test_where_there_is_no_terminal_a_report_is_a_line_and_no_bar_is_drawn(
+    program, micro, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    few = ("--examples", "32", "--val-examples", "8", "--epochs", "1")
+    argv, report = {
+        "train": (micro("alpaca", "run", *few), r"^step 2/2 "),
+        "synthetic": (
+            "--variant clf --methods fixedmask --tasks 2 --steps 5".split(),
+            "^clf fixedmask seed 0 ",
+        ),
+    }[program]
+    ours, its = os.pipe()
+    with open(its, "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        importlib.import_module(program).main(argv)
+    with open(ours, newline="") as pipe:
+        err, out = pipe.read(), capsys.readouterr().out
+    assert "\r" not in err + out and not re.search(r"/s\]|%\|", err)
+    assert len(re.findall(report, out, re.MULTILINE)) == 1
+
+
+GROUPS = {
+    "train": ["optimisation", "bank, field and coordinate (sections 3.1-3.3)", "commitment and locks"],
+    "eval": ["options", "what is measured", "answers"],
+    "synthetic": ["options", "experiment 1", "experiment 2"],
+    "report": ["options"],
+    "variants": ["positional arguments", "options"],
+    "fuzz": ["positional arguments", "options"],
+    **dict.fromkeys(
+        ["commit", *(f"commit {c}" for c in "show rollback compose merge export".split())],
+        ["positional arguments", "options"],
+    ),
+    **dict.fromkeys(["commit log", "commit verify"], ["options"]),
+    "bench": ["positional arguments", "options"],
+    **dict.fromkeys([f"bench {c}" for c in "niwf decode gather ftn lora-ftn".split()], ["options"]),
+}
+
+
+@pytest.mark.parametrize("command", GROUPS)
+def test_help_explains_every_option_and_has_an_example(command, monkeypatch, capsys):
+    program, *argv = command.split()
+    asked, show = [], commit.Parser.print_help
+    monkeypatch.setattr(commit.Parser, "print_help", lambda self: [asked.append(self), show(self)])
+    with pytest.raises(SystemExit) as e:
+        importlib.import_module(program).main([*argv, "--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0 and "\x1b" not in text
+    for group in GROUPS[command]:
+        assert re.search(rf"^{re.escape(group)}.*:$", text, re.MULTILINE), group
+    examples = text.partition("\nexamples:\n")[2].splitlines()
+    assert examples and all(re.match(rf"    python (assets/)?{program}\.py( |$)", line) for line in examples)
+    for action in asked[0]._actions:
+        assert action.help and (not action.option_strings or action.option_strings[0] in text), action
+        if type(action.default) in (int, float):
+            assert re.search(r"\[.+\]$", asked[0]._get_formatter()._expand_help(action)), action
+
+
+def test_make_tiny_explains_itself_too():
+    command = [sys.executable, str(HERE / "assets" / "make_tiny.py"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert "python assets/make_tiny.py --data-only" in text
+
+
 def train_limited(argv, limit, value):
     """Train in a process that has no HOME and may not go beyond a limit."""
 
