@@ -55,6 +55,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 
 try:
@@ -821,8 +822,26 @@ def latest_run(root="runs"):
 # ------------------------------------------------------------------------------- the rest is the command line
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows every default in one way, " [default]", unless the help text says it in words."""
+
+    def _get_help_string(self, action):
+        plain = type(action.default) in (int, float, str) and action.default not in ("", argparse.SUPPRESS)
+        return f"{action.help} [%(default)s]" if plain and "[" not in action.help else action.help
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, and takes text only."""
+    """An argument parser that says what is wrong in one line, and takes text only. Its --help has, from the
+    docstring of a program, the first sentences and the command lines that this parser is for."""
+
+    def __init__(self, doc, **how):
+        super().__init__(formatter_class=HelpFormatter, **how)
+        self.color = False  # Python 3.14 has it on
+        mine = re.compile(rf"    python (assets/)?{re.escape(self.prog)}\b")
+        examples = [line for line in doc.splitlines() if mine.match(line)]
+        self.description = self.description or doc.partition("\n\n")[0]
+        notes = [textwrap.fill(self.epilog, 100)] if self.epilog else []
+        self.epilog = "\n\n".join([*notes, "\n".join(["examples:", *examples])])
 
     def parse_known_args(self, args=None, namespace=None):
         for text in sys.argv[1:] if args is None else args:
@@ -1126,11 +1145,11 @@ def parse_options(argv=None):
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--run", help="run folder [the latest under runs/]")
     common.add_argument("--json", action="store_true", help="print JSON")
-    parser = Parser(prog="commit.py", description="Look after the versions of a run folder.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(__doc__, prog="commit.py")
+    commands = parser.add_subparsers(dest="command", required=True, help="each has a --help of its own:")
 
     def command(name, help, version=False):
-        p = commands.add_parser(name, help=help, parents=[common])
+        p = commands.add_parser(name, help=help, doc=__doc__, description=help, parents=[common])
         if version:
             p.add_argument("version", help="a task, or the start of a hash")
         return p.add_argument
@@ -1144,7 +1163,8 @@ def parse_options(argv=None):
     add("versions", nargs="+", help="tasks, or starts of hashes")
     add("--weights", nargs="+", type=number(float, -1e6, 1e6), required=True, help="one for each of them")
     add("--name", required=True, help="what the composition is called")
-    command("merge", "take in another run's versions")("other", metavar="OTHER_RUN")
+    add = command("merge", "take in another run's versions")
+    add("other", metavar="OTHER_RUN", help="its run folder")
     add = command("export", "write a LoRA adapter in PEFT's format", version=True)
     add("--to", required=True, metavar="DIR", help="a new or an empty folder")
     add("--merged", action="store_true", help="a whole checkpoint in place of an adapter; loads the backbone")

@@ -3,6 +3,7 @@
     python eval.py                                   # every task now: base, stored, routed, forgetting
     python eval.py --exact-match                     # greedy answers to the validation prompts, per kind
     python eval.py --prompt "Name three fruits."     # routed: says which version answered, and how sure it is
+    python eval.py --talk                            # the same, prompt after prompt; /versions, /use NAME ...
     python eval.py --version alpaca code AB          # every task under these; with --prompt: ask the first
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
@@ -21,6 +22,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\neval.py: stopped\n") and 130))
 
 import collections
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -28,6 +30,7 @@ import json
 import math
 import pathlib
 import statistics
+import sys
 import tempfile
 
 import torch
@@ -44,6 +47,7 @@ from model import (
     prompt_of,
     response_logits,
     response_nll,
+    sampler,
 )
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
@@ -235,12 +239,19 @@ def report(run):
 # ---------------------------------------------------------------------------------------------------- answers
 
 
-def answer(run, model, tokenizer, records, outside, max_new_tokens):
-    """Greedy, routed answers to the prompts of records. -> texts, Route"""
-    ids = [prompt_ids(r, tokenizer, run.template) for r in records]
+def text_of(tokenizer, ids):
+    """The text of a response, to the letter."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128):
+    """Greedy, routed answers to a batch of prompts: instructions, or records with instruction and input.
+    outside: see `Run.routed`. -> texts, Route; `run.tasks[i]` for i in its `choice` are who answered, its
+    `probability` is how sure that is."""
+    ids = [prompt_ids(p, tokenizer, run.template) for p in prompts]
     gating, found = run.routed(model.probe(ids, run.probe_gating()), outside)
     new = model.generate(ids, gating, end_token(tokenizer, run.template), max_new_tokens)
-    return tokenizer.batch_decode(new, skip_special_tokens=True), found
+    return [text_of(tokenizer, row) for row in new], found
 
 
 def exact_match(run, model, tokenizer, args):
@@ -281,24 +292,82 @@ def gating_by_name(run, name):
     return composition, composition.gating
 
 
-def answer_prompt(run, model, tokenizer, args):
-    """Answer one prompt; say which version did, and how sure the routing is."""
-    record = {"instruction": args.prompt, "input": args.input}
-    if args.version:
-        version, gating = gating_by_name(run, args.version[0])
-        ids = [prompt_ids(record, tokenizer, run.template)]
-        h_bar = model.probe(ids, run.probe_gating())
-        end = end_token(tokenizer, run.template)
-        new = model.generate(ids, gating(h_bar), end, args.max_new_tokens)
-        text = tokenizer.decode(new[0], skip_special_tokens=True)
-        return print(f"{text.strip()}\n\n[version {version.hash[:12]}, as asked]")
-    (text,), found = answer(run, model, tokenizer, [record], args.outside, args.max_new_tokens)
-    v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
-    by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
-    print(
-        f"{text.strip()}\n\n[{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; "
-        f"the coordinate is {'inside' if home else 'outside'} it]"
-    )
+# ---------------------------------------------------------------------------------------- a prompt to talk to
+
+
+def pieces(tokenizer, steps):
+    """The text of one response, stripped, in pieces as its tokens come. What may still change is held back:
+    what the last token alone says, half a character, spaces that may be the last."""
+    ids, text, said = [], "", 0
+    for tokens in steps:
+        ids += tokens.values()
+        before, text = text, text_of(tokenizer, ids)
+        sure = os.path.commonprefix([before, text]).rstrip("\ufffd").strip()
+        yield sure[said:]
+        said = max(said, len(sure))
+    yield text.strip()[said:]
+
+
+def answer_prompt(run, model, tokenizer, args, choose, prompt, asked=None):
+    """Print the answer to one prompt as it comes; then say which version gave it, and how sure the routing
+    is. asked: what `gating_by_name` made of a name, or BARE; None: routed."""
+    ids = [prompt_ids(prompt, tokenizer, run.template)]
+    h_bar = model.probe(ids, run.probe_gating())
+    if asked:
+        version, gating = asked[0], asked[1](h_bar)
+        note = f"version {version.hash[:12]}, as asked" if version else "the bare backbone, as asked"
+    else:
+        gating, found = run.routed(h_bar, args.outside)
+        v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
+        by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
+        note = f"{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; "
+        note += f"the coordinate is {'inside' if home else 'outside'} it"
+    end = end_token(tokenizer, run.template)
+    steps = model.stream(ids, gating, end, args.max_new_tokens, choose)
+    with contextlib.closing(steps):
+        for piece in pieces(tokenizer, steps):
+            print(piece, end="", flush=True)
+    print(f"\n\n[{note}]")
+
+
+BARE = None, lambda h_bar: None
+COMMANDS = "/versions, /use NAME, /auto, /base or /quit"
+
+
+def talk(run, ask, asked=None):
+    """Answer one line of input after another, until there is none. ask(prompt, asked): `answer_prompt`."""
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    for end in (sys.stdin, sys.stdout):
+        end.reconfigure(errors="replace")  # bytes that are no text are no reason to stop
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  `input` then edits lines and keeps a history
+        print(f"Ask something, or say {COMMANDS}. Ctrl-C stops an answer.")
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+            command, _, name = line.partition(" ")
+            if command == "/quit":
+                return
+            elif command == "/versions":
+                print("\n".join(f"{e['hash'][:12]}  {e['task']}" for e in run.entries))
+            elif command == "/use":
+                asked = gating_by_name(run, name.strip())
+            elif command in ("/auto", "/base"):
+                asked = BARE if command == "/base" else None
+            elif command.startswith("/"):
+                raise Refused(f"{command}: no such command; say {COMMANDS}")
+            elif line:
+                ask(line, asked)
+                print()
+        except (Refused, torch.OutOfMemoryError) as e:
+            print(f"[{Refused(e)}]")
+        except EOFError:
+            return print(end="\n" if terminal else "")
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print("\n[stopped; /quit or Ctrl-D leaves]")
 
 
 # ----------------------------------------------------------------------------------------- versions by name
@@ -404,43 +473,45 @@ def table_over_runs(outs):
 
 
 def parse_options(argv=None):
-    p = Parser(prog="eval.py", description="Measure what a run folder knows.")
+    p = Parser(__doc__, prog="eval.py")
     add = p.add_argument
     add("--run", nargs="+", help="run folder, or several for mean and deviation [the latest under runs/]")
     add("--device", help="cpu, cuda, mps [what is there]")
-    add(
-        "--outside",
-        choices=["nearest", "base"],
-        default="nearest",
-        help="who answers a prompt outside every region: the nearest version or the bare backbone",
-    )
+    about = "who answers a prompt outside every region: the nearest version or the bare backbone"
+    add("--outside", choices=["nearest", "base"], default="nearest", help=about)
+    about = "measure every task under these, or let the first answer --prompt and --talk"
+    add("--version", nargs="+", metavar="NAME", help=about)
+    add = p.add_argument_group("what is measured").add_argument
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
-    add(
-        "--exact-match",
-        nargs="?",
-        type=number(int, 0),
-        const=0,
-        metavar="SHOW",
-        help="count the validation prompts that are answered exactly right; print SHOW of each task",
-    )
-    add(
-        "--version",
-        nargs="+",
-        metavar="NAME",
-        help="measure every task under these, or let the first answer the --prompt",
-    )
+    about = "count the validation prompts that are answered exactly right; print SHOW of each task"
+    add("--exact-match", nargs="?", type=number(int, 0), const=0, metavar="SHOW", help=about)
+    add = p.add_argument_group("answers").add_argument
     add("--prompt", help="an instruction to answer, instead of measuring")
     add("--input", default="", help="the input that goes with --prompt")
-    add("--max-new-tokens", type=number(int, 1, 10**6), default=128)
+    add("--talk", action="store_true", help="answer what is typed or piped in, line after line")
+    add("--max-new-tokens", type=number(int, 1, 10**6), default=128, help="where an answer is cut off")
+    about = "draw the answers to --prompt and --talk at this temperature; 0: take the likeliest tokens"
+    add("--temperature", type=number(float, 0, 100), default=0.0, help=about)
+    about = "draw from the likeliest tokens that together have this probability"
+    add("--top-p", type=number(float, 0, 1), default=1.0, help=about)
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of the draws")
     args = p.parse_args(argv)
-    if args.prompt is not None and len(args.run or ()) > 1:
-        p.error("--prompt talks to one run folder")
+    if args.talk and args.prompt is not None:
+        p.error("--prompt asks once, --talk goes on: one of them")
+    asks = args.talk or args.prompt is not None
+    if asks and len(args.run or ()) > 1:
+        p.error("--prompt and --talk go with one run folder")
+    if args.temperature and not asks:
+        p.error("--temperature goes with --prompt or --talk: what is measured is greedy")
+    if args.top_p < 1 and not args.temperature:
+        p.error("--top-p goes with a --temperature")
     return args
 
 
-def open_run(folder, device, names=()):
-    """-> (run, model that holds its versions, tokenizer). Refused: nothing has been committed there, or no
-    version has one of the names."""
+def open_run(folder, device=None, names=()):
+    """-> (run, model that holds its versions, tokenizer). device: None is the best there is. Refused: nothing
+    has been committed there, no version has one of the names, or the device is not available."""
+    device = pick_device(device)
     run = Run(folder)
     if not run.tasks:
         raise Refused(f"{run.folder}: nothing has been committed there yet")
@@ -453,11 +524,15 @@ def open_run(folder, device, names=()):
 @torch.no_grad()
 def main(argv=None):
     args, outs = parse_options(argv), []
-    device = pick_device(args.device)
     for folder in args.run or [latest_run()]:
-        run, model, tokenizer = open_run(folder, device, args.version or ())
-        if args.prompt is not None:
-            return answer_prompt(run, model, tokenizer, args)
+        run, model, tokenizer = open_run(folder, args.device, args.version or ())
+        if args.talk or args.prompt is not None:
+            choose = sampler(args.temperature, args.top_p, args.seed)
+            ask = functools.partial(answer_prompt, run, model, tokenizer, args, choose)
+            asked = gating_by_name(run, args.version[0]) if args.version else None
+            if args.talk:
+                return talk(run, ask, asked)
+            return ask({"instruction": args.prompt, "input": args.input}, asked)
         outs.append(measure_run(run, model, tokenizer, args))
     if len(outs) > 1:
         if any(o["tasks"] != outs[0]["tasks"] for o in outs):

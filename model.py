@@ -281,8 +281,10 @@ def end_token(tokenizer, template):
 
 
 def prompt_of(record, tokenizer, template):
-    """The text of a record's prompt. template "alpaca": Alpaca's without its preamble, which says the same
-    before every instruction. "chat": the tokenizer's chat template, up to where the answer begins."""
+    """The text of the prompt of a record, or of an instruction alone. template "alpaca": Alpaca's without its
+    preamble, which says the same before every instruction. "chat": the tokenizer's chat template, up to where
+    the answer begins."""
+    record = {"instruction": record} if isinstance(record, str) else record
     if template == "chat":
         return render_chat(messages_of(record), tokenizer, add_generation_prompt=True)
     given = f"\n\n### Input:\n{record['input']}" if record.get("input") else ""
@@ -339,24 +341,45 @@ def response_logits(backbone, pad_id, examples):
     return out[:, :-1], labels.to(out.device)
 
 
+def greedy(logits):
+    """The likeliest tokens [B] by logits [B, V]."""
+    return logits.argmax(-1)
+
+
+def sampler(temperature=0.0, top_p=1.0, seed=0):
+    """A function that draws tokens [B] by logits [B, V], as transformers does: the logits over the
+    temperature, cut to the likeliest tokens that together have the probability top_p (nucleus sampling,
+    Holtzman et al. 2020). Below a temperature of 1e-4, where nothing else is drawn, it is `greedy`."""
+    if temperature < 1e-4:
+        return greedy
+    warpers = [transformers.TemperatureLogitsWarper(float(temperature)), transformers.TopPLogitsWarper(top_p)]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(logits):
+        scores = logits.float().cpu()  # there, so that a seed means the same on every device
+        for warp in warpers:
+            scores = warp(None, scores)
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+    return draw
+
+
 @torch.no_grad()
-def greedy(backbone, pad_id, prompts, eos_id, max_new_tokens):
-    """Greedy continuation of B prompts (token lists) up to `eos_id`. One prefill, then one pass per token."""
+def decode(backbone, pad_id, prompts, eos_id, max_new_tokens, choose=greedy):
+    """Continue B prompts (token lists); `choose` makes tokens [B] of logits [B, V]. After each pass, one over
+    the prompts and then one a token, yields {row: token} of the rows that have not come to `eos_id`."""
     ids, mask = pad_left(prompts, pad_id, backbone.get_input_embeddings().weight.device)
-    new, cache = [[] for _ in prompts], None
-    open_rows = torch.ones(len(prompts), dtype=torch.bool)
+    cache, open_rows = None, torch.ones(len(prompts), dtype=torch.bool)
     for _ in range(max_new_tokens):
         cached = {"past_key_values": cache, "use_cache": True}
         out = run_padded(backbone, ids, mask, logits_to_keep=1, **cached)
-        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1).to(mask.device)  # ids [B, 1]
+        cache, ids = out.past_key_values, choose(out.logits[:, -1]).to(mask.device)[:, None]  # ids [B, 1]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         tokens = ids[:, 0].cpu()
         open_rows &= tokens != eos_id
-        for row in open_rows.nonzero()[:, 0].tolist():
-            new[row].append(int(tokens[row]))
         if not open_rows.any():
-            break
-    return new
+            return
+        yield {row: int(tokens[row]) for row in open_rows.nonzero()[:, 0].tolist()}
 
 
 def response_nll(logits, labels):
@@ -414,13 +437,21 @@ class NIWF:
         with self.gated(gating):
             return response_logits(self.backbone, self.pad_id, examples)
 
-    def generate(self, prompts, gating, eos_id, max_new_tokens=128):
-        """Greedy continuation of B prompts (token lists), EOS left out. The gating stays meanwhile, so bases
-        are gathered once, if memory allows."""
+    def stream(self, prompts, gating, eos_id, max_new_tokens=128, choose=greedy):
+        """`decode`, token after token. The gating stays meanwhile, so bases are gathered once, if memory
+        allows. Close what is not walked to its end: until then the adapters run with it."""
         with self.gated(gating):
             if gating and self.bank.parameter_count(gating[0][:, 0].numel()) <= FOLDED_PARAMETERS:
                 self.bank.fold()
-            return greedy(self.backbone, self.pad_id, prompts, eos_id, max_new_tokens)
+            yield from decode(self.backbone, self.pad_id, prompts, eos_id, max_new_tokens, choose)
+
+    def generate(self, prompts, gating, eos_id, max_new_tokens=128, choose=greedy):
+        """Continuations of B prompts, all (token lists), EOS left out."""
+        new = [[] for _ in prompts]
+        for tokens in self.stream(prompts, gating, eos_id, max_new_tokens, choose):
+            for row, token in tokens.items():
+                new[row].append(token)
+        return new
 
 
 # ----------------------------------------------------------------------------------------- loading a backbone

@@ -875,18 +875,18 @@ OWN = {
 
 
 def parse_options(argv=None):
-    p = Parser(prog="synthetic.py", description="The FTN experiments and their tables.")
+    p = Parser(__doc__, prog="synthetic.py")
     add = p.add_argument
-    add("--experiment", type=int, choices=[1, 2], default=1)
+    add("--experiment", type=int, choices=[1, 2], default=1, help="1: a grid of neurons, 2: LoRA-FTN")
     add("--methods", nargs="+", choices=["all", *KNOWN], metavar="METHOD", help="[all but supsup-wide]")
-    add("--seeds", type=number(int, 1, 1000), default=1, help="how many [1]")
-    add("--first-seed", type=number(int, 0, 2**31), default=0, help="[0]")
-    add("--tasks", type=number(int, 2, 100), help="[3; 6]")
+    add("--seeds", type=number(int, 1, 1000), default=1, help="how many")
+    add("--first-seed", type=number(int, 0, 2**31), default=0, help="they are counted from here")
+    add("--tasks", type=number(int, 2, 100), help="how many [3; 6]")
     add("--steps", type=number(int, 1, 100_000), help="training steps a task [1000; 200]")
     add("--workers", type=number(int, 1, 256), default=os.cpu_count(), help="rows side by side [the cores]")
     add("--json", type=output_file, help="write everything about every row to this file")
     add = p.add_argument_group("experiment 1").add_argument
-    add("--variant", nargs="+", choices=list(HEAD), help="[both]")
+    add("--variant", nargs="+", choices=list(HEAD), help="classification, regression [both]")
     add("--inputs", choices=["uniform", "gaussian"], help="the generator, see Row [uniform]")
     add("--frequency", type=number(float, 0.1, 100), help="of the generator [8]")
     add("--generator", type=number(int, 0, 2**31), help="one for all seeds: its own seed [every seed's]")

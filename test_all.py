@@ -54,6 +54,7 @@ from model import (
     perplexity,
     response_logits,
     response_nll,
+    sampler,
 )
 
 HERE = pathlib.Path(__file__).parent
@@ -723,6 +724,41 @@ def test_generation_with_a_cache_is_greedy_decoding_without_one():
         assert new == ids[len(prompt) :]
 
 
+def test_sampling_that_has_no_choice_is_greedy_decoding():
+    model, prompts = micro_model(), [p for p, _ in random_examples(5)]
+    gating = random_gating(5, 2, 6)
+    sampled = lambda *how: model.generate(prompts, gating, 2, 12, sampler(*how))
+    likeliest = model.generate(prompts, gating, 2, 12)
+    assert sampled(0.0) == sampled(1.001e-4) == sampled(2.0, 1e-9) == sampled(2.0, 0.0) == likeliest
+    assert sampled(2.0, 1.0, 3) == sampled(2.0, 1.0, 3) != sampled(2.0, 1.0, 4) != likeliest
+    alone = [model.generate([p], tuple(g[i : i + 1] for g in gating), 2, 12) for i, p in enumerate(prompts)]
+    assert [new for (new,) in alone] == likeliest
+
+
+def test_tokens_are_drawn_with_the_temperature_and_from_the_nucleus():
+    torch.manual_seed(3)
+    logits, temperature, top_p, n = 2 * torch.randn(1, 8), 0.7, 0.8, 4000
+    p = (logits[0] / temperature).exp()
+    p, order, wanted = p / p.sum(), [], torch.zeros(8)
+    for i in p.argsort(descending=True).tolist():  # literally: the likeliest until they have top_p together
+        if sum(p[j] for j in order) < top_p:
+            order.append(i)
+    wanted[order] = p[order] / p[order].sum()
+    drawn = sampler(temperature, top_p, 5)(logits.expand(n, -1)).bincount(minlength=8) / n
+    assert 1 < len(order) < 8 and not drawn[wanted == 0].any()
+    torch.testing.assert_close(drawn, wanted, rtol=0, atol=4 * 0.5 / n**0.5)
+
+
+def test_a_stream_that_is_closed_early_leaves_the_adapters_off():
+    model, prompts = micro_model(), [[5, 6, 7]]
+    bare = model.backbone(torch.tensor(prompts)).logits
+    steps = model.stream(prompts, random_gating(1, 2, 6), -1, 9)
+    next(steps)
+    assert not torch.equal(model.backbone(torch.tensor(prompts)).logits, bare)
+    steps.close()
+    assert torch.equal(model.backbone(torch.tensor(prompts)).logits, bare)
+
+
 @pytest.mark.parametrize("rows", ["alike", "mixed"])
 def test_bases_gathered_once_for_a_text_give_equation_2(rows):
     model, ids = micro_model(bases=3, committed=3), torch.randint(3, 300, (3, 7))
@@ -1344,6 +1380,121 @@ def test_prompt_and_exact_match_and_log(first, tmp_path, capsys):
     )
     run = Run(first)
     assert "(lock: first)" in "\n".join(commit.log([commit.describe(run, e) for e in run.entries]))
+
+
+def test_a_text_that_comes_in_pieces_is_the_whole_text_without_halves_of_characters():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    for text in ("naïve café 漢字 🙂", "  def f(x):\n    return  x , y !  \n", "🙂\n\n", " ", ""):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        parts = [*evaluation.pieces(tokenizer, ({0: i} for i in ids))]
+        assert "".join(parts) == text.strip() and not any("\ufffd" in part for part in parts)
+        assert sum(map(bool, parts)) >= len(text.split())
+    half = tokenizer("a🙂", add_special_tokens=False).input_ids[:-1]
+    assert "".join(evaluation.pieces(tokenizer, ({0: i} for i in half))) == "a\ufffd"
+
+
+def asked(run, capsys, *argv):
+    """What eval.py prints: the text of an answer, and who gave it."""
+    capsys.readouterr()
+    evaluation.main(["--run", str(run), "--device", "cpu", *argv])
+    text, _, note = capsys.readouterr().out.rstrip("\n").rpartition("\n\n")
+    return text, note
+
+
+def test_the_lines_of_python_in_the_readme_answer_as_the_program_does(two, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    out = copy_of(two, tmp_path / "runs", "tiny")
+    monkeypatch.chdir(tmp_path)
+    (lines,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    exec(lines, said := {})
+    for text, name, sure, prompt in zip(
+        said["texts"], said["names"], said["sure"], re.findall('"([A-Z].*?)"', lines)
+    ):
+        shown, note = asked(out, capsys, "--prompt", prompt)
+        assert shown == text.strip() and f"nearest region: {name}, {100 * sure:.1f} % sure" in note
+    assert len(said["texts"]) == 2 and (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    run, model, tokenizer = evaluation.open_run(out)
+    records = run.validation("alpaca") + run.validation("code")
+    texts, route = evaluation.answer(run, model, tokenizer, records, max_new_tokens=5)
+    for i in (route.choice.tolist().index(0), route.choice.tolist().index(1)):  # a batch for both versions
+        more = ("--input", records[i].get("input", ""), "--max-new-tokens", "5")
+        shown, note = asked(out, capsys, "--prompt", records[i]["instruction"], *more)
+        assert shown == texts[i].strip() and f"region: {run.tasks[route.choice[i]]}," in note
+
+
+def test_a_sampled_answer_is_the_same_with_the_same_seed(first, capsys):
+    argv = ["--prompt", "Name a fruit.", *"--max-new-tokens 8 --temperature 1 --top-p 0.9 --seed".split()]
+    text, note = asked(first, capsys, *argv, "0")
+    assert asked(first, capsys, *argv, "0") == (text, note) and asked(first, capsys, *argv, "1")[0] != text
+    for wrong in (["--temperature", "1"], ["--prompt", "x", "--top-p", ".5"], ["--talk", "--prompt", "x"]):
+        run_quietly(evaluation.main, [*wrong, "--run", str(first)], capsys)
+
+
+def test_prompts_that_are_piped_in_get_an_answer_each_and_nothing_ends_the_talk(two, capsys):
+    lines = [
+        b"Name three fruits.",
+        b"",
+        b"/use nobody",
+        b"/frob \x1b",
+        b"\xff\xed\xa0\x80\0 \x1b na\xc3\xafve",
+        b"/versions",
+    ]
+    lines += [b"/use code", b"Hi.", b"/base", b"Hi.", b"/auto", b"Name three fruits."]
+    command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(two)]
+    command += ["--device", "cpu", "--max-new-tokens", "5"]
+    process = subprocess.run(command, input=b"\n".join(lines), capture_output=True, timeout=300)
+    assert process.returncode == 0 and not process.stderr and b"\r" not in process.stdout
+    out, entries = process.stdout.decode(), Run(two).entries
+    few, code = ("--max-new-tokens", "5"), entries[1]["hash"][:12]
+    routed = "{}\n\n{}\n\n".format(*asked(two, capsys, "--prompt", "Name three fruits.", *few))
+    assert out.startswith(routed) and out.endswith(routed)
+    assert len(re.findall(r"\n\n\[(?:version|the)", out)) == 5
+    assert "no version is called 'nobody'" in out and "/frob: no such command" in out and "\x1b" not in out
+    assert "".join(f"{e['hash'][:12]}  {e['task']}\n" for e in entries) in out
+    assert "{}\n\n{}\n\n".format(*asked(two, capsys, "--prompt", "Hi.", "--version", "code", *few)) in out
+    assert f"[version {code}, as asked]" in out and "[the bare backbone, as asked]" in out
+
+
+def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(two):
+    fcntl, termios = map(pytest.importorskip, ("fcntl", "termios"))
+    ours, its = os.openpty()
+    command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(two)]
+    command += ["--device", "cpu", "--max-new-tokens", "100"]
+    process = subprocess.Popen(
+        command,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), its),
+        env=os.environ | {"TERM": "dumb"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+    )
+    os.close(its)
+
+    def say(text, enough=lambda said: said.endswith(b"\r\n> ")):
+        """What the program prints in return, until that is enough; else to its next prompt."""
+        os.write(ours, text)
+        said = b""
+        while not enough(said):
+            said += os.read(ours, 1000)
+        return said.decode(errors="replace")
+
+    hashes = [e["hash"][:12] for e in Run(two).entries]
+    try:
+        assert "/quit" in say(b"")
+        assert all(digest in say(b"/versions\n") for digest in hashes)
+        assert "% sure; the coordinate is" in say(b"Name three fruits.\n")
+        say(b"/use alpaca\n")
+        assert f"[version {hashes[0]}, as asked]" in say(b"Name three fruits.\n")
+        say(b"/auto\n")
+        begun = say(b"Name three fruits.\n", lambda said: len(said) > 30)  # the echo, and first pieces
+        stopped = say(b"\x03")
+        assert "[version" not in begun + stopped and "[stopped; /quit or Ctrl-D leaves]" in stopped
+        assert "Ctrl-D leaves" in say(b"half a line\x03")
+        assert "% sure; the coordinate is" in say(b"Hi.\n")
+        os.write(ours, b"/quit\n")
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        os.close(ours)
 
 
 def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp_path, capsys):
@@ -3424,6 +3575,71 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(program, tmp_path):
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=60)[1]
     says_in_one_line(process.returncode, err, f"{program}.py: stopped")
+
+
+@pytest.mark.parametrize("program", ["train", "synthetic"])
+def test_where_there_is_no_terminal_a_report_is_a_line_and_no_bar_is_drawn(
+    program, micro, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    few = ("--examples", "32", "--val-examples", "8", "--epochs", "1")
+    argv, report = {
+        "train": (micro("alpaca", "run", *few), r"^step 2/2 "),
+        "synthetic": (
+            "--variant clf --methods fixedmask --tasks 2 --steps 5".split(),
+            "^clf fixedmask seed 0 ",
+        ),
+    }[program]
+    ours, its = os.pipe()
+    with open(its, "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        importlib.import_module(program).main(argv)
+    with open(ours, newline="") as pipe:
+        err, out = pipe.read(), capsys.readouterr().out
+    assert "\r" not in err + out and not re.search(r"/s\]|%\|", err)
+    assert len(re.findall(report, out, re.MULTILINE)) == 1
+
+
+GROUPS = {
+    "train": ["optimisation", "bank, field and coordinate (sections 3.1-3.3)", "commitment and locks"],
+    "eval": ["options", "what is measured", "answers"],
+    "synthetic": ["options", "experiment 1", "experiment 2"],
+    "report": ["options"],
+    "variants": ["positional arguments", "options"],
+    "fuzz": ["positional arguments", "options"],
+    **dict.fromkeys(
+        ["commit", *(f"commit {c}" for c in "show rollback compose merge export".split())],
+        ["positional arguments", "options"],
+    ),
+    **dict.fromkeys(["commit log", "commit verify"], ["options"]),
+    "bench": ["positional arguments", "options"],
+    **dict.fromkeys([f"bench {c}" for c in "niwf decode gather ftn lora-ftn".split()], ["options"]),
+}
+
+
+@pytest.mark.parametrize("command", GROUPS)
+def test_help_explains_every_option_and_has_an_example(command, monkeypatch, capsys):
+    program, *argv = command.split()
+    asked, show = [], commit.Parser.print_help
+    monkeypatch.setattr(commit.Parser, "print_help", lambda self: [asked.append(self), show(self)])
+    with pytest.raises(SystemExit) as e:
+        importlib.import_module(program).main([*argv, "--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0 and "\x1b" not in text
+    for group in GROUPS[command]:
+        assert re.search(rf"^{re.escape(group)}.*:$", text, re.MULTILINE), group
+    examples = text.partition("\nexamples:\n")[2].splitlines()
+    assert examples and all(re.match(rf"    python (assets/)?{program}\.py( |$)", line) for line in examples)
+    for action in asked[0]._actions:
+        assert action.help and (not action.option_strings or action.option_strings[0] in text), action
+        if type(action.default) in (int, float):
+            assert re.search(r"\[.+\]$", asked[0]._get_formatter()._expand_help(action)), action
+
+
+def test_make_tiny_explains_itself_too():
+    command = [sys.executable, str(HERE / "assets" / "make_tiny.py"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert "python assets/make_tiny.py --data-only" in text
 
 
 def train_limited(argv, limit, value):

@@ -150,14 +150,14 @@ def parse_options(argv=None):
         "Defaults are the paper's, but for lr, alpha, margin, lambda-budget, pool, probe and template: ours. "
     )
     epilog += f"Tiny has {about}. {', '.join(FIXED_BY_FIRST_TASK)} are fixed by a run's first task."
-    p = Parser(prog="train.py", description="Learn a capability, commit it, report.", epilog=epilog)
+    p = Parser(__doc__, prog="train.py", epilog=epilog)
     for title, options in OPTIONS.items():
         group = p.add_argument_group(title)
         for flag, (text, how) in options.items():
             key = flag[2:].replace("-", "_")
             if key in PAPER_VALUES:  # absent, so that `fill_in` knows what was said
+                text += f" [{PAPER_VALUES[key]}]" if how is not FLAG else ""
                 how = {**how, "default": argparse.SUPPRESS}
-                text += f" [{PAPER_VALUES[key]}]"
             group.add_argument(flag, help=text, **how)
     args = p.parse_args(argv)
     if (args.task is None) == (args.stream is None):

@@ -45,9 +45,9 @@ from model import (
     NIWF,
     Refused,
     attach,
+    decode,
     encode,
     find_targets,
-    greedy,
     load_backbone,
     pad_of,
     response_logits,
@@ -159,7 +159,8 @@ class Peer:
         response_nll(*response_logits(self.backbone, self.pad_id, examples)).sum().backward()
 
     def generate(self, prompts, count):
-        greedy(self.backbone, self.pad_id, prompts, -1, count)
+        for _ in decode(self.backbone, self.pad_id, prompts, -1, count):
+            pass
 
 
 SIDES = {"ours": Gated, "peft": functools.partial(Peer, lora=True), "loops": Loops, "bare": Peer}
@@ -444,22 +445,27 @@ def time_passes(run, model, tokenizer, turns):
 
 
 def main(argv=None):
-    parser = Parser(prog="bench.py", description="Side-by-side timings.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    ftn = commands.add_parser("ftn", help="a training step of FTN against the literal Algorithm 1")
-    lora = commands.add_parser("lora-ftn", help="a step and a search of LoRA-FTN against all components")
-    lora.add_argument("--backbone", default="tiny", help="tiny, a Hub id, a local folder, FILE.gguf [tiny]")
-    niwf = commands.add_parser("niwf", help="a training step of NIWF beside peft's LoRA")
-    decode = commands.add_parser("decode", help="prefill and decoding beside peft's LoRA")
-    gather = commands.add_parser("gather", help="bases gathered a sequence, and a token")
-    growth = commands.add_parser("growth", help="what the first n versions cost and know, for every n")
-    growth.add_argument("--run", default="runs/stream", help="run folder of a stream [runs/stream]")
-    growth.add_argument("--json", type=output_file, help="write a line for every n to this file")
-    for p in (niwf, decode, gather):
-        p.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="[all]")
-        p.add_argument("--json", type=output_file, help="write the seconds of every turn to this file")
-    for p in (ftn, lora, niwf, decode, gather, growth):
-        p.add_argument("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed [5]")
+    parser = Parser(__doc__, prog="bench.py")
+    commands = parser.add_subparsers(dest="command", required=True, help="each has a --help of its own:")
+    about = {
+        "ftn": "a training step of FTN against the literal Algorithm 1",
+        "lora-ftn": "a step and a search of LoRA-FTN against all components",
+        "niwf": "a training step of NIWF beside peft's LoRA",
+        "decode": "prefill and decoding beside peft's LoRA",
+        "gather": "bases gathered a sequence, and a token",
+        "growth": "what the first n versions of a stream cost and know, for every n",
+    }
+    for name, text in about.items():
+        p = commands.add_parser(name, help=text, doc=__doc__, description=text)
+        p.add_argument("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed")
+        if name == "lora-ftn":
+            p.add_argument("--backbone", default="tiny", help="tiny, a Hub id, a local folder, FILE.gguf")
+        elif name != "ftn":
+            p.add_argument("--json", type=output_file, help="write what was measured to this file")
+        if name == "growth":
+            p.add_argument("--run", default="runs/stream", help="run folder of a stream")
+        elif name in ("niwf", "decode", "gather"):
+            p.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="of what [all]")
     args = parser.parse_args(argv)
     benches = {"niwf": bench_niwf, "decode": bench_decode, "gather": bench_gather}
     if args.command in benches:

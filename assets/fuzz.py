@@ -11,7 +11,6 @@ whole world before and after: what is not ours is as it was, and no version is l
 asked to remove.
 """
 
-import argparse
 import collections
 import contextlib
 import copy
@@ -679,13 +678,13 @@ def kills(n, seed, folder, epochs=60):
     return equal, resumed
 
 
-def main():
-    p = argparse.ArgumentParser(description="Damage run folders at random, or kill trainings.")
+def main(argv=None):
+    p = commit.Parser(__doc__, prog="fuzz.py")
     p.add_argument("what", nargs="?", default="2000", help="how many run folders to damage [2000], or: kills")
-    p.add_argument("count", nargs="?", type=int, default=60, help="how many kills [60]")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("count", nargs="?", type=int, default=60, help="how many kills")
+    p.add_argument("--seed", type=int, default=0, help="of what is damaged, and when it is killed")
     p.add_argument("--start", type=int, default=0, help="the first number")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     torch.set_num_threads(1)
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:

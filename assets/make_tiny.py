@@ -615,7 +615,7 @@ def make_backbone(out, seed, steps, minutes, batch=8, length=256, peak=2.5e-3, d
     rest = [p for p in model.parameters() if p.dim() == 1]
     opt = torch.optim.AdamW([dict(params=decay, weight_decay=.1), dict(params=rest, weight_decay=0.)], lr=peak, betas=(.9, .95), fused=True)
     pool, np_rng, log, mean, began = np.zeros(0, np.int64), np.random.default_rng(seed), [], [], time.time()
-    bar = tqdm(range(steps), mininterval=10)
+    bar = tqdm(range(steps), mininterval=10, disable=None)  # not where there is no terminal
     for step in bar:
         if step < drills:  # copying first: blocks of random pieces, each twice
             n = int(np_rng.choice((4, 8, 16, 32)))
@@ -653,12 +653,12 @@ def make_backbone(out, seed, steps, minutes, batch=8, length=256, peak=2.5e-3, d
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
+    p.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write to [this script's]")
     p.add_argument("--data-only", action="store_true", help="only the instruction sets")
-    p.add_argument("--steps", type=int, default=2700, help="pretraining steps of 2,048 tokens")
-    p.add_argument("--minutes", type=float, default=0, help="stop by the clock instead")
-    p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--steps", type=int, default=2700, help="pretraining steps of 2,048 tokens [2700]")
+    p.add_argument("--minutes", type=float, default=0, help="stop by the clock instead [0: do not]")
+    p.add_argument("--threads", type=int, default=2, help="of torch [2]")
+    p.add_argument("--seed", type=int, default=1, help="of data, text and weights [1]")
     a = p.parse_args()
     make_data(a.out, a.seed)
     if a.data_only: return

@@ -678,10 +678,10 @@ def with_tables(text):
 
 
 def main(argv=None):
-    parser = Parser(prog="report.py", description="The page of results, and its pictures.")
+    parser = Parser(__doc__, prog="report.py")
     about = "draw what synthetic.py wrote in these files [all that is published]"
     parser.add_argument("--figures", nargs="*", type=pathlib.Path, metavar="FILE.json", help=about)
-    about = "where to draw it [runs/figures]"
+    about = "where to draw it"
     parser.add_argument("--to", type=pathlib.Path, default="runs/figures", metavar="DIR", help=about)
     args = parser.parse_args(argv)
     if args.figures is None:

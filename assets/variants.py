@@ -406,7 +406,7 @@ def look_at_regions(folder):
 
     {"regions": {region: {task: {"inside", "AUROC"}}}, "coordinates": {task: {"tsne" [n, 2], "home" [n]}},
     "usage": {task: [L, N]}, "losses": {task: [steps]}}"""
-    run, model, tokenizer = open_run(folder, pick_device(None))
+    run, model, tokenizer = open_run(folder)
     last = run.versions[-1]
     h_bar = {task: validation_set(run, model, tokenizer, task)[2] for task in run.tasks}
     z = {task: last.dynamics(h).cpu().double() for task, h in h_bar.items()}
@@ -455,15 +455,19 @@ def measure_transfer(folder, args):
 
 
 def parse_options(argv):
-    parser = Parser(prog="variants.py", description="What each part of NIWF is worth.", allow_abbrev=False)
-    parser.add_argument("table", choices=[*TABLES, "regions", "transfer"], help="see above")
+    parser = Parser(__doc__, prog="variants.py", allow_abbrev=False)
+    parser.add_argument(
+        "table", choices=[*TABLES, "regions", "transfer"], help="what is learned and compared"
+    )
     parser.add_argument("--run", nargs="+", help="the run folders of `regions` and `transfer`")
     parser.add_argument("--rows", nargs="+", help="names of rows [all]")
-    parser.add_argument("--backbone", default="tiny", help="[tiny]")
+    parser.add_argument("--backbone", default="tiny", help="see train.py")
     parser.add_argument(
         "--data", nargs="+", help="JSON records of the first task, and of the second [embedded]"
     )
-    parser.add_argument("--seeds", nargs="+", type=number(int, 0, 2**31), help="[0 1 2; choose: 200 201 202]")
+    parser.add_argument(
+        "--seeds", nargs="+", type=number(int, 0, 2**31), help="of every row [0 1 2; choose: 200 201 202]"
+    )
     parser.add_argument("--out", help="folder of the run folders [runs/variants, runs/variants-BACKBONE]")
     parser.add_argument("--json", type=output_file, help="write all of it to this file")
     args, rest = parser.parse_known_args(argv)
