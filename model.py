@@ -58,7 +58,7 @@ TARGETS += ("c_attn", "c_proj", "c_fc")
 FOLDED_PARAMETERS = 2**28  # at most 1 GiB of gathered bases while a text is generated
 TINY_FOLDER = str(pathlib.Path(__file__).parent / "assets" / "tiny")
 PATIENCE = datetime.timedelta(minutes=10)  # one that ended is noticed at once: this is for one that hangs
-ENDED = "another process of this training ended; the same command goes on from what is saved"
+ENDED = "another process of this training ended, or torchrun; the same command goes on from what is saved"
 
 
 class Refused(Exception):
@@ -351,9 +351,8 @@ class NIWF:
 
 @contextlib.contextmanager
 def joined_processes():
-    """Within this block the processes that torchrun started work as one. The first alone prints; but what
-    ends one ends all, so whichever ends badly first says why, and the others nothing. Refused: they cannot be
-    joined."""
+    """Within this block the processes that torchrun started work as one. The first alone prints. But what
+    ends one ends all: whichever ends badly before the others says why. Refused: they cannot be joined."""
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
@@ -364,8 +363,8 @@ def joined_processes():
     signal.signal(signal.SIGTERM, end)
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-        prefix = dist.PrefixStore("sums", store)  # CPU: gloo, GPU: NCCL
-        dist.init_process_group(store=prefix, rank=rank, world_size=size, timeout=PATIENCE)
+        # No backend is named: tensors on the CPU take gloo, those on a GPU NCCL.
+        dist.init_process_group(store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as e:
         raise Refused(f"the processes cannot be joined ({e})") from e
     with contextlib.ExitStack() as stack:
@@ -387,7 +386,8 @@ def joined_processes():
 
 def rank_and_size():
     """The number of this process, and how many work together; (0, 1) where it is the only one."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 def sum_over_processes(*tensors):
@@ -416,8 +416,7 @@ def any_process(asks):
 
 
 def first_alone(change):
-    """Decorates what changes files: of several processes the first does it, the others wait until it is
-    done."""
+    """Decorates what changes files: of several processes the first does it, the others wait for that."""
 
     @functools.wraps(change)
     def alone(*args, **kwargs):

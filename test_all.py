@@ -51,6 +51,7 @@ from model import (
     detach,
     find_targets,
     perplexity,
+    pick_device,
     response_logits,
     response_nll,
 )
@@ -1562,6 +1563,23 @@ def test_every_process_has_its_share_of_a_step(n, batch, size, monkeypatch):
     assert sorted(sum(shares, [])) == [*range(n)] and max(map(len, shares)) - min(map(len, shares)) <= 1
     monkeypatch.undo()
     assert train.take_share(micros, batch) is micros
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert [pick_device(wanted) for wanted in (None, "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
+    monkeypatch.setattr("model.rank_and_size", lambda: (1, 2))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [pick_device(wanted) for wanted in (None, "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert taken == [1, 1]
+    with pytest.raises(Refused, match="a GPU of its own: 2 here"):
+        pick_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(Refused, match="a GPU of its own: 2 here"):
+        pick_device(None)
 
 
 def steps_of(run):

@@ -521,7 +521,7 @@ def micro_batches(examples, step, args):
 
 
 def take_share(micros, batch):
-    """This process's share of a step's micro-batches, its own micro-batches: every process takes every N-th
+    """This process's share of a step, in micro-batches of its own: of N processes each takes every N-th
     example."""
     rank, size = rank_and_size()
     if size == 1:
