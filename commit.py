@@ -70,7 +70,19 @@ from safetensors.torch import save
 from transformers.pytorch_utils import Conv1D
 
 from field import CoordinateDynamics, Region, WeightField, route, take_snapshot, top_k_gating
-from model import NIWF, Refused, find_targets, fingerprint, in_out, layer_numbers, load_backbone, pad_of
+from model import (
+    NIWF,
+    Refused,
+    find_targets,
+    fingerprint,
+    first_alone,
+    in_out,
+    joined_processes,
+    layer_numbers,
+    load_backbone,
+    pad_of,
+    rank_and_size,
+)
 
 # ---------------------------------------------------------------------------- what is on disk, and reading it
 
@@ -236,7 +248,11 @@ def plain_record(record, where, template):
 @contextlib.contextmanager
 def atomic(path):
     """Gives a temporary path beside `path`; on success it is fsynced and renamed over it. So whoever reads,
-    even after a kill, finds the old contents or the new, never a part."""
+    even after a kill, finds the old contents or the new, never a part. Of several processes the first alone
+    writes."""
+    if rank_and_size()[0]:
+        yield pathlib.Path(os.devnull)
+        return
     path.parent.mkdir(exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.niwf-tmp")
     with open(tmp, "xb"):  # never through a link, never over another file
@@ -688,24 +704,33 @@ class Run:
         """Within this block no other process changes the run folder. The lock dies with its process. Refused:
         it is taken, or see `read`. If nothing comes of the block, no empty folder is left."""
         self.read()
+        with contextlib.ExitStack() as held:
+            self.lock(held)
+            self.read()  # as the other process may just have left it
+            yield self
+
+    @first_alone
+    def lock(self, held):
+        """Take the lock of `exclusive`, until the stack `held` is closed. Refused: it is taken."""
         made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "a") as f:
-            if fcntl:
-                try:
-                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise Refused(f"{self.folder}: another process is at work on it; wait") from None
+        f = held.enter_context(open(self.folder / ".lock", "a"))
+        if fcntl:
             try:
-                self.read()  # as the other process may just have left it
-                yield self
-            finally:
-                if [p.name for p in self.folder.iterdir()] == [".lock"]:
-                    (self.folder / ".lock").unlink()
-                    with contextlib.suppress(OSError):
-                        for folder in made:
-                            folder.rmdir()
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(f"{self.folder}: another process is at work on it; wait") from None
+        held.callback(self.leave, made)
 
+    def leave(self, made):
+        """If nothing came of it, remove the lock file and the folders that were made."""
+        if [p.name for p in self.folder.iterdir()] == [".lock"]:
+            (self.folder / ".lock").unlink()
+            with contextlib.suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+
+    @first_alone
     def save(self, removed=()):
         """Write the manifest, once it is seen that it can be read again; then remove files that it no longer
         names, and tidy up after killed commands."""
@@ -918,7 +943,8 @@ def run_program(main):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     name = pathlib.Path(sys.argv[0]).name
     try:
-        main()
+        with joined_processes():
+            main()
     except (Refused, OSError, SafetensorError, MemoryError) as e:
         raise SystemExit(f"{name}: {' '.join(str(e).split()) or 'not enough memory'}") from None
     except RuntimeError as e:

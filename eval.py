@@ -45,9 +45,11 @@ from model import (
     pick_device,
     prompt_ids,
     prompt_of,
+    rank_and_size,
     response_logits,
     response_nll,
     sampler,
+    sum_over_processes,
 )
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
@@ -62,14 +64,17 @@ def batches(*lists, size=EVAL_BATCH):
         yield [part[b : b + size] for part in lists]
 
 
-def probe_all(model, examples, pool, gating=None):
-    """h_bar [n, features] of every example. Batches are fixed, so the same input always gives the same
-    bits."""
+def probe_all(model, examples, pool, gating=None, split=True):
+    """h_bar [n, features] of every example. Batches are fixed, so the same input always gives the same bits.
+    split: all processes ask this, so each computes a part of the batches."""
+    rank, size = rank_and_size() if split else (0, 1)
     rows = [p if pool == "prompt" else p + r for p, r in examples]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    h_bar = torch.empty(len(rows), model.features, device=model.device)
-    for (chunk,) in batches(order, size=4 * EVAL_BATCH):
+    h_bar = torch.zeros(len(rows), model.features, device=model.device)
+    for (chunk,) in [*batches(order, size=4 * EVAL_BATCH)][rank::size]:
         h_bar[chunk] = model.probe([rows[j] for j in chunk], gating)
+    if split:
+        sum_over_processes(h_bar)
     return h_bar
 
 
@@ -112,18 +117,23 @@ def measure_task(run, model, tokenizer, i, outside):
     task, results = run.tasks[i], run.manifest["results"]
     examples, h_bar, routes = validation_set(run, model, tokenizer, task)
     base = next((row["base"][task] for row in results if task in row["base"]), None)  # it never changes
-    nll, digests, choices, inside, gatings = collections.Counter(), [], [], [], []
-    for batch, h, asked in batches(examples, h_bar, routes):
+    parts, choices, inside, gatings = [*batches(examples, h_bar, routes)], [], [], []
+    losses = torch.zeros(len(parts), 3, dtype=torch.float64)  # of each batch: base, stored, routed
+    bits = torch.zeros(len(parts), EVAL_BATCH, 8, dtype=torch.uint8)
+    rank, size = rank_and_size()
+    for b, (batch, h, asked) in enumerate(parts):
         stored, (routed, found) = run.stored(i, h), run.routed(asked, outside)
-        logits, labels = model.logits(batch, stored)
-        alike = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(stored, routed))
-        nll["stored"] += (own := float(response_nll(logits, labels).sum()))
-        nll["routed"] += own if alike else total_nll(model, batch, routed)
-        nll["base"] += 0 if base else total_nll(model, batch, None)
-        digests += [hashlib.sha256(x.float().cpu().numpy().tobytes()).hexdigest()[:16] for x in logits]
         choices += found.choice.tolist()
         inside.append(found.inside)
         gatings.append(stored)
+        if b % size == rank:
+            losses[b], bits[b, : len(batch)] = measure_batch(model, batch, stored, routed, not base)
+    sum_over_processes(losses)
+    sum_over_processes(bits)
+    digests = [bytes(row).hex() for row in bits.flatten(0, 1)[: len(examples)].tolist()]
+    nll = collections.Counter()
+    for values in losses.tolist():
+        nll.update(dict(zip(("base", "stored", "routed"), values)))
     tokens = sum(len(r) for _, r in examples)
     at_commit = run.digests(task) if run.measured(run.manifest["versions"][i]) else digests
     inside = torch.cat(inside).sum(0).tolist()
@@ -139,6 +149,21 @@ def measure_task(run, model, tokenizer, i, outside):
     if run.speaker(i) is not run.versions[i]:
         columns["drift"] = describe_drift(run, i, h_bar)
     return columns, digests
+
+
+def measure_batch(model, batch, stored, routed, bare):
+    """A batch's negative log-likelihoods [3]: of the bare backbone, if asked for, stored and routed; and the
+    digests [B, 8] of its stored logits, in bytes."""
+    logits, labels = model.logits(batch, stored)
+    alike = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(stored, routed))
+    digests = [[*hashlib.sha256(x.float().cpu().numpy().tobytes()).digest()[:8]] for x in logits]
+    nll = torch.zeros(3, dtype=torch.float64)
+    nll[1] = nll[2] = float(response_nll(logits, labels).sum())
+    if not alike:
+        nll[2] = total_nll(model, batch, routed)
+    if bare:
+        nll[0] = total_nll(model, batch, None)
+    return nll, torch.tensor(digests, dtype=torch.uint8)
 
 
 def describe_gating(gatings):

@@ -22,6 +22,7 @@ This file knows nothing of tasks, regions or run folders. Loading a backbone com
 """
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -29,6 +30,7 @@ import math
 import os
 import pathlib
 import re
+import signal
 import socket
 import urllib.parse
 import urllib.request
@@ -40,6 +42,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import huggingface_hub
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -54,6 +57,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TARGETS += ("c_attn", "c_proj", "c_fc")
 FOLDED_PARAMETERS = 2**28  # at most 1 GiB of gathered bases while a text is generated
 TINY_FOLDER = str(pathlib.Path(__file__).parent / "assets" / "tiny")
+PATIENCE = datetime.timedelta(minutes=10)  # one that ended is noticed at once: this is for one that hangs
+ENDED = "another process of this training ended, or torchrun; the same command goes on from what is saved"
 
 
 class Refused(Exception):
@@ -454,16 +459,104 @@ class NIWF:
         return new
 
 
+# ------------------------------------------------------------------------------------------ several processes
+
+
+@contextlib.contextmanager
+def joined_processes():
+    """Within this block the processes that torchrun started work as one. The first alone prints. But what
+    ends one ends all: whichever ends badly before the others says why. Refused: they cannot be joined."""
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+
+    def end(*_):  # torchrun sends it to all as soon as one has ended
+        raise KeyboardInterrupt(ENDED)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        # No backend is named: tensors on the CPU take gloo, those on a GPU NCCL.
+        dist.init_process_group(store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as e:
+        raise Refused(f"the processes cannot be joined ({e})") from e
+    with contextlib.ExitStack() as stack:
+        if rank:
+            null = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(null))
+            stack.enter_context(contextlib.redirect_stderr(null))
+        try:
+            yield
+        except (Exception, KeyboardInterrupt):
+            for s in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(s, signal.SIG_IGN)
+            with contextlib.suppress(RuntimeError):  # the store ended, too
+                if store.add("ended", 1) > 1:
+                    raise SystemExit(1) from None
+            raise
+    dist.destroy_process_group()
+
+
+def rank_and_size():
+    """The number of this process, and how many work together; (0, 1) where it is the only one."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
+def sum_over_processes(*tensors):
+    """Replace tensors of one type and device by their sums over all processes, the same bits in each. One
+    process leaves them as they are. Refused: another process has ended."""
+    if rank_and_size()[1] == 1:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    try:
+        if flat.is_cuda:  # NCCL would wait for one that has ended, gloo does not
+            dist.all_reduce(torch.zeros(1))
+        else:
+            flat = flat.cpu()
+        dist.all_reduce(flat)
+    except RuntimeError as e:
+        raise Refused(ENDED) from e
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(total.view_as(t))
+
+
+def any_process(asks):
+    """Does any of the processes ask for it?"""
+    count = torch.tensor([int(bool(asks))])
+    sum_over_processes(count)
+    return bool(count)
+
+
+def first_alone(change):
+    """Decorates what changes files: of several processes the first does it, the others wait for that."""
+
+    @functools.wraps(change)
+    def alone(*args, **kwargs):
+        if rank_and_size()[0] == 0:
+            change(*args, **kwargs)
+        sum_over_processes(torch.zeros(1))
+
+    return alone
+
+
 # ----------------------------------------------------------------------------------------- loading a backbone
 
 
 def pick_device(wanted):
-    """The device asked for, or the best there is. Refused: it is not available."""
+    """The device asked for, or the best there is; of several processes each gets a GPU of its own. Refused:
+    it is not available."""
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = (wanted or found).partition(":")
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if kind not in ("cpu", found) or index and not (index.isdecimal() and int(index) < count):
         raise Refused(f"--device {wanted} is not available here; {found} is")
+    if kind == "cuda" and rank_and_size()[1] > 1:
+        own = int(os.environ["LOCAL_RANK"])
+        if index or own >= count:
+            raise Refused(f"each process needs a GPU of its own: {count} here, and no --device {kind}:NUMBER")
+        torch.cuda.set_device(own)
+        return f"cuda:{own}"
     return wanted or found
 
 

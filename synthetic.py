@@ -58,6 +58,7 @@ from model import (
     find_targets,
     load_backbone,
     pad_of,
+    rank_and_size,
     response_logits,
     response_nll,
 )
@@ -946,6 +947,8 @@ def table_place(out):
 
 def main(argv=None):
     args = parse_options(argv)
+    if rank_and_size()[1] > 1:
+        raise Refused("the FTN experiments start their own processes, see --workers: leave out torchrun")
     rows, outs, refused, reasons = rows_of(args), [], [], {}
     try:
         for row, out, message in finished_rows(rows, min(args.workers, len(rows))):

@@ -23,6 +23,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from commit import Refused, Run, Version
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
 from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, grow, k_winners, smooth, unpack
 from model import (
+    ENDED,
     NIWF,
     TINY_FOLDER,
     AdapterBank,
@@ -52,6 +54,7 @@ from model import (
     find_targets,
     fingerprint,
     perplexity,
+    pick_device,
     response_logits,
     response_nll,
     sampler,
@@ -1996,6 +1999,146 @@ def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, m
     assert [x["stored_forgetting"] for x in lines] == [0, 0] and lines[1]["identical"] == [8, 8]
     assert lines[1]["routed_home"] == sum(row["routing"][t][t] for t in run.tasks) / 8
     assert all(x["memory"] > 10**8 and x["routed_ms"] > 0 for x in lines)
+
+
+@pytest.mark.parametrize("n, batch, size", [(16, 16, 2), (48, 16, 2), (40, 16, 3), (5, 1, 3), (2, 4, 3)])
+def test_every_process_has_its_share_of_a_step(n, batch, size, monkeypatch):
+    micros = [[*range(n)][i : i + batch] for i in range(0, n, batch)]
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(train, "rank_and_size", lambda rank=rank: (rank, size))
+        own = train.take_share(micros, batch)
+        assert all(0 < len(micro) <= batch for micro in own)
+        shares.append(sum(own, []))
+    assert sorted(sum(shares, [])) == [*range(n)] and max(map(len, shares)) - min(map(len, shares)) <= 1
+    monkeypatch.undo()
+    assert train.take_share(micros, batch) is micros
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert [pick_device(wanted) for wanted in (None, "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
+    monkeypatch.setattr("model.rank_and_size", lambda: (1, 2))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [pick_device(wanted) for wanted in (None, "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert taken == [1, 1]
+    with pytest.raises(Refused, match="a GPU of its own: 2 here"):
+        pick_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(Refused, match="a GPU of its own: 2 here"):
+        pick_device(None)
+
+
+def steps_of(run):
+    return [line for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "step" in line]
+
+
+def as_one_process(run, one):
+    """The same losses and perplexities, and one line for each step."""
+    steps, expected = steps_of(run), steps_of(one)
+    assert [line["step"] for line in steps] == [*range(1, len(expected) + 1)]
+    for line, other in zip(steps, expected):
+        assert all(
+            line[key] == pytest.approx(other[key], abs=1e-4) for key in ("lm", "lock", "sep", "budget")
+        )
+    (row,), (other,) = (Run(folder).manifest["results"] for folder in (run, one))
+    for key in ("base", "stored", "routed"):
+        assert row[key]["alpaca"] == pytest.approx(other[key]["alpaca"], rel=1e-3)
+    assert row["identical"] == other["identical"] and row["routing"] == other["routing"]
+
+
+def train_in_two(argv, folder, rate=train.learning_rate):
+    """Train in two processes, as torchrun would start them. -> (what each printed, what ended each, signals).
+    rate(rank, step, ...) is asked for the learning rate, and may disturb."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                train.learning_rate = (
+                    functools.partial(rate, rank) if rate is not train.learning_rate else rate
+                )
+                (folder / f"{rank}.end").write_text("")
+                with open(folder / f"{rank}.out", "w") as out:
+                    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                        commit.run_program(lambda: train.main(argv))
+            except SystemExit as e:
+                (folder / f"{rank}.end").write_text(e.code if isinstance(e.code, str) else "")
+            finally:
+                os._exit(0)
+    signals = [os.waitpid(child, 0)[1] for child in children]
+    return *(
+        [(folder / f"{rank}.{what}").read_text() for rank in range(2)] for what in ("out", "end")
+    ), signals
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("more", ["--epochs 3", "--probe adapted --pool sequence --batch 1 --grad-accum 3"])
+def test_two_processes_learn_what_one_learns(micro, tmp_path, more):
+    one, two, more = tmp_path / "one", tmp_path / "two", ["--lr", "2e-3", "--epochs", "1", *more.split()]
+    train.main(micro("alpaca", one, *more))
+    (out, silent), ends, _ = train_in_two(micro("alpaca", two, *more), tmp_path)
+    as_one_process(two, one)
+    assert out.count("data  ") == out.count("in all, peak memory") == 1 and silent == "" and ends == ["", ""]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_that_is_killed_or_stopped_ends_both_and_the_same_command_goes_on(
+    micro, first, tmp_path, monkeypatch
+):
+    whole, broken = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "broken")
+    before, schedule = len(steps_of(first)), train.learning_rate
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    assert train_in_two(micro("code", whole, "--lock"), tmp_path)[1] == ["", ""]
+
+    def disturb(rank, step, *rest, which, at, by):
+        if (rank, step) == (which, at):
+            signal.raise_signal(by)
+        return schedule(step, *rest)
+
+    for which, at, by, said in (
+        (1, 3, signal.SIGKILL, ENDED),
+        (0, 5, signal.SIGKILL, ENDED),
+        (1, 7, signal.SIGINT, "stopped and saved at step 8 of 12; the same command goes on from there"),
+    ):
+        rate = functools.partial(disturb, which=which, at=at, by=by)
+        _, ends, signals = train_in_two(micro("code", broken, "--lock"), tmp_path, rate)
+        assert "".join(ends).strip().endswith(said) and len("".join(ends).strip().splitlines()) == 1
+        assert signals[which] == (by if by == signal.SIGKILL else 0) and signals[1 - which] == 0
+    assert train_in_two(micro("code", broken, "--lock"), tmp_path)[1] == ["", ""]
+    assert outcome(broken) == outcome(whole)
+    log = [json.loads(line) for line in (broken / "log.jsonl").read_text().splitlines()]
+    starts = [line["start"] for line in log if "start" in line][1:]
+    assert starts == sorted(starts) and starts[0] == 0 < starts[1] and starts[-1] == 8
+    losses = [{line["step"]: line["lm"] for line in steps_of(run)[before:]} for run in (broken, whole)]
+    assert losses[0] == losses[1] and [*losses[1]] == [*range(1, 13)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_two_processes_learn_a_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "TINY_VALUES", dict(train.TINY_VALUES, examples=16, val_examples=20))
+    command = ["--stream", "2", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert train_in_two(command, tmp_path)[1] == ["", ""]
+    run = Run(tmp_path / "run")
+    assert run.tasks == ["alpaca-before", "code-append"] and not any(wrong for _, wrong in commit.verify(run))
+    same, of = run.manifest["results"][-1]["identical"]["alpaca-before"]
+    assert same == of > 0
+
+
+def test_processes_that_torchrun_starts_speak_and_write_as_one(micro, first):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [HERE / "train.py", *micro("alpaca", first)]
+    before, env = snapshot_of(first), dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert (done.returncode, done.stderr, snapshot_of(first)) == (0, "", before)
+    assert done.stdout.count("nothing to train") == done.stdout.count("in all, peak memory") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -5,6 +5,10 @@
     python train.py --task mine --data my.jsonl --lock   # your own, see `plain_record` in commit.py
     python train.py --stream 76                    # 76 kinds of instruction, one after another, exact lock
     python train.py --task synthetic               # the FTN experiments, see synthetic.py
+    torchrun --nproc_per_node 2 train.py --task alpaca  # in two processes, each with a GPU, or on the CPU
+
+Of several processes each computes its share of every step and of the measuring, and the sums are those of one
+process; the first alone writes and prints. When one ends, all end, and the same command goes on.
 
 The path of an example: read_records (commit.py) -> encode -> probe (model.py) -> coordinate -> gating
 (field.py) -> logits -> loss, Eq. (9). After the last step the task is committed (commit.py), every task is
@@ -68,7 +72,18 @@ from field import (
     take_snapshot,
     top_k_gating,
 )
-from model import NIWF, Refused, encode, hub_or_cache, pick_device, response_nll
+from model import (
+    NIWF,
+    Refused,
+    any_process,
+    encode,
+    first_alone,
+    hub_or_cache,
+    pick_device,
+    rank_and_size,
+    response_nll,
+    sum_over_processes,
+)
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -276,9 +291,9 @@ class Learner:
         """z [B, d] -> (indices, weights), both [B, L, K]."""
         return top_k_gating(self.field(z), self.top_k)
 
-    def probe(self, examples, args):
+    def probe(self, examples, args, split=True):
         """h_bar [n, features] of an adapted probe, the paper's own: pass 1 with the gating at z_0."""
-        return probe_all(self.model, examples, args.pool, self.gating(self.dynamics.z0[None]))
+        return probe_all(self.model, examples, args.pool, self.gating(self.dynamics.z0[None]), split)
 
     def weights(self):
         """What training changes, by name. A fixed coordinate has nothing to learn."""
@@ -356,6 +371,7 @@ class Training:
         self.weights, self.peak, self.step = weights, lr, 0
         self.optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.01, fused=True)
 
+    @first_alone
     def save(self):
         """`about` identifies the training (task, options, data): a state is only taken up by the same one.
         Refused, and an earlier state kept: the weights are not finite."""
@@ -405,8 +421,9 @@ class Training:
             self.optimizer.state[p] = {moment: t.to(p.device) for moment, t in moments.items()}
 
     def __enter__(self):
-        self.log = open(self.folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115
-        about = {"task": self.about["task"], "start": self.step, "options": self.about}
+        rank, size = rank_and_size()
+        self.log = open(os.devnull if rank else self.folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+        about = {"task": self.about["task"], "start": self.step, "options": self.about, "processes": size}
         self.log.write(json.dumps({**about, **provenance()}) + "\n")
         self.stop = []
         handler = lambda *_: self.stop.append(1)
@@ -422,6 +439,16 @@ class Training:
         self.log.close()
         for s, handler in self.before.items():
             signal.signal(s, handler)
+
+    def add_up(self, losses):
+        """What the processes computed of a step adds up to it: to its gradients, and to its losses, which are
+        returned."""
+        total = torch.tensor([*losses.values()], dtype=torch.float64)
+        sum_over_processes(total)
+        for p in self.weights.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # where no example was left for it
+        sum_over_processes(*(p.grad for p in self.weights.values()))
+        return dict(zip(losses, total.tolist()))
 
     def update(self, losses):
         """One step of AdamW with the gradients that are there. Refused, with the state before it saved: they
@@ -452,11 +479,11 @@ class Training:
             tqdm.write(f"step {self.step}/{self.total}  loss {self.average:.4f}{penalties} {speed:.0f} tok/s")
         self.log.write(json.dumps({"step": self.step, "tok/s": round(speed), **losses}) + "\n")
         due = time.time() - self.saved > max(SAVE_EVERY, 20 * self.save_time)
-        if self.stop or due or self.step == self.total:
+        if save := any_process(self.stop or due or self.step == self.total):
             self.saved = time.time()
             self.save()
             self.save_time = time.time() - self.saved
-        if self.stop:
+        if save and any_process(self.stop):
             done = f"stopped and saved at step {self.step} of {self.total}"
             raise KeyboardInterrupt(f"{done}; the same command goes on from there")
 
@@ -495,6 +522,16 @@ def micro_batches(examples, step, args):
     return micros[place * args.grad_accum :][: args.grad_accum]
 
 
+def take_share(micros, batch):
+    """This process's share of a step, in micro-batches of its own: of N processes each takes every N-th
+    example."""
+    rank, size = rank_and_size()
+    if size == 1:
+        return micros
+    own = [i for micro in micros for i in micro][rank::size]
+    return [own[i : i + batch] for i in range(0, len(own), batch)]
+
+
 def learn(run, learner, examples, h_bar, val, args):
     """Train one task and commit it. h_bar [n, features]: of the bare backbone, for every example; an adapted
     probe does not use it. Raises KeyboardInterrupt, with everything saved, when asked to stop."""
@@ -508,22 +545,24 @@ def learn(run, learner, examples, h_bar, val, args):
             # The examples of this step, in micro-batches.
             micros = micro_batches(examples, training.step, args)
             chosen = [examples[i] for micro in micros for i in micro]
-            responses, losses = sum(len(r) for _, r in chosen), collections.Counter()
-            # Forward and backward: the gradients of the micro-batches add up.
-            for micro in micros:
+            responses = sum(len(r) for _, r in chosen)
+            # Forward and backward: the gradients of the micro-batches add up, over all processes.
+            losses = collections.Counter(dict.fromkeys(("lm", "lock", "sep", "budget"), 0.0))
+            for micro in take_share(micros, args.batch):
                 batch = [examples[i] for i in micro]
-                h = learner.probe(batch, args) if args.probe == "adapted" else h_bar[micro]
+                h = learner.probe(batch, args, split=False) if args.probe == "adapted" else h_bar[micro]
                 terms = loss_terms(learner, batch, h, args, len(micro) / len(chosen), responses)
                 values = torch.stack([*terms.values()])
                 values.sum().backward()
                 losses.update(dict(zip(terms, values.tolist())))
+            losses = training.add_up(losses)
             # Clip, set the learning rate, step.
             training.update(losses)
             # Report, save the state, stop if asked to.
             training.after_step(losses, sum(len(p) + len(r) for p, r in chosen))
     h_bar = learner.probe(examples, args) if args.probe == "adapted" else h_bar
     commit_task(run, learner, h_bar, val, about, args)
-    training.path.unlink()
+    first_alone(training.path.unlink)()
 
 
 def describe_training(examples, args):
@@ -554,12 +593,17 @@ def commit_task(run, learner, h_bar, val, about, args):
         index=torch.arange(len(bank)),
         config=about,
     )
-    records, text = run.data_file(args.task, "val"), json.dumps(val)
-    if records.exists() and not (records.is_file() and records.read_bytes() == text.encode()):
-        put_aside(records)
-    with atomic(records) as tmp:
-        tmp.write_text(text)
+    keep_records(run.data_file(args.task, "val"), json.dumps(val))
     run.commit(version)
+
+
+@first_alone
+def keep_records(path, text):
+    """Write a task's validation records; what is in their place is put aside."""
+    if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
+        put_aside(path)
+    with atomic(path) as tmp:
+        tmp.write_text(text)
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -623,7 +667,7 @@ def stream(args):
             task = parse_options(options + data)
             with Run(folder).exclusive() as run:
                 run_task(run, task)
-    return Run(folder)
+    return run
 
 
 def main(argv=None):

@@ -6,6 +6,7 @@
     python assets/bench.py growth --run runs/stream     # what the first n versions cost and know, for every n
     python assets/bench.py ftn                          # a training step against the literal Algorithm 1
     python assets/bench.py lora-ftn --backbone tiny     # a step and a mask search against all H components
+    python assets/bench.py processes                    # a whole training in one process, and in two
 
 All sides run in turns of a few steps, in one process, on one thread (niwf: on all) and on the same batches,
 so that each finds in the cache what it would find there in training. The median turn counts, the first is
@@ -22,11 +23,13 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import json
 import math
 import multiprocessing
 import pathlib
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -441,6 +444,48 @@ def time_passes(run, model, tokenizer, turns):
     return {name: 1000 * statistics.median(spent[1:]) / tokens for name, spent in zip(passes, times)}
 
 
+# ---------------------------------------------------------------------------------------- several processes
+
+PINNED = """import os, runpy
+core = sorted(os.sched_getaffinity(0))[int(os.environ.get("LOCAL_RANK", 0))]
+os.sched_setaffinity(0, {core})
+runpy.run_path("train.py", run_name="__main__")"""
+TRAINING = "--task alpaca --device cpu --examples 4000 --epochs 1"
+
+
+def train_pinned(shape, size, folder):
+    """A whole training in `size` processes, each with one thread on a core of its own. -> (wall seconds, the
+    losses of its steps)"""
+    launcher = "-m torch.distributed.run --standalone --no-python --nproc_per_node".split()
+    command = [sys.executable, *launcher, str(size)] if size > 1 else []
+    command += [sys.executable, "-c", PINNED, *TRAINING.split(), "--backbone", shape, "--out", str(folder)]
+    how = dict(cwd=pathlib.Path(__file__).parent.parent, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    began = time.perf_counter()
+    if subprocess.run(command, stdout=subprocess.DEVNULL, **how).returncode:
+        raise Refused(f"a training in {size} processes has failed")
+    seconds = time.perf_counter() - began
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return seconds, [line["lm"] for line in lines if "step" in line]
+
+
+def bench_processes(shape, turns):
+    """The same training in one process and in two, in turns, from the start of the program to its end."""
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        raise Refused("bench.py processes needs two cores, and a system that gives each process its own")
+    times, losses = {1: [], 2: []}, {}
+    with tempfile.TemporaryDirectory() as tmp:
+        for turn in range(turns):
+            for size, spent in times.items():
+                seconds, losses[size] = train_pinned(shape, size, pathlib.Path(tmp, f"{size}-{turn}"))
+                spent.append(seconds)
+    one, two = (statistics.median(spent) for spent in times.values())
+    worst, what = max(abs(a - b) for a, b in zip(*losses.values())), f"{shape}, a training"
+    print(
+        f"{what}: one process {one:.1f} s, two {two:.1f} s, ratio {two / one:.2f}; losses {worst:.1e} apart"
+    )
+    yield what, {"one": {"seconds": times[1]}, "two": {"seconds": times[2]}, "losses apart": worst}
+
+
 # ----------------------------------------------------------------------------------------- the command line
 
 
@@ -454,6 +499,7 @@ def main(argv=None):
         "decode": "prefill and decoding beside peft's LoRA",
         "gather": "bases gathered a sequence, and a token",
         "growth": "what the first n versions of a stream cost and know, for every n",
+        "processes": "a whole training of NIWF in one process, and in two",
     }
     for name, text in about.items():
         p = commands.add_parser(name, help=text, doc=__doc__, description=text)
@@ -464,12 +510,15 @@ def main(argv=None):
             p.add_argument("--json", type=output_file, help="write what was measured to this file")
         if name == "growth":
             p.add_argument("--run", default="runs/stream", help="run folder of a stream")
+        elif name == "processes":
+            p.set_defaults(shape=["tiny"])
         elif name in ("niwf", "decode", "gather"):
             p.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="of what [all]")
     args = parser.parse_args(argv)
     benches = {"niwf": bench_niwf, "decode": bench_decode, "gather": bench_gather}
+    benches |= {"processes": bench_processes}
     if args.command in benches:
-        if args.command != "gather" and not importlib.util.find_spec("peft"):
+        if args.command in ("niwf", "decode") and not importlib.util.find_spec("peft"):
             raise Refused(f"bench.py {args.command} compares with peft: pip install peft")
         bench, seconds = benches[args.command], {}
         for shape in args.shape:
