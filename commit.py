@@ -761,9 +761,9 @@ class Run:
 
     # What a version answers.
 
-    def open_backbone(self, name, device):
+    def open_backbone(self, name, device, device_map=None):
         """-> (backbone, tokenizer). Refused: the run folder belongs to another backbone."""
-        backbone, tokenizer = load_backbone(name, device)
+        backbone, tokenizer = load_backbone(name, device, device_map)
         about, owner = {"name": name, "fingerprint": fingerprint(backbone)}, self.manifest["backbone"]
         if owner and owner["fingerprint"] != about["fingerprint"]:
             raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")

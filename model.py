@@ -22,6 +22,7 @@ This file knows nothing of tasks, regions or run folders. Loading a backbone com
 """
 
 import contextlib
+import copy
 import datetime
 import functools
 import hashlib
@@ -45,6 +46,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 # MKL's vector functions find out which CPU this is in the first call of any of them, and not under a lock:
@@ -56,6 +59,16 @@ torch.ones(1).cos()
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS += ("c_attn", "c_proj", "c_fc")
 FOLDED_PARAMETERS = 2**28  # at most 1 GiB of gathered bases while a text is generated
+RANDOM = {  # shapes to be had with random weights, for memory and speed
+    "random:mistral-7b": transformers.MistralConfig(),  # its defaults are Mistral-7B-v0.1
+    "random:llama-70b": transformers.LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+}
 TINY_FOLDER = str(pathlib.Path(__file__).parent / "assets" / "tiny")
 PATIENCE = datetime.timedelta(minutes=10)  # one that ended is noticed at once: this is for one that hangs
 ENDED = "another process of this training ended, or torchrun; the same command goes on from what is saved"
@@ -94,6 +107,23 @@ def in_out(module):
     return (module.in_features, module.out_features) if linear else tuple(module.weight.shape)
 
 
+def find_layers(backbone):
+    """The layers of the backbone, in order: what can be computed again as a whole."""
+    return [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def offloaded(module):
+    """accelerate's hook, if it keeps the module's weights elsewhere and brings them when they are used."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook if getattr(hook, "offload", False) else None
+
+
+def device_of(module):
+    """Where a module computes."""
+    hook = offloaded(module)
+    return torch.device(hook.execution_device) if hook else module.weight.device
+
+
 def attach(targets, update):
     """Make every target return `update(full_name, x, y)` in place of its own y. -> handles for `detach`"""
     hook = lambda name: lambda _, args, y: update(name, args[0], y)
@@ -118,7 +148,7 @@ class AdapterBank:
     def __init__(self, targets, rank=8, alpha=16):
         self.rank, self.scale = rank, alpha / rank
         self.shapes = {name: in_out(m) for name, m in targets.items()}
-        self.device = {name: m.weight.device for name, m in targets.items()}
+        self.device = {name: device_of(m) for name, m in targets.items()}
         self.dtype = {name: m.weight.dtype for name, m in targets.items()}
         self.layer = layer_numbers(targets)
         self.layers = len(set(self.layer.values()))
@@ -204,6 +234,20 @@ class AdapterBank:
             indices, weights = gating
             weights = self.scale * weights.repeat_interleave(self.rank, -1)[:, :, None]  # [B, L or 1, 1, K r]
             self.gating = list(zip(self.locate(indices), weights.unbind(1)))
+
+    def again(self):
+        """Contexts of a checkpointed layer: of its forward pass, and of the same once more, in the backward
+        pass. By then the gating of the forward pass is no longer in use, and is taken back for it."""
+        return contextlib.nullcontext(), self.under(self.gating)
+
+    @contextlib.contextmanager
+    def under(self, gating):
+        """Within this block adapters run with what `use` once made of a gating."""
+        now, self.gating = self.gating, gating
+        try:
+            yield
+        finally:
+            self.gating = now
 
     def factors(self, name):
         """One module's gathered A [B, K r, d_in] and B [B, K r, d_out], and (alpha / r) w [B, 1, K r]."""
@@ -338,7 +382,7 @@ def run_padded(body, ids, mask, **kwargs):
 def response_logits(backbone, pad_id, examples):
     """B pairs (prompt ids, response ids) -> logits [B, R, V] that predict labels [B, R], R the longest
     response; -100 is padding."""
-    ids, mask = pad_left([p + r for p, r in examples], pad_id, backbone.get_input_embeddings().weight.device)
+    ids, mask = pad_left([p + r for p, r in examples], pad_id, device_of(backbone.get_input_embeddings()))
     longest = max(len(r) for _, r in examples)
     out = run_padded(backbone, ids, mask, use_cache=False, logits_to_keep=longest + 1).logits
     is_response = torch.tensor([[i >= longest - len(r) for i in range(longest)] for _, r in examples])
@@ -373,7 +417,7 @@ def sampler(temperature=0.0, top_p=1.0, seed=0):
 def decode(backbone, pad_id, prompts, eos_id, max_new_tokens, choose=greedy):
     """Continue B prompts (token lists); `choose` makes tokens [B] of logits [B, V]. After each pass, one over
     the prompts and then one a token, yields {row: token} of the rows that have not come to `eos_id`."""
-    ids, mask = pad_left(prompts, pad_id, backbone.get_input_embeddings().weight.device)
+    ids, mask = pad_left(prompts, pad_id, device_of(backbone.get_input_embeddings()))
     cache, open_rows = None, torch.ones(len(prompts), dtype=torch.bool)
     for _ in range(max_new_tokens):
         cached = {"past_key_values": cache, "use_cache": True}
@@ -411,12 +455,29 @@ class NIWF:
         targets = find_targets(backbone)
         self.bank = AdapterBank(targets, rank, alpha)
         self.handles = attach(targets, self.bank.update)
-        self.device = backbone.get_input_embeddings().weight.device
+        self.checkpointed = []
+        self.device = device_of(backbone.get_input_embeddings())
         self.features = backbone.config.get_text_config().hidden_size
 
     def detach(self):
         """Take the hooks off the backbone."""
         detach(self.handles)
+        for layer in self.checkpointed:
+            layer.forward = layer.forward.args[0]
+        self.checkpointed = []
+
+    def checkpoint(self):
+        """From now on autograd keeps the input of a layer alone, and the backward pass computes the layer
+        again (Chen et al. 2016): the same gradients, to the bit. Weights that are brought from memory or disk
+        are let go after every layer, too. Refused: the backbone has no such layers.
+
+        Not by the switch that transformers has: it works in training mode only, which brings dropout."""
+        self.checkpointed = find_layers(self.backbone)
+        if not self.checkpointed:
+            raise Refused("--checkpointing: this backbone has no layers that can be computed again")
+        how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self.bank.again}
+        for layer in self.checkpointed:
+            layer.forward = functools.partial(checkpoint, layer.forward, **how)
 
     @contextlib.contextmanager
     def gated(self, gating):
@@ -571,21 +632,22 @@ def hub_or_cache():
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def load_backbone(name, device):
-    """name: "tiny" (embedded), "random:mistral-7b" (its shape, random weights), FILE.gguf, a Hub id or a
-    local folder. -> (backbone, tokenizer): bfloat16 on a GPU, float32 on a CPU and for tiny. Refused: it
-    cannot be had.
+@contextlib.contextmanager
+def loading(name):
+    """Within this block every error is a Refused: the Hub and every format have errors of their own; to the
+    user they are one."""
+    try:
+        yield
+    except (MemoryError, Refused):
+        raise
+    except Exception as e:
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise Refused(f"backbone {name} cannot be loaded ({reason}); `--backbone tiny` can") from e
 
-    No code that comes with a model is run and nothing is unpickled: safetensors or GGUF, or nothing."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    dtype = torch.float32 if device == "cpu" or name == "tiny" else torch.bfloat16
-    if name == "random:mistral-7b":
-        torch.manual_seed(0)
-        with torch.device(device):
-            config = transformers.MistralConfig()
-            backbone = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return backbone, transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+
+def find_backbone(name):
+    """Where a backbone lies, see `load_backbone`. -> (path or Hub id, options of `from_pretrained`). Refused:
+    it cannot be read."""
     path, options = TINY_FOLDER if name == "tiny" else name, {"trust_remote_code": False}
     if name.endswith(".gguf"):
         for package in ("gguf", "accelerate"):
@@ -596,27 +658,60 @@ def load_backbone(name, device):
         raise Refused(f"backbone {name} has no .safetensors file; `save_pretrained` writes one")
     if not os.path.exists(path):
         hub_or_cache()
-    weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    try:
+    return path, options
+
+
+def from_shape(name, dtype, layers=None):
+    """A backbone of this shape with random weights, and with so many layers if that is said. No weights are
+    read. Refused: there is no such shape."""
+    with loading(name):
+        if name in RANDOM:
+            config = copy.deepcopy(RANDOM[name])
+        else:
+            path, options = find_backbone(name)
+            config = transformers.AutoConfig.from_pretrained(path, **options)
+        if layers:
+            config.num_hidden_layers = layers
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def load_backbone(name, device, device_map=None):
+    """name: "tiny" (embedded), one of RANDOM (a shape, random weights), FILE.gguf, a Hub id or a local
+    folder. device_map: "auto" spreads it over all GPUs, then the CPU's memory, then the disk (accelerate).
+    -> (backbone, tokenizer): bfloat16 on a GPU, float32 on a CPU and for tiny. Refused: it cannot be had.
+
+    No code that comes with a model is run and nothing is unpickled: safetensors or GGUF, or nothing."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    dtype = torch.float32 if device == "cpu" or name == "tiny" else torch.bfloat16
+    if device_map and name in RANDOM:
+        raise Refused(f"--device-map spreads weights that are read, and {name} has none to read")
+    if device_map and not importlib.util.find_spec("accelerate"):
+        raise Refused("--device-map needs `pip install accelerate`")
+    if name in RANDOM:
+        torch.manual_seed(0)
+        with torch.device(device):
+            backbone = from_shape(name, dtype)
+        return backbone, transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    path, options = find_backbone(name)
+    weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "device_map": device_map}
+    with loading(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         backbone, about = transformers.AutoModelForCausalLM.from_pretrained(path, **weights, **options)
         if about["missing_keys"]:
             raise ValueError(f"weights are missing: {min(about['missing_keys'])}")
         if tokenizer.eos_token_id is None or len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
             raise ValueError("its tokenizer has no end-of-sequence token, or more tokens than the model")
-        return backbone.to(device), tokenizer
-    except MemoryError:
-        raise
-    except Exception as e:  # the Hub and every format have errors of their own; to the user they are one
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise Refused(f"backbone {name} cannot be loaded ({reason}); `--backbone tiny` can") from e
+        return backbone if device_map else backbone.to(device), tokenizer
 
 
 def fingerprint(backbone):
     """sha256 over name, shape and 64 values of every weight: do adapters for one backbone fit this one?"""
     digest = hashlib.sha256()
     for name, p in backbone.named_parameters():
-        flat = p.detach().flatten()
+        owner, _, own = name.rpartition(".")
+        hook = offloaded(backbone.get_submodule(owner))
+        flat = (hook.weights_map[own] if hook else p.detach()).flatten()
         digest.update(f"{name}{tuple(p.shape)}".encode())
         digest.update(flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()

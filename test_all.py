@@ -53,6 +53,8 @@ from model import (
     end_token,
     find_targets,
     fingerprint,
+    from_shape,
+    load_backbone,
     perplexity,
     pick_device,
     response_logits,
@@ -789,48 +791,83 @@ def test_mistral_7b_has_the_shapes_we_publish():
     assert count(dynamics.gru) > 780_000 and 990_000 < count(field) + count(dynamics) < 1_100_000
 
 
-def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
-    """A micro-batch of 256 tokens: weights, gradients, Adam's moments and what autograd keeps. Not counted:
-    the allocator."""
-    saved = {}
+def test_checkpointing_gives_the_same_gradients_to_the_bit_under_the_gating_of_the_forward_pass():
+    gradients, examples = {}, random_examples(4)
+    for checkpointing in (False, True):
+        model = micro_model(bases=4, committed=3)
+        if checkpointing:
+            model.checkpoint()
+        indices, weights = random_gating(4, 2, 7)
+        weights.requires_grad_()
+        nll = response_nll(*model.logits(examples, (indices, weights)))
+        model.probe([p for p, _ in examples])  # another gating in between
+        nll.sum().backward()
+        assert model.bank.gating is None
+        gradients[checkpointing] = [weights.grad, *(p.grad for p in model.bank.live.values())]
+    assert all(map(torch.equal, *gradients.values())) and gradients[True][0].any()
 
-    def keep(t):
-        saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        return t
 
-    with torch.device("meta"):
-        model = NIWF(
-            transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(), dtype=torch.bfloat16),
-            pad_id=0,
-        )
-        model.bank.add(16)
-        gating = torch.zeros(1, 32, 8, dtype=torch.long), torch.zeros(1, 32, 8, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), model.gated(gating):
-            logits = model.backbone(
-                input_ids=torch.zeros(1, 256, dtype=torch.long),
-                position_ids=torch.zeros(1, 256, dtype=torch.long),
-                attention_mask=torch.zeros(1, 1, 256, 256, dtype=torch.bfloat16),
-                use_cache=False,
-            ).logits
-            response_nll(logits, torch.zeros(1, 256, dtype=torch.long))
-    backbone, live = (
-        {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in parts}
-        for parts in (model.backbone.parameters(), model.bank.live.values())
-    )
-    activations = sum(n for c, n in saved.items() if c not in backbone | live)
-    committed = sum(live.values())  # the first task's bases: as many, read only
-    parts = [sum(backbone.values()), 4 * sum(live.values()), committed, activations]
-    names = (
-        "backbone",
-        "live bases with gradients and moments",
-        "committed bases",
-        "kept for backward",
-        "in all",
-    )
-    print("GiB:", ", ".join(f"{name} {n / 2**30:.1f}" for name, n in zip(names, (*parts, sum(parts)))))
-    assert (
-        sum(parts) / 2**30 < 23 and sum(parts) + 1e9 <= train.MISTRAL_BYTES < 25.3e9
-    )  # what a card of 24 GiB reports
+def test_checkpointing_keeps_inputs_of_layers_brings_no_dropout_and_ends_with_the_hooks(monkeypatch):
+    config = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=3, n_head=2)
+    model = NIWF(transformers.GPT2LMHeadModel(config), pad_id=0)
+    random_bank(model.bank, 4)
+    examples, gating = random_examples(3), random_gating(3, 3, 4)
+
+    def run():
+        kept = []
+        keep = lambda t: (kept.append(t.numel()), t)[1]  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            nll = response_nll(*model.logits(examples, gating))
+        return nll, model.generate([p for p, _ in examples], gating, 2, 5), sum(kept)
+
+    plain = run()
+    model.checkpoint()
+    checkpointed = run()
+    assert torch.equal(plain[0], checkpointed[0]) and plain[1] == checkpointed[1]
+    assert checkpointed[2] < plain[2] / 2
+    model.detach()
+    forward = type(model.backbone.transformer.h[0]).forward
+    assert all(layer.forward.__func__ is forward for layer in model.backbone.transformer.h)
+    monkeypatch.setattr("model.find_layers", lambda backbone: [])
+    with pytest.raises(Refused, match="no layers that can be computed again"):
+        model.checkpoint()
+
+
+def test_layers_that_are_kept_on_disk_give_the_same_logits_gradients_and_fingerprint(micro, tmp_path):
+    pytest.importorskip("accelerate")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    micro_backbone(len(tokenizer), layers=4).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    places = {f"model.layers.{i}": "disk" if i in (1, 2) else "cpu" for i in range(4)}
+    places |= {
+        "model.embed_tokens": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "disk",
+    }
+    examples, gating, found = random_examples(3), random_gating(3, 4, 4), []
+    for device_map, checkpointing in ((None, False), (places, False), (places, True)):
+        backbone, _ = load_backbone(str(tmp_path), "cpu", device_map)
+        assert any(p.is_meta for p in backbone.parameters()) == bool(device_map)
+        model = NIWF(backbone, pad_id=0)
+        random_bank(model.bank, 4)
+        if checkpointing:
+            model.checkpoint()
+        logits, labels = model.logits(examples, gating)
+        response_nll(logits, labels).sum().backward()
+        h_bar = model.probe([p for p, _ in examples])
+        found.append([logits, h_bar, *(p.grad for p in model.bank.live.values()), fingerprint(backbone)])
+        model.detach()
+    for other in found[1:]:
+        assert other[-1] == found[0][-1] and all(map(torch.equal, other[:-1], found[0][:-1]))
+
+
+def test_a_device_map_without_accelerate_or_without_weights_is_one_line(monkeypatch):
+    with pytest.raises(Refused, match="none to read"):
+        load_backbone("random:mistral-7b", "cpu", "auto")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match="pip install accelerate"):
+        load_backbone("tiny", "cpu", "auto")
 
 
 # -------------------------------------------------------------------------------------------------- commit.py
@@ -1522,6 +1559,63 @@ def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp
     assert "as asked" in capsys.readouterr().out
 
 
+def by_row(rows):
+    """{(task, checkpointing, devices, device): the parts of the count, in bytes}"""
+    key = lambda row: (row["task"], row["checkpointing"], row["devices"], row["device"])  # noqa: E731
+    return {key(row): [row[part] for part in evaluation.PARTS] for row in rows}
+
+
+def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
+    """From two depths: a layer more adds the same, however many there are."""
+    shallow, deep = (by_row(evaluation.count_memory("random:mistral-7b", depth)) for depth in (2, 4))
+    whole = {
+        key: [a + 15 * (b - a) for a, b in zip(shallow[key], deep[key])]
+        for key in shallow
+        if key[2:] == (1, 0)
+    }
+    parts = dict(zip(evaluation.PARTS, whole[2, False, 1, 0]))
+    assert parts["backbone"] == 2 * 7_241_732_096 and parts["bases written"] == 4 * 335_544_320
+    assert parts["bases read"] == parts["bases written"] and parts["moments"] == 2 * parts["gradients"]
+    total = {key[:2]: sum(sizes) for key, sizes in whole.items()}
+    assert total[1, False] < total[2, False] < 23 * 2**30
+    assert total[2, False] + 1e9 <= train.MISTRAL_BYTES < 25.3e9  # what a card of 24 GiB reports
+    assert 1.5e9 < total[2, False] - total[2, True] < 2e9
+    for key in shallow:  # each device has its share, and the devices together have what one has
+        if key[2:] == (4, 0):
+            together = [sum(sizes) for sizes in zip(*(deep[*key[:3], i] for i in range(4)))]
+            assert together[:-1] == deep[*key[:2], 1, 0][:-1]
+            assert max(sum(deep[*key[:3], i]) for i in range(4)) < 0.4 * sum(deep[*key[:2], 1, 0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_count_of_memory_is_what_autograd_keeps_of_a_real_pass(checkpointing):
+    """The same function counts tensors that have memory, and such that have none: of these, transformers
+    cannot see that a single sequence needs no mask."""
+    counts = {}
+    for mode in (contextlib.nullcontext(), evaluation.FakeTensorMode()):
+        with mode:
+            model = NIWF(from_shape("tiny", torch.bfloat16, 2), pad_id=0)
+            model.bank.add(16)
+            parts = WeightField(2, 16), CoordinateDynamics(model.features)
+            if checkpointing:
+                model.checkpoint()
+            counts[type(mode)] = evaluation.count_kept(model, *parts)
+    real, counted = counts.values()
+    assert all(0 <= b - a < 2.1 * 2 * evaluation.TOKENS**2 for a, b in zip(real, counted))
+    assert real[-1] == counted[-1] and 0 < real[0] < real[1] or checkpointing
+
+
+def test_memory_is_counted_without_a_run_folder(tmp_path, capsys):
+    evaluation.main(["--memory", "--backbone", "tiny", "--json", str(tmp_path / "m.json")])
+    lines = capsys.readouterr().out.splitlines()
+    rows = json.loads((tmp_path / "m.json").read_text())["rows"]
+    assert len(rows) == 4 * (1 + 2 + 4) and all(row["activations"] > 0 for row in rows)
+    assert sum(any(line.startswith(part) for part in evaluation.PARTS) for line in lines) == 7
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(Refused, match="cannot be loaded"):
+        evaluation.main(["--memory", "--backbone", str(tmp_path)])
+
+
 # --------------------------------------------------------------------------------------------------- train.py
 
 
@@ -1701,6 +1795,22 @@ def test_a_training_that_stops_anywhere_resumes_to_the_same_bits(micro, first, t
     monkeypatch.setattr(train, "learning_rate", schedule)
     train.main(micro("code", broken, "--lock"))
     assert outcome(broken) == outcome(whole) and not (broken / "training.safetensors").exists()
+
+
+def test_checkpointing_changes_no_bit_and_a_training_may_go_on_with_it(
+    micro, two, first, tmp_path, monkeypatch
+):
+    out = copy_of(first, tmp_path)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    schedule = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda step, *a: schedule(step, *a) if step < 5 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(micro("code", out, "--lock"))
+    monkeypatch.setattr(train, "learning_rate", schedule)
+    again, calls = AdapterBank.again, []
+    monkeypatch.setattr(AdapterBank, "again", lambda bank: (calls.append(1), again(bank))[1])
+    train.main(micro("code", out, "--lock", "--checkpointing"))
+    assert outcome(out) == outcome(two) and calls
 
 
 def test_a_fixed_coordinate_resumes_too(micro, tmp_path, monkeypatch):
@@ -3434,7 +3544,8 @@ ARGUMENTS = {
         --json list.json | --json run/manifest.json | --json code.json | --json run/data/code.val.json
         --json run/log.jsonl | --json link.json | --json package.json | --json pipe | --frobnicate
         --max-new-tokens 1{0} | --exact-match x | --prompt \udcff | --prompt x --input \udcff
-        --version \udcff""",
+        --version \udcff | --memory --run run | --memory --prompt x | --memory --backbone none/such
+        --backbone tiny | --device-map x | --memory --growth""",
     "commit": """frobnicate | log --run none | log --run proj | log --run notes.txt | verify --run target
         show | show nobody | show --run proj alpaca | rollback alpaca | rollback nobody
         rollback alpaca --run proj | rollback x --run none | compose alpaca code --weights nan 1 --name x

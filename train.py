@@ -97,7 +97,7 @@ HUB_DATA = {
     "code": ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"),
 }
 MISTRAL = "mistralai/Mistral-7B-v0.1"
-MISTRAL_BYTES = 24.7e9  # 23.7 GB by count for its second task (see the tests), and 1 GB for CUDA
+MISTRAL_BYTES = 24.7e9  # 23.3 GB by count for its second task (eval.py --memory), the rest for CUDA
 LENGTH_WINDOW = 4  # steps among whose examples those of like length are put together
 SAVE_EVERY = 20  # seconds between two saved states; more where saving takes over 5 % of the time
 
@@ -121,6 +121,7 @@ OPTIONS = {
         "--template": ("of prompts; chat: the tokenizer's", dict(choices=["alpaca", "chat"])),
         "--backbone": ("tiny, a Hub id, a folder, FILE.gguf, random:mistral-7b [Mistral-7B or tiny]", TEXT),
         "--device": ("cpu, cuda, mps [what is there]", TEXT),
+        "--device-map": ("spread a backbone over all GPUs, then memory, then disk", dict(choices=["auto"])),
         "--out": ("run folder [runs/<backbone>, runs/stream]", TEXT),
         "--examples": ("training examples", COUNT),
         "--val-examples": ("validation examples", COUNT)},
@@ -130,6 +131,7 @@ OPTIONS = {
         "--lr": ("peak learning rate of AdamW", WEIGHT),
         "--grad-accum": ("micro-batches per step", COUNT),
         "--batch": ("sequences per micro-batch", COUNT),
+        "--checkpointing": ("keep the inputs of layers alone, compute the rest again: less memory", FLAG),
         "--seed": ("of weights, data order and anchors", dict(type=number(int, 0, 2**31), default=0))},
     "bank, field and coordinate (sections 3.1-3.3)": {
         "--rank": ("r, rank of a basis", SIZE),
@@ -177,9 +179,8 @@ def parse_options(argv=None):
     args = p.parse_args(argv)
     if (args.task is None) == (args.stream is None):
         p.error("say what to learn: --task NAME, or --stream N")
-    said = {*vars(args)} & {*PAPER_VALUES} | {
-        key for key in ("data", "val_data", "backbone") if vars(args)[key]
-    }
+    others = ("data", "val_data", "backbone", "checkpointing", "device_map")
+    said = {*vars(args)} & {*PAPER_VALUES} | {key for key in others if vars(args)[key]}
     if args.stream and said:
         p.error(f"--stream goes with --device and --out alone, not with {', '.join(sorted(said))}")
     return args
@@ -567,7 +568,8 @@ def learn(run, learner, examples, h_bar, val, args):
 
 def describe_training(examples, args):
     """What identifies a training, and is kept in its version: the options and a digest of the data."""
-    apart = ("data", "val_data", "val_examples", "backbone", "device", "out", "stream")
+    apart = ("data", "val_data", "val_examples", "backbone", "device", "device_map", "out", "stream")
+    apart += ("checkpointing",)  # the same bits, with it or without
     about = {k: v for k, v in sorted(vars(args).items()) if k not in apart}
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
     return about | {"examples": len(examples), "data": digest}
@@ -611,7 +613,8 @@ def keep_records(path, text):
 
 def peak_memory(device):
     if device.startswith("cuda"):
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+        peaks = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]
+        return f"{max(peaks) / 2**30:.2f} GiB on the GPU, the fullest if there are more"
     if not resource:
         return "not known here"
     unit = 2**30 if sys.platform == "darwin" else 2**20
@@ -625,7 +628,7 @@ def run_task(run, args):
     args.backbone = args.backbone or (run.manifest["backbone"] or {"name": "tiny"})["name"]
     if args.task not in run.tasks:
         fill_in(args, run)
-    backbone, tokenizer = run.open_backbone(args.backbone, args.device)
+    backbone, tokenizer = run.open_backbone(args.backbone, args.device, args.device_map)
     size = sum(p.numel() for p in backbone.parameters())
     print(f"backbone  {args.backbone} on {args.device}, {size:,} frozen parameters")
     if args.task in run.tasks:
@@ -636,6 +639,8 @@ def run_task(run, args):
             measure_last(run, backbone, tokenizer)
         run.manifest["settings"] = {key: getattr(args, key) for key in FIXED_BY_FIRST_TASK}
         model = run.open_model(backbone, tokenizer)
+        if args.checkpointing:
+            model.checkpoint()
         # A bare probe never changes, so it is asked once; an adapted one needs it for standardising alone.
         asked = args.probe == "bare" or not run.tasks
         h_bar = probe_all(model, examples, args.pool) if asked else None

@@ -4,6 +4,7 @@
     python assets/bench.py decode                       # prefill and decoding beside peft's LoRA
     python assets/bench.py gather                       # one projection: bases a sequence, or a token
     python assets/bench.py growth --run runs/stream     # what the first n versions cost and know, for every n
+    python assets/bench.py memory --layers 1 2 4        # a step's peak memory at full width, beside its count
     python assets/bench.py ftn                          # a training step against the literal Algorithm 1
     python assets/bench.py lora-ftn --backbone tiny     # a step and a mask search against all H components
     python assets/bench.py processes                    # a whole training in one process, and in two
@@ -27,7 +28,6 @@ import json
 import math
 import multiprocessing
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,7 +42,7 @@ import transformers
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from commit import Parser, Run, number, output_file, read_records, run_program, write_results
-from eval import answer, forgetting, validation_set
+from eval import PARTS, TOKENS, answer, count_memory, forgetting, validation_set
 from field import CoordinateDynamics, WeightField, top_k_gating
 from model import (
     NIWF,
@@ -51,12 +51,13 @@ from model import (
     decode,
     encode,
     find_targets,
+    from_shape,
     load_backbone,
     pad_of,
     response_logits,
     response_nll,
 )
-from train import peak_memory
+from train import peak_memory, resource
 from synthetic import HEAD, METHODS, Adapters, Neurons, Row, StyleRow, generator
 
 
@@ -246,6 +247,81 @@ def bench_gather(shape, turns):
             f"{shape}, {name}: {side_name} {1e3 * statistics.median(spent[1:]):.1f} ms, {count / 1e6:.1f} MB"
         )
     yield f"{shape}, {len(examples)} x {length} tokens", rows
+
+
+# ------------------------------------------------------------------------------------------- memory, measured
+
+
+def train_second_task(backbone, layers, checkpointing):
+    """Two steps of a second task, of two micro-batches each: the last finds gradients and moments there."""
+    with torch.device("meta"):
+        backbone = from_shape(backbone, torch.bfloat16, layers)
+    backbone.to_empty(device="cpu")
+    for tensor in (*backbone.parameters(), *backbone.buffers()):
+        tensor.data.fill_(0.01)  # memory that is never written takes none
+    model = NIWF(backbone, pad_id=0, rank=RANK)
+    bank, field = model.bank, WeightField(model.bank.layers, 2 * BASES)
+    bank.commit({key: torch.randn(BASES, *t.shape[1:]) / 100 for key, t in bank.committed.items()})
+    bank.add(BASES)
+    if checkpointing:
+        model.checkpoint()
+    dynamics = CoordinateDynamics(model.features).requires_grad_(False)
+    optimizer = torch.optim.AdamW([*bank.live.values(), *field.parameters()], fused=True)
+    for _ in range(2):
+        for _ in range(2):
+            gating = top_k_gating(field(dynamics(torch.randn(1, model.features))), TOP_K)
+            response_nll(*model.logits([([3], [4] * TOKENS)], gating)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def measure_memory(backbone, layers, checkpointing):
+    """Bytes by which training makes the resident memory of this process larger, at its peak. A small training
+    goes before: the code that is used is in memory, too."""
+    train_second_task("tiny", 1, checkpointing)
+    before = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    train_second_task(backbone, layers, checkpointing)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def bench_memory(backbone, depths):
+    """Print the peak memory of a backbone cut to some layers, measured and counted, and of all of it: where
+    the line through what was measured leads, and counted. -> rows {"layers", "checkpointing", "measured",
+    "counted": bytes}, the last of each kind of training for all layers"""
+    if not pathlib.Path("/proc/self/statm").exists():
+        raise Refused("bench.py memory reads /proc, which Linux has")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc: what is freed goes back at once, as is counted
+    second = [
+        row
+        for depth in (*depths, None)
+        for row in count_memory(backbone, depth)
+        if row["task"] == 2 and row["devices"] == 1
+    ]
+    rows = []
+    for checkpointing in (False, True):
+        *cut, whole = (row for row in second if row["checkpointing"] == checkpointing)
+        measured = []
+        for row in cut:
+            with multiprocessing.get_context("forkserver").Pool(1) as pool:
+                measured.append(pool.apply(measure_memory, (backbone, row["layers"], checkpointing)))
+        line = statistics.linear_regression(depths, measured)
+        measured.append(line.slope * whole["layers"] + line.intercept)
+        print(f"{backbone}, {'with' if checkpointing else 'without'} --checkpointing")
+        for row, size in zip((*cut, whole), measured):
+            counted = sum(row[part] for part in PARTS)
+            about = {"backbone": backbone, "layers": row["layers"], "checkpointing": checkpointing}
+            rows.append({**about, "measured": size, "counted": counted})
+            how = "by the line" if row is whole else "measured"
+            print(
+                f"  {row['layers']:3} layers: {how} {size / 2**30:.2f} GiB, counted {counted / 2**30:.2f}, "
+                f"counted / {how} {counted / size:.3f}",
+                flush=True,
+            )
+        slope = statistics.linear_regression(
+            depths, [row["counted"] for row in rows[-1 - len(depths) : -1]]
+        ).slope
+        print(f"  a layer: measured {line.slope / 2**20:.0f} MiB, counted {slope / 2**20:.0f}")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------- the grid
@@ -498,6 +574,7 @@ def main(argv=None):
         "niwf": "a training step of NIWF beside peft's LoRA",
         "decode": "prefill and decoding beside peft's LoRA",
         "gather": "bases gathered a sequence, and a token",
+        "memory": "peak memory of a training step, measured and counted",
         "growth": "what the first n versions of a stream cost and know, for every n",
         "processes": "a whole training of NIWF in one process, and in two",
     }
@@ -508,7 +585,12 @@ def main(argv=None):
             p.add_argument("--backbone", default="tiny", help="tiny, a Hub id, a local folder, FILE.gguf")
         elif name != "ftn":
             p.add_argument("--json", type=output_file, help="write what was measured to this file")
-        if name == "growth":
+        if name == "memory":
+            p.add_argument("--backbone", default="random:mistral-7b", help="whose shape")
+            p.add_argument(
+                "--layers", nargs="+", type=number(int, 1, 100), default=[1, 2, 4], help="how many"
+            )
+        elif name == "growth":
             p.add_argument("--run", default="runs/stream", help="run folder of a stream")
         elif name == "processes":
             p.set_defaults(shape=["tiny"])
@@ -525,6 +607,13 @@ def main(argv=None):
             seconds |= dict(bench(shape, args.repeats))
         if args.json:
             write_results(args.json, "assets/bench.py", argv, indent=1, rows=seconds)
+        return
+    if args.command == "memory":
+        if len({*args.layers}) < 2:
+            parser.error("--layers: a line goes through two depths or more")
+        rows = bench_memory(args.backbone, args.layers)
+        if args.json:
+            write_results(args.json, "assets/bench.py", argv, indent=1, rows=rows)
         return
     torch.set_num_threads(1)
     if args.command == "growth":
