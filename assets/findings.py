@@ -123,6 +123,7 @@ def stream_says(read):
     worst = max(x[f"{p}_forgetting"] for x in growth for p in ("stored", "routed"))
     return f"""
 The most that is forgotten, stored or routed, is {worst:.1f} %. A routed token's time hardly grows.
+`python train.py --stream 24` trains them in three minutes.
 """
 
 

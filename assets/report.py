@@ -384,8 +384,8 @@ def save(figure, path):
 
 # ------------------------------------------------------------------------------------------------- the page
 #
-# A section is a title, a sentence or two, and the tables of its files, each made by a function of the file's
-# content. The text holds no figure: those stand in the tables.
+# A section is a title, a sentence or two, what findings.py says of it, and the tables of its files, each made
+# by a function of the file's content.
 
 
 def table(heads, lines):
