@@ -3403,6 +3403,7 @@ def test_tables_are_what_the_files_of_results_say():
     assert "\n\n".join(report.results_page()) + "\n" == (report.RESULTS / "README.md").read_text()
     text = (HERE / "README.md").read_text()
     assert report.with_tables(text) == text and text.count("<!-- end -->") == len(report.PARTS) > 1
+    assert {*report.FINDINGS} <= {title for _, _, title, *_ in (s for s in report.SECTIONS if s[2:])}
     shown = {name for name, *_ in report.SECTIONS}
     assert shown == {path.stem for path in report.RESULTS.glob("*.json")}  # no result is kept back
 
