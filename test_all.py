@@ -25,7 +25,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -2162,33 +2161,33 @@ def as_one_process(run, one):
     assert row["identical"] == other["identical"] and row["routing"] == other["routing"]
 
 
-def train_in_two(argv, folder, rate=train.learning_rate):
-    """Train in two processes, as torchrun would start them. -> (what each printed, what ended each, signals).
-    rate(rank, step, ...) is asked for the learning rate, and may disturb."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
+def train_in_two(argv, folder, rate=None):
+    """Train in two processes, as torchrun would start them. -> (what each printed, the line that ended it,
+    its code as `os.wait` has it), lists. rate(rank, step, ...): instead of our learning rate."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    address |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     children = []
     for rank in range(2):
         children.append(os.fork())
         if children[-1] == 0:
+            code = 1
             try:
                 os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                train.learning_rate = (
-                    functools.partial(rate, rank) if rate is not train.learning_rate else rate
-                )
+                if rate:
+                    train.learning_rate = functools.partial(rate, rank)
                 (folder / f"{rank}.end").write_text("")
                 with open(folder / f"{rank}.out", "w") as out:
                     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
                         commit.run_program(lambda: train.main(argv))
+                code = 0
             except SystemExit as e:
                 (folder / f"{rank}.end").write_text(e.code if isinstance(e.code, str) else "")
             finally:
-                os._exit(0)
-    signals = [os.waitpid(child, 0)[1] for child in children]
-    return *(
-        [(folder / f"{rank}.{what}").read_text() for rank in range(2)] for what in ("out", "end")
-    ), signals
+                os._exit(code)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    out, end = ([(folder / f"{rank}.{what}").read_text() for rank in range(2)] for what in ("out", "end"))
+    return out, end, codes
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -2196,9 +2195,9 @@ def train_in_two(argv, folder, rate=train.learning_rate):
 def test_two_processes_learn_what_one_learns(micro, tmp_path, more):
     one, two, more = tmp_path / "one", tmp_path / "two", ["--lr", "2e-3", "--epochs", "1", *more.split()]
     train.main(micro("alpaca", one, *more))
-    (out, silent), ends, _ = train_in_two(micro("alpaca", two, *more), tmp_path)
+    (out, silent), _, codes = train_in_two(micro("alpaca", two, *more), tmp_path)
     as_one_process(two, one)
-    assert out.count("data  ") == out.count("in all, peak memory") == 1 and silent == "" and ends == ["", ""]
+    assert out.count("data  ") == out.count("in all, peak memory") == 1 and silent == "" and codes == [0, 0]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -2208,7 +2207,7 @@ def test_a_process_that_is_killed_or_stopped_ends_both_and_the_same_command_goes
     whole, broken = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "broken")
     before, schedule = len(steps_of(first)), train.learning_rate
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
-    assert train_in_two(micro("code", whole, "--lock"), tmp_path)[1] == ["", ""]
+    assert train_in_two(micro("code", whole, "--lock"), tmp_path)[2] == [0, 0]
 
     def disturb(rank, step, *rest, which, at, by):
         if (rank, step) == (which, at):
@@ -2221,10 +2220,11 @@ def test_a_process_that_is_killed_or_stopped_ends_both_and_the_same_command_goes
         (1, 7, signal.SIGINT, "stopped and saved at step 8 of 12; the same command goes on from there"),
     ):
         rate = functools.partial(disturb, which=which, at=at, by=by)
-        _, ends, signals = train_in_two(micro("code", broken, "--lock"), tmp_path, rate)
-        assert "".join(ends).strip().endswith(said) and len("".join(ends).strip().splitlines()) == 1
-        assert signals[which] == (by if by == signal.SIGKILL else 0) and signals[1 - which] == 0
-    assert train_in_two(micro("code", broken, "--lock"), tmp_path)[1] == ["", ""]
+        _, ends, codes = train_in_two(micro("code", broken, "--lock"), tmp_path, rate)
+        lines = "".join(ends).strip().splitlines()
+        assert len(lines) == 1 and lines[0].endswith(said)
+        assert codes[which] == (by if by == signal.SIGKILL else 256) and codes[1 - which] == 256
+    assert train_in_two(micro("code", broken, "--lock"), tmp_path)[2] == [0, 0]
     assert outcome(broken) == outcome(whole)
     log = [json.loads(line) for line in (broken / "log.jsonl").read_text().splitlines()]
     starts = [line["start"] for line in log if "start" in line][1:]
@@ -2237,7 +2237,7 @@ def test_a_process_that_is_killed_or_stopped_ends_both_and_the_same_command_goes
 def test_two_processes_learn_a_stream(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "TINY_VALUES", dict(train.TINY_VALUES, examples=16, val_examples=20))
     command = ["--stream", "2", "--out", str(tmp_path / "run"), "--device", "cpu"]
-    assert train_in_two(command, tmp_path)[1] == ["", ""]
+    assert train_in_two(command, tmp_path)[2] == [0, 0]
     run = Run(tmp_path / "run")
     assert run.tasks == ["alpaca-before", "code-append"] and not any(wrong for _, wrong in commit.verify(run))
     same, of = run.manifest["results"][-1]["identical"]["alpaca-before"]
