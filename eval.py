@@ -543,7 +543,8 @@ def place_weights(places, model, fields, dynamics):
 
 
 def report_memory(name):
-    """Print the paper's Table 2 from a backbone's shapes. -> rows of `count_memory`"""
+    """Print the paper's Table 2 from a backbone's shapes. -> rows of `count_memory`, with their "total", and
+    what gathered bases would take, were they gathered for "a token" each."""
     rows = count_memory(name)
     for row in rows:
         row["total"] = sum(row[part] for part in PARTS)
@@ -561,11 +562,8 @@ def report_memory(name):
             if row["devices"] == devices:
                 sizes[column] = max(sizes[column], row[part])
         theirs = f"{paper[part] * 1e9 / 2**30:22.2f}" if devices == 1 and paper.get(part) else ""
-        print(
-            f"{line:28}"
-            + "".join(f"{sizes[c] / 2**30:{8 if c[1] else 10}.2f}" for c in sorted(sizes))
-            + theirs
-        )
+        figures = (f"{sizes[c] / 2**30:{8 if c[1] else 10}.2f}" for c in sorted(sizes))
+        print(f"{line:28}" + "".join(figures) + theirs)
     return rows
 
 

@@ -299,28 +299,24 @@ def bench_memory(backbone, depths):
     ]
     rows = []
     for checkpointing in (False, True):
-        *cut, whole = (row for row in second if row["checkpointing"] == checkpointing)
-        measured = []
-        for row in cut:
+        print(f"{backbone}, {'with' if checkpointing else 'without'} --checkpointing, GiB")
+        counts = [row for row in second if row["checkpointing"] == checkpointing]
+        counted, measured = [sum(row[part] for part in PARTS) for row in counts], []
+        for depth in depths:
             with multiprocessing.get_context("forkserver").Pool(1) as pool:
-                measured.append(pool.apply(measure_memory, (backbone, row["layers"], checkpointing)))
-        line = statistics.linear_regression(depths, measured)
-        measured.append(line.slope * whole["layers"] + line.intercept)
-        print(f"{backbone}, {'with' if checkpointing else 'without'} --checkpointing")
-        for row, size in zip((*cut, whole), measured):
-            counted = sum(row[part] for part in PARTS)
+                measured.append(pool.apply(measure_memory, (backbone, depth, checkpointing)))
+        line, other = (
+            statistics.linear_regression(depths, sizes[: len(depths)]) for sizes in (measured, counted)
+        )
+        measured.append(line.slope * counts[-1]["layers"] + line.intercept)
+        for row, ours, count in zip(counts, measured, counted):
             about = {"backbone": backbone, "layers": row["layers"], "checkpointing": checkpointing}
-            rows.append({**about, "measured": size, "counted": counted})
-            how = "by the line" if row is whole else "measured"
+            rows.append({**about, "measured": ours, "counted": count})
+            figures = f"{ours / 2**30:7.2f}, counted {count / 2**30:7.2f}, ratio {count / ours:.3f}"
             print(
-                f"  {row['layers']:3} layers: {how} {size / 2**30:.2f} GiB, counted {counted / 2**30:.2f}, "
-                f"counted / {how} {counted / size:.3f}",
-                flush=True,
+                f"  {row['layers']:3} layers: {'by the line' if row is counts[-1] else 'measured'} {figures}"
             )
-        slope = statistics.linear_regression(
-            depths, [row["counted"] for row in rows[-1 - len(depths) : -1]]
-        ).slope
-        print(f"  a layer: measured {line.slope / 2**20:.0f} MiB, counted {slope / 2**20:.0f}")
+        print(f"  a layer: {line.slope / 2**30:.3f}, counted {other.slope / 2**30:.3f}", flush=True)
     return rows
 
 
