@@ -3535,7 +3535,7 @@ BAD_NUMBERS = {
 }
 TRAIN_ARGUMENTS = [f"{option} {value}" for option, values in BAD_NUMBERS.items() for value in values]
 TRAIN_ARGUMENTS += """--frobnicate x | --task ../x | --task=a/b | --task=-x | --task= | --task with-code
-    --rank 3 | --top-k 5 | --stream 0 | --stream 73 | --stream 1 | --out proj | --out target | --out notes.txt
+    --rank 3 | --top-k 5 | --stream 0 | --stream 77 | --stream 1 | --out proj | --out target | --out notes.txt
     --out notes.txt/x | --data proj | --data notes.txt | --data none | --data pipe | --backbone tiny
     --backbone none/such | --backbone none.gguf | --backbone notes.txt
     --backbone proj""".replace("\n", "|").split("|")
@@ -4275,6 +4275,15 @@ def test_every_command_of_the_readme_is_understood(command):
         assert re.search(rf"^def test_\w*{command[-1]}" if command[3:] else "", here, re.MULTILINE)
     else:
         assert command == ["pip", "install", "-r", "requirements.txt"] and (HERE / command[-1]).exists()
+
+
+def test_every_option_that_the_readme_names_is_one_of_ours():
+    ours = "".join((HERE / f"{name}.py").read_text() for name in PROGRAMS)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    options = {option for span in spans for option in re.findall(r"(?<!\S)--[a-z][\w-]*", span)}
+    assert len(options) > 10
+    for option in options - {"--nproc_per_node"}:  # torchrun's own
+        assert f'"{option}"' in ours, option
 
 
 def test_every_refusal_that_the_readme_explains_is_one_of_ours():
