@@ -199,7 +199,7 @@ class AdapterBank:
         if len(sizes) == 1:
             return [[(0, None, layer)] for layer in layers]
         ends = sizes.cumsum(0)
-        blocks = torch.bucketize(layers.cpu(), ends, right=True)  # a GPU is waited for once, here
+        blocks = torch.bucketize(layers.cpu().contiguous(), ends, right=True)  # a GPU is waited for once
         numbers, places = layers - (ends - sizes)[blocks].to(layers.device), []
         for block, number in zip(blocks, numbers):
             found = [(b, (block == b).nonzero()[:, 0].to(number.device)) for b in block.unique().tolist()]
