@@ -337,9 +337,9 @@ def read_version_file(path, tensors=False):
 class Version:
     """One committed capability. The bank of a run holds the bases of its versions in order of commitment.
 
-    tensors: "anchors" [count, d], "snapshot" [count, L, N], "field.*", and "bank.*", the bases it wrote,
-    keyed as in AdapterBank. In a version that comes from its file they are mapped from there, so that one
-    that nobody asks for takes hardly any memory."""
+    source: its tensors, "anchors" [count, d], "snapshot" [count, L, N], "field.*", and "bank.*", the bases it
+    wrote, keyed as in AdapterBank; or the file that holds them, which is mapped into memory when one of them
+    is first asked for: a version that nobody asks takes hardly any."""
 
     task: str
     lock: str  # how it was trained: "exact", "soft", "none"; "first" had nothing to protect
@@ -347,10 +347,17 @@ class Version:
     top_k: int
     dynamics: CoordinateDynamics  # under the exact lock, that of the run's first version
     region: Region
-    tensors: dict
+    source: dict | pathlib.Path
+    shapes: dict  # of one basis of each key
+    writes: int  # how many bases it wrote
+    layers: int  # L, rows of gating
     config: dict  # the options it was trained with
     index: torch.Tensor  # [N]: for each logit of its field, the number of the basis in the bank
     hash: str = ""  # the name of its file, once it has one
+
+    @functools.cached_property
+    def tensors(self):
+        return self.source if isinstance(self.source, dict) else map_tensors(self.source)
 
     @property
     def anchors(self):
@@ -361,18 +368,8 @@ class Version:
         return self.tensors["snapshot"]
 
     @property
-    def layers(self):
-        """L, rows of gating."""
-        return self.snapshot.shape[1]
-
-    @property
     def bases(self):
         return part_of(self.tensors, "bank")
-
-    @property
-    def writes(self):
-        """How many bases it wrote."""
-        return len(next(iter(self.bases.values())))
 
     @property
     def own(self):
@@ -391,7 +388,8 @@ class Version:
 
     def save(self, folder):
         """Write it to `folder` under the hash of its contents, which is set."""
-        tensors = {**self.tensors, "region.mean": self.region.mean, "region.cov": self.region.cov}
+        kept = {key: t for key, t in self.tensors.items() if not key.startswith("dynamics.")}
+        tensors = kept | {"region.mean": self.region.mean, "region.cov": self.region.cov}
         if not self.reads:  # the coordinate space belongs to a version that stands on no other
             tensors |= {f"dynamics.{k}": t for k, t in self.dynamics.state_dict().items()}
         head = {key: getattr(self, key) for key in ("task", "lock", "reads", "writes", "top_k", "config")}
@@ -425,12 +423,11 @@ class Version:
             raise Refused(f"{path}: its tensors do not fit: {e}") from None
         region = Region(**{k: t.clone() for k, t in parts["region"].items()}, tau=head["tau"], n=head["n"])
         same = {key: head[key] for key in ("task", "lock", "reads", "top_k", "config")}
-        # Mapped anew: what was read to be checked is let go.
-        later = {key: t for key, t in map_tensors(path).items() if key.partition(".")[0] in KEPT_MAPPED}
-        return cls(**same, dynamics=dynamics, region=region, tensors=later, index=index, hash=path.stem)
-
-
-KEPT_MAPPED = ("bank", "field", "anchors", "snapshot")
+        same |= {"writes": head["writes"], "layers": tensors["snapshot"].shape[1]}
+        shapes = {key: (*t.shape[1:],) for key, t in parts["bank"].items()}
+        # What was read to be checked is let go.
+        about = {"dynamics": dynamics, "region": region, "index": index, "hash": path.stem}
+        return cls(**same, **about, source=path, shapes=shapes)
 
 
 def part_of(tensors, part):
@@ -464,9 +461,7 @@ def check_tensors(head, tensors, parts, bases, first):
     shapes |= {"region.mean": (d,), "region.cov": (d, d), "field.w3.weight": (layers * bases, hidden)}
     one_basis = {key: t.shape[1:] for key, t in parts["bank"].items()}
     rank = min(shape[0] for shape in one_basis.values())
-    of_first = {key: (rank, *shape[1:]) for key, shape in one_basis.items()}
-    if first:
-        of_first = {key: t.shape[1:] for key, t in first.bases.items()}
+    of_first = first.shapes if first else {key: (rank, *shape[1:]) for key, shape in one_basis.items()}
     shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in of_first.items()}
     for key in sorted({*shapes, *tensors}):
         t, kind = tensors[key], torch.float64 if key.startswith("region.") else torch.float32
@@ -690,7 +685,7 @@ class Run:
             return version
         (self.digests if self.measured(entry) else self.validation)(entry["task"])
         if not earlier:
-            rank, d = next(iter(version.bases.values())).shape[1], len(version.region.mean)
+            (rank, _), d = next(iter(version.shapes.values())), len(version.region.mean)
             fixed = version.dynamics.fixed
             made = {"template": "alpaca", **version.config}
             made |= {"rank": rank, "coord_dim": d, "fixed_coordinate": fixed}
@@ -784,10 +779,9 @@ class Run:
             self.versions.append(self.read_version(entry, self.versions))
         for i, v in enumerate(self.versions):
             if self.speaker(i) is v:
-                shapes = {key: (*t.shape[1:],) for key, t in v.bases.items()}
-                if shapes != model.bank.basis_shapes() or v.dynamics.gru.input_size != model.features:
+                if v.shapes != model.bank.basis_shapes() or v.dynamics.gru.input_size != model.features:
                     raise Refused(f"{self.path(v.hash)}: made for other modules than this backbone has")
-                model.bank.commit(v.bases)
+                model.bank.commit(v.writes, lambda v=v: v.bases)
             v.dynamics.to(model.device)
         self.compositions = [self.read_version(e, self.versions) for e in self.manifest["compositions"]]
 
@@ -1109,7 +1103,7 @@ def update_of(run, name):
     if not parts:
         composition = run.read_version(entry, versions)
         parts = zip(composition.versions, composition.weights)
-    bank = {key: torch.cat([v.bases[key] for v in versions]) for key in versions[0].bases}
+    bank = {key: torch.cat([v.bases[key] for v in versions]) for key in versions[0].shapes}
     numbers, rows = layer_numbers({key.rpartition(".")[0]: None for key in bank}), {key: [] for key in bank}
     for v, share in parts:
         indices, weights = (g[0] for g in v.gating(torch.tanh(v.region.mean).float()[None]))  # [L, K]

@@ -108,8 +108,9 @@ def measure(run, model, tokenizer, outside="nearest"):
     """Measure every committed task as things stand. -> (one row of R, {task: digests of its stored logits})
 
     The row is {"task", "version": the last one, "base", "stored", "routed": {task: perplexity}, "routing",
-    "inside": {task: {task: count}}, "identical": {task: [examples whose stored logits have the bits they had
-    at commit, examples]}, "gating": see `describe_gating`, "drift": see `describe_drift`}."""
+    "inside": {task: {task: count, if there are any}}, "identical": {task: [examples whose stored logits have
+    the bits they had at commit, examples]}, "gating": see `describe_gating`, "drift": see
+    `describe_drift`}."""
     last, digests = run.manifest["versions"][-1], {}
     row = {"task": last["task"], "version": last["hash"]}
     row |= {key: {} for key in "base stored routed routing inside identical gating drift".split()}
@@ -149,8 +150,8 @@ def measure_task(run, model, tokenizer, i, outside):
         "base": base or perplexity(nll["base"], tokens),
         "stored": perplexity(nll["stored"], tokens),
         "routed": perplexity(nll["routed"], tokens),
-        "routing": {t: choices.count(j) for j, t in enumerate(run.tasks)},
-        "inside": dict(zip(run.tasks, inside)),
+        "routing": {t: choices.count(j) for j, t in enumerate(run.tasks) if j == i or j in choices},
+        "inside": {t: count for t, count in zip(run.tasks, inside) if t == task or count},
         "identical": [sum(map(str.__eq__, digests, at_commit)), len(digests)],
         "gating": describe_gating(gatings),
     }
@@ -256,7 +257,7 @@ def report(run):
         notes = {"stored": "logits bit-identical on {} of {} examples".format(*row["identical"][t])}
         own, shared = row["inside"][t][t] / n, max(others, default=0) / n
         notes["routed"] = f"{100 * home / n:.1f} % routed to {t}; {100 * own:.0f} % lie in its region"
-        notes["routed"] += f", {100 * shared:.0f} % in another's" if others else ""
+        notes["routed"] += f", {100 * shared:.0f} % in another's" if len(run.tasks) > 1 else ""
         for protocol, note in notes.items():
             figures = f"{row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}"
             print(f"{t:{width}}  {protocol}  {figures}  {lost[protocol][t]:+8.2f} %  {note}")

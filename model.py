@@ -21,8 +21,10 @@ Departures, and why:
 This file knows nothing of tasks, regions or run folders. Loading a backbone comes last.
 """
 
+import collections
 import contextlib
 import copy
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -136,13 +138,25 @@ def detach(handles):
         handle.remove()
 
 
+@dataclasses.dataclass
+class Block:
+    """`count` committed bases. read() gives them, keyed as in AdapterBank, when they are first asked for."""
+
+    count: int
+    read: collections.abc.Callable
+
+    @functools.cached_property
+    def tensors(self):
+        return dict(self.read())
+
+
 class AdapterBank:
     """N bases (A_i, B_i) for each target, NIWF Eq. (1). Some are committed (read-only), some live (trained).
 
     Tensors are keyed "{target}.A" with shape [n, r, d_in] and "{target}.B" with shape [n, r, d_out]. B is
     kept transposed, so that the K gathered blocks line up without a copy. Bases are numbered committed first,
     then live. Only live ones are Parameters: a committed basis has no gradient, no moments and no decay.
-    Committed bases stay in blocks as they came, and a block reaches its device when a gating first names it.
+    Committed bases stay in blocks as they came, and a block is read when a gating first names one of it.
     """
 
     def __init__(self, targets, rank=8, alpha=16):
@@ -156,13 +170,10 @@ class AdapterBank:
         self.folded = None  # what `fold` made of that, while a text is generated
         self.committed, self.live = [], {}  # blocks of bases; those that are trained
 
-    def blocks(self):
-        """All bases: the committed blocks, then the live one."""
-        return self.committed + [self.live] * bool(self.live)
-
     def sizes(self):
-        """How many bases each block holds."""
-        return [len(next(iter(block.values()))) for block in self.blocks()]
+        """How many bases each block holds: the committed ones, then the live one."""
+        live = [len(next(iter(self.live.values())))] if self.live else []
+        return [block.count for block in self.committed] + live
 
     def __len__(self):
         """Bases a module holds, committed and live."""
@@ -181,14 +192,14 @@ class AdapterBank:
                 old = [self.live[key].data] if key in self.live else []
                 self.live[key] = nn.Parameter(torch.cat([*old, new.to(self.device[name])]))
 
-    def commit(self, tensors):
-        """Append a block of read-only bases, keyed as above."""
-        self.committed.append(dict(tensors))
+    def commit(self, count, read):
+        """Append a block of read-only bases. read: see `Block`."""
+        self.committed.append(Block(count, read))
 
     def unlock(self):
         """Make every committed basis live: what the soft lock and no lock do to the bank."""
         for key in self.basis_shapes():
-            whole = torch.cat([block[key] for block in self.committed])
+            whole = torch.cat([block.tensors[key] for block in self.committed])
             self.live[key] = nn.Parameter(whole.to(self.device[key.rpartition(".")[0]]))
         self.committed = []
 
@@ -212,13 +223,14 @@ class AdapterBank:
             A = torch.cat([committed A, live A])[indices],    B = torch.cat([committed B, live B])[indices]
 
         What follows gives the same without copying the bank, and gradients reach live bases only."""
-        blocks, device, found = self.blocks(), self.device[name], []
+        device, found = self.device[name], []
         for key in (f"{name}.A", f"{name}.B"):
             parts = []
             for b, which, number in places:
-                blocks[b][key] = block = blocks[b][key].to(device)
+                tensors = self.committed[b].tensors if b < len(self.committed) else self.live
+                tensors[key] = bases = tensors[key].to(device)
                 # An embedding lookup: its backward is many times faster than that of indexing.
-                parts.append((which, nn.functional.embedding(number.to(device), block.flatten(1))))
+                parts.append((which, nn.functional.embedding(number.to(device), bases.flatten(1))))
             whole = parts[0][1]
             if len(parts) > 1:
                 whole = whole.new_empty(sum(len(which) for which, _ in parts), whole.shape[1])

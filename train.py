@@ -591,7 +591,10 @@ def commit_task(run, learner, h_bar, val, about, args):
         top_k=learner.top_k,
         dynamics=learner.dynamics,
         region=region,
-        tensors=tensors,
+        source=tensors,
+        shapes=bank.basis_shapes(),
+        writes=bank.sizes()[-1],
+        layers=learner.field.layers,
         index=torch.arange(len(bank)),
         config=about,
     )

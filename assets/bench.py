@@ -42,7 +42,7 @@ import transformers
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from commit import Parser, Run, number, output_file, read_records, run_program, write_results
-from eval import PARTS, TOKENS, answer, count_memory, forgetting, validation_set
+from eval import PARTS, TOKENS, answer, count_memory, forgetting, open_run, validation_set
 from field import CoordinateDynamics, WeightField, top_k_gating
 from model import (
     NIWF,
@@ -261,7 +261,8 @@ def train_second_task(backbone, layers, checkpointing):
         tensor.data.fill_(0.01)  # memory that is never written takes none
     model = NIWF(backbone, pad_id=0, rank=RANK)
     bank, field = model.bank, WeightField(model.bank.layers, 2 * BASES)
-    bank.commit({key: torch.randn(BASES, *t.shape[1:]) / 100 for key, t in bank.committed.items()})
+    old = {key: torch.randn(BASES, *shape) / 100 for key, shape in bank.basis_shapes().items()}
+    bank.commit(BASES, lambda: old)
     bank.add(BASES)
     if checkpointing:
         model.checkpoint()
@@ -445,22 +446,26 @@ def bench_lora_ftn(backbone, turns):
 # ---------------------------------------------------------------------------------- what n versions cost
 
 
-def first_versions(folder, n):
-    """A run folder as it was after its first n tasks."""
-    run = Run(folder)
-    keep = {"versions": run.manifest["versions"][:n], "results": run.manifest["results"][:n]}
-    run.manifest |= keep | {"compositions": []}
-    return run
+@contextlib.contextmanager
+def first_versions(whole, n):
+    """Within this block there is a run folder as it was after its first n tasks."""
+    with tempfile.TemporaryDirectory(dir=whole.folder.parent) as tmp:
+        run = Run(pathlib.Path(tmp, "run"))
+        keep = {"versions": whole.manifest["versions"][:n], "results": whole.manifest["results"][:n]}
+        run.manifest = whole.manifest | keep | {"compositions": []}
+        for path in [path for entry in run.entries for path in whole.files(entry)]:
+            link = run.folder / path.relative_to(whole.folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, link)
+        run.save()
+        yield run
 
 
-def memory_of_answers(folder, n, tasks):
-    """Peak resident memory, in bytes, of a process that opens the first n versions and answers the prompts of
-    some tasks."""
-    run = first_versions(folder, n)
-    backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], "cpu")
-    model = run.open_model(backbone, tokenizer)
+def memory_of_answers(folder, tasks):
+    """Peak resident memory, in bytes, of a process that answers the prompts of some tasks of a run folder."""
+    run, model, tokenizer = open_run(folder, "cpu")
     for task in tasks:
-        answer(run, model, tokenizer, run.validation(task), "nearest", 16)
+        answer(run, model, tokenizer, run.validation(task), max_new_tokens=16)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -471,19 +476,22 @@ def bench_growth(folder, turns):
     whole = Run(folder)
     backbone, tokenizer = whole.open_backbone(whole.manifest["backbone"]["name"], "cpu")
     for n in range(1, len(whole.tasks) + 1):
-        run, entry = first_versions(folder, n), whole.manifest["versions"][n - 1]
-        opened = timed(lambda run=run: run.open_model(backbone, tokenizer).detach(), 1)
-        model = run.open_model(backbone, tokenizer)
-        version, row = run.versions[-1], run.manifest["results"][-1]
-        line = {"n": n, "task": entry["task"], "bytes": run.path(entry["hash"]).stat().st_size}
-        line |= {"bases_written": version.writes, "bases_read": len(version.index) - version.writes}
-        with tempfile.TemporaryDirectory() as tmp:  # written again, as at commit: hash, fsync, rename
-            line["commit_ms"] = timed(lambda v=version, tmp=tmp: v.save(pathlib.Path(tmp)), turns)
-        line |= {"open_ms": opened, "learned": row["stored"][entry["task"]]}
-        line |= time_passes(run, model, tokenizer, turns)
-        model.detach()
-        with multiprocessing.get_context("forkserver").Pool(1) as pool:
-            line["memory"] = pool.apply(memory_of_answers, (folder, n, whole.tasks[: min(n, 3)]))
+        with first_versions(whole, n) as run:
+            entry, row = run.manifest["versions"][-1], run.manifest["results"][-1]
+            line = {"n": n, "task": entry["task"], "bytes": run.path(entry["hash"]).stat().st_size}
+            line["open_ms"] = timed(
+                lambda run=run: Run(run.folder).open_model(backbone, tokenizer).detach(), 3
+            )
+            model = run.open_model(backbone, tokenizer)
+            version = run.versions[-1]
+            line |= {"bases_written": version.writes, "bases_read": len(version.index) - version.writes}
+            with tempfile.TemporaryDirectory() as tmp:  # written again, as at commit: hash, fsync, rename
+                line["commit_ms"] = timed(lambda v=version, tmp=tmp: v.save(pathlib.Path(tmp)), turns)
+            line |= time_passes(run, model, tokenizer, turns)
+            model.detach()
+            with multiprocessing.get_context("forkserver").Pool(1) as pool:
+                line["memory"] = pool.apply(memory_of_answers, (run.folder, run.tasks[:3]))
+        line["learned"] = row["stored"][entry["task"]]
         for p in ("stored", "routed"):
             lost = forgetting(run.manifest["results"], p).values()
             line[f"{p}_forgetting"] = statistics.mean(math.log1p(x / 100) for x in lost)
