@@ -530,7 +530,7 @@ PINNED = """import os, runpy
 core = sorted(os.sched_getaffinity(0))[int(os.environ.get("LOCAL_RANK", 0))]
 os.sched_setaffinity(0, {core})
 runpy.run_path("train.py", run_name="__main__")"""
-TRAINING = "--task alpaca --device cpu --examples 4000 --epochs 1"
+TRAINING = "--task alpaca --device cpu --epochs 4 --grad-accum 4"
 
 
 def train_pinned(shape, size, folder):
