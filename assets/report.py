@@ -43,7 +43,7 @@ sys.path[:0] = [str(HOME), str(HOME / "assets")]
 
 from claims import ftn_claims, niwf_claims, share
 from commit import Parser, atomic, run_program
-from eval import report
+from eval import PARTS as MEMORY, TABLE_2, report
 from findings import FINDINGS, not_as_printed
 from model import Refused
 from synthetic import (
@@ -347,6 +347,52 @@ def draw_losses(runs):
     return figure
 
 
+def draw_growth(lines):
+    """What n versions of a stream know and cost, for every n."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    n = [x["n"] for x in lines]
+    axes[0].plot(n, [100 * x["routed_home"] for x in lines], color=BLUE)
+    axes[0].set(title="prompts routed home", ylabel="%", ylim=(90, 100.3))
+    axes[1].plot(
+        n, [x["memory"] / 1e6 for x in lines], color=BLUE, label="peak of a process that answers for 3"
+    )
+    files = list(itertools.accumulate(x["bytes"] / 1e6 for x in lines))
+    axes[1].plot(n, files, "--", color=ORANGE, label="all version files")
+    axes[1].set(title="memory and disk", ylabel="MB", ylim=(0, None))
+    axes[1].legend(fontsize=7)
+    for key, colour, style in (("routed", BLUE, "-"), ("stored", ORANGE, "--"), ("bare", "0.4", ":")):
+        axes[2].plot(n, [x[f"{key}_ms"] for x in lines], style, color=colour, label=key)
+    axes[2].set(title="time of a token", ylabel="ms", ylim=(0, None))
+    axes[2].legend(fontsize=7)
+    for axis in axes:
+        axis.set_xlabel("versions")
+    return figure
+
+
+def draw_memory(rows):
+    """The parts of a training's memory on one device, from the shapes, beside the paper's Table 2."""
+    bars = {"the paper, both tasks": {part: size * 1e9 for part, size in TABLE_2.items() if size}}
+    for row in (row for row in rows if row["devices"] == 1):
+        name = f"task {row['task']}" + ", checkpointing" * row["checkpointing"]
+        bars[name] = {part: row[part] for part in MEMORY}
+    figure, axis = plt.subplots(figsize=(8, 2.9), layout="constrained")
+    colours = ["#999999", "#56b4e9", "#0072b2", "#000000", "#e69f00", "#d55e00", "#009e73"]
+    for y, parts in enumerate(bars.values()):
+        left = 0
+        for part, colour in zip(MEMORY, colours):
+            size = parts.get(part, 0) / 2**30
+            axis.barh(y, size, left=left, color=colour, edgecolor="white", label=part if y == 1 else None)
+            left += size
+        axis.text(left + 0.2, y, f"{left:.1f}", va="center", fontsize=8)
+    axis.axvline(24, color="0.4", linestyle=":")
+    axis.text(24.1, len(bars) - 0.45, "24 GiB", fontsize=8, color="0.3")
+    axis.set(yticks=range(len(bars)), yticklabels=list(bars), xlim=(0, 27), xlabel="GiB")
+    axis.invert_yaxis()
+    axis.set_title("Memory of training Mistral-7B, a micro-batch of 256 tokens", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
 def draw_two_tasks(rows):
     """R of every method, stored, mean over seeds: perplexity on A and B, before and after either."""
     columns = min(3, len(rows))
@@ -480,15 +526,65 @@ def compositions(content):
 
 
 def growth(content):
-    (row,) = content["rows"]
-    lines = []
-    for x in row["growth"]:
-        line = [str(x["n"]), x["task"], f"{x['bases_read']} + {x['bases_written']}", f"{x['MB']:.2f}"]
+    """rows of bench.py growth: a line for the first few n, then for every eighth, and the last."""
+    lines, rows = [], content["rows"]
+    for x in (x for x in rows if x["n"] <= 3 or x["n"] % 8 == 0 or x is rows[-1]):
+        line = [str(x["n"]), x["task"], f"{x['bases_read']} + {x['bases_written']}"]
+        line += [f"{x['bytes'] / 1e6:.2f}", f"{x['commit_ms']:.0f}", f"{x['open_ms']:.0f}"]
+        line += [f"{x['memory'] / 1e6:.0f}"]
         line += [f"{x[key]:.3f}" for key in ("bare_ms", "stored_ms", "routed_ms", "learned")]
-        line += [f"{x[f'{p}_forgetting']:.1f}" for p in ("stored", "routed")]
+        line += [f"{x['identical'][0]} of {x['identical'][1]}"]
+        line += [f"{x[f'{p}_forgetting']:.4f}" for p in ("stored", "routed")]
         lines.append([*line, f"{100 * x['routed_home']:.1f}"])
-    heads = ["n", "last task", "bases read + written", "file, MB", "ms a token: bare", "stored", "routed"]
-    return table([*heads, "learned", "forgotten, stored, %", "routed, %", "routed home, %"], lines)
+    heads = ["n", "last task", "bases read + written", "file, MB", "commit, ms", "open all, ms"]
+    heads += ["memory, answering for 3, MB", "ms a token: bare", "stored", "routed", "learned"]
+    return table([*heads, "bit-identical", "forgotten, nats: stored", "routed", "routed home, %"], lines)
+
+
+def transfer(content):
+    """rows of variants.py transfer: losses of a stream's later tasks when they were learned."""
+    lines = []
+    for row in content["rows"]:
+        losses = [[math.log(x) for x in row[key][1:]] for key in ("read", "own bases alone")]
+        gains = [own - read for read, own in zip(*losses)]
+        line = [str(len(gains)), *(f"{statistics.mean(column):.4f}" for column in losses)]
+        line += [over(gains, 4), f"{statistics.median(gains):.4f}"]
+        lines.append([*line, f"{sum(gain > 0 for gain in gains)} of {len(gains)}"])
+    heads = ["later tasks", "nats a token, older bases read", "own bases alone", "gain: mean", "median"]
+    return table([*heads, "tasks that gain"], lines)
+
+
+def counted(content):
+    """rows of eval.py --memory: the parts of a training's memory, in GiB, with 1, 2 and 4 devices."""
+    columns, lines = list(itertools.product((1, 2), (False, True))), {}
+    for row in content["rows"]:
+        sizes = {f"the fullest of {row['devices']} devices": row["total"]}
+        if row["devices"] == 1:
+            sizes = {part: row[part] for part in (*MEMORY, "total")}
+            sizes["bases gathered for a sequence, part of it"] = row["gathered"]
+            sizes["the same for every token instead"] = row["a token"]
+        for part, size in sizes.items():
+            cells, i = lines.setdefault(part, [0] * 4), columns.index((row["task"], row["checkpointing"]))
+            cells[i] = max(cells[i], size)
+    heads = ["GiB", "task 1", "checkpointing", "task 2", "checkpointing"]
+    rows = [[part, *(f"{x / 2**30:.2f}" for x in cells)] for part, cells in lines.items()]
+    if "--backbone" not in content["command"]:
+        heads.append("the paper, GB")
+        rows = [[*line, f"{TABLE_2.get(line[0]) or 0:.2f}" * bool(TABLE_2.get(line[0]))] for line in rows]
+    return table(heads, rows)
+
+
+def measured(content):
+    """rows of bench.py memory: a step's peak, measured and counted; of all layers, where the line leads."""
+    lines = []
+    for row in content["rows"]:
+        sizes = [row[key] / 2**30 for key in ("measured", "counted")]
+        how = "with" if row["checkpointing"] else "without"
+        line = [row["backbone"], str(row["layers"]), how, *(f"{x:.2f}" for x in sizes)]
+        lines.append([*line, f"{sizes[1] / sizes[0]:.3f}"])
+    return table(
+        ["shape", "layers", "checkpointing", "measured, GiB", "counted", "counted / measured"], lines
+    )
 
 
 def timings(content):
@@ -512,6 +608,15 @@ def timings(content):
         lines.append(line + [memory[side]["peak memory"] if memory else "" for side in ("ours", "peft")])
     heads = ["ms", "ours", "peft", "bare backbone", "ours / peft"]
     return table([*heads, "peak memory, ours", "peft"], lines)
+
+
+def in_processes(content):
+    """rows of bench.py processes."""
+    lines = []
+    for what, found in content["rows"].items():
+        one, two = (statistics.median(found[name]["seconds"]) for name in ("one", "two"))
+        lines.append([what, f"{one:.1f}", f"{two:.1f}", f"{two / one:.2f}", f"{found['losses apart']:.0e}"])
+    return table(["seconds", "one process", "two", "two / one", "losses of a step apart by"], lines)
 
 
 def gathered(content):
@@ -620,6 +725,8 @@ PICTURES = {
     "lock the first task's are where they were when it was committed.",
     "niwf-gating": "How often each basis is chosen in each layer, by the inputs of either version.",
     "niwf-losses": "Training loss, seed 0; thick: its mean over 20 steps.",
+    "niwf-stream": "What n versions know and cost, for every n.",
+    "niwf-memory": "Memory of a training step by component, counted from the shapes.",
     "niwf-matrices": "R[i][j] of NIWF and what it is compared with.",
     "ftn-masks-clf": "Masks, classification: a colour for each task.",
     "ftn-curves-clf": "Accuracy through the stream, mean over seeds.",
@@ -645,11 +752,16 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("smollm2-regions", regions),
     ("tiny-exact-match", exact_match, "Answers to the letter", "Greedy, routed, held-out prompts."),
     ("tiny-compose", compositions, "Compositions", "Two versions, weighted."),
-    ("stream", growth, "Twenty-four tasks in a row", "Kinds of instruction, exact lock."),
+    ("stream", growth, "Seventy-six tasks in a row", "Kinds of instruction, exact lock."),
+    ("stream-transfer", transfer, "", "The same stream, and one whose versions never choose an older basis:"),
+    ("memory-count", counted, "Memory", "Of one training step, from the shapes: 1 x 256 tokens, bfloat16."),
+    ("memory-count-70b", counted, "", "A model of 70 B parameters, its layers spread evenly over devices:"),
+    ("memory-bench", measured, "", "The count beside a process that does the step, on the CPU:"),
     ("smollm2-worth", one_task, "A real language model", "SmolLM2-135M-Instruct, real data."),
     ("smollm2-worth-two", one_task), ("smollm2-baselines", two_tasks),
     ("niwf-bench", timings, "Speed beside peft", "A training step, and answers."),
     ("decode-bench", timings),
+    ("processes-bench", in_processes, "", "A whole training, each process on a core of its own:"),
     ("gather-bench", gathered, "What is gathered", "Bases gathered once a sequence, or for every token."),
     ("ftn-experiment-1", scores, "Functional task networks", "The score is an accuracy in clf and a loss in "
      "reg and style. FM is forgetting: positive is worse. The paper leaves its generator open: ours was "
@@ -789,6 +901,10 @@ def main(argv=None):
             save(draw_coordinates(runs), args.to / "niwf-coordinates.png")
             save(draw_gating(runs[0]), args.to / "niwf-gating.png")
             save(draw_losses(runs), args.to / "niwf-losses.png")
+        with naming("stream"):
+            save(draw_growth(read_results("stream")["rows"]), args.to / "niwf-stream.png")
+        with naming("memory-count"):
+            save(draw_memory(read_results("memory-count")["rows"]), args.to / "niwf-memory.png")
         with naming(*names[1:]):
             save(draw_two_tasks(baselines | larger), args.to / "niwf-matrices.png")
 

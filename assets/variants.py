@@ -36,7 +36,6 @@ import math
 import pathlib
 import shlex
 import shutil
-import statistics
 import sys
 import tempfile
 import unittest.mock
@@ -50,7 +49,7 @@ from commit import Parser, Run, atomic, number, output_file, run_program, write_
 from eval import batches, open_run, validation_set, what_is_published
 from field import CoordinateDynamics, WeightField
 from model import load_backbone, pad_of, perplexity, pick_device, response_logits, response_nll
-from report import one_task, two_tasks
+from report import one_task, transfer, two_tasks
 from synthetic import read_sealed, sealed
 from train import encode
 
@@ -445,12 +444,7 @@ def measure_transfer(folder, args):
         alone = train.stream(argparse.Namespace(out=out, stream=len(run.tasks), device=pick_device(None)))
     learned = lambda run: [row["stored"][row["task"]] for row in run.manifest["results"]]
     found = {"tasks": run.tasks, "read": learned(run), "own bases alone": learned(alone)}
-    pairs = [*zip(found["read"], found["own bases alone"])][1:]
-    gains = [100 * (1 - read / own) for read, own in pairs]
-    gain = f"{statistics.mean(gains):.2f} ± {statistics.stdev(gains):.2f}" if len(gains) > 1 else "nothing"
-    print(
-        f"reading: perplexity lower by {gain} %, on {sum(g > 0 for g in gains)} of {len(gains)} later tasks"
-    )
+    print("", *transfer({"rows": [found]}), sep="\n")
     return found
 
 
