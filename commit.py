@@ -544,8 +544,8 @@ class Run:
         self.manifest |= {"versions": [], "results": [], "compositions": []}
         for name in FOLDERS + FILES:
             path = self.folder / name
-            plain = path.is_dir() if name in FOLDERS else path.is_file()
-            if path.is_symlink() or path.exists() and not plain:
+            plain = path.is_dir if name in FOLDERS else path.is_file
+            if path.is_symlink() or path.exists() and not plain():  # in this order: it may just be made
                 raise Refused(f"{path}: a link, or no plain {'folder' if name in FOLDERS else 'file'}")
         path = self.manifest_file
         if path.exists():

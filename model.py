@@ -602,10 +602,12 @@ def any_process(asks):
 
 
 def first_alone(change):
-    """Decorates what changes files: of several processes the first does it, the others wait for that."""
+    """Decorates what changes files: of several processes the first does it. It waits until all have come
+    here, as they may still be reading; then they wait for it."""
 
     @functools.wraps(change)
     def alone(*args, **kwargs):
+        sum_over_processes(torch.zeros(1))
         if rank_and_size()[0] == 0:
             change(*args, **kwargs)
         sum_over_processes(torch.zeros(1))
