@@ -640,7 +640,7 @@ def hub_or_cache():
     """Without a network the Hub's client retries for a minute: ask once, else its cache alone."""
     host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname
     try:
-        if not urllib.request.getproxies():
+        if not (huggingface_hub.constants.HF_HUB_OFFLINE or urllib.request.getproxies()):
             socket.create_connection((host, 443), timeout=3).close()
     except OSError:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
