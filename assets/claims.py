@@ -168,7 +168,7 @@ def ftn_claims(read):
     supsup = f"{mean(r['recovered_last'] for r in tuned('ftn-supsup-tuned', 'clf')):.3f}"
     ewc = f"{mean(r['recovered_fm'] for r in tuned('ftn-ewc-tuned', 'clf')):.3f}"
     hidden = f"{mean(row_summary(r)['recovered_fm'] for r in read('ftn-slow-hidden')):.3f}"
-    bank = [r for r in read("lora-bank") if r["method"] == "lora-bank"]
+    bank = [r for r in read("lora-ftn") if r["method"] == "lora-bank"]
     unique = sum(len({*r["chosen"]}) == r["tasks"] for r in bank)
     pairs = [x for r in runs["style", "lora-ftn"] for x in r["overlap_last"]]
     disjoint = f"{100 * mean(x == 0 for x in pairs):.0f} % of pairs, the largest {max(pairs):.2f}"
@@ -212,6 +212,6 @@ def ftn_claims(read):
             "partly",
         ),
         ("", "LoRA-Bank FM .04", forgets("style", "lora-bank"), style, "fails"),
-        ("", "6 of 7 seeds take an adapter a task", f"{unique} of {len(bank)}", "lora-bank", "fails"),
+        ("", "6 of 7 seeds take an adapter a task", f"{unique} of {len(bank)}", "lora-ftn", "fails"),
         ("Table 5", "most pairs are disjoint, the largest .36", disjoint, style, "partly"),
     ]

@@ -256,12 +256,12 @@ They gain little. EWC is best at a thousand times the paper's strength, and then
 
 
 def styles_say(read):
-    rows, bank = read("lora-ftn"), read("lora-bank")
+    rows = read("lora-ftn")
     return f"""
 LoRA-Bank gives every task the one adapter with the lowest loss. It forgets
 {fm(rows, "lora-bank", "style"):.3f} because that is often an adapter that another style has trained: a
 backbone this small is poor before training. With the lock, which offers committed adapters to nobody,
-it ends at {score(bank, "lora-bank-lock", "style")} and LoRA-FTN with it at
+it ends at {score(rows, "lora-bank-lock", "style")} and LoRA-FTN with it at
 {score(rows, "lora-ftn-lock", "style")}.
 """
 

@@ -783,7 +783,7 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("ftn-choose-ewc-reg", scores), ("ftn-choose-supsup-clf", scores), ("ftn-choose-supsup-reg", scores),
     ("ftn-ewc-tuned", scores, "", "... and on the published seeds:"), ("ftn-supsup-tuned", scores),
     ("lora-ftn", scores, "LoRA-FTN", "Six ways to rewrite a sentence; nats per token."),
-    ("lora-bank", scores), ("lora-bank", offered, "", "What a bank is offered when a task begins:"),
+    ("lora-ftn", offered, "", "What a bank is offered when a task begins:"),
     ("lora-ftn-b-std", scores), ("lora-ftn-every", scores), ("lora-ftn-once", scores),
     ("lora-ftn-smollm2", scores)]
 # fmt: on
