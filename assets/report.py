@@ -217,16 +217,20 @@ def mask_image(result):
 
 def draw_matrices(by_method):
     """FTN Figure 2: R[i][j], recovered, mean over seeds."""
-    figure, axes = plt.subplots(1, len(by_method), figsize=(2.2 * len(by_method), 2.6), squeeze=False)
+    columns = min(3, len(by_method))
+    lines = -(-len(by_method) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, 2.6 * lines), squeeze=False)
+    for axis in axes.flat[len(by_method) :]:
+        axis.axis("off")
     for axis, (method, rows) in zip(axes.flat, by_method.items()):
         n = rows[0]["tasks"]
         cells = [[float("nan")] * n for _ in range(n)]
         for j, i in itertools.combinations_with_replacement(range(n), 2):
             cell = cells[i][j] = statistics.mean(r["R_recovered"][i][j] for r in rows)
-            look = dict(ha="center", va="center", fontsize=6, color="white" if cell > 4 else "black")
+            look = dict(ha="center", va="center", fontsize=8, color="white" if cell > 4 else "black")
             axis.text(j, i, f"{cell:.1f}", **look)
         axis.imshow(cells, vmin=0, vmax=8, cmap="viridis_r")
-        axis.set_title(method, fontsize=8)
+        axis.set_title(method, fontsize=10)
         axis.set(xticks=[], yticks=[], xlabel="task", ylabel="after task")
     figure.tight_layout()
     return figure
