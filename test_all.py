@@ -2260,6 +2260,21 @@ def test_processes_that_torchrun_starts_speak_and_write_as_one(micro, first):
     assert done.stdout.count("nothing to train") == done.stdout.count("in all, peak memory") == 1
 
 
+def test_the_literal_forms_that_benchmarks_run_still_give_the_same(capsys):
+    bench.bench_ftn("clf", 1, steps=1)
+    assert "same mask in 2 of 2 batches" in capsys.readouterr().out
+    bench.bench_lora_ftn("tiny", 1)
+    assert "the two masks share 100.0%" in capsys.readouterr().out
+    logits, (backbone, pad_id, examples) = [], bench.make_backbone("tiny")
+    for side in (bench.Gated, bench.Loops):
+        torch.manual_seed(0)
+        model = side(backbone, pad_id, examples[:2])
+        gating = model.gating(model.h_bar)
+        logits.append(model.model.logits(examples[:2], gating)[0])
+        model.model.detach()
+    torch.testing.assert_close(*logits)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_the_exact_lock_holds_too(micro, tmp_path):
     for task in ("alpaca", "code"):

@@ -44,6 +44,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from commit import Parser, Run, number, output_file, read_records, run_program, write_results
 from eval import PARTS, TOKENS, answer, count_memory, forgetting, open_run, validation_set
 from field import CoordinateDynamics, WeightField, top_k_gating
+from ftn import SmoothKWTA
 from model import (
     NIWF,
     Refused,
@@ -141,8 +142,8 @@ class Loops(Gated):
         if bank.gating is None:
             return y
         A, B = bank.live[f"{name}.A"], bank.live[f"{name}.B"]
-        indices, weights = bank.gating[bank.layer[name]]  # [B, K] and (alpha / r) w [B, 1, K r]
-        pairs = [zip(*row) for row in zip(indices, weights[:, 0, :: bank.rank])]
+        ((_, _, indices),), weights = bank.gating[bank.layer[name]]  # [B K] and (alpha / r) w [B, 1, K r]
+        pairs = [zip(*row) for row in zip(indices.view(len(x), -1), weights[:, 0, :: bank.rank])]
         deltas = [sum(w * (x[b] @ A[i].T @ B[i]) for i, w in pairs[b]) for b in range(len(x))]
         return y + torch.stack(deltas)
 
@@ -324,6 +325,12 @@ def bench_memory(backbone, depths):
 # ------------------------------------------------------------------------------------------------- the grid
 
 
+def algorithm_1(learner):
+    """The mask search of a learner, which takes any loss."""
+    mask = learner.mask
+    return SmoothKWTA(learner.row.k, mask.kernel, mask.rounds, *learner.proposal)
+
+
 def bench_ftn(variant, turns, steps=5):
     """A step of FTN-Slow, mask search included, against Algorithm 1 with autograd through everything."""
     row = Row(variant, "ftn-slow", 0, dropout=0.0)
@@ -336,8 +343,8 @@ def bench_ftn(variant, turns, steps=5):
         return ours.stored[0], ours.grid.theta.grad
 
     def literal_step(x, y):
-        grid, search = literal.grid, literal.mask.search(literal)
-        winners = search.configure(lambda mask: literal.loss(grid(x, mask), y), grid.side)
+        grid = literal.grid
+        winners = algorithm_1(literal).configure(lambda mask: literal.loss(grid(x, mask), y), grid.side)
         literal.optimizer.zero_grad()
         mask = torch.zeros(len(grid.theta)).index_fill(0, winners, 1.0)
         literal.loss(grid(x, mask), y).backward()
@@ -398,7 +405,7 @@ class LiteralPool:
             return self.learner.loss(examples)
 
     def search(self, examples):
-        search = self.learner.mask.search(self.learner)
+        search = algorithm_1(self.learner)
         return search.configure(lambda mask: self.loss(mask, examples), self.learner.row.side)
 
     def step(self, examples):
@@ -497,7 +504,9 @@ def bench_growth(folder, turns):
             line[f"{p}_forgetting"] = statistics.mean(math.log1p(x / 100) for x in lost)
         line["identical"] = [sum(column) for column in zip(*row["identical"].values())]
         home = sum(counts[t] for t, counts in row["routing"].items())
-        yield line | {"routed_home": home / sum(sum(counts.values()) for counts in row["routing"].values())}
+        line["routed_home"] = home / sum(sum(counts.values()) for counts in row["routing"].values())
+        print("  ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in line.items()))
+        yield line
 
 
 def timed(form, turns):
@@ -569,69 +578,68 @@ def bench_processes(shape, turns):
 # ----------------------------------------------------------------------------------------- the command line
 
 
-def main(argv=None):
+ABOUT = {
+    "ftn": "a training step of FTN against the literal Algorithm 1",
+    "lora-ftn": "a step and a search of LoRA-FTN against all components",
+    "niwf": "a training step of NIWF beside peft's LoRA",
+    "decode": "prefill and decoding beside peft's LoRA",
+    "gather": "bases gathered a sequence, and a token",
+    "memory": "peak memory of a training step, measured and counted",
+    "growth": "what the first n versions of a stream cost and know, for every n",
+    "processes": "a whole training of NIWF in one process, and in two",
+}
+SHAPED = {"niwf": bench_niwf, "decode": bench_decode, "gather": bench_gather}
+
+
+def parse_options(argv=None):
     parser = Parser(__doc__, prog="bench.py")
     commands = parser.add_subparsers(dest="command", required=True, help="each has a --help of its own:")
-    about = {
-        "ftn": "a training step of FTN against the literal Algorithm 1",
-        "lora-ftn": "a step and a search of LoRA-FTN against all components",
-        "niwf": "a training step of NIWF beside peft's LoRA",
-        "decode": "prefill and decoding beside peft's LoRA",
-        "gather": "bases gathered a sequence, and a token",
-        "memory": "peak memory of a training step, measured and counted",
-        "growth": "what the first n versions of a stream cost and know, for every n",
-        "processes": "a whole training of NIWF in one process, and in two",
-    }
-    for name, text in about.items():
-        p = commands.add_parser(name, help=text, doc=__doc__, description=text)
-        p.add_argument("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed")
-        if name == "lora-ftn":
-            p.add_argument("--backbone", default="tiny", help="tiny, a Hub id, a local folder, FILE.gguf")
-        elif name != "ftn":
-            p.add_argument("--json", type=output_file, help="write what was measured to this file")
+    for name, text in ABOUT.items():
+        add = commands.add_parser(name, help=text, doc=__doc__, description=text).add_argument
         if name == "memory":
-            p.add_argument("--backbone", default="random:mistral-7b", help="whose shape")
-            p.add_argument(
-                "--layers", nargs="+", type=number(int, 1, 100), default=[1, 2, 4], help="how many"
-            )
-        elif name == "growth":
-            p.add_argument("--run", default="runs/stream", help="run folder of a stream")
-        elif name == "processes":
-            p.set_defaults(shape=["tiny"])
-        elif name in ("niwf", "decode", "gather"):
-            p.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="of what [all]")
+            add("--backbone", default="random:mistral-7b", help="whose shape")
+            add("--layers", nargs="+", type=number(int, 1, 100), default=[1, 2, 4], help="how many")
+        else:
+            add("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed")
+        if name == "lora-ftn":
+            add("--backbone", default="tiny", help="tiny, a Hub id, a local folder, FILE.gguf")
+        elif name != "ftn":
+            add("--json", type=output_file, help="write what was measured to this file")
+        if name == "growth":
+            add("--run", default="runs/stream", help="run folder of a stream")
+        elif name in SHAPED:
+            add("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="of what [all]")
     args = parser.parse_args(argv)
-    benches = {"niwf": bench_niwf, "decode": bench_decode, "gather": bench_gather}
-    benches |= {"processes": bench_processes}
-    if args.command in benches:
-        if args.command in ("niwf", "decode") and not importlib.util.find_spec("peft"):
-            raise Refused(f"bench.py {args.command} compares with peft: pip install peft")
-        bench, seconds = benches[args.command], {}
-        for shape in args.shape:
-            seconds |= dict(bench(shape, args.repeats))
-        if args.json:
-            write_results(args.json, "assets/bench.py", argv, indent=1, rows=seconds)
-        return
+    if args.command == "memory" and len({*args.layers}) < 2:
+        parser.error("--layers: a line goes through two depths or more")
+    return args
+
+
+def measure(args):
+    """Run the benchmark that is asked for. -> what it measured, or None where that is printed alone"""
+    if args.command in ("niwf", "decode") and not importlib.util.find_spec("peft"):
+        raise Refused(f"bench.py {args.command} compares with peft: pip install peft")
+    if args.command in SHAPED:
+        bench = SHAPED[args.command]
+        return {what: found for shape in args.shape for what, found in bench(shape, args.repeats)}
+    if args.command == "processes":
+        return dict(bench_processes("tiny", args.repeats))
     if args.command == "memory":
-        if len({*args.layers}) < 2:
-            parser.error("--layers: a line goes through two depths or more")
-        rows = bench_memory(args.backbone, args.layers)
-        if args.json:
-            write_results(args.json, "assets/bench.py", argv, indent=1, rows=rows)
-        return
+        return bench_memory(args.backbone, args.layers)
     torch.set_num_threads(1)
     if args.command == "growth":
-        lines = []
-        for line in bench_growth(args.run, args.repeats):
-            lines.append(line)
-            print("  ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in line.items()))
-        if args.json:
-            write_results(args.json, "assets/bench.py", argv, indent=1, rows=lines)
-    elif args.command == "ftn":
-        for variant in HEAD:
-            bench_ftn(variant, args.repeats)
-    else:
-        bench_lora_ftn(args.backbone, args.repeats)
+        return list(bench_growth(args.run, args.repeats))
+    if args.command == "lora-ftn":
+        return bench_lora_ftn(args.backbone, args.repeats)
+    for variant in HEAD:
+        bench_ftn(variant, args.repeats)
+
+
+def main(argv=None):
+    args = parse_options(argv)
+    rows = measure(args)
+    if rows and args.json:
+        write_results(args.json, "assets/bench.py", argv, indent=1, rows=rows)
 
 
 if __name__ == "__main__":
