@@ -367,7 +367,7 @@ class Version:
     def snapshot(self):
         return self.tensors["snapshot"]
 
-    @property
+    @functools.cached_property
     def bases(self):
         return part_of(self.tensors, "bank")
 
@@ -772,11 +772,16 @@ class Run:
         self.load(model)
         return model
 
+    def read_versions(self):
+        """All versions, in order. Refused: see `read_version`."""
+        versions = []
+        for entry in self.manifest["versions"]:
+            versions.append(self.read_version(entry, versions))
+        return versions
+
     def load(self, model):
         """Read all versions and put their bases, read-only, into the model's empty bank."""
-        self.versions, self.compositions = [], []
-        for entry in self.manifest["versions"]:
-            self.versions.append(self.read_version(entry, self.versions))
+        self.versions, self.compositions = self.read_versions(), []
         for i, v in enumerate(self.versions):
             if self.speaker(i) is v:
                 if v.shapes != model.bank.basis_shapes() or v.dynamics.gru.input_size != model.features:
@@ -1096,22 +1101,21 @@ def update_of(run, name):
     whole."""
     entry, settings = run.find(name), run.manifest["settings"]
     refuse_shared(run)
-    versions = []
-    for e in run.manifest["versions"]:
-        versions.append(run.read_version(e, versions))
+    versions = run.read_versions()
     parts = [(v, 1.0) for v in versions if v.hash == entry["hash"]]
     if not parts:
         composition = run.read_version(entry, versions)
         parts = zip(composition.versions, composition.weights)
-    bank = {key: torch.cat([v.bases[key] for v in versions]) for key in versions[0].shapes}
-    numbers, rows = layer_numbers({key.rpartition(".")[0]: None for key in bank}), {key: [] for key in bank}
+    whole = lambda key: torch.cat([v.bases[key] for v in versions])  # one at a time: together they are large
+    rows = {key: [] for key in versions[0].shapes}
+    numbers = layer_numbers({key.rpartition(".")[0]: None for key in rows})
     for v, share in parts:
         indices, weights = (g[0] for g in v.gating(torch.tanh(v.region.mean).float()[None]))  # [L, K]
         for target, layer in numbers.items():
             chosen, w = indices[min(layer, len(indices) - 1)], weights[min(layer, len(indices) - 1)]
             scale = share * settings["alpha"] / settings["rank"] * w
-            rows[f"{target}.A"].append(bank[f"{target}.A"][chosen].flatten(0, 1))
-            rows[f"{target}.B"].append((scale[:, None, None] * bank[f"{target}.B"][chosen]).flatten(0, 1))
+            rows[f"{target}.A"].append(whole(f"{target}.A")[chosen].flatten(0, 1))
+            rows[f"{target}.B"].append((scale[:, None, None] * whole(f"{target}.B")[chosen]).flatten(0, 1))
     return {t: (torch.cat(rows[f"{t}.A"]), torch.cat(rows[f"{t}.B"])) for t in numbers}
 
 

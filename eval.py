@@ -458,7 +458,8 @@ def peft_composition(run, backbone, composition):
 
 TOKENS, RANK, BASES, TOP_K = 256, 8, 16, 8  # the paper's; a micro-batch is one sequence
 PARTS = ("backbone", "bases read", "bases written", "field, dynamics", "gradients", "moments", "activations")
-TABLE_2 = dict(zip(PARTS, (14.00, None, 1.29, 0.01, None, 2.58, 1.0)), total=18.9)  # the paper's, in GB
+TABLE_2 = dict(zip(PARTS, (14.00, None, 1.29, 0.01, None, 2.58, 1.0)))  # the paper's, in GB
+TABLE_2["in all, the peak"] = 18.9
 
 
 def count_kept(model, field, dynamics):
@@ -543,6 +544,21 @@ def place_weights(places, model, fields, dynamics):
         place["moments"] = 2 * place["gradients"]
 
 
+def memory_lines(rows):
+    """The lines of a table from rows of `report_memory`: {what: its bytes on the fullest device, for task 1
+    without and with checkpointing, and for task 2}."""
+    lines = {part: (1, part) for part in PARTS} | {"in all, the peak": (1, "total")}
+    lines |= {f"on the fullest of {n} devices": (n, "total") for n in (2, 4)}
+    lines |= {"bases gathered, [B, K, r, d]": (1, "gathered"), "or [B, T, K, r, d]": (1, "a token")}
+
+    def fullest(devices, part, *column):
+        place = lambda row: (row["devices"], row["task"], row["checkpointing"])
+        return max(row[part] for row in rows if place(row) == (devices, *column))
+
+    columns = [*itertools.product((1, 2), (False, True))]
+    return {line: [fullest(*which, *column) for column in columns] for line, which in lines.items()}
+
+
 def report_memory(name):
     """Print the paper's Table 2 from a backbone's shapes. -> rows of `count_memory`, with their "total", and
     what gathered bases would take, were they gathered for "a token" each."""
@@ -550,20 +566,12 @@ def report_memory(name):
     for row in rows:
         row["total"] = sum(row[part] for part in PARTS)
         row["a token"] = TOKENS * row["gathered"]
-    lines = {part: (1, part) for part in PARTS} | {"in all, the peak": (1, "total")}
-    lines |= {f"on the fullest of {n} devices": (n, "total") for n in (2, 4)}
-    lines |= {"bases gathered, [B, K, r, d]": (1, "gathered"), "or [B, T, K, r, d]": (1, "a token")}
     print(f"{name}, GiB, a micro-batch of 1 x {TOKENS} tokens; chk: with --checkpointing")
     paper = TABLE_2 if name == "random:mistral-7b" else {}
     print(f"{'':28}    task 1  1, chk    task 2  2, chk" + "   the paper's Table 2" * bool(paper))
-    for line, (devices, part) in lines.items():
-        sizes = collections.defaultdict(int)  # of the fullest device
-        for row in rows:
-            column = row["task"], row["checkpointing"]
-            if row["devices"] == devices:
-                sizes[column] = max(sizes[column], row[part])
-        theirs = f"{paper[part] * 1e9 / 2**30:22.2f}" if devices == 1 and paper.get(part) else ""
-        figures = (f"{sizes[c] / 2**30:{8 if c[1] else 10}.2f}" for c in sorted(sizes))
+    for line, sizes in memory_lines(rows).items():
+        theirs = f"{paper[line] * 1e9 / 2**30:22.2f}" if paper.get(line) else ""
+        figures = (f"{size / 2**30:{width}.2f}" for size, width in zip(sizes, (10, 8, 10, 8)))
         print(f"{line:28}" + "".join(figures) + theirs)
     return rows
 

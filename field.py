@@ -166,8 +166,13 @@ class Region:
 
     def distance(self, z):
         """d_M(z; mu, Sigma) [B], differentiable in z [B, d]."""
-        centred = unsquash(z) - self.mean.to(z)
-        return (centred @ self.whiten.to(z).T).square().sum(1).clamp(min=1e-12).sqrt()
+        return mahalanobis(z, self.mean.to(z), self.whiten.to(z))
+
+
+def mahalanobis(z, mean, whiten):
+    """d_M [B] of z [B, d] from a Gaussian with mean [d] and whiten L^-1 [d, d]; or, from n of them with
+    [n, 1, d] and [n, d, d], [n, B]."""
+    return ((unsquash(z) - mean) @ whiten.mT).square().sum(-1).clamp(min=1e-12).sqrt()
 
 
 @dataclasses.dataclass
@@ -189,8 +194,8 @@ def route(z, regions):
     discriminant analysis). -> Route"""
     # Of all regions at once: one after another, they would take the longer the more tasks there are.
     whiten = torch.stack([r.whiten for r in regions])  # [regions, d, d]
-    centred = unsquash(z.cpu().double()) - torch.stack([r.mean for r in regions])[:, None]
-    distance = (centred @ whiten.mT).square().sum(2).clamp(min=1e-12).sqrt().T  # [B, regions]
+    mean = torch.stack([r.mean for r in regions])[:, None]  # [regions, 1, d]
+    distance = mahalanobis(z.cpu().double(), mean, whiten).T  # [B, regions]
     # log N(z; mu, Sigma) without its constant; log |Sigma|^(-1/2) is the sum of the logarithms on L^-1's
     # diagonal
     scores = whiten.diagonal(dim1=1, dim2=2).log().sum(1) - distance.square() / 2

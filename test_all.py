@@ -1782,25 +1782,29 @@ def test_routing_is_measured_on_what_there_is_when_a_prompt_is_asked(micro, tmp_
         assert routed == pytest.approx(run.manifest["results"][-1]["routed"][task])
 
 
+def break_off(argv, last, monkeypatch):
+    """Train, with the state saved after every step, until the plug is pulled in the one after step `last`."""
+    schedule = train.learning_rate
+
+    def pull(step, *rest):
+        if step > last:
+            raise RuntimeError("pulled the plug")
+        return schedule(step, *rest)
+
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="pulled the plug"):
+        broken.setattr(train, "SAVE_EVERY", 0)
+        broken.setattr(train, "learning_rate", pull)
+        train.main(argv)
+
+
 def test_a_training_that_stops_anywhere_resumes_to_the_same_bits(micro, first, tmp_path, monkeypatch):
     whole, broken = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "broken")
     train.main(micro("code", whole, "--lock"))
-    monkeypatch.setattr(train, "SAVE_EVERY", 0)
-    schedule = train.learning_rate
     for last in (0, 3, 4, 9, 10):
-
-        def fail(step, total, peak, last=last):
-            if step > last:
-                raise RuntimeError("pulled the plug")
-            return schedule(step, total, peak)
-
-        monkeypatch.setattr(train, "learning_rate", fail)
-        with pytest.raises(RuntimeError):
-            train.main(micro("code", broken, "--lock"))
+        break_off(micro("code", broken, "--lock"), last, monkeypatch)
     assert (broken / "training.safetensors").exists()
     with pytest.raises(Refused, match="unfinished training"):
         train.main(micro("code", broken, "--lock", "--seed", "5"))
-    monkeypatch.setattr(train, "learning_rate", schedule)
     train.main(micro("code", broken, "--lock"))
     assert outcome(broken) == outcome(whole) and not (broken / "training.safetensors").exists()
 
@@ -1809,12 +1813,7 @@ def test_checkpointing_changes_no_bit_and_a_training_may_go_on_with_it(
     micro, two, first, tmp_path, monkeypatch
 ):
     out = copy_of(first, tmp_path)
-    monkeypatch.setattr(train, "SAVE_EVERY", 0)
-    schedule = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda step, *a: schedule(step, *a) if step < 5 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train.main(micro("code", out, "--lock"))
-    monkeypatch.setattr(train, "learning_rate", schedule)
+    break_off(micro("code", out, "--lock"), 4, monkeypatch)
     again, calls = AdapterBank.again, []
     monkeypatch.setattr(AdapterBank, "again", lambda bank: (calls.append(1), again(bank))[1])
     train.main(micro("code", out, "--lock", "--checkpointing"))
@@ -1825,12 +1824,7 @@ def test_a_fixed_coordinate_resumes_too(micro, tmp_path, monkeypatch):
     """Its dynamics learn nothing, so there are no moments of theirs to bring back."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train.main(micro("alpaca", whole, "--fixed-coordinate"))
-    monkeypatch.setattr(train, "SAVE_EVERY", 0)
-    schedule = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda step, *a: schedule(step, *a) if step < 5 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train.main(micro("alpaca", broken, "--fixed-coordinate"))
-    monkeypatch.setattr(train, "learning_rate", schedule)
+    break_off(micro("alpaca", broken, "--fixed-coordinate"), 4, monkeypatch)
     train.main(micro("alpaca", broken, "--fixed-coordinate"))
     assert outcome(broken) == outcome(whole)
 

@@ -43,7 +43,7 @@ sys.path[:0] = [str(HOME), str(HOME / "assets")]
 
 from claims import ftn_claims, niwf_claims, share
 from commit import Parser, atomic, run_program
-from eval import PARTS as MEMORY, TABLE_2, report
+from eval import PARTS as MEMORY, TABLE_2, memory_lines, report
 from findings import FINDINGS, not_as_printed
 from model import Refused
 from synthetic import (
@@ -560,22 +560,13 @@ def transfer(content):
 
 def counted(content):
     """rows of eval.py --memory: the parts of a training's memory, in GiB, with 1, 2 and 4 devices."""
-    columns, lines = list(itertools.product((1, 2), (False, True))), {}
-    for row in content["rows"]:
-        sizes = {f"the fullest of {row['devices']} devices": row["total"]}
-        if row["devices"] == 1:
-            sizes = {part: row[part] for part in (*MEMORY, "total")}
-            sizes["bases gathered for a sequence, part of it"] = row["gathered"]
-            sizes["the same for every token instead"] = row["a token"]
-        for part, size in sizes.items():
-            cells, i = lines.setdefault(part, [0] * 4), columns.index((row["task"], row["checkpointing"]))
-            cells[i] = max(cells[i], size)
     heads = ["GiB", "task 1", "checkpointing", "task 2", "checkpointing"]
-    rows = [[part, *(f"{x / 2**30:.2f}" for x in cells)] for part, cells in lines.items()]
+    found = memory_lines(content["rows"])
+    lines = [[part, *(f"{size / 2**30:.2f}" for size in sizes)] for part, sizes in found.items()]
     if "--backbone" not in content["command"]:
         heads.append("the paper, GB")
-        rows = [[*line, f"{TABLE_2.get(line[0]) or 0:.2f}" * bool(TABLE_2.get(line[0]))] for line in rows]
-    return table(heads, rows)
+        lines = [[*line, f"{TABLE_2[line[0]]:.2f}" if TABLE_2.get(line[0]) else ""] for line in lines]
+    return table(heads, lines)
 
 
 def measured(content):

@@ -309,9 +309,7 @@ def train_row(variant, seed, args, rest):
 
 def parameters(run):
     """-> (of the bases of the last version, of everything that the run folder has to keep)"""
-    versions = []
-    for entry in run.manifest["versions"]:
-        versions.append(run.read_version(entry, versions))
+    versions = run.read_versions()
     size = lambda module: sum(p.numel() for p in module.parameters())
     chooses = versions[0].config["bases"] > 1  # a field over one basis chooses nothing and need not be kept
     per_version = [sum(t.numel() for t in v.bases.values()) + chooses * size(v.field) for v in versions]
