@@ -594,8 +594,9 @@ CONTROLS |= {f"ewc-{strength:g}": (Neurons, EWC(strength)) for strength in (40, 
 CONTROLS |= {
     f"supsup{size}{rule}-{lr:g}": (SupSup, Supermask(lr, rule == "-top", size != "", gain))
     for lr, rule in itertools.product((0.0, 3e-4, 3e-3, 3e-2), ("", "-top"))
-    for size, gain in (("", 0.0), ("-wide-he", 2.0), ("-wide", 4.0))
+    for size, gain in (("", 4.0), ("-wide-he", 2.0), ("-wide", 4.0))
 }
+CONTROLS = {name: how for name, how in CONTROLS.items() if how not in METHODS.values()}
 KNOWN = METHODS | CONTROLS
 
 

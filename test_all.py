@@ -4076,7 +4076,7 @@ RESULT_LIES = {
 
 
 def test_a_result_file_is_checked_whole_before_it_is_drawn(tmp_path, capsys):
-    saved = json.loads((HERE / "assets" / "results" / "ftn-ten-steps.json").read_text())
+    saved = json.loads((HERE / "assets" / "results" / "ftn-search-10.json").read_text())
     row = saved["rows"][0]
     row = dict(row, side=2, k=1, final_side=2, winners=[[0], [1], [2]], touched=[1, 1, 1])
     path = tmp_path / "lie.json"
@@ -4112,7 +4112,7 @@ def test_a_result_file_is_checked_whole_before_it_is_drawn(tmp_path, capsys):
 
 def test_rows_that_do_not_belong_together_are_not_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    row = json.loads((HERE / "assets" / "results" / "ftn-ten-steps.json").read_text())["rows"][0]
+    row = json.loads((HERE / "assets" / "results" / "ftn-search-10.json").read_text())["rows"][0]
     row = dict(row, side=2, k=1, final_side=2, winners=[[0], [1], [2]], touched=[1, 1, 1])
     others = [(dict(row, seed=9, inputs="gaussian"), "inputs"), (row, "seed")]
     others.append((dict(row, seed=9, curve=row["curve"][1:]), "curve"))

@@ -49,30 +49,30 @@ def mistral_sizes():
 
 def niwf_claims(read):
     """read(name): the rows of a file of results. -> [(where, claim, finding, what shows it, verdict)]"""
-    base, ablation, worth = read("tiny-baselines"), read("tiny-ablations"), read("tiny-worth")
-    smol, smol_worth = read("smollm2-baselines"), read("smollm2-worth")
-    full, one, alone = "full fine-tuning", "LoRA r 64, one", "LoRA r 64, one a task"
-    exact, soft, paper = "NIWF, exact lock", "NIWF, soft lock", "NIWF, the paper's own"
-    fixed, field, dense = "fixed z, N 16, K 8", "NIWF, N 16, K 8", ablation["dense gating"]
+    parts = (cost_claims, table_3_claims, figure_7_claims, region_claims)
+    return [claim for part in parts for claim in part(read)]
+
+
+def cost_claims(read):
+    """Sizes, memory and time."""
     bank, small = mistral_sizes()
     gather = read("gather-bench")["mistral, 1 x 256 tokens"]
     ratio = gather["a token"]["bytes"] / gather["a sequence"]["bytes"]
     prefill = read("decode-bench")["mistral, prefill"]
     twice = statistics.median(prefill["ours"]["seconds"]) / statistics.median(prefill["bare"]["seconds"])
-    drift = base[soft][0]["drift"]["alpaca"]
-    now, penalty = 100 * drift["inside_now"], drift["lock_loss"]
-    growth, total = read("stream"), read("memory-count")
+    one = [r for r in read("memory-count") if r["devices"] == 1 and not r["checkpointing"]]
+    second = f"{one[-1]['total'] / 2**30:.1f} GiB by count, with gradients"
+    growth = read("stream")
     half = len(growth) // 2
     ms = [statistics.median(n["routed_ms"] for n in part) for part in (growth[:half], growth[half:])]
-    second = next(r["total"] for r in total[::-1] if r["devices"] == 1 and not r["checkpointing"]) / 2**30
-    sets = worth[field][0]["gating"]["alpaca"]["sets"]
-    unseparated = lost(ablation["soft, no separation"])
-    count, table, ablations = "`pytest test_all.py -k mistral`", "tiny-baselines", "tiny-ablations"
+    token = f"{ms[0]:.2f} ms with up to {half} tasks, {ms[1]:.2f} with more"
+    count = "`pytest test_all.py -k mistral`"
     return [
         ("Eq. 15", "banks of 323 M parameters", f"{bank:.1f} M", count, "fails"),
         ("Table 2", "field and dynamics of 0.2 M parameters", f"{small:.1f} M", count, "fails"),
-        ("Table 2", "18.9 of 24 GB", f"{second:.1f} GiB by count, with gradients", "memory-count", "open"),
+        ("Table 2", "18.9 of 24 GB", second, "memory-count", "open"),
         ("5.2", "gathered once a sequence, 500 times less", f"{ratio:.0f} times", "gather-bench", "partly"),
+        ("6.2", "cost a token is bounded", token, "stream", "holds"),
         (
             "8",
             "two passes double latency",
@@ -80,50 +80,48 @@ def niwf_claims(read):
             "decode-bench",
             "partly",
         ),
-        ("Table 3", "full fine-tuning loses 85.5 % of A", lost(base[full]), table, "holds"),
-        ("", "and is best on A", f"{learned(base[full])}, a LoRA {learned(base[one])}", table, "fails"),
-        ("", "one LoRA loses 39.9 %", f"{lost(base[one])}; SmolLM2 {lost(smol[one])}", table, "holds"),
-        ("", "less than full fine-tuning", f"{lost(base[one])}, {lost(base[full])}", table, "fails"),
-        ("", "a LoRA a task loses 0 %", lost(base[alone]), table, "holds"),
-        ("", "but needs a task's name", f"with regions {lost(base[alone], 'routed')}", table, "fails"),
-        (
-            "",
-            "NIWF loses 0 %",
-            f"as printed {lost(base[paper])}, bare probe {lost(base[soft])}",
-            table,
-            "fails",
-        ),
-        (
-            "",
-            "the same, exact lock",
-            f"{lost(base[exact])}, routed {lost(base[exact], 'routed')}",
-            table,
-            "holds",
-        ),
-        ("", "NIWF 3 % above a LoRA on A", f"{learned(base[exact])}, {learned(base[alone])}", table, "fails"),
-        ("", "", f"{learned(smol[exact])}, {learned(smol[alone])}", "smollm2-baselines", "fails"),
-        ("5.3", "no labels at inference", f"{home(base[exact])} routed home", table, "holds"),
-        ("", "", f"{home(smol[exact])}", "smollm2-baselines", "partly"),
-        (
-            "Figure 7",
-            "a fixed z is worse",
-            f"{learned(worth[fixed])}, {learned(worth[field])}",
-            "tiny-worth",
-            "holds",
-        ),
-        ("", "", f"{learned(smol_worth[fixed])}, {learned(smol_worth[field])}", "smollm2-worth", "fails"),
-        ("", "no separation loses 0.2 %", f"{unseparated}, with it {lost(base[soft])}", ablations, "fails"),
-        ("", "no lock loses 30.6 %", lost(base["NIWF, no lock"]), table, "holds"),
-        ("", "dense is better on A", f"{learned(dense)}, {learned(base[exact])}", ablations, "fails"),
-        ("", "dense is worse on B", f"{learned(dense, 1)}, {learned(base[exact], 1)}", ablations, "holds"),
-        (
-            "5.5",
-            "A's region holds A after B",
-            f"{now:.0f} % of its inputs, soft lock",
-            "tiny-soft-lock",
-            "fails",
-        ),
-        ("6.1", "zero tolerance at anchors", f"L_lock {penalty:.0e}; A is lost", "tiny-soft-lock", "fails"),
+    ]
+
+
+def table_3_claims(read):
+    """What is forgotten, by which method."""
+    base, smol, table = read("tiny-baselines"), read("smollm2-baselines"), "tiny-baselines"
+    full, one, alone = base["full fine-tuning"], base["LoRA r 64, one"], base["LoRA r 64, one a task"]
+    exact, soft, paper = (base[f"NIWF, {name}"] for name in ("exact lock", "soft lock", "the paper's own"))
+    real = [smol[name] for name in ("NIWF, exact lock", "LoRA r 64, one a task")]
+    printed = f"as printed {lost(paper)}, bare probe {lost(soft)}"
+    return [
+        ("Table 3", "full fine-tuning loses 85.5 % of A", lost(full), table, "holds"),
+        ("", "and is best on A", f"{learned(full)}, a LoRA {learned(one)}", table, "fails"),
+        ("", "one LoRA loses 39.9 %", f"{lost(one)}; SmolLM2 {lost(smol['LoRA r 64, one'])}", table, "holds"),
+        ("", "less than full fine-tuning", f"{lost(one)}, {lost(full)}", table, "fails"),
+        ("", "a LoRA a task loses 0 %", lost(alone), table, "holds"),
+        ("", "but needs a task's name", f"with regions {lost(alone, 'routed')}", table, "fails"),
+        ("", "NIWF loses 0 %", printed, table, "fails"),
+        ("", "the same, exact lock", f"{lost(exact)}, routed {lost(exact, 'routed')}", table, "holds"),
+        ("", "NIWF 3 % above a LoRA on A", f"{learned(exact)}, {learned(alone)}", table, "fails"),
+        ("", "", ", ".join(map(learned, real)), "smollm2-baselines", "fails"),
+    ]
+
+
+def figure_7_claims(read):
+    """What becomes worse without one of the parts."""
+    base, ablation, table = read("tiny-baselines"), read("tiny-ablations"), "tiny-ablations"
+    exact, soft, dense = base["NIWF, exact lock"], base["NIWF, soft lock"], ablation["dense gating"]
+    worth = {name: read(f"{name}-worth") for name in ("tiny", "smollm2")}
+    pairs = {
+        name: ", ".join(learned(rows[row]) for row in ("fixed z, N 16, K 8", "NIWF, N 16, K 8"))
+        for name, rows in worth.items()
+    }
+    unseparated = f"{lost(ablation['soft, no separation'])}, with it {lost(soft)}"
+    sets = worth["tiny"]["NIWF, N 16, K 8"][0]["gating"]["alpaca"]["sets"]
+    return [
+        ("Figure 7", "a fixed z is worse", pairs["tiny"], "tiny-worth", "holds"),
+        ("", "", pairs["smollm2"], "smollm2-worth", "fails"),
+        ("", "no separation loses 0.2 %", unseparated, table, "fails"),
+        ("", "no lock loses 30.6 %", lost(base["NIWF, no lock"]), "tiny-baselines", "holds"),
+        ("", "dense is better on A", f"{learned(dense)}, {learned(exact)}", table, "fails"),
+        ("", "dense is worse on B", f"{learned(dense, 1)}, {learned(exact, 1)}", table, "holds"),
         (
             "3.3",
             "a gating for each input",
@@ -132,86 +130,102 @@ def niwf_claims(read):
             "holds",
         ),
         ("", "", "one choice, as printed", "`pytest test_all.py -k collapses`", "fails"),
-        (
-            "6.2",
-            "cost a token is bounded",
-            f"{ms[0]:.2f} ms with up to {half} tasks, {ms[1]:.2f} with more",
-            "stream",
-            "holds",
-        ),
+    ]
+
+
+def region_claims(read):
+    """Where inputs lie, and what the anchors hold."""
+    homes = {name: home(read(f"{name}-baselines")["NIWF, exact lock"]) for name in ("tiny", "smollm2")}
+    drift = read("tiny-baselines")["NIWF, soft lock"][0]["drift"]["alpaca"]
+    now, penalty = f"{100 * drift['inside_now']:.0f} %", f"{drift['lock_loss']:.0e}"
+    return [
+        ("5.3", "no labels at inference", f"{homes['tiny']} routed home", "tiny-baselines", "holds"),
+        ("", "", homes["smollm2"], "smollm2-baselines", "partly"),
+        ("5.5", "A's region holds A after B", f"{now} of its inputs, soft lock", "tiny-soft-lock", "fails"),
+        ("6.1", "zero tolerance at anchors", f"L_lock {penalty}; A is lost", "tiny-soft-lock", "fails"),
         ("7", "versions move no other", "not by a bit", "`pytest test_all.py -k 200_random`", "holds"),
     ]
 
 
+class Rows:
+    """Rows of synthetic.py by variant and method, and what they come to, means over seeds."""
+
+    def __init__(self, rows):
+        self.all = rows
+
+    def of(self, variant, method):
+        return [r for r in self.all if (r["variant"], r["method"]) == (variant, method)]
+
+    def mean(self, key, variant, method):
+        return mean(row_summary(r)[key] for r in self.of(variant, method))
+
+    def score(self, variant, method):
+        return f"{self.mean('recovered_last', variant, method):.3f}"
+
+    def forgets(self, variant, method, protocol="recovered"):
+        return f"{self.mean(f'{protocol}_fm', variant, method):.3f}"
+
+    def both(self, variant, method):
+        return f"{self.score(variant, method)}, {self.forgets(variant, method)}"
+
+    def recall(self, variant, method):
+        losses = decomposition([r for r in self.all if r["variant"] == variant])[method]
+        return f"{mean(recall for _, recall in losses):.3f}"
+
+
 def ftn_claims(read):
     """As `niwf_claims`."""
-    rows = read("ftn-experiment-1") + read("lora-ftn")
-    runs = {}
-    for row in rows:
-        runs.setdefault((row["variant"], row["method"]), []).append(row)
+    return grid_claims(read) + style_claims(read)
 
-    def score(variant, method, protocol="recovered"):
-        return f"{mean(row_summary(r)[f'{protocol}_last'] for r in runs[variant, method]):.3f}"
 
-    def forgets(variant, method, protocol="recovered"):
-        return f"{mean(row_summary(r)[f'{protocol}_fm'] for r in runs[variant, method]):.3f}"
-
-    def both(*key):
-        return f"{score(*key)}, {forgets(*key)}"
-
-    def recall(variant, method):
-        return mean(r for _, r in decomposition([r for r in rows if r["variant"] == variant])[method])
-
-    def tuned(name, variant):
-        return [row_summary(r) for r in read(name) if r["variant"] == variant]
-
-    supsup = f"{mean(r['recovered_last'] for r in tuned('ftn-supsup-tuned', 'clf')):.3f}"
-    ewc = f"{mean(r['recovered_fm'] for r in tuned('ftn-ewc-tuned', 'clf')):.3f}"
-    hidden = f"{mean(row_summary(r)['recovered_fm'] for r in read('ftn-slow-hidden')):.3f}"
-    bank = [r for r in read("lora-ftn") if r["method"] == "lora-bank"]
-    unique = sum(len({*r["chosen"]}) == r["tasks"] for r in bank)
-    pairs = [x for r in runs["style", "lora-ftn"] for x in r["overlap_last"]]
-    disjoint = f"{100 * mean(x == 0 for x in pairs):.0f} % of pairs, the largest {max(pairs):.2f}"
-    decay = [row_summary(r)["parameters_moved"] for r in read("ftn-leaks") if r["leak"] == "decay"]
-    one, style, slow = "ftn-experiment-1", "lora-ftn", "ftn-slow"
+def grid_claims(read):
+    """Experiment 1: a grid of neurons."""
+    rows, one = Rows(read("ftn-experiment-1")), "ftn-experiment-1"
+    ewc, supsup = Rows(read("ftn-ewc-tuned")), Rows(read("ftn-supsup-tuned"))
+    hidden = Rows(read("ftn-slow-hidden")).forgets("clf", "ftn-slow-hidden")
+    decay = mean(row_summary(r)["parameters_moved"] for r in read("ftn-leaks") if r["leak"] == "decay")
+    slow, fixed = rows.forgets("clf", "ftn-slow"), rows.forgets("clf", "fixedmask")
+    overlap = f"of {slow}, by overlap {rows.forgets('clf', 'ftn-slow', 'stored')}"
+    unsmoothed = f"{rows.score('reg', 'kwta')}, {rows.score('reg', 'ftn-fast')}"
+    tuned = f"FM {ewc.forgets('clf', 'ewc-400000')} at 4e5"
     return [
-        ("Table 1", "FixedMask .938, FM 0", both("clf", "fixedmask"), one, "holds"),
-        ("", "FTN-Slow .896, FM .014", both("clf", slow), one, "fails"),
-        ("", "FTN-Fast .899, FM .042", both("clf", "ftn-fast"), one, "fails"),
-        ("", "KWTA .640, FM .152: smoothing is needed", both("clf", "kwta"), one, "holds"),
-        ("", "NoMask .666, FM .466", both("clf", "nomask"), one, "holds"),
-        ("", "EWC as NoMask, at strength 400", both("clf", "ewc"), one, "holds"),
-        ("", "the same, tuned", f"FM {ewc} at 4e5", "ftn-ewc-tuned", "partly"),
-        ("", "SupSup .645, FM 0", both("clf", "supsup"), one, "holds"),
-        ("", "the same, tuned", f"{supsup}", "ftn-supsup-tuned", "holds"),
-        ("", "SupSup-Wide .660, FM 0", both("clf", "supsup-wide"), one, "partly"),
-        ("Table 2", "FixedMask .006, FM 0", both("reg", "fixedmask"), one, "holds"),
-        ("", "FTN-Slow .167, FM .003", both("reg", slow), one, "holds"),
-        ("", "KWTA .589, FTN-Fast .126", f"{score('reg', 'kwta')}, {score('reg', 'ftn-fast')}", one, "fails"),
-        ("", "NoMask .312, FM .054 (ours: its sign put right)", both("reg", "nomask"), one, "partly"),
-        ("", "SupSup-Wide is no better than SupSup", both("reg", "supsup-wide"), one, "fails"),
-        ("", "and FM .101 by recall", f"recall {recall('reg', 'supsup-wide'):.3f}", one, "fails"),
-        (
-            "Table 4",
-            "FTN-Slow loses by recall, not by overlap",
-            f"of {forgets('clf', slow)}, by overlap {forgets('clf', slow, 'stored')}",
-            one,
-            "fails",
-        ),
-        ("Theorem 2.1", "disjoint masks keep every bit", forgets("clf", "fixedmask"), one, "holds"),
-        ("", "the search makes them disjoint", f"FM {forgets('clf', slow)}", one, "fails"),
+        ("Table 1", "FixedMask .938, FM 0", rows.both("clf", "fixedmask"), one, "holds"),
+        ("", "FTN-Slow .896, FM .014", rows.both("clf", "ftn-slow"), one, "fails"),
+        ("", "FTN-Fast .899, FM .042", rows.both("clf", "ftn-fast"), one, "fails"),
+        ("", "KWTA .640, FM .152: smoothing is needed", rows.both("clf", "kwta"), one, "holds"),
+        ("", "NoMask .666, FM .466", rows.both("clf", "nomask"), one, "holds"),
+        ("", "EWC as NoMask, at strength 400", rows.both("clf", "ewc"), one, "holds"),
+        ("", "the same, tuned", tuned, "ftn-ewc-tuned", "partly"),
+        ("", "SupSup .645, FM 0", rows.both("clf", "supsup"), one, "holds"),
+        ("", "the same, tuned", supsup.score("clf", "supsup-0.003"), "ftn-supsup-tuned", "holds"),
+        ("", "SupSup-Wide .660, FM 0", rows.both("clf", "supsup-wide"), one, "partly"),
+        ("Table 2", "FixedMask .006, FM 0", rows.both("reg", "fixedmask"), one, "holds"),
+        ("", "FTN-Slow .167, FM .003", rows.both("reg", "ftn-slow"), one, "holds"),
+        ("", "KWTA .589, FTN-Fast .126", unsmoothed, one, "fails"),
+        ("", "NoMask .312, FM .054 (ours: its sign put right)", rows.both("reg", "nomask"), one, "partly"),
+        ("", "SupSup-Wide is no better than SupSup", rows.both("reg", "supsup-wide"), one, "fails"),
+        ("", "and FM .101 by recall", f"recall {rows.recall('reg', 'supsup-wide')}", one, "fails"),
+        ("Table 4", "FTN-Slow loses by recall, not by overlap", overlap, one, "fails"),
+        ("Theorem 2.1", "disjoint masks keep every bit", fixed, one, "holds"),
+        ("", "the search makes them disjoint", f"FM {slow}", one, "fails"),
         ("", "made to: hidden from it, m0 = -4", f"FM {hidden}", "ftn-slow-hidden", "holds"),
-        ("Appendix C", "decay moves inactive neurons", f"{100 * mean(decay):.0f} %", "ftn-leaks", "holds"),
-        ("Table 3", "FixedMask FM 0", forgets("style", "lora-fixedmask"), style, "holds"),
-        ("", "LoRA-Naive collapses, FM 7.37", forgets("style", "lora-naive"), style, "holds"),
-        (
-            "",
-            "LoRA-FTN FM .07, stored .34",
-            f"{forgets('style', 'lora-ftn')}, stored {forgets('style', 'lora-ftn', 'stored')}",
-            style,
-            "partly",
-        ),
-        ("", "LoRA-Bank FM .04", forgets("style", "lora-bank"), style, "fails"),
-        ("", "6 of 7 seeds take an adapter a task", f"{unique} of {len(bank)}", "lora-ftn", "fails"),
+        ("Appendix C", "decay moves inactive neurons", f"{100 * decay:.0f} %", "ftn-leaks", "holds"),
+    ]
+
+
+def style_claims(read):
+    """Experiment 2: LoRA-FTN."""
+    rows, style = Rows(read("lora-ftn")), "lora-ftn"
+    ftn = f"{rows.forgets('style', 'lora-ftn')}, stored {rows.forgets('style', 'lora-ftn', 'stored')}"
+    bank = rows.of("style", "lora-bank")
+    unique = f"{sum(len({*r['chosen']}) == r['tasks'] for r in bank)} of {len(bank)}"
+    pairs = [x for r in rows.of("style", "lora-ftn") for x in r["overlap_last"]]
+    disjoint = f"{100 * mean(x == 0 for x in pairs):.0f} % of pairs, the largest {max(pairs):.2f}"
+    return [
+        ("Table 3", "FixedMask FM 0", rows.forgets("style", "lora-fixedmask"), style, "holds"),
+        ("", "LoRA-Naive collapses, FM 7.37", rows.forgets("style", "lora-naive"), style, "holds"),
+        ("", "LoRA-FTN FM .07, stored .34", ftn, style, "partly"),
+        ("", "LoRA-Bank FM .04", rows.forgets("style", "lora-bank"), style, "fails"),
+        ("", "6 of 7 seeds take an adapter a task", unique, style, "fails"),
         ("Table 5", "most pairs are disjoint, the largest .36", disjoint, style, "partly"),
     ]

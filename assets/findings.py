@@ -6,8 +6,7 @@ Every figure in them is computed from `assets/results/*.json`; a test finds thos
 import math
 import statistics
 
-from claims import home, learned, lost, mean, mistral_sizes
-from synthetic import row_summary
+from claims import Rows, home, learned, lost, mean, mistral_sizes
 
 
 def percent(rows, others):
@@ -190,79 +189,66 @@ the grid once without gradients, and a step touches 128 of 1,024 neurons.
 """
 
 
-def summaries(rows, variant, method):
-    return [row_summary(r) for r in rows if (r["variant"], r["method"]) == (variant, method)]
-
-
-def fm(rows, method="ftn-slow", variant="clf"):
-    """Forgetting, recovered: the mean over seeds."""
-    return mean(s["recovered_fm"] for s in summaries(rows, variant, method))
-
-
-def score(rows, method, variant="clf"):
-    return f"{mean(s['recovered_last'] for s in summaries(rows, variant, method)):.3f}"
-
-
 def ftn_says(read):
-    rows = read("ftn-experiment-1")
-    slow = fm(rows)
-    shared = [
-        max(r["overlap_last"]) > 0.5 for r in rows if (r["variant"], r["method"]) == ("clf", "ftn-slow")
-    ]
+    rows = Rows(read("ftn-experiment-1"))
+    slow, reg = rows.of("clf", "ftn-slow"), rows.forgets("reg", "ftn-slow")
+    times = rows.mean("recovered_fm", "clf", "ftn-slow") / 0.014
+    shared = sum(max(r["overlap_last"]) > 0.5 for r in slow)
     return f"""
-FTN-Slow ends near the paper's accuracy, {score(rows, "ftn-slow")} against .896, but forgets {slow:.3f},
-{slow / 0.014:.0f} times what the paper reports: it learns more and loses more. In {sum(shared)} of
-{len(shared)} seeds two of its masks share more than half of their neurons. In regression, where the
-paper searches with ten steps, it forgets {fm(rows, variant="reg"):.3f}. The lock repairs it outright:
-no committed bit moves. Smoothing is needed in classification: KWTA has none, and ends at
-{score(rows, "kwta")}; in regression KWTA ({score(rows, "kwta", "reg")}) beats FTN-Fast
-({score(rows, "ftn-fast", "reg")}). Below: other seeds; inputs x ~ N(0, I), which are harder; FixedMask
-with a precaution left out; more tasks than the grid has room for; the search with ten steps.
+FTN-Slow ends near the paper's accuracy, {rows.score("clf", "ftn-slow")} against .896, but forgets
+{rows.forgets("clf", "ftn-slow")}, {times:.0f} times what the paper reports: it learns more and loses more.
+In {shared} of {len(slow)} seeds two of its masks share more than half of their neurons. In regression,
+where the paper searches with ten steps, it forgets {reg}. The lock repairs it outright: no committed bit
+moves. Smoothing is needed in classification: KWTA has none, and ends at {rows.score("clf", "kwta")}; in
+regression KWTA ({rows.score("reg", "kwta")}) beats FTN-Fast ({rows.score("reg", "ftn-fast")}). Below:
+inputs x ~ N(0, I), which are harder; FixedMask with a precaution left out; more tasks than the grid has
+room for.
 """
 
 
 def recall_says(read):
-    rows = read("ftn-recall")
-    told = read("ftn-experiment-1")
-    random = score(rows, "random-disjoint-recall")
+    names = ("ftn-recall", "ftn-experiment-1", "ftn-gaussian-recall", "ftn-gaussian")
+    random, told, harder, harder_told = (Rows(read(name)) for name in names)
     return f"""
 Under the lock, not here: disjoint masks that nobody searched, drawn at random and recalled, reach
-{random}; FixedMask, which is told the task, {score(told, "fixedmask")}. The harder generator agrees:
-{score(read("ftn-gaussian-recall"), "random-disjoint-recall")} and
-{score(read("ftn-gaussian"), "fixedmask")}.
+{random.score("clf", "random-disjoint-recall")}; FixedMask, which is told the task,
+{told.score("clf", "fixedmask")}. The harder generator agrees:
+{harder.score("clf", "random-disjoint-recall")} and {harder_told.score("clf", "fixedmask")}.
 """
 
 
 def search_says(read):
-    plain, low, published = read("ftn-search-1"), read("ftn-search-1-low"), read("ftn-slow-hidden")
-    name, gaussian = "ftn-slow-hidden", read("ftn-gaussian-hidden")
+    names = ("search-1", "search-1-low", "search-10", "slow-hidden", "gaussian", "gaussian-hidden")
+    plain, low, ten, best, harder, harder_best = (Rows(read(f"ftn-{name}")) for name in names)
+    slow, hidden = ("clf", "ftn-slow"), ("clf", "ftn-slow-hidden")
     return f"""
 The search sees the answers of all older tasks, half switched on, and takes the useful ones. Hide those
 from it in training *and* let the mask's logits begin at -4, so that all else is nearly off, and without
-any lock the same search forgets {fm(published, name):.3f}. Either change alone does not help: as
-printed {fm(plain):.3f}, hidden {fm(plain, name):.3f}, from -4 {fm(low):.3f}, both {fm(low, name):.3f}.
-With the harder generator it forgets {fm(gaussian, name):.3f} in place of
-{fm(read("ftn-gaussian")):.3f}.
+any lock the same search forgets {best.forgets(*hidden)}. Either change alone does not help: as printed
+{plain.forgets(*slow)}, hidden {plain.forgets(*hidden)}, from -4 {low.forgets(*slow)}, both
+{low.forgets(*hidden)}. Ten steps in place of one: {ten.forgets(*slow)}. With the harder generator hidden
+from -4 forgets {harder_best.forgets(*hidden)} in place of {harder.forgets(*slow)}.
 """
 
 
 def tuned_say(read):
-    told, ewc, supsup = (read(n) for n in ("ftn-experiment-1", "ftn-ewc-tuned", "ftn-supsup-tuned"))
+    names = ("ftn-experiment-1", "ftn-ewc-tuned", "ftn-supsup-tuned")
+    told, ewc, supsup = (Rows(read(name)) for name in names)
     return f"""
 They gain little. EWC is best at a thousand times the paper's strength, and then forgets
-{fm(ewc, "ewc-400000"):.3f} in place of {fm(told, "ewc"):.3f}; SupSup at ten times its rate ends at
-{score(supsup, "supsup-0.003")} in place of {score(told, "supsup")}.
+{ewc.forgets("clf", "ewc-400000")} in place of {told.forgets("clf", "ewc")}; SupSup at ten times its rate
+ends at {supsup.score("clf", "supsup-0.003")} in place of {told.score("clf", "supsup")}.
 """
 
 
 def styles_say(read):
-    rows = read("lora-ftn")
+    rows = Rows(read("lora-ftn"))
     return f"""
 LoRA-Bank gives every task the one adapter with the lowest loss. It forgets
-{fm(rows, "lora-bank", "style"):.3f} because that is often an adapter that another style has trained: a
+{rows.forgets("style", "lora-bank")} because that is often an adapter that another style has trained: a
 backbone this small is poor before training. With the lock, which offers committed adapters to nobody,
-it ends at {score(rows, "lora-bank-lock", "style")} and LoRA-FTN with it at
-{score(rows, "lora-ftn-lock", "style")}.
+it ends at {rows.score("style", "lora-bank-lock")} and LoRA-FTN with it at
+{rows.score("style", "lora-ftn-lock")}.
 """
 
 
@@ -294,7 +280,7 @@ def not_as_printed(read):
     free = read("tiny-soft-lock")["nothing frozen"]
     outside = 100 * (1 - mean(r["drift"]["alpaca"]["inside_now"] for r in free))
     code = 100 * read("smollm2-regions")[0]["regions"]["alpaca"]["code"]["inside"]
-    unmasked = fm(read("ftn-experiment-1"), "nomask", "reg")
+    unmasked = Rows(read("ftn-experiment-1")).forgets("reg", "nomask")
     count, collapse = "`pytest test_all.py -k mistral`", "`pytest test_all.py -k collapses`"
     soft, one, ftn = "tiny-soft-lock", "smollm2-regions", "ftn-experiment-1"
     return [
@@ -311,7 +297,7 @@ def not_as_printed(read):
         ("inputs keep finding their region", f"{outside:.0f} % are outside after the next task", soft),
         ("one region tells tasks apart", f"on real data {code:.0f} % of the other task lie in it", one),
         ("each input gets weights of its own", "as printed one gating serves all of a task", collapse),
-        ('FTN: FM of losses is "peak minus final"', f"with its sign put right {unmasked:.3f}, not .054", ftn),
+        ('FTN: FM of losses is "peak minus final"', f"with its sign put right {unmasked}, not .054", ftn),
         (
             "disjoint final masks: no forgetting",
             'masks move: what counts is the union of a task\'s, "overwritten" in the file',

@@ -585,18 +585,9 @@ def start_copying(model, seed):
                 q[slow], k[slow] = P * 1.7, S * 1.7
                 o[:, :hd] *= 8
 
-def make_backbone(out, seed, steps, minutes, batch=8, length=256, peak=2.5e-3, drills=120):
+def new_model(tok, seed):
     import torch
-    from tokenizers import Tokenizer
-    from tqdm import tqdm
     from transformers import MistralConfig, MistralForCausalLM
-    out = out / "tiny"
-    out.mkdir(parents=True, exist_ok=True)
-    rng, library, began = random.Random(f"{seed} text"), stdlib(), time.time()
-    stream = documents(rng, library)
-    tok = make_tokenizer([t for t, _ in zip(documents(random.Random(seed), library, 0), range(25_000))])
-    plain = Tokenizer.from_str(tok.backend_tokenizer.to_str())
-    plain.normalizer, plain.post_processor = None, tok.backend_tokenizer.post_processor
     torch.manual_seed(seed)
     model = MistralForCausalLM(MistralConfig(
         vocab_size=len(tok), hidden_size=192, num_hidden_layers=4, intermediate_size=288, num_attention_heads=6, num_key_value_heads=2,
@@ -610,24 +601,45 @@ def make_backbone(out, seed, steps, minutes, batch=8, length=256, peak=2.5e-3, d
             if n[0] == "Ġ" and n != low and low in names:
                 model.model.embed_tokens.weight[i].mul_(.6).add_(model.model.embed_tokens.weight[names.index(low)], alpha=.8)
     start_copying(model, seed)
+    return model
+
+def blocks(stream, tok, seed, batch, length, drills):
+    """Token ids [batch, length], without end. Copying first: in `drills` of them, random pieces come twice. Then fresh
+    documents all the time: nothing is read twice but the library."""
+    import torch
+    from tokenizers import Tokenizer
+    plain = Tokenizer.from_str(tok.backend_tokenizer.to_str())
+    plain.normalizer, plain.post_processor = None, tok.backend_tokenizer.post_processor
+    rng, pool = np.random.default_rng(seed), np.zeros(0, np.int64)
+    for _ in range(drills):
+        n = int(rng.choice((4, 8, 16, 32)))
+        yield torch.from_numpy(rng.integers(3, len(tok), (batch, length // n // 2, 1, n)).repeat(2, axis=2).reshape(batch, length))
+    while True:
+        if len(pool) < batch * length:
+            texts = [next(stream) for _ in range(20_000)]
+            ids = plain.encode_batch([join_marks(t) for t in texts])
+            flat = np.concatenate([np.array(e.ids + [tok.eos_token_id]) for e in ids])
+            flat = flat[: len(flat) // length * length].reshape(-1, length)
+            pool = flat[rng.permutation(len(flat))].reshape(-1)
+        yield torch.from_numpy(pool[: batch * length].reshape(batch, length))
+        pool = pool[batch * length:]
+
+def make_backbone(out, seed, steps, minutes, batch=8, length=256, peak=2.5e-3, drills=120):
+    import torch
+    from tqdm import tqdm
+    out = out / "tiny"
+    out.mkdir(parents=True, exist_ok=True)
+    rng, library = random.Random(f"{seed} text"), stdlib()
+    stream = documents(rng, library)
+    tok = make_tokenizer([t for t, _ in zip(documents(random.Random(seed), library, 0), range(25_000))])
+    model = new_model(tok, seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {batch} x {length} tokens")
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
     opt = torch.optim.AdamW([dict(params=decay, weight_decay=.1), dict(params=rest, weight_decay=0.)], lr=peak, betas=(.9, .95), fused=True)
-    pool, np_rng, log, mean, began = np.zeros(0, np.int64), np.random.default_rng(seed), [], [], time.time()
+    log, mean, began = [], [], time.time()
     bar = tqdm(range(steps), mininterval=10, disable=None)  # not where there is no terminal
-    for step in bar:
-        if step < drills:  # copying first: blocks of random pieces, each twice
-            n = int(np_rng.choice((4, 8, 16, 32)))
-            x = torch.from_numpy(np_rng.integers(3, len(tok), (batch, length // n // 2, 1, n)).repeat(2, axis=2).reshape(batch, length))
-        else:
-            if len(pool) < batch * length:  # fresh documents all the time: nothing is read twice but the library
-                texts = [next(stream) for _ in range(20_000)]
-                ids = plain.encode_batch([join_marks(t) for t in texts])
-                flat = np.concatenate([np.array(e.ids + [tok.eos_token_id]) for e in ids])
-                flat = flat[: len(flat) // length * length].reshape(-1, length)
-                pool = flat[np_rng.permutation(len(flat))].reshape(-1)
-            x, pool = torch.from_numpy(pool[: batch * length].reshape(batch, length)), pool[batch * length:]
+    for step, x in zip(bar, blocks(stream, tok, seed, batch, length, drills)):
         # With --minutes the schedule follows the clock, which no second run repeats exactly; with --steps it is fixed.
         done = (time.time() - began) / 60 / minutes if minutes else step / steps
         if done >= 1: break
