@@ -70,19 +70,8 @@ from safetensors.torch import save
 from transformers.pytorch_utils import Conv1D
 
 from field import CoordinateDynamics, Region, WeightField, route, take_snapshot, top_k_gating
-from model import (
-    NIWF,
-    Refused,
-    find_targets,
-    fingerprint,
-    first_alone,
-    in_out,
-    joined_processes,
-    layer_numbers,
-    load_backbone,
-    pad_of,
-    rank_and_size,
-)
+from model import NIWF, Refused, find_targets, fingerprint, first_alone, in_out, joined_processes
+from model import layer_numbers, load_backbone, pad_of, rank_and_size
 
 # ---------------------------------------------------------------------------- what is on disk, and reading it
 

@@ -41,24 +41,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from commit import Parser, Run, atomic, export, latest_run, number, output_file, run_program, write_results
 from field import CoordinateDynamics, WeightField, take_snapshot, top_k_gating
-from model import (
-    NIWF,
-    Refused,
-    detach,
-    encode,
-    end_token,
-    find_layers,
-    from_shape,
-    perplexity,
-    pick_device,
-    prompt_ids,
-    prompt_of,
-    rank_and_size,
-    response_logits,
-    response_nll,
-    sampler,
-    sum_over_processes,
-)
+from model import NIWF, Refused, detach, encode, end_token, find_layers, from_shape, perplexity, pick_device
+from model import prompt_ids, prompt_of, rank_and_size, response_logits, response_nll, sampler
+from model import sum_over_processes
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
 

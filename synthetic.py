@@ -51,17 +51,8 @@ from tqdm import tqdm
 
 from commit import Parser, atomic, number, output_file, run_program, write_results
 from ftn import ALL, FastGrid, LoRAPool, SmoothKWTA, commit_mask, grow, unpack
-from model import (
-    TINY_FOLDER,
-    Refused,
-    attach,
-    find_targets,
-    load_backbone,
-    pad_of,
-    rank_and_size,
-    response_logits,
-    response_nll,
-)
+from model import TINY_FOLDER, Refused, attach, find_targets, load_backbone, pad_of, rank_and_size
+from model import response_logits, response_nll
 
 HERE = pathlib.Path(__file__).parent
 SENTENCES = HERE / "assets" / "data" / "sentences.txt"

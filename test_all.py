@@ -43,25 +43,9 @@ import train
 from commit import Refused, Run, Version
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
 from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, grow, k_winners, smooth, unpack
-from model import (
-    ENDED,
-    NIWF,
-    TINY_FOLDER,
-    AdapterBank,
-    attach,
-    detach,
-    encode,
-    end_token,
-    find_targets,
-    fingerprint,
-    from_shape,
-    load_backbone,
-    perplexity,
-    pick_device,
-    response_logits,
-    response_nll,
-    sampler,
-)
+from model import ENDED, NIWF, TINY_FOLDER, AdapterBank, attach, detach, encode, end_token, find_targets
+from model import fingerprint, from_shape, load_backbone, perplexity, pick_device, response_logits
+from model import response_nll, sampler
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE / "assets"))

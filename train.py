@@ -48,42 +48,13 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from commit import (
-    Parser,
-    Run,
-    Version,
-    atomic,
-    check_name,
-    number,
-    provenance,
-    put_aside,
-    read_records,
-    run_program,
-    validate,
-)
+from commit import Parser, Run, Version, atomic, check_name, number, provenance, put_aside, read_records
+from commit import run_program, validate
 from eval import measure_last, probe_all, report
-from field import (
-    CoordinateDynamics,
-    Region,
-    WeightField,
-    lock_loss,
-    sample_anchors,
-    separation_loss,
-    take_snapshot,
-    top_k_gating,
-)
-from model import (
-    NIWF,
-    Refused,
-    any_process,
-    encode,
-    first_alone,
-    hub_or_cache,
-    pick_device,
-    rank_and_size,
-    response_nll,
-    sum_over_processes,
-)
+from field import CoordinateDynamics, Region, WeightField, lock_loss, sample_anchors, separation_loss
+from field import take_snapshot, top_k_gating
+from model import NIWF, Refused, any_process, encode, first_alone, hub_or_cache, pick_device, rank_and_size
+from model import response_nll, sum_over_processes
 
 import torch
 from huggingface_hub import hf_hub_download

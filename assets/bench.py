@@ -45,19 +45,8 @@ from commit import Parser, Run, number, output_file, read_records, run_program, 
 from eval import PARTS, TOKENS, answer, count_memory, forgetting, open_run, validation_set
 from field import CoordinateDynamics, WeightField, top_k_gating
 from ftn import SmoothKWTA
-from model import (
-    NIWF,
-    Refused,
-    attach,
-    decode,
-    encode,
-    find_targets,
-    from_shape,
-    load_backbone,
-    pad_of,
-    response_logits,
-    response_nll,
-)
+from model import NIWF, Refused, attach, decode, encode, find_targets, from_shape, load_backbone, pad_of
+from model import response_logits, response_nll
 from train import peak_memory, resource
 from synthetic import HEAD, METHODS, Adapters, Neurons, Row, StyleRow, generator
 

@@ -46,19 +46,8 @@ from commit import Parser, atomic, run_program
 from eval import PARTS as MEMORY, TABLE_2, memory_lines, report
 from findings import FINDINGS, not_as_printed
 from model import Refused
-from synthetic import (
-    KNOWN,
-    PUBLISHED,
-    VARIANTS,
-    Adapters,
-    FixedMask,
-    Row,
-    SearchedMask,
-    StyleRow,
-    decomposition,
-    row_summary,
-    spread,
-)
+from synthetic import KNOWN, PUBLISHED, VARIANTS, Adapters, FixedMask, Row, SearchedMask, StyleRow
+from synthetic import decomposition, row_summary, spread
 
 RESULTS = HOME / "assets" / "results"
 PNG = b"\x89PNG\r\n\x1a\n"
