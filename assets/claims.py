@@ -215,7 +215,7 @@ def grid_claims(read):
 
 def style_claims(read):
     """Experiment 2: LoRA-FTN."""
-    rows, style = Rows(read("lora-ftn")), "lora-ftn"
+    rows, style, real = Rows(read("lora-ftn")), "lora-ftn", Rows(read("lora-bank-smollm2"))
     ftn = f"{rows.forgets('style', 'lora-ftn')}, stored {rows.forgets('style', 'lora-ftn', 'stored')}"
     bank = rows.of("style", "lora-bank")
     unique = f"{sum(len({*r['chosen']}) == r['tasks'] for r in bank)} of {len(bank)}"
@@ -226,6 +226,7 @@ def style_claims(read):
         ("", "LoRA-Naive collapses, FM 7.37", rows.forgets("style", "lora-naive"), style, "holds"),
         ("", "LoRA-FTN FM .07, stored .34", ftn, style, "partly"),
         ("", "LoRA-Bank FM .04", rows.forgets("style", "lora-bank"), style, "fails"),
+        ("", "", f"SmolLM2 {real.forgets('style', 'lora-bank')}", "lora-bank-smollm2", "partly"),
         ("", "6 of 7 seeds take an adapter a task", unique, style, "fails"),
         ("Table 5", "most pairs are disjoint, the largest .36", disjoint, style, "partly"),
     ]
