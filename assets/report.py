@@ -750,7 +750,7 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("ftn-experiment-1", scores, "Functional task networks", "The score is an accuracy in clf and a loss in "
      "reg and style. FM is forgetting: positive is worse. The paper leaves its generator open: ours was "
      "fixed after some 25 had been looked at on seeds 0 and 1, which are among those published."),
-    ("ftn-gaussian", scores), ("ftn-leaks", scores), ("ftn-capacity", scores),
+    ("ftn-supsup-wide", scores), ("ftn-gaussian", scores), ("ftn-leaks", scores), ("ftn-capacity", scores),
     ("ftn-experiment-1", decomposed, "Where the loss goes", "What earlier tasks lost against FixedMask: "
      "because masks overlap, and because the right one is not found again (Table 4)."),
     ("ftn-recall", scores, "Is the search needed?", "Masks that no search has made, recalled as the lock "
@@ -872,7 +872,9 @@ def main(argv=None):
                 tmp.write_text(text)
             print(f"wrote {path}")
         return
-    ftn = args.figures or [RESULTS / f"{name}.json" for name in ("ftn-experiment-1", "lora-ftn")]
+    ftn = args.figures or [
+        RESULTS / f"{name}.json" for name in ("ftn-experiment-1", "ftn-supsup-wide", "lora-ftn")
+    ]
     results = [row for path in ftn for row in read_rows(path)]
     if matplotlib is None:
         raise Refused("figures need matplotlib: pip install matplotlib")
