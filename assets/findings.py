@@ -206,8 +206,9 @@ In {shared} of {len(slow)} seeds two of its masks share more than half of their 
 where the paper searches with ten steps, it forgets {reg}. The lock repairs it outright: no committed bit
 moves. Smoothing is needed in classification: KWTA has none, and ends at {rows.score("clf", "kwta")}; in
 regression FTN-Fast beats it in {better} of {len(slow)} seeds, but the means are
-{rows.score("reg", "ftn-fast")} and {rows.score("reg", "kwta")}. Below: inputs x ~ N(0, I), which
-are harder; FixedMask with a precaution left out; more tasks than the grid has room for.
+{rows.score("reg", "ftn-fast")} and {rows.score("reg", "kwta")}. Which neurons win may hang on a last bit,
+so on another machine single rows of searched masks differ, and means in their second digit. Below: inputs
+x ~ N(0, I), which are harder; FixedMask with a precaution left out; more tasks than the grid has room for.
 """
 
 
