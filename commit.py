@@ -933,6 +933,10 @@ def run_program(main):
     try:
         with joined_processes():
             main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `log | head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (Refused, OSError, SafetensorError, MemoryError) as e:
         raise SystemExit(f"{name}: {' '.join(str(e).split()) or 'not enough memory'}") from None
     except RuntimeError as e:

@@ -3833,6 +3833,13 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(program, tmp_path):
     says_in_one_line(process.returncode, err, f"{program}.py: stopped")
 
 
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(two):
+    command = [sys.executable, str(HERE / "commit.py"), "log", "--run", str(two)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 1)
+
+
 @pytest.mark.parametrize("program", ["train", "synthetic"])
 def test_where_there_is_no_terminal_a_report_is_a_line_and_no_bar_is_drawn(
     program, micro, tmp_path, monkeypatch, capsys
