@@ -125,6 +125,14 @@ def random_examples(n, seed=0):
 RECORD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """No test cuts the power, so none waits until a disk has what was written."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
     """A folder with a micro backbone, and the options of a small run on it."""
@@ -2238,10 +2246,10 @@ def test_processes_that_torchrun_starts_speak_and_write_as_one(micro, first):
     assert done.stdout.count("nothing to train") == done.stdout.count("in all, peak memory") == 1
 
 
-def test_the_literal_forms_that_benchmarks_run_still_give_the_same(capsys):
+def test_the_literal_forms_that_benchmarks_run_still_give_the_same(micro, capsys):
     bench.bench_ftn("clf", 1, steps=1)
     assert "same mask in 2 of 2 batches" in capsys.readouterr().out
-    bench.bench_lora_ftn("tiny", 1)
+    bench.bench_lora_ftn(micro("alpaca", "unused")[3], 1)
     assert "the two masks share 100.0%" in capsys.readouterr().out
     logits, (backbone, pad_id, examples) = [], bench.make_backbone("tiny")
     for side in (bench.Gated, bench.Loops):
