@@ -189,9 +189,11 @@ def grid_claims(read):
     overlap = f"of {slow}, by overlap {rows.forgets('clf', 'ftn-slow', 'stored')}"
     unsmoothed = f"{rows.score('reg', 'kwta')}, {rows.score('reg', 'ftn-fast')}"
     tuned = f"FM {ewc.forgets('clf', 'ewc-400000')} at 4e5"
+    smooth = Rows(read("ftn-frequency-4")).both("clf", "ftn-slow")
     return [
         ("Table 1", "FixedMask .938, FM 0", rows.both("clf", "fixedmask"), one, "holds"),
         ("", "FTN-Slow .896, FM .014", rows.both("clf", "ftn-slow"), one, "fails"),
+        ("", "the same, smoother tasks: frequency 4", smooth, "ftn-frequency-4", "holds"),
         ("", "FTN-Fast .899, FM .042", rows.both("clf", "ftn-fast"), one, "fails"),
         ("", "KWTA .640, FM .152: smoothing is needed", rows.both("clf", "kwta"), one, "holds"),
         ("", "NoMask .666, FM .466", rows.both("clf", "nomask"), one, "holds"),
