@@ -269,7 +269,8 @@ ends at {supsup.score("clf", "supsup-0.003")} in place of {told.score("clf", "su
 
 
 def styles_say(read):
-    rows, (bank,) = Rows(read("lora-ftn")), read("lora-bank-smollm2")
+    rows, real, (bank,) = Rows(read("lora-ftn")), Rows(read("lora-ftn-smollm2")), read("lora-bank-smollm2")
+    naive, ftn, locked = (real.both("style", f"lora-{method}") for method in ("naive", "ftn", "ftn-lock"))
     chosen = bank["chosen"]
     reused = sum(adapter in chosen[:t] for t, adapter in enumerate(chosen))
     return f"""
@@ -280,6 +281,7 @@ backbone this small is poor before training. SmolLM2 is not: there, in the one s
 {Rows([bank]).forgets("style", "lora-bank")}.
 With the lock, which offers committed adapters to nobody, the tiny bank ends at
 {rows.score("style", "lora-bank-lock")} and LoRA-FTN with it at {rows.score("style", "lora-ftn-lock")}.
+Three styles of SmolLM2, score and FM: LoRA-Naive {naive}; LoRA-FTN {ftn}, with the lock {locked}.
 """
 
 
