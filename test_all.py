@@ -4197,6 +4197,26 @@ def test_tables_are_what_the_files_of_results_say():
     assert shown == {path.stem for path in report.RESULTS.glob("*.json")}  # no result is kept back
 
 
+@pytest.mark.skipif(os.name != "posix" or not shutil.which("bash"), reason="no bash here")
+def test_remake_runs_the_commands_that_the_files_of_results_name(tmp_path):
+    python = tmp_path / "python"  # writes down how it is called
+    python.write_text('#!/usr/bin/env bash\nprintf "%q " python "$@" >> called\necho >> called\n')
+    python.chmod(0o755)
+    (tmp_path / "runs" / "compose").mkdir(parents=True)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    script = ["bash", HERE / "assets" / "remake", "SmolLM2-135M", "alpaca.json", "code_alpaca.json"]
+    subprocess.run(script, cwd=tmp_path, env=os.environ | {"PATH": path}, check=True)
+
+    def named(command):  # the file, and the rest but --workers, which no result depends on
+        before, name, after = re.fullmatch(r"(.*)--json assets/results/(\S+)\.json ?(.*)", command).groups()
+        return name, shlex.split(re.sub(r"--workers \d+ ", "", before + after))
+
+    called = (tmp_path / "called").read_text().splitlines()
+    made = dict(named(command) for command in called if "--json" in command)
+    published = [report.read_results(path.stem) for path in report.RESULTS.glob("*.json")]
+    assert made == dict(named(content["command"]) for content in published)
+
+
 def test_a_file_of_results_with_other_rows_is_refused_by_name(tmp_path, monkeypatch):
     damaged = {}
     for name, draw, *_ in report.SECTIONS:
