@@ -246,16 +246,19 @@ lies between frequency 8, the published one, and 16. Score and FM, means:
 
 
 def search_says(read):
-    names = ("search-1", "search-1-low", "search-10", "slow-hidden", "gaussian", "gaussian-hidden")
-    plain, low, ten, best, harder, harder_best = (Rows(read(f"ftn-{name}")) for name in names)
+    names = "search-1", "search-1-low", "search-10", "slow-hidden"
+    plain, low, ten, best = (Rows(read(f"ftn-{name}")) for name in names)
+    names = "gaussian", "gaussian-hidden", "frequency-16", "frequency-16-hidden"
+    normal, normal_hidden, rough, rough_hidden = (Rows(read(f"ftn-{name}")) for name in names)
     slow, hidden = ("clf", "ftn-slow"), ("clf", "ftn-slow-hidden")
     return f"""
 The search sees the answers of all older tasks, half switched on, and takes the useful ones. Hide those
 from it in training *and* let the mask's logits begin at -4, so that all else is nearly off, and without
 any lock the same search forgets {best.forgets(*hidden)}. Either change alone does not help: as printed
 {plain.forgets(*slow)}, hidden {plain.forgets(*hidden)}, from -4 {low.forgets(*slow)}, both
-{low.forgets(*hidden)}. Ten steps in place of one: {ten.forgets(*slow)}. With the harder generator hidden
-from -4 forgets {harder_best.forgets(*hidden)} in place of {harder.forgets(*slow)}.
+{low.forgets(*hidden)}. Ten steps in place of one: {ten.forgets(*slow)}. Hidden from -4,
+the search forgets {normal_hidden.forgets(*hidden)} in place of {normal.forgets(*slow)} with x ~ N(0, I), and
+{rough_hidden.forgets(*hidden)} in place of {rough.forgets(*slow)} on the roughest tasks.
 """
 
 

@@ -763,8 +763,8 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
      "eta, from logits m0; *hidden*: in training the search does not see what earlier tasks have trained."),
     ("ftn-search-1-low", scores), ("ftn-search-3", scores), ("ftn-search-3-low", scores),
     ("ftn-search-10", scores), ("ftn-search-10-low", scores),
-    ("ftn-slow-hidden", scores, "", "The best of them on other seeds, and with the harder generator:"),
-    ("ftn-gaussian-hidden", scores),
+    ("ftn-slow-hidden", scores, "", "The best of them on other seeds, and with other task generators:"),
+    ("ftn-gaussian-hidden", scores), ("ftn-frequency-16-hidden", scores),
     ("ftn-choose-ewc-clf", scores, "Baselines, tuned", "EWC by strength, SupSup by learning rate and by "
      "rule: scores over 0, or the top half of each layer. Chosen on seeds 200 and 201 ..."),
     ("ftn-choose-ewc-reg", scores), ("ftn-choose-supsup-clf", scores), ("ftn-choose-supsup-reg", scores),
