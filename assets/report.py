@@ -772,8 +772,8 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("lora-ftn", scores, "LoRA-FTN", "Six ways to rewrite a sentence; nats per token."),
     ("lora-ftn", offered, "", "What a bank is offered when a task begins:"),
     ("lora-ftn-b-std", scores), ("lora-ftn-every", scores), ("lora-ftn-once", scores),
-    ("lora-ftn-smollm2", scores),
-    ("lora-bank-smollm2", offered, "", "The bank on a real language model:"), ("lora-bank-smollm2", scores)]
+    ("lora-styles-smollm2", scores, "", "A real language model, SmolLM2-135M-Instruct, fewer steps:"),
+    ("lora-styles-smollm2", offered), ("lora-ftn-smollm2", scores)]
 # fmt: on
 
 
