@@ -89,10 +89,8 @@ def table_3_claims(read):
     full, one, alone = base["full fine-tuning"], base["LoRA r 64, one"], base["LoRA r 64, one a task"]
     exact, soft, paper = (base[f"NIWF, {name}"] for name in ("exact lock", "soft lock", "the paper's own"))
     real, real_alone = smol["NIWF, exact lock"], smol["LoRA r 64, one a task"]
-    real_paper, real_table = (
-        read("smollm2-baselines-paper")["NIWF, the paper's own"],
-        "smollm2-baselines-paper",
-    )
+    real_table = "smollm2-baselines-paper"
+    real_paper = read(real_table)["NIWF, the paper's own"]
     printed = f"as printed {lost(paper)}, bare probe {lost(soft)}"
     real_printed = f"SmolLM2, as printed {lost(real_paper)}, routed {lost(real_paper, 'routed')}"
     return [

@@ -226,9 +226,14 @@ GENERATORS = {  # what is different in the task generator: the files that have i
 def recall_says(read):
     methods = ("fixedmask-recall", "random-disjoint-recall", "ftn-slow-lock", "ftn-slow", "nomask")
     found = {name: Rows([row for file in files for row in read(file)]) for name, files in GENERATORS.items()}
-    lines = ["| generator | " + " | ".join(methods) + " |", "| --- " * (len(methods) + 1) + "|"]
+    lines = ["| generator | seeds | " + " | ".join(methods) + " |", "| --- " * (len(methods) + 2) + "|"]
     for name, rows in found.items():
-        lines.append(f"| {name} | " + " | ".join(rows.both("clf", method) for method in methods) + " |")
+        cells = [
+            name,
+            str(len(rows.of("clf", "ftn-slow"))),
+            *(rows.both("clf", method) for method in methods),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     apart = max(
         abs(rows.mean("recovered_last", "clf", methods[1]) - rows.mean("recovered_last", "clf", methods[2]))
         for rows in found.values()
