@@ -44,7 +44,7 @@ sys.path[:0] = [str(HOME), str(HOME / "assets")]
 from claims import ftn_claims, niwf_claims, share
 from commit import Parser, atomic, run_program
 from eval import PARTS as MEMORY, TABLE_2, memory_lines, report
-from findings import FINDINGS, not_as_printed
+from findings import FINDINGS, not_as_printed, table
 from model import Refused
 from synthetic import KNOWN, PUBLISHED, VARIANTS, Adapters, FixedMask, Row, SearchedMask, StyleRow
 from synthetic import decomposition, row_summary, spread
@@ -427,11 +427,6 @@ def save(figure, path):
 # by a function of the file's content.
 
 
-def table(heads, lines):
-    """Lines of Markdown."""
-    return ["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]]
-
-
 def over(values, digits=3):
     """Mean and deviation over seeds."""
     return spread(values, digits).replace("±", "± ")
@@ -766,7 +761,7 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("ftn-slow-hidden", scores, "", "The best of them on other seeds, and with other task generators:"),
     ("ftn-gaussian-hidden", scores), ("ftn-frequency-16-hidden", scores),
     ("ftn-choose-ewc-clf", scores, "Baselines, tuned", "EWC by strength, SupSup by learning rate and by "
-     "rule: scores over 0, or the top half of each layer. Chosen on seeds 200 and 201 ..."),
+     "rule: scores over 0, or the top half of each layer. Chosen on seeds 200 and 201, reg on 200 ..."),
     ("ftn-choose-ewc-reg", scores), ("ftn-choose-supsup-clf", scores), ("ftn-choose-supsup-reg", scores),
     ("ftn-ewc-tuned", scores, "", "... and on the published seeds:"), ("ftn-supsup-tuned", scores),
     ("lora-ftn", scores, "LoRA-FTN", "Six ways to rewrite a sentence; nats per token."),
