@@ -67,7 +67,6 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from transformers.pytorch_utils import Conv1D
 
 from field import CoordinateDynamics, Region, WeightField, route, take_snapshot, top_k_gating
 from model import NIWF, Refused, find_targets, fingerprint, first_alone, in_out, joined_processes
@@ -1136,7 +1135,7 @@ def merged_backbone(run, update):
         raise Refused(f"{run.folder}: made for other modules than this backbone has")
     for name, (A, B) in update.items():
         added = B.T @ A  # [d_out, d_in]
-        targets[name].weight += added.T if isinstance(targets[name], Conv1D) else added
+        targets[name].weight += added.T if isinstance(targets[name], transformers.Conv1D) else added
     return backbone, tokenizer
 
 

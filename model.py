@@ -23,7 +23,6 @@ This file knows nothing of tasks, regions or run folders. Loading a backbone com
 
 import collections
 import contextlib
-import copy
 import dataclasses
 import datetime
 import functools
@@ -49,8 +48,6 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 # MKL's vector functions find out which CPU this is in the first call of any of them, and not under a lock:
 # two threads that make it together (in the rotary embedding's cosine) may take different kernels, whose last
@@ -61,16 +58,12 @@ torch.ones(1).cos()
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS += ("c_attn", "c_proj", "c_fc")
 FOLDED_PARAMETERS = 2**28  # at most 1 GiB of gathered bases while a text is generated
+# fmt: off
 RANDOM = {  # shapes to be had with random weights, for memory and speed
-    "random:mistral-7b": transformers.MistralConfig(),  # its defaults are Mistral-7B-v0.1
-    "random:llama-70b": transformers.LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
-}
+    "random:mistral-7b": dict(model_type="mistral"),  # its defaults are Mistral-7B-v0.1
+    "random:llama-70b": dict(model_type="llama", hidden_size=8192, intermediate_size=28672,
+                             num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)}
+# fmt: on
 TINY_FOLDER = str(pathlib.Path(__file__).parent / "assets" / "tiny")
 PATIENCE = datetime.timedelta(minutes=10)  # one that ended is noticed at once: this is for one that hangs
 ENDED = "another process of this training ended, or torchrun; the same command goes on from what is saved"
@@ -81,7 +74,9 @@ class Refused(Exception):
 
     def __init__(self, message):
         text = " ".join(str(message).split())
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        super().__init__(text)
 
 
 # ------------------------------------------------------------------------------------------ the bank of bases
@@ -89,7 +84,8 @@ class Refused(Exception):
 
 def find_targets(backbone, names=TARGETS):
     """{full name: module} of the leaf projections whose last name is in `names`. Refused: there are none."""
-    leaves = {full: m for full, m in backbone.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    linear = nn.Linear, transformers.Conv1D
+    leaves = {full: m for full, m in backbone.named_modules() if isinstance(m, linear)}
     found = {full: m for full, m in leaves.items() if full.rpartition(".")[2] in names}
     if not found:
         raise Refused(f"the backbone has no linear module named {', '.join(names)}")
@@ -111,7 +107,7 @@ def in_out(module):
 
 def find_layers(backbone):
     """The layers of the backbone, in order: what can be computed again as a whole."""
-    return [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return [m for m in backbone.modules() if isinstance(m, transformers.GradientCheckpointingLayer)]
 
 
 def offloaded(module):
@@ -680,7 +676,7 @@ def from_shape(name, dtype, layers=None):
     read. Refused: there is no such shape."""
     with loading(name):
         if name in RANDOM:
-            config = copy.deepcopy(RANDOM[name])
+            config = transformers.AutoConfig.for_model(**RANDOM[name])
         else:
             path, options = find_backbone(name)
             config = transformers.AutoConfig.from_pretrained(path, **options)
