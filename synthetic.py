@@ -806,19 +806,29 @@ COLUMNS = [("{} recov.", "recovered_last", 3), ("FM recov.", "recovered_fm", 3),
 # fmt: on
 
 
+def print_table(title, heads, lines):
+    """Each column as wide as it must be; the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(heads, *lines)]
+    print(f"\n{title}")
+    for first, *others in [heads, *lines]:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:])]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+
+
 def print_scores(variant, leak, rows):
     """FTN Tables 1, 2 and 3: rows {method: a summary for each seed}."""
     score, reg = VARIANTS[variant]["score"], variant == "reg"
     without = "" if leak == "none" else f", precaution left out: {leak}"
-    print(f"\n{VARIANTS[variant]['title']}{without}, seeds: {max(map(len, rows.values()))}")
-    heads = [head.format(score) for head, _, _ in COLUMNS] + [f"paper {score}", "FM"]
+    heads = ["", *(head.format(score) for head, _, _ in COLUMNS), f"paper {score}", "FM"]
     heads += ["FM as printed"] if reg else []
-    print(f"{'':<14}" + "".join(f"{head:>14}" for head in heads))
+    lines = []
     for method, seeds in rows.items():
         cells = [spread([s.get(key) for s in seeds], digits) for _, key, digits in COLUMNS]
         cells += PUBLISHED[variant].get(method, ("", ""))
         cells += [spread([s["recovered_fm_paper"] for s in seeds])] if reg else []
-        print(f"{method:<14}" + "".join(f"{cell:>14}" for cell in cells))
+        lines.append([method, *cells])
+    title = f"{VARIANTS[variant]['title']}{without}, seeds: {max(map(len, rows.values()))}"
+    print_table(title, heads, lines)
 
 
 def decomposition(outs):
@@ -837,11 +847,10 @@ def decomposition(outs):
 
 
 def print_decomposition(outs, variant):
-    lines = decomposition(outs)
-    if lines:
-        print(f"\nloss on earlier tasks against FixedMask, {variant}\n{'':<14}{'overlap':>16}{'recall':>16}")
-        for method in filter(lines.get, KNOWN):
-            print(f"{method:<14}" + "".join(f"{spread(column):>16}" for column in zip(*lines[method])))
+    losses = decomposition(outs)
+    if losses:
+        lines = [[m, *map(spread, zip(*losses[m]))] for m in filter(losses.get, KNOWN)]
+        print_table(f"loss on earlier tasks against FixedMask, {variant}", ["", "overlap", "recall"], lines)
 
 
 def print_overlaps(outs):
@@ -851,11 +860,9 @@ def print_overlaps(outs):
         styles = list(StyleStream.STYLES)[:n]
         means = map(statistics.mean, zip(*(o["overlap_last"] for o in outs)))
         shares = dict(zip(itertools.combinations(range(n), 2), means))
-        print(f"\noverlap of stored masks, {outs[0]['method']}")
-        print(f"{'':<16}" + "".join(f"{style[:10]:>12}" for style in styles))
-        for i, style in enumerate(styles):
-            cells = ["." if i == j else f"{shares[min(i, j), max(i, j)]:.2f}" for j in range(n)]
-            print(f"{style:<16}" + "".join(f"{cell:>12}" for cell in cells))
+        cell = lambda i, j: "." if i == j else f"{shares[min(i, j), max(i, j)]:.2f}"
+        lines = [[style, *(cell(i, j) for j in range(n))] for i, style in enumerate(styles)]
+        print_table(f"overlap of stored masks, {outs[0]['method']}", ["", *styles], lines)
 
 
 # -------------------------------------------------------------------------------------- the command line
@@ -953,7 +960,7 @@ def main(argv=None):
             s = row_summary(out)
             text = f"recovered {s['recovered_last']:.3f}  FM {s['recovered_fm']:+.3f}   "
             text += f"stored {s['stored_last']:.3f}  FM {s['stored_fm']:+.3f}   {out['seconds']:.0f} s"
-            tqdm.write(f"{name:<30} {text}")
+            tqdm.write(f"{name:<36} {text}")
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; finished rows are kept, the same command goes on") from None
     outs.sort(key=table_place)
