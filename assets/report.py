@@ -752,8 +752,8 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("ftn-recall", scores, "Is the search needed?", "Masks that no search has made, recalled as the lock "
      "recalls: the one with the lowest loss on a labelled batch."),
     ("ftn-frequency-4", scores, "", "Other task generators: smoother and rougher teachers, inputs that are "
-     "not uniform, and one teacher for all seeds, twice. Of frequency 4 and 16, seeds 0 to 3 were computed "
-     "at revision 281a9b8 on another machine, which may differ in last bits:"), ("ftn-frequency-16", scores),
+     "not uniform, and one teacher for all seeds, twice. Of these five, seeds 0 to 3 were computed at "
+     "revision 281a9b8 on another machine, which may differ in last bits:"), ("ftn-frequency-16", scores),
     ("ftn-gaussian", scores), ("ftn-generator-0", scores), ("ftn-generator-1", scores),
     ("ftn-search-1", scores, "Why the search forgets", "Chosen among these, on seeds 200 to 203: S steps at "
      "eta, from logits m0; *hidden*: in training the search does not see what earlier tasks have trained."),
