@@ -228,6 +228,9 @@ GENERATORS = {  # what is different in the task generator: the files that have i
 }
 
 
+HIDDEN = "ftn-slow-hidden", "ftn-gaussian-hidden", "ftn-frequency-16-hidden"
+
+
 def recall_says(read):
     methods = ("fixedmask-recall", "random-disjoint-recall", "ftn-slow-lock", "ftn-slow", "nomask")
     found = {name: Rows([row for file in files for row in read(file)]) for name, files in GENERATORS.items()}
@@ -264,7 +267,16 @@ def search_says(read):
     names = "gaussian", "gaussian-hidden", "frequency-16", "frequency-16-hidden"
     normal, normal_hidden, rough, rough_hidden = (Rows(read(f"ftn-{name}")) for name in names)
     slow, hidden = ("clf", "ftn-slow"), ("clf", "ftn-slow-hidden")
+    streams = [r for files in GENERATORS.values() for file in files for r in Rows(read(file)).of(*slow)]
+    shared, fm = zip(*((mean(r["overlap_last"]), row_summary(r)["stored_fm"]) for r in streams))
+    alike = statistics.correlation(shared, fm)
+    much, little = ([x for s, x in zip(shared, fm) if low <= s < high] for low, high in ((0.2, 9), (0, 0.05)))
     return f"""
+What it forgets is what its masks share ([drawn](../ftn-overlap.png)). Over {len(streams)} streams of six
+generators, FM, stored, and the share of neurons that two last masks have in common correlate with
+{alike:.2f}. All {len(much)} streams in which that share is a fifth or more forget
+{min(much):.2f} or more; the {len(little)} in which it is under a twentieth, {max(little):.2f} at most.
+
 The search sees the answers of all older tasks, half switched on, and takes the useful ones. Hide those
 from it in training *and* let the mask's logits begin at -4, so that all else is nearly off, and without
 any lock the same search forgets {best.forgets(*hidden)}. Either change alone does not help: as printed

@@ -41,10 +41,10 @@ import torch
 HOME = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HOME), str(HOME / "assets")]
 
-from claims import ftn_claims, niwf_claims, share
+from claims import Rows, ftn_claims, niwf_claims, share
 from commit import Parser, atomic, run_program
 from eval import PARTS as MEMORY, TABLE_2, memory_lines, report
-from findings import FINDINGS, not_as_printed, table
+from findings import FINDINGS, GENERATORS, HIDDEN, not_as_printed, table
 from model import Refused
 from synthetic import KNOWN, PUBLISHED, VARIANTS, Adapters, FixedMask, Row, SearchedMask, StyleRow
 from synthetic import decomposition, row_summary, spread
@@ -411,6 +411,20 @@ def draw_two_tasks(rows):
     return figure
 
 
+def draw_overlap(read):
+    """A point a stream: what its last masks share, mean over pairs, and what it forgets, stored."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    series = [(label, files, "ftn-slow", BLUE) for label, files in GENERATORS.items()]
+    series.append(("older neurons hidden, m0 -4", HIDDEN, "ftn-slow-hidden", ORANGE))
+    for (label, files, method, colour), marker in zip(series, "os^DvPx"):
+        rows = [row for file in files for row in Rows(read(file)).of("clf", method)]
+        points = [(statistics.mean(r["overlap_last"]), row_summary(r)["stored_fm"]) for r in rows]
+        axis.scatter(*zip(*points), s=30, marker=marker, c=colour, alpha=0.7, label=label)
+    axis.set(xlabel="share of neurons that two last masks have in common", ylabel="FM, stored")
+    axis.legend(fontsize=8, title="task generator", title_fontsize=8)
+    return figure
+
+
 def save(figure, path):
     """Refused: something else than a picture is already there."""
     if path.exists() and path.read_bytes()[: len(PNG)] != PNG:
@@ -709,6 +723,7 @@ PICTURES = {
     "niwf-matrices": "R[i][j] of NIWF and what it is compared with.",
     "ftn-masks-clf": "Masks, classification: a colour for each task.",
     "ftn-curves-clf": "Accuracy through the stream, mean over seeds.",
+    "ftn-overlap": "What FTN-Slow forgets is what its masks share: a point a stream, classification.",
     "ftn-masks-reg": "Masks, regression.",
     "ftn-curves-reg": "Squared error through the stream, mean over seeds.",
     "ftn-masks-style": "Masks of six tasks; white where three or more overlap.",
@@ -891,6 +906,8 @@ def main(argv=None):
             save(draw_growth(read_results("stream")["rows"]), args.to / "niwf-stream.png")
         with naming("memory-count"):
             save(draw_memory(read_results("memory-count")["rows"]), args.to / "niwf-memory.png")
+        with naming("ftn-*"):
+            save(draw_overlap(lambda name: read_results(name)["rows"]), args.to / "ftn-overlap.png")
         with naming(*names[1:]):
             save(draw_two_tasks(baselines | larger), args.to / "niwf-matrices.png")
 
