@@ -581,7 +581,7 @@ CONTROLS = {  # of experiment 1, run when they are named
     "ftn-slow-hidden": (Neurons, SearchedMask(kernel=3, rounds=15, hidden=True)),
     "ftn-slow-lock-hidden": (Neurons, LockedMask(kernel=3, rounds=15, hidden=True)),
 }
-CONTROLS |= {f"ewc-{x:.0f}": (Neurons, EWC(x)) for x in (40.0, 4e3, 4e4, 4e5, 4e6, 4e7)}
+CONTROLS |= {f"ewc-{x:.0f}": (Neurons, EWC(x)) for x in (40.0, 4e3, 4e4, 4e5, 4e6, 4e7, 4e8, 4e9)}
 CONTROLS |= {
     f"supsup{size}{rule}-{lr:g}": (SupSup, Supermask(lr, rule == "-top", size != "", gain))
     for lr, rule in itertools.product((0.0, 3e-4, 3e-3, 3e-2), ("", "-top"))
