@@ -189,13 +189,14 @@ def grid_claims(read):
     """Experiment 1: a grid of neurons."""
     one, wide = "ftn-experiment-1", "ftn-supsup-wide"
     rows = Rows(read(one) + read(wide))
-    ewc, supsup = Rows(read("ftn-ewc-tuned")), Rows(read("ftn-supsup-tuned"))
+    supsup, ewc = (Rows(read(f"ftn-{name}")) for name in ("supsup-tuned", "ewc-tuned-clf"))
+    ewc_reg = Rows(read("ftn-ewc-tuned-reg")).both("reg", "ewc-400000000")
     hidden = Rows(read("ftn-slow-hidden")).forgets("clf", "ftn-slow-hidden")
     decay = mean(row_summary(r)["parameters_moved"] for r in read("ftn-leaks") if r["leak"] == "decay")
     slow, fixed = rows.forgets("clf", "ftn-slow"), rows.forgets("clf", "fixedmask")
     overlap = f"of {slow}, by overlap {rows.forgets('clf', 'ftn-slow', 'stored')}"
     unsmoothed = f"{rows.score('reg', 'kwta')}, {rows.score('reg', 'ftn-fast')}"
-    tuned = f"FM {ewc.forgets('clf', 'ewc-400000')} at 4e5"
+    tuned = f"{ewc.both('clf', 'ewc-4000000')} at 4e6"
     smooth = Rows(read("ftn-frequency-4")).both("clf", "ftn-slow")
     return [
         ("Table 1", "FixedMask .938, FM 0", rows.both("clf", "fixedmask"), one, "holds"),
@@ -205,7 +206,7 @@ def grid_claims(read):
         ("", "KWTA .640, FM .152: smoothing is needed", rows.both("clf", "kwta"), one, "holds"),
         ("", "NoMask .666, FM .466", rows.both("clf", "nomask"), one, "holds"),
         ("", "EWC as NoMask, at strength 400", rows.both("clf", "ewc"), one, "holds"),
-        ("", "the same, tuned", tuned, "ftn-ewc-tuned", "partly"),
+        ("", "the same, tuned", tuned, "ftn-ewc-tuned-clf", "partly"),
         ("", "SupSup .645, FM 0", rows.both("clf", "supsup"), one, "holds"),
         ("", "the same, tuned", supsup.score("clf", "supsup-0.003"), "ftn-supsup-tuned", "holds"),
         ("", "SupSup-Wide .660, FM 0", rows.both("clf", "supsup-wide"), wide, "partly"),
@@ -213,6 +214,8 @@ def grid_claims(read):
         ("", "FTN-Slow .167, FM .003", rows.both("reg", "ftn-slow"), one, "partly"),
         ("", "KWTA .589, FTN-Fast .126", unsmoothed, one, "fails"),
         ("", "NoMask .312, FM .054 (ours: its sign put right)", rows.both("reg", "nomask"), one, "partly"),
+        ("", "EWC .311 is no better than NoMask", rows.both("reg", "ewc"), one, "holds"),
+        ("", "the same, tuned", f"{ewc_reg} at 4e8", "ftn-ewc-tuned-reg", "fails"),
         ("", "SupSup-Wide is no better than SupSup", rows.both("reg", "supsup-wide"), wide, "fails"),
         ("", "and FM .101 by recall", f"recall {rows.recall('reg', 'supsup-wide')}", wide, "fails"),
         ("Table 4", "FTN-Slow loses by recall, not by overlap", overlap, one, "fails"),

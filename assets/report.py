@@ -777,9 +777,12 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("ftn-slow-hidden", scores, "", "The best of them on other seeds, and with other task generators:"),
     ("ftn-gaussian-hidden", scores), ("ftn-frequency-16-hidden", scores),
     ("ftn-choose-ewc-clf", scores, "Baselines, tuned", "EWC by strength, SupSup by learning rate and by "
-     "rule: scores over 0, or the top half of each layer. Chosen on seeds 200 and 201, reg on 200 ..."),
-    ("ftn-choose-ewc-reg", scores), ("ftn-choose-supsup-clf", scores), ("ftn-choose-supsup-reg", scores),
-    ("ftn-ewc-tuned", scores, "", "... and on the published seeds:"), ("ftn-supsup-tuned", scores),
+     "rule: scores over 0, or the top half of each layer. Chosen on as many of the seeds 200 to 203 as the "
+     "tables say ..."), ("ftn-choose-ewc-more-clf", scores), ("ftn-choose-ewc-reg", scores),
+    ("ftn-choose-ewc-more-reg", scores), ("ftn-choose-ewc-most-reg", scores),
+    ("ftn-choose-supsup-clf", scores), ("ftn-choose-supsup-reg", scores),
+    ("ftn-ewc-tuned-clf", scores, "", "... and on the published seeds:"), ("ftn-ewc-tuned-reg", scores),
+    ("ftn-supsup-tuned", scores),
     ("lora-ftn", scores, "LoRA-FTN", "Six ways to rewrite a sentence; nats per token."),
     ("lora-ftn", offered, "", "What a bank is offered when a task begins:"),
     ("lora-ftn-b-std", scores), ("lora-ftn-every", scores), ("lora-ftn-once", scores),
