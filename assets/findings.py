@@ -283,7 +283,9 @@ any lock the same search forgets {best.forgets(*hidden)}. Either change alone do
 {plain.forgets(*slow)}, hidden {plain.forgets(*hidden)}, from -4 {low.forgets(*slow)}, both
 {low.forgets(*hidden)}. Ten steps in place of one: {ten.forgets(*slow)}. Hidden from -4,
 the search forgets {normal_hidden.forgets(*hidden)} in place of {normal.forgets(*slow)} with x ~ N(0, I), and
-{rough_hidden.forgets(*hidden)} in place of {rough.forgets(*slow)} on the roughest tasks.
+{rough_hidden.forgets(*hidden)} in place of {rough.forgets(*slow)} on the roughest tasks. It also learns
+less: there it ends at {rough_hidden.score(*hidden)}, with the lock the search ends at
+{rough.score("clf", "ftn-slow-lock")}.
 """
 
 
