@@ -49,7 +49,7 @@ except ImportError:  # Windows
     resource = None
 
 from commit import Parser, Run, Version, atomic, check_name, number, provenance, put_aside, read_records
-from commit import read_version_file, run_program, validate
+from commit import run_program, validate
 from eval import measure_last, probe_all, report
 from field import CoordinateDynamics, Region, WeightField, lock_loss, sample_anchors, separation_loss
 from field import take_snapshot, top_k_gating
@@ -607,8 +607,7 @@ def run_task(run, args):
     print(f"backbone  {args.backbone} on {args.device}, {size:,} frozen parameters")
     if args.task in run.tasks:
         print(f"{args.task} is already committed in {run.folder}: nothing to train")
-        entry = next(e for e in run.manifest["versions"] if e["task"] == args.task)
-        config = read_version_file(run.path(entry["hash"]))[0]["config"]
+        config = run.head(run.find(args.task))["config"]
         said = {key: value for key, value in vars(args).items() if key in PAPER_VALUES}
         if other := [f"{key} {config[key]}" for key in said if said[key] != config.get(key, said[key])]:
             print(

@@ -226,9 +226,12 @@ GENERATORS = {  # what is different in the task generator: the files that have i
     "one for all seeds": ("ftn-generator-0",),
     "another for all": ("ftn-generator-1",),
 }
-
-
 HIDDEN = "ftn-slow-hidden", "ftn-gaussian-hidden", "ftn-frequency-16-hidden"
+
+
+def shared_and_lost(rows):
+    """[(what a stream's last masks share, mean over pairs; its FM, stored)]"""
+    return [(s["overlap_last"], s["stored_fm"]) for s in map(row_summary, rows)]
 
 
 def recall_says(read):
@@ -268,7 +271,7 @@ def search_says(read):
     normal, normal_hidden, rough, rough_hidden = (Rows(read(f"ftn-{name}")) for name in names)
     slow, hidden = ("clf", "ftn-slow"), ("clf", "ftn-slow-hidden")
     streams = [r for files in GENERATORS.values() for file in files for r in Rows(read(file)).of(*slow)]
-    shared, fm = zip(*((mean(r["overlap_last"]), row_summary(r)["stored_fm"]) for r in streams))
+    shared, fm = zip(*shared_and_lost(streams))
     alike = statistics.correlation(shared, fm)
     much, little = ([x for s, x in zip(shared, fm) if low <= s < high] for low, high in ((0.2, 9), (0, 0.05)))
     return f"""

@@ -44,7 +44,7 @@ sys.path[:0] = [str(HOME), str(HOME / "assets")]
 from claims import Rows, ftn_claims, niwf_claims, share
 from commit import Parser, atomic, run_program
 from eval import PARTS as MEMORY, TABLE_2, memory_lines, report
-from findings import FINDINGS, GENERATORS, HIDDEN, not_as_printed, table
+from findings import FINDINGS, GENERATORS, HIDDEN, not_as_printed, shared_and_lost, table
 from model import Refused
 from synthetic import KNOWN, PUBLISHED, VARIANTS, Adapters, FixedMask, Row, SearchedMask, StyleRow
 from synthetic import decomposition, row_summary, spread
@@ -418,8 +418,7 @@ def draw_overlap(read):
     series.append(("older neurons hidden, m0 -4", HIDDEN, "ftn-slow-hidden", ORANGE))
     for (label, files, method, colour), marker in zip(series, "os^DvPx"):
         rows = [row for file in files for row in Rows(read(file)).of("clf", method)]
-        points = [(statistics.mean(r["overlap_last"]), row_summary(r)["stored_fm"]) for r in rows]
-        axis.scatter(*zip(*points), s=30, marker=marker, c=colour, alpha=0.7, label=label)
+        axis.scatter(*zip(*shared_and_lost(rows)), s=30, marker=marker, c=colour, alpha=0.7, label=label)
     axis.set(xlabel="share of neurons that two last masks have in common", ylabel="FM, stored")
     axis.legend(fontsize=8, title="task generator", title_fontsize=8)
     return figure
