@@ -213,8 +213,7 @@ where the paper searches with ten steps, it forgets {reg}. The lock repairs it o
 moves. Smoothing is needed in classification: KWTA has none, and ends at {rows.score("clf", "kwta")}; in
 regression FTN-Fast beats it in {better} of {len(slow)} seeds, but the means are
 {rows.score("reg", "ftn-fast")} and {rows.score("reg", "kwta")}. Which neurons win may hang on a last bit,
-so on another machine single rows of searched masks differ, and means in their second digit. Below:
-FixedMask with a precaution left out; more tasks than the grid has room for.
+so on another machine single rows of searched masks differ, and means in their second digit.
 """
 
 

@@ -620,16 +620,37 @@ def gathered(content):
     return table(["one projection", "bases gathered for", "ms", "MB gathered"], lines)
 
 
+SAID = {  # of a row that has another value than the paper's
+    "inputs": "{} inputs",
+    "frequency": "frequency {:g}",
+    "generator": "generator {}",
+    "leak": "{} left out",
+    "tasks": "{} tasks",
+    "steps": "{} steps",
+    "grow": "a grid that grows",
+    "search": "S {0[0]:g}, eta {0[1]:g}",
+    "m0": "m0 {:g}",
+    "backbone": "{}",
+    "reconfigure": "a search {} step",
+    "b_std": "B's deviation {:g}",
+}
+
+
+def described(row):
+    """A row of synthetic.py: its method, and what is not the default."""
+    about = [row["method"]]
+    for field in dataclasses.fields(StyleRow if row["variant"] == "style" else Row):
+        value = row.get(field.name, field.default)
+        if field.name in SAID and value not in (field.default, []):
+            about.append(SAID[field.name].format(value))
+    return ", ".join(about)
+
+
 def scores(content):
     """rows of synthetic.py: FTN Tables 1 to 3."""
     lines, groups = [], {}
     for row in content["rows"]:
-        leak = row.get("leak", "none")
-        about = [f"{leak} left out"] if leak != "none" else []
-        about += ["S {:g}, eta {:g}".format(*row["search"])] if row.get("search") else []
-        about += [f"m0 {row['m0']:g}"] if row.get("m0") else []
-        method = ", ".join([row["method"], *about])
-        groups.setdefault((row["variant"], row["method"], method), []).append(row_summary(row))
+        groups.setdefault((row["variant"], row["method"], described(row)), []).append(row_summary(row))
     keys = ("recovered_last", "recovered_fm", "stored_last", "stored_fm", "overlap_last", "parameters_moved")
     for (variant, method, title), seeds in groups.items():
         line = [variant, title, str(len(seeds))]
@@ -730,7 +751,7 @@ PICTURES = {
     "ftn-matrices-style": "R[i][j], recovered, of the adapters.",
 }
 # fmt: off
-SECTIONS = [  # a file of results and its table; where a section begins, its title and a sentence
+SECTIONS = [  # files of results and their table; where a section begins, its title and a sentence
     ("tiny-worth", one_task, "What the field is worth", "One task, general instructions, tiny backbone."),
     ("tiny-choose", one_task, "What was chosen among", "Other items and another seed than are published."),
     ("tiny-choose-fine-tuning", one_task),
@@ -751,42 +772,40 @@ SECTIONS = [  # a file of results and its table; where a section begins, its tit
     ("memory-count-70b", counted, "", "A model of 70 B parameters, its layers spread evenly over devices:"),
     ("memory-bench", measured, "", "The count beside a process that does the step, on the CPU:"),
     ("smollm2-worth", one_task, "A real language model", "SmolLM2-135M-Instruct, real data."),
-    ("smollm2-worth-two", one_task), ("smollm2-baselines", two_tasks),
-    ("smollm2-baselines-paper", two_tasks),
+    ("smollm2-worth-two", one_task, "", "Two of them in two seeds:"),
+    ("smollm2-baselines smollm2-baselines-paper", two_tasks, "", "Two tasks:"),
     ("niwf-bench", timings, "Speed beside peft", "A training step, and answers."),
     ("decode-bench", timings),
     ("processes-bench", in_processes, "", "A whole training, each process on a core of its own:"),
     ("gather-bench", gathered, "What is gathered", "Bases gathered once a sequence, or for every token."),
-    ("ftn-experiment-1", scores, "Functional task networks", "The score is an accuracy in clf and a loss in "
-     "reg and style. FM is forgetting: positive is worse. The paper leaves its generator open: ours was "
-     "fixed after some 25 had been looked at on seeds 0 and 1, which are among those published."),
-    ("ftn-supsup-wide", scores), ("ftn-leaks", scores), ("ftn-capacity", scores),
+    ("ftn-experiment-1 ftn-supsup-wide", scores, "Functional task networks", "The score is an accuracy in "
+     "clf and a loss in reg and style. FM is forgetting: positive is worse. The paper leaves its generator "
+     "open: ours was fixed after some 25 had been looked at on seeds 0 and 1, which are among those published."),
+    ("ftn-leaks ftn-capacity", scores, "", "FixedMask with a precaution of Appendix C left out; more tasks "
+     "than the grid has room for:"),
     ("ftn-experiment-1", decomposed, "Where the loss goes", "What earlier tasks lost against FixedMask: "
      "because masks overlap, and because the right one is not found again (Table 4)."),
-    ("ftn-recall", scores, "Is the search needed?", "Masks that no search has made, recalled as the lock "
-     "recalls: the one with the lowest loss on a labelled batch."),
-    ("ftn-frequency-4", scores, "", "Other task generators: smoother and rougher teachers, inputs that are "
+    ("ftn-recall ftn-frequency-4 ftn-frequency-16 ftn-gaussian ftn-generator-0 ftn-generator-1", scores,
+     "Is the search needed?", "Masks that no search has made, recalled as the lock recalls: the one with the "
+     "lowest loss on a labelled batch. Other task generators: smoother and rougher teachers, inputs that are "
      "not uniform, and one teacher for all seeds, twice. Of these five, seeds 0 to 3 were computed at "
-     "revision 281a9b8 on another machine, which may differ in last bits:"), ("ftn-frequency-16", scores),
-    ("ftn-gaussian", scores), ("ftn-generator-0", scores), ("ftn-generator-1", scores),
-    ("ftn-search-1", scores, "Why the search forgets", "Chosen among these, on seeds 200 to 203: S steps at "
-     "eta, from logits m0; *hidden*: in training the search does not see what earlier tasks have trained."),
-    ("ftn-search-1-low", scores), ("ftn-search-3", scores), ("ftn-search-3-low", scores),
-    ("ftn-search-10", scores), ("ftn-search-10-low", scores),
-    ("ftn-slow-hidden", scores, "", "The best of them on other seeds, and with other task generators:"),
-    ("ftn-gaussian-hidden", scores), ("ftn-frequency-16-hidden", scores),
-    ("ftn-choose-ewc-clf", scores, "Baselines, tuned", "EWC by strength, SupSup by learning rate and by "
-     "rule: scores over 0, or the top half of each layer. Chosen on as many of the seeds 200 to 203 as the "
-     "tables say ..."), ("ftn-choose-ewc-more-clf", scores), ("ftn-choose-ewc-reg", scores),
-    ("ftn-choose-ewc-more-reg", scores), ("ftn-choose-ewc-most-reg", scores),
-    ("ftn-choose-supsup-clf", scores), ("ftn-choose-supsup-reg", scores),
-    ("ftn-ewc-tuned-clf", scores, "", "... and on the published seeds:"), ("ftn-ewc-tuned-reg", scores),
-    ("ftn-supsup-tuned", scores),
+     "revision 281a9b8 on another machine, which may differ in last bits."),
+    ("ftn-search-1 ftn-search-1-low ftn-search-3 ftn-search-3-low ftn-search-10 ftn-search-10-low", scores,
+     "Why the search forgets", "Chosen among these, on seeds 200 to 203: S steps at eta, from logits m0; "
+     "*hidden*: in training the search does not see what earlier tasks have trained."),
+    ("ftn-slow-hidden ftn-gaussian-hidden ftn-frequency-16-hidden", scores, "", "The best of them on other "
+     "seeds, and with other task generators:"),
+    ("ftn-choose-ewc-clf ftn-choose-ewc-more-clf ftn-choose-ewc-reg ftn-choose-ewc-more-reg "
+     "ftn-choose-ewc-most-reg ftn-choose-supsup-clf ftn-choose-supsup-reg", scores, "Baselines, tuned",
+     "EWC by strength, SupSup by learning rate and by rule: scores over 0, or the top half of each layer. "
+     "Chosen on as many of the seeds 200 to 203 as the table says ..."),
+    ("ftn-ewc-tuned-clf ftn-ewc-tuned-reg ftn-supsup-tuned", scores, "", "... and on the published seeds:"),
     ("lora-ftn", scores, "LoRA-FTN", "Six ways to rewrite a sentence; nats per token."),
     ("lora-ftn", offered, "", "What a bank is offered when a task begins:"),
-    ("lora-ftn-b-std", scores), ("lora-ftn-every", scores), ("lora-ftn-once", scores),
-    ("lora-styles-smollm2", scores, "", "A real language model, SmolLM2-135M-Instruct, fewer steps:"),
-    ("lora-styles-smollm2", offered), ("lora-ftn-smollm2", scores)]
+    ("lora-ftn-b-std lora-ftn-every lora-ftn-once", scores, "", "B not zero at the start; fewer steps, and a "
+     "search before every one of them:"),
+    ("lora-styles-smollm2 lora-ftn-smollm2", scores, "", "A real language model, SmolLM2-135M-Instruct:"),
+    ("lora-styles-smollm2", offered)]
 # fmt: on
 
 
@@ -823,6 +842,14 @@ def shown_by(see):
     return see if see.startswith("`") else f"[{see}]({see}.json)"
 
 
+def made_by(name, content):
+    """A file of results: its command, and what it depends on besides."""
+    made = f"{content['date'][:10]}, {content['machine']}, torch {content['torch']}"
+    made += f", {content['threads']} threads" if "threads" in content else ""
+    made += f", revision {content['git'][:7]}" if content.get("git") else ""
+    return f"* `{content['command']}`\n  ([{name}.json]({name}.json), {made})"
+
+
 def results_page():
     """assets/results/README.md, part by part. Refused: a file is no file of results."""
     yield "# Results\n\nWritten by `python assets/report.py` from the files in this folder, whole."
@@ -833,7 +860,7 @@ def results_page():
         "ours. Backbones and, for FTN, the task generator are not theirs: kinds and signs can be compared, "
         "last digits cannot.",
     ]
-    contents = {name: read_results(name) for name, *_ in SECTIONS}
+    contents = {name: read_results(name) for names, *_ in SECTIONS for name in names.split()}
     read = lambda name: contents[name]["rows"]
     for title, claims in (("NIWF", niwf_claims), ("FTN", ftn_claims)):
         with naming("*"):
@@ -843,18 +870,15 @@ def results_page():
     with naming("*"):
         lines = [[says, so, shown_by(see)] for says, so, see in not_as_printed(read)]
     yield "\n".join(table(["the paper", "what is so", "shown by"], lines))
-    for name, draw, *begins in SECTIONS:
-        content = contents[name]
-        made = f"{content['date'][:10]}, {content['machine']}, torch {content['torch']}"
-        made += f", {content['threads']} threads" if "threads" in content else ""
-        made += f", revision {content['git'][:7]}" if content.get("git") else ""
+    for names, draw, *begins in SECTIONS:
         title, *sentence = begins or [""]
         yield from ["## " + title] * (title != "") + sentence
         if title in FINDINGS:
             with naming("*"):
                 yield FINDINGS[title](read).strip()
-        yield f"`{content['command']}`\n([{name}.json]({name}.json), {made})"
-        yield "\n".join(drawn(name, draw, content))
+        (heads, rule, *lines), *others = (drawn(name, draw, contents[name]) for name in names.split())
+        yield "\n".join([heads, rule, *lines, *(line for other in others for line in other[2:])])
+        yield "\n".join(made_by(name, contents[name]) for name in names.split())
     yield "## Pictures\n\n`python assets/report.py --figures --to assets`"
     for name, caption in PICTURES.items():
         yield f"{caption}\n\n![{caption}](../{name}.png)"
