@@ -780,7 +780,8 @@ SECTIONS = [  # files of results and their table; where a section begins, its ti
     ("gather-bench", gathered, "What is gathered", "Bases gathered once a sequence, or for every token."),
     ("ftn-experiment-1 ftn-supsup-wide", scores, "Functional task networks", "The score is an accuracy in "
      "clf and a loss in reg and style. FM is forgetting: positive is worse. The paper leaves its generator "
-     "open: ours was fixed after some 25 had been looked at on seeds 0 and 1, which are among those published."),
+     "open: ours was fixed after some 25 had been looked at on seeds 0 and 1, which are among those "
+     "published."),
     ("ftn-leaks ftn-capacity", scores, "", "FixedMask with a precaution of Appendix C left out; more tasks "
      "than the grid has room for:"),
     ("ftn-experiment-1", decomposed, "Where the loss goes", "What earlier tasks lost against FixedMask: "
