@@ -70,11 +70,11 @@ def compared(times, digits=0):
 # ----------------------------------------------------------------------------------------- NIWF beside peft
 
 # fmt: off
-SHAPES = {  # name: (configuration, or None for the embedded backbone; sequences of a step, tokens of each)
+SHAPES = {  # name: (its configuration, or None: the embedded backbone; sequences of a step, tokens of each)
     "tiny": (None, 16, 0),
-    "smollm2": (transformers.LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, vocab_size=49152), 4, 128),
-    "mistral": (transformers.MistralConfig(num_hidden_layers=2), 1, 256)}
+    "smollm2": (lambda: transformers.LlamaConfig(hidden_size=576, intermediate_size=1536,
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152), 4, 128),
+    "mistral": (lambda: transformers.MistralConfig(num_hidden_layers=2), 1, 256)}
 # fmt: on
 RANK, BASES, TOP_K = 8, 16, 8
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft's, of transformers
@@ -82,12 +82,13 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # peft's, of transfor
 
 def make_backbone(shape):
     """-> (backbone, pad id, examples): the embedded backbone with its data, or random weights and tokens."""
-    config, count, tokens = SHAPES[shape]
-    if config is None:
+    make, count, tokens = SHAPES[shape]
+    if make is None:
         backbone, tokenizer = load_backbone("tiny", "cpu")
         records = read_records(pathlib.Path(__file__).parent / "data" / "alpaca.val.json")[:count]
         return backbone, pad_of(tokenizer), [encode(r, tokenizer) for r in records]
     torch.manual_seed(0)
+    config = make()
     rows = torch.randint(3, config.vocab_size, (count, tokens)).tolist()
     backbone = transformers.AutoModelForCausalLM.from_config(config)
     return backbone, 0, [(row[: tokens // 2], row[tokens // 2 :]) for row in rows]
