@@ -108,6 +108,7 @@ class SmoothKWTA:
         # fmt: off
         m = torch.full((side * side,), self.start, requires_grad=True)    # line 2: a cold start
         adam = torch.optim.Adam([m], lr=self.lr, fused=True)
+        # Adam's first step is eta times a sign: with S = 1, as in classification, a gradient's size is lost.
         for _ in range(self.steps):                                       # lines 3-5: gradient proposal
             adam.zero_grad()
             loss(m.sigmoid()).backward()

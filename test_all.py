@@ -2347,6 +2347,15 @@ def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bia
     assert (gradients[0][0][others] == 0).all() and (gradients[0][1][:, others] == 0).all()
 
 
+def test_a_search_of_one_step_sees_signs_of_gradients_and_no_sizes():
+    torch.manual_seed(10)  # no tie among the votes decides which eight win
+    g, sizes = torch.randn(64), 10 ** torch.randn(64)
+    search = SmoothKWTA(k=8, rounds=4)  # S = 1, eta = 1, as in classification
+    votes, sized = (search.configure(lambda m, g=g: (g * m).sum(), 8).tolist() for g in (g.sign(), g * sizes))
+    assert votes == sized
+    assert votes != k_winners(smooth(-(g * sizes).view(8, 8), 3, 4).flatten(), 8).tolist()
+
+
 def test_a_grown_grid_answers_committed_masks_with_the_same_bits():
     grid, (x, _) = small_grid(), shift_batch()
     winners = torch.tensor([0, 5, 6, 15])
@@ -4176,6 +4185,16 @@ def test_tables_are_what_the_files_of_results_say():
     assert {*report.FINDINGS} <= {title for _, _, title, *_ in (s for s in report.SECTIONS if s[2:])}
     shown = {name for names, *_ in report.SECTIONS for name in names.split()}
     assert shown == {path.stem for path in report.RESULTS.glob("*.json")}  # no result is kept back
+
+
+def test_rows_of_one_table_were_measured_on_the_same_items():
+    for names, draw, *_ in report.SECTIONS:
+        if draw in (report.one_task, report.two_tasks):
+            rows = [row for name in names.split() for row in report.read_results(name)["rows"].values()]
+            bases = {
+                (i, task, x["base"][task]) for row in rows for i, x in enumerate(row) for task in x["tasks"]
+            }
+            assert len(bases) == len({(i, task) for i, task, _ in bases}), names
 
 
 @pytest.mark.skipif(os.name != "posix" or not shutil.which("bash"), reason="no bash here")

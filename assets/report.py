@@ -44,7 +44,7 @@ sys.path[:0] = [str(HOME), str(HOME / "assets")]
 from claims import Rows, ftn_claims, niwf_claims, share
 from commit import Parser, atomic, run_program
 from eval import PARTS as MEMORY, TABLE_2, memory_lines, report
-from findings import FINDINGS, GENERATORS, HIDDEN, not_as_printed, shared_and_lost, table
+from findings import FINDINGS, GENERATORS, HIDDEN, TEACHERS, not_as_printed, shared_and_lost, table
 from model import Refused
 from synthetic import KNOWN, PUBLISHED, VARIANTS, Adapters, FixedMask, Row, SearchedMask, StyleRow
 from synthetic import decomposition, row_summary, spread
@@ -415,8 +415,9 @@ def draw_overlap(read):
     """A point a stream: what its last masks share, mean over pairs, and what it forgets, stored."""
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     series = [(label, files, "ftn-slow", BLUE) for label, files in GENERATORS.items()]
-    series.append(("older neurons hidden, m0 -4", HIDDEN, "ftn-slow-hidden", ORANGE))
-    for (label, files, method, colour), marker in zip(series, "os^DvPx"):
+    series.append(("three more for all", TEACHERS[2:], "ftn-slow", BLUE))
+    series.append(("older neurons hidden, S 10, m0 -4", HIDDEN, "ftn-slow-hidden", ORANGE))
+    for (label, files, method, colour), marker in zip(series, "os^DvP*x"):
         rows = [row for file in files for row in Rows(read(file)).of("clf", method)]
         axis.scatter(*zip(*shared_and_lost(rows)), s=30, marker=marker, c=colour, alpha=0.7, label=label)
     axis.set(xlabel="share of neurons that two last masks have in common", ylabel="FM, stored")
@@ -775,8 +776,7 @@ SECTIONS = [  # files of results and their table; where a section begins, its ti
     ("memory-bench", measured, "", "The count beside a process that does the step, on the CPU:"),
     ("smollm2-worth", one_task, "A real language model", "SmolLM2-135M-Instruct, real data."),
     ("smollm2-worth-two", one_task, "", "Two of them in two seeds:"),
-    ("smollm2-baselines smollm2-baselines-paper", two_tasks, "", "Two tasks. The paper's own setting "
-     "was measured on another part of the same records, as its bare backbone shows:"),
+    ("smollm2-baselines", two_tasks, "", "Two tasks, of another random part of the same two sets:"),
     ("niwf-bench", timings, "Speed beside peft", "A training step, and answers."),
     ("decode-bench", timings),
     ("processes-bench", in_processes, "", "A whole training, each process on a core of its own:"),
@@ -794,11 +794,15 @@ SECTIONS = [  # files of results and their table; where a section begins, its ti
      "lowest loss on a labelled batch. Other task generators: smoother and rougher teachers, inputs that are "
      "not uniform, and one teacher for all seeds, twice. Of these five, seeds 0 to 3 were computed at "
      "revision 281a9b8 on another machine, which may differ in last bits."),
-    ("ftn-search-1 ftn-search-1-low ftn-search-3 ftn-search-3-low ftn-search-10 ftn-search-10-low", scores,
-     "Why the search forgets", "Chosen among these, on seeds 200 to 203: S steps at eta, from logits m0; "
-     "*hidden*: in training the search does not see what earlier tasks have trained."),
-    ("ftn-slow-hidden ftn-gaussian-hidden ftn-frequency-16-hidden", scores, "", "The best of them on other "
-     "seeds, and with other task generators:"),
+    ("ftn-search-1 ftn-search-1-low ftn-search-1-lower ftn-search-3 ftn-search-3-low ftn-search-10 "
+     "ftn-search-10-low ftn-search-10-lower", scores, "Why the search forgets", "Chosen among these, on "
+     "seeds 200 to 203: S steps at eta, from logits m0; *hidden*: in training the search does not see what "
+     "earlier tasks have trained."),
+    ("ftn-slow-10 ftn-gaussian-10 ftn-frequency-16-10 ftn-slow-hidden ftn-gaussian-hidden "
+     "ftn-frequency-16-hidden ftn-slow-hidden-10 ftn-gaussian-hidden-10 ftn-frequency-16-hidden-10", scores,
+     "", "Some of them on the published seeds, and with other task generators:"),
+    ("ftn-generator-2 ftn-generator-3 ftn-generator-4", scores, "", "Three more generators, each one for all "
+     "seeds:"),
     ("ftn-choose-ewc-clf ftn-choose-ewc-more-clf ftn-choose-ewc-reg ftn-choose-ewc-more-reg "
      "ftn-choose-ewc-most-reg ftn-choose-supsup-clf ftn-choose-supsup-reg", scores, "Baselines, tuned",
      "EWC by strength, SupSup by learning rate and by rule: scores over 0, or the top half of each layer. "
