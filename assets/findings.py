@@ -232,7 +232,7 @@ GENERATORS = {  # what is different in the task generator: the files that have i
     "another for all": ("ftn-generator-1",),
 }
 HIDDEN = "ftn-slow-hidden-10", "ftn-gaussian-hidden-10", "ftn-frequency-16-hidden-10"
-TEACHERS = [f"ftn-generator-{seed}" for seed in range(5)]  # each with one for all seeds
+ONE_FOR_ALL = [f"ftn-generator-{seed}" for seed in range(5)]  # of all eight seeds
 
 
 def shared_and_lost(rows):
@@ -278,10 +278,12 @@ def search_says(read):
     normal_ten, rough_ten = (Rows(read(f"ftn-{name}-10")) for name in ("gaussian", "frequency-16"))
     slow, hidden, locked = (("clf", f"ftn-slow{which}") for which in ("", "-hidden", "-lock"))
     large = sum(row_summary(r)["recovered_fm"] > 0.1 for r in published.of(*slow))
-    teachers = [[row_summary(r)["recovered_fm"] for r in Rows(read(name)).of(*slow)] for name in TEACHERS]
-    means = [mean(seeds) for seeds in teachers]
-    within = mean(map(statistics.stdev, teachers))
-    files = dict.fromkeys([*itertools.chain(*GENERATORS.values()), *TEACHERS])
+    generators = [
+        [row_summary(r)["recovered_fm"] for r in Rows(read(name)).of(*slow)] for name in ONE_FOR_ALL
+    ]
+    means = [mean(seeds) for seeds in generators]
+    within = mean(map(statistics.stdev, generators))
+    files = dict.fromkeys([*itertools.chain(*GENERATORS.values()), *ONE_FOR_ALL])
     streams = [r for file in files for r in Rows(read(file)).of(*slow)]
     shared, fm = zip(*shared_and_lost(streams))
     alike = statistics.correlation(shared, fm)

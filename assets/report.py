@@ -44,7 +44,7 @@ sys.path[:0] = [str(HOME), str(HOME / "assets")]
 from claims import Rows, ftn_claims, niwf_claims, share
 from commit import Parser, atomic, run_program
 from eval import PARTS as MEMORY, TABLE_2, memory_lines, report
-from findings import FINDINGS, GENERATORS, HIDDEN, TEACHERS, not_as_printed, shared_and_lost, table
+from findings import FINDINGS, GENERATORS, HIDDEN, ONE_FOR_ALL, not_as_printed, shared_and_lost, table
 from model import Refused
 from synthetic import KNOWN, PUBLISHED, VARIANTS, Adapters, FixedMask, Row, SearchedMask, StyleRow
 from synthetic import decomposition, row_summary, spread
@@ -415,7 +415,7 @@ def draw_overlap(read):
     """A point a stream: what its last masks share, mean over pairs, and what it forgets, stored."""
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     series = [(label, files, "ftn-slow", BLUE) for label, files in GENERATORS.items()]
-    series.append(("three more for all", TEACHERS[2:], "ftn-slow", BLUE))
+    series.append(("three more for all", ONE_FOR_ALL[2:], "ftn-slow", BLUE))
     series.append(("older neurons hidden, S 10, m0 -4", HIDDEN, "ftn-slow-hidden", ORANGE))
     for (label, files, method, colour), marker in zip(series, "os^DvP*x"):
         rows = [row for file in files for row in Rows(read(file)).of("clf", method)]
@@ -791,8 +791,8 @@ SECTIONS = [  # files of results and their table; where a section begins, its ti
      "because masks overlap, and because the right one is not found again (Table 4)."),
     ("ftn-recall ftn-frequency-4 ftn-frequency-16 ftn-gaussian ftn-generator-0 ftn-generator-1", scores,
      "Is the search needed?", "Masks that no search has made, recalled as the lock recalls: the one with the "
-     "lowest loss on a labelled batch. Other task generators: smoother and rougher teachers, inputs that are "
-     "not uniform, and one teacher for all seeds, twice. Of these five, seeds 0 to 3 were computed at "
+     "lowest loss on a labelled batch. Other task generators: smoother and rougher tasks, inputs that are "
+     "not uniform, and one generator for all seeds, twice. Of these five, seeds 0 to 3 were computed at "
      "revision 281a9b8 on another machine, which may differ in last bits."),
     ("ftn-search-1 ftn-search-1-low ftn-search-1-lower ftn-search-3 ftn-search-3-low ftn-search-10 "
      "ftn-search-10-low ftn-search-10-lower", scores, "Why the search forgets", "Chosen among these, on "
