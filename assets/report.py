@@ -803,10 +803,10 @@ SECTIONS = [  # files of results and their table; where a section begins, its ti
      "", "Some of them on the published seeds, and with other task generators:"),
     ("ftn-generator-2 ftn-generator-3 ftn-generator-4", scores, "", "Three more generators, each one for all "
      "seeds:"),
-    ("ftn-choose-ewc-clf ftn-choose-ewc-more-clf ftn-choose-ewc-reg ftn-choose-ewc-more-reg "
-     "ftn-choose-ewc-most-reg ftn-choose-supsup-clf ftn-choose-supsup-reg", scores, "Baselines, tuned",
-     "EWC by strength, SupSup by learning rate and by rule: scores over 0, or the top half of each layer. "
-     "Chosen on as many of the seeds 200 to 203 as the table says ..."),
+    ("ftn-choose-ewc-clf ftn-choose-ewc-more-clf ftn-choose-ewc-reg ftn-choose-supsup-clf "
+     "ftn-choose-supsup-reg", scores, "Baselines, tuned", "EWC by strength, SupSup by learning rate and by "
+     "rule: scores over 0, or the top half of each layer. Chosen on seeds 200 to 203, SupSup in regression "
+     "on 200 alone ..."),
     ("ftn-ewc-tuned-clf ftn-ewc-tuned-reg ftn-supsup-tuned", scores, "", "... and on the published seeds:"),
     ("lora-ftn", scores, "LoRA-FTN", "Six ways to rewrite a sentence; nats per token."),
     ("lora-ftn", offered, "", "What a bank is offered when a task begins:"),
