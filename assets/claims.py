@@ -27,6 +27,11 @@ def learned(rows, task=0):
     return f"{mean(r['R']['stored'][task][task] for r in rows):.3f}"
 
 
+def routed(rows):
+    """Perplexity on the first task after the second when nobody names it, mean over seeds."""
+    return f"{mean(r['R']['routed'][1][0] for r in rows):.3f}"
+
+
 def share(counts, name, row):
     """Percent of a task's inputs."""
     return 100 * counts[name] / sum(row["routing"][name].values())
@@ -162,8 +167,11 @@ class Rows:
     def of(self, variant, method):
         return [r for r in self.all if (r["variant"], r["method"]) == (variant, method)]
 
+    def each(self, key, variant, method):
+        return [row_summary(r)[key] for r in self.of(variant, method)]
+
     def mean(self, key, variant, method):
-        return mean(row_summary(r)[key] for r in self.of(variant, method))
+        return mean(self.each(key, variant, method))
 
     def score(self, variant, method):
         return f"{self.mean('recovered_last', variant, method):.3f}"

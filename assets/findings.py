@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 
-from claims import Rows, home, learned, lost, mean, mistral_sizes
+from claims import Rows, home, learned, lost, mean, mistral_sizes, routed
 from synthetic import row_summary
 
 
@@ -63,11 +63,10 @@ fine-tuning has the best of five learning rates.
 def ablations_say(read):
     rows = read("tiny-ablations")
     pooled = rows["pool: whole sequence"]
-    routed = mean(r["R"]["routed"][1][0] for r in pooled)
     return f"""
 With a fixed coordinate nothing can be routed: {home(rows["fixed coordinate"])} find home. With the
 whole sequence pooled the perplexity on A looks better, {learned(pooled)}, and routed answers, which
-have no response to pool, are worse, {routed:.3f}. Whether a version may *read* older bases, the
+have no response to pool, are worse, {routed(pooled)}. Whether a version may *read* older bases, the
 separation loss and the kind of anchors make no difference on which three seeds agree.
 """
 
@@ -94,12 +93,11 @@ def regions_say(read):
     code = read("smollm2-regions")[0]["regions"]["alpaca"]["code"]
     rows = read("smollm2-baselines")
     exact, adapters = rows["NIWF, exact lock"], rows["LoRA r 64, one a task"]
-    routed = mean(r["R"]["routed"][1][0] for r in exact)
     return f"""
 On the tiny backbone it does. On real data it does not: {100 * code["inside"]:.0f} % of the code prompts
 lie in Alpaca's region. Weighing the regions against each other sends {home(exact)} home (a LoRA a task:
 {home(adapters)}). Some Alpaca prompts *are* code. A prompt gone astray costs little, since the code
-version serves it well: A's perplexity is {learned(exact)} when the right version is given, {routed:.3f}
+version serves it well: A's perplexity is {learned(exact)} when the right version is given, {routed(exact)}
 routed.
 """
 
@@ -173,9 +171,10 @@ def real_says(read):
     lora, printed, exact = (
         base[row] for row in ("LoRA r 64, one", "NIWF, the paper's own", "NIWF, exact lock")
     )
-    of_a = lambda row: row["R"]["stored"][0][0]
-    pairs = [[of_a(two[name][1]) for name in two], [of_a(rows[0]) for rows in (lora, exact)]]
-    ahead = [f"{100 * (field / adapter - 1):.1f} %" for adapter, field in pairs]
+    pairs = [[rows[1:] for rows in two.values()], [lora, exact]]
+    ahead = [
+        f"{100 * (float(learned(field)) / float(learned(adapter)) - 1):.1f} %" for adapter, field in pairs
+    ]
     return f"""
 In 600 examples the field is worth nothing: all perplexities lie within {spread:.1f} %, a fixed
 coordinate comes first, in a second seed the LoRA is {ahead[0]} ahead, and on another part of the records
@@ -209,9 +208,7 @@ def ftn_says(read):
     slow, reg = rows.of("clf", "ftn-slow"), rows.forgets("reg", "ftn-slow")
     times = rows.mean("recovered_fm", "clf", "ftn-slow") / 0.014
     shared = sum(max(r["overlap_last"]) > 0.5 for r in slow)
-    fast, kwta = (
-        [row_summary(r)["recovered_last"] for r in rows.of("reg", method)] for method in ("ftn-fast", "kwta")
-    )
+    fast, kwta = (rows.each("recovered_last", "reg", method) for method in ("ftn-fast", "kwta"))
     better = sum(a < b for a, b in zip(fast, kwta))
     return f"""
 FTN-Slow ends near the paper's accuracy, {rows.score("clf", "ftn-slow")} against .896, but forgets
@@ -254,10 +251,7 @@ def recall_says(read):
         for rows in found.values()
     )
     smooth, rough = (found[f"frequency {f}"] for f in (4, 16))
-    each, same = (
-        [row_summary(r)["recovered_fm"] for r in some.of("clf", "ftn-slow")]
-        for some in (smooth, found["another for all"])
-    )
+    each, same = (some.each("recovered_fm", "clf", "ftn-slow") for some in (smooth, found["another for all"]))
     return f"""
 Under the lock, not here: on all of {len(found)} task generators, disjoint masks that nobody searched, drawn
 at random and recalled, end within {apart:.3f} of the searched ones. Without the lock what the search forgets
@@ -279,10 +273,8 @@ def search_says(read):
     one, normal, normal_hidden, rough, rough_hidden = (Rows(read(f"ftn-{name}")) for name in names)
     normal_ten, rough_ten = (Rows(read(f"ftn-{name}-10")) for name in ("gaussian", "frequency-16"))
     slow, hidden, locked = (("clf", f"ftn-slow{which}") for which in ("", "-hidden", "-lock"))
-    large = sum(row_summary(r)["recovered_fm"] > 0.1 for r in published.of(*slow))
-    generators = [
-        [row_summary(r)["recovered_fm"] for r in Rows(read(name)).of(*slow)] for name in ONE_FOR_ALL
-    ]
+    large = sum(fm > 0.1 for fm in published.each("recovered_fm", *slow))
+    generators = [Rows(read(name)).each("recovered_fm", *slow) for name in ONE_FOR_ALL]
     means = [mean(seeds) for seeds in generators]
     within = mean(map(statistics.stdev, generators))
     files = dict.fromkeys([*itertools.chain(*GENERATORS.values()), *ONE_FOR_ALL])

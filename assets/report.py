@@ -879,15 +879,14 @@ def results_page():
         lines = [[says, so, shown_by(see)] for says, so, see in not_as_printed(read)]
     yield "\n".join(table(["the paper", "what is so", "shown by"], lines))
     for names, draw, *begins in SECTIONS:
-        title, *sentence = begins or [""]
+        files, (title, *sentence) = names.split(), begins or [""]
         yield from ["## " + title] * (title != "") + sentence
         if title in FINDINGS:
             with naming("*"):
                 yield FINDINGS[title](read).strip()
-        parts = [drawn(name, draw, contents[name]) for name in names.split()]
-        # Heads and what else several files say alike, as what the bare backbone has, stand there once.
-        yield "\n".join(dict.fromkeys(line for part in parts for line in part))
-        yield "\n".join(made_by(name, contents[name]) for name in names.split())
+        first, *others = (drawn(name, draw, contents[name]) for name in files)
+        yield "\n".join([*first, *(line for other in others for line in other[2:])])  # one head for all
+        yield "\n".join(made_by(name, contents[name]) for name in files)
     yield "## Pictures\n\n`python assets/report.py --figures --to assets`"
     for name, caption in PICTURES.items():
         yield f"{caption}\n\n![{caption}](../{name}.png)"
