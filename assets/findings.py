@@ -103,10 +103,13 @@ routed.
 
 
 def exact_match_says(read):
-    kinds = [r["exact_match"]["alpaca"].values() for r in read("tiny-exact-match")]
-    right, of = (min(sum(kind[i] for kind in seed) for seed in kinds) for i in (0, 1))
+    seeds = [r["exact_match"] for r in read("tiny-exact-match")]
+    right, of = (min(sum(kind[i] for kind in seed["alpaca"].values()) for seed in seeds) for i in (0, 1))
+    kinds = [[seed[task][kind] for seed in seeds] for task in seeds[0] for kind in seeds[0][task]]
+    whole = sum(all(a == b for a, b in kind) for kind in kinds)
     return f"""
-Of {of} general instructions {right} or more are answered to the letter, whatever the seed.
+Of {of} general instructions {right} or more are answered to the letter, whatever the seed. Of
+{len(kinds)} kinds of both tasks {whole} are always right; the others are listed.
 """
 
 

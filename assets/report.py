@@ -43,7 +43,7 @@ sys.path[:0] = [str(HOME), str(HOME / "assets")]
 
 from claims import Rows, ftn_claims, niwf_claims, share
 from commit import Parser, atomic, run_program
-from eval import PARTS as MEMORY, TABLE_2, memory_lines, report
+from eval import PARTS, TABLE_2, memory_lines, report
 from findings import FINDINGS, GENERATORS, HIDDEN, ONE_FOR_ALL, not_as_printed, shared_and_lost, table
 from model import Refused
 from synthetic import KNOWN, PUBLISHED, VARIANTS, Adapters, FixedMask, Row, SearchedMask, StyleRow
@@ -367,12 +367,12 @@ def draw_memory(rows):
     bars = {"the paper, both tasks": {part: size * 1e9 for part, size in TABLE_2.items() if size}}
     for row in (row for row in rows if row["devices"] == 1):
         name = f"task {row['task']}" + ", checkpointing" * row["checkpointing"]
-        bars[name] = {part: row[part] for part in MEMORY}
+        bars[name] = {part: row[part] for part in PARTS}
     figure, axis = plt.subplots(figsize=(8, 2.9), layout="constrained")
     colours = ["#999999", "#56b4e9", "#0072b2", "#000000", "#e69f00", "#d55e00", "#009e73"]
     for y, parts in enumerate(bars.values()):
         left = 0
-        for part, colour in zip(MEMORY, colours):
+        for part, colour in zip(PARTS, colours):
             size = parts.get(part, 0) / 2**30
             axis.barh(y, size, left=left, color=colour, edgecolor="white", label=part if y == 1 else None)
             left += size
@@ -511,13 +511,16 @@ def regions(content):
 
 
 def exact_match(content):
+    """A line for all of a task's prompts, and one for each kind that a seed has something wrong in."""
     kinds = {}
     for row in content["rows"]:
         for task, counts in row["exact_match"].items():
             for kind, (right, of) in {"all": [sum(c) for c in zip(*counts.values())], **counts}.items():
                 kinds.setdefault((task, kind), []).append((right, of))
     lines = [
-        [*name, " ".join(str(right) for right, _ in seeds), str(seeds[0][1])] for name, seeds in kinds.items()
+        [*name, " ".join(str(right) for right, _ in seeds), str(seeds[0][1])]
+        for name, seeds in kinds.items()
+        if name[1] == "all" or any(right < of for right, of in seeds)
     ]
     return table(["task", "kind", "right, by seed", "of"], lines)
 
@@ -733,7 +736,7 @@ def locks(content):
     return table([*heads, "A, routed", "B, routed"], lines)
 
 
-PARTS = {"quick-start": ("tiny-baselines", quick_start), "locks": ("tiny-baselines", locks)}  # of the README
+IN_README = {"quick-start": ("tiny-baselines", quick_start), "locks": ("tiny-baselines", locks)}
 
 PICTURES = {
     "idea": "The idea: the way of one prompt.",
@@ -754,10 +757,10 @@ PICTURES = {
     "ftn-matrices-style": "R[i][j], recovered, of the adapters.",
 }
 # fmt: off
-SECTIONS = [  # files of results and their table; where a section begins, its title and a sentence
+SECTIONS = [  # files of results, their table, the title where a section begins, what the table is of
     ("tiny-worth", one_task, "What the field is worth", "One task, general instructions, tiny backbone."),
     ("tiny-choose", one_task, "What was chosen among", "Other items and another seed than are published."),
-    ("tiny-choose-fine-tuning", one_task),
+    ("tiny-choose-fine-tuning", one_task, "", "Full fine-tuning, by learning rate:"),
     ("tiny-baselines", two_tasks, "Baselines and locks", "Two tasks: A general instructions, B code. "
      "*Stored*: the right version is given; *routed*: the coordinate decides. Of one adapter, or of all "
      "weights, there is one version."),
@@ -765,8 +768,8 @@ SECTIONS = [  # files of results and their table; where a section begins, its ti
     ("tiny-ablations", two_tasks, "Ablations", "The exact lock with one thing changed, and the other locks. "
      "Pooled over the whole sequence, *stored* sees the answer that it is asked to predict."),
     ("tiny-soft-lock", drift, "Why the soft lock forgets", "The same two tasks, parts frozen after A."),
-    ("tiny-regions", regions, "One region alone", "Does it tell the tasks apart?"),
-    ("smollm2-regions", regions),
+    ("tiny-regions", regions, "One region alone", "Does it tell the tasks apart? On the tiny backbone:"),
+    ("smollm2-regions", regions, "", "On SmolLM2 and real data:"),
     ("tiny-exact-match", exact_match, "Answers to the letter", "Greedy, routed, held-out prompts."),
     ("tiny-compose", compositions, "Compositions", "Two versions, weighted."),
     ("stream", growth, "Seventy-six tasks in a row", "Kinds of instruction, exact lock."),
@@ -777,8 +780,8 @@ SECTIONS = [  # files of results and their table; where a section begins, its ti
     ("smollm2-worth", one_task, "A real language model", "SmolLM2-135M-Instruct, real data."),
     ("smollm2-worth-two", one_task, "", "Two of them in two seeds:"),
     ("smollm2-baselines", two_tasks, "", "Two tasks, of another random part of the same two sets:"),
-    ("niwf-bench", timings, "Speed beside peft", "A training step, and answers."),
-    ("decode-bench", timings),
+    ("niwf-bench", timings, "Speed beside peft", "A training step."),
+    ("decode-bench", timings, "", "Answers:"),
     ("processes-bench", in_processes, "", "A whole training, each process on a core of its own:"),
     ("gather-bench", gathered, "What is gathered", "Bases gathered once a sequence, or for every token."),
     ("ftn-experiment-1 ftn-supsup-wide", scores, "Functional task networks", "The score is an accuracy in "
@@ -805,15 +808,14 @@ SECTIONS = [  # files of results and their table; where a section begins, its ti
      "seeds:"),
     ("ftn-choose-ewc-clf ftn-choose-ewc-more-clf ftn-choose-ewc-reg ftn-choose-supsup-clf "
      "ftn-choose-supsup-reg", scores, "Baselines, tuned", "EWC by strength, SupSup by learning rate and by "
-     "rule: scores over 0, or the top half of each layer. Chosen on seeds 200 to 203, SupSup in regression "
-     "on 200 alone ..."),
+     "rule: scores over 0, or the top half of each layer. Chosen on seeds 200 to 203 ..."),
     ("ftn-ewc-tuned-clf ftn-ewc-tuned-reg ftn-supsup-tuned", scores, "", "... and on the published seeds:"),
     ("lora-ftn", scores, "LoRA-FTN", "Six ways to rewrite a sentence; nats per token."),
     ("lora-ftn", offered, "", "What a bank is offered when a task begins:"),
     ("lora-ftn-b-std lora-ftn-every lora-ftn-once", scores, "", "B not zero at the start; fewer steps, and a "
      "search before every one of them:"),
     ("lora-styles-smollm2 lora-ftn-smollm2", scores, "", "A real language model, SmolLM2-135M-Instruct:"),
-    ("lora-styles-smollm2", offered)]
+    ("lora-styles-smollm2", offered, "", "What its bank is offered:")]
 # fmt: on
 
 
@@ -878,9 +880,9 @@ def results_page():
     with naming("*"):
         lines = [[says, so, shown_by(see)] for says, so, see in not_as_printed(read)]
     yield "\n".join(table(["the paper", "what is so", "shown by"], lines))
-    for names, draw, *begins in SECTIONS:
-        files, (title, *sentence) = names.split(), begins or [""]
-        yield from ["## " + title] * (title != "") + sentence
+    for names, draw, title, sentence in SECTIONS:
+        files = names.split()
+        yield from ["## " + title] * (title != "") + [sentence]
         if title in FINDINGS:
             with naming("*"):
                 yield FINDINGS[title](read).strip()
@@ -897,7 +899,7 @@ def with_tables(text):
 
     def made(block):
         begin, part, end = block.groups()
-        name, draw = PARTS[part]
+        name, draw = IN_README[part]
         return "\n".join([begin, *drawn(name, draw, read_results(name)), end])
 
     return re.sub(r"(<!-- ([\w-]+) -->)\n.*?(<!-- end -->)", made, text, flags=re.DOTALL)
