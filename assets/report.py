@@ -759,8 +759,7 @@ PICTURES = {
 # fmt: off
 SECTIONS = [  # files of results, their table, the title where a section begins, what the table is of
     ("tiny-worth", one_task, "What the field is worth", "One task, general instructions, tiny backbone."),
-    ("tiny-choose", one_task, "What was chosen among", "Other items and another seed than are published."),
-    ("tiny-choose-fine-tuning", one_task, "", "Full fine-tuning, by learning rate:"),
+    ("tiny-choose", one_task, "What was chosen among", "Other items and other seeds than are published."),
     ("tiny-baselines", two_tasks, "Baselines and locks", "Two tasks: A general instructions, B code. "
      "*Stored*: the right version is given; *routed*: the coordinate decides. Of one adapter, or of all "
      "weights, there is one version."),
