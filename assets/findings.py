@@ -56,8 +56,8 @@ def chosen_says(read):
 Better than the published setting of NIWF, {mean(published):.4f}, on all {len(published)} seeds are
 {len(better)}: {", ".join(better)}. The best, {best}, gains {mean(published) - mean(nats[best]):.4f}.
 The published setting stays, as it is the paper's but for alpha and the standardised h_bar. {worse} of
-{len(loras)} LoRAs are worse than it on all seeds; the best is {lora} ({mean(nats[lora]):.4f}), and that one is
-published. So LoRA has the best of its settings, NIWF has not. Of full fine-tuning the best is {rate[18:]}.
+{len(loras)} LoRAs are worse than it on all seeds; the best, {lora} ({mean(nats[lora]):.4f}), is the published
+one. So LoRA has the best of its settings, NIWF has not. Of full fine-tuning the best is {rate[18:]}.
 """
 
 
