@@ -16,10 +16,14 @@ def table(heads, lines):
     return ["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]]
 
 
+def nats(rows):
+    """What each seed of a row lost on the first task when it was learned, in nats a token."""
+    return [math.log(r["R"]["stored"][0][0]) for r in rows]
+
+
 def percent(rows, others):
     """How far apart two rows of one task are in nats a token, percent of the second."""
-    nats = [mean(math.log(r["R"]["stored"][0][0]) for r in some) for some in (rows, others)]
-    return f"{100 * (1 - nats[0] / nats[1]):.0f} %"
+    return f"{100 * (1 - mean(nats(rows)) / mean(nats(others))):.0f} %"
 
 
 def field_says(read):
@@ -41,23 +45,20 @@ and scale of the update. On a real language model it is worth nothing, see below
 
 
 def chosen_says(read):
-    rows = read("tiny-choose")
-    nats = {name: [math.log(r["R"]["stored"][0][0]) for r in seeds] for name, seeds in rows.items()}
-    published = nats["NIWF, N 16, K 8"]
-    agree = {name: {x < y for x, y in zip(seeds, published)} for name, seeds in nats.items()}
-    better = [f"{name} ({mean(nats[name]):.4f})" for name in nats if agree[name] == {True}]
-    loras = [name for name in nats if name.startswith("LoRA")]
-    lora, rate, best = (
-        min(names, key=lambda name: mean(nats[name]))
-        for names in (loras, [name for name in nats if name.startswith("full")], nats)
-    )
-    worse = sum(agree[name] == {False} for name in loras)
+    seeds = {name: nats(rows) for name, rows in read("tiny-choose").items()}
+    means = {name: mean(each) for name, each in seeds.items()}
+    best = lambda kind: min((name for name in means if name.startswith(kind)), key=means.get)
+    published, lora, tuning = "NIWF, N 16, K 8", "LoRA", "full fine-tuning, "
+    below = lambda name, other: all(x < y for x, y in zip(seeds[name], seeds[other]))
+    better = [f"{name} ({means[name]:.4f})" for name in means if below(name, published)]
+    worse = [below(published, name) for name in means if name.startswith(lora)]
     return f"""
-Better than the published setting of NIWF, {mean(published):.4f}, on all {len(published)} seeds are
-{len(better)}: {", ".join(better)}. The best, {best}, gains {mean(published) - mean(nats[best]):.4f}.
-The published setting stays, as it is the paper's but for alpha and the standardised h_bar. {worse} of
-{len(loras)} LoRAs are worse than it on all seeds; the best, {lora} ({mean(nats[lora]):.4f}), is the published
-one. So LoRA has the best of its settings, NIWF has not. Of full fine-tuning the best is {rate[18:]}.
+Better than the published setting of NIWF, {means[published]:.4f}, on all {len(seeds[published])} seeds are
+{len(better)}: {", ".join(better)}. The best, {best("")}, gains {means[published] - means[best("")]:.4f}.
+The published setting stays, as it is the paper's but for alpha and the standardised h_bar. {sum(worse)} of
+{len(worse)} LoRAs are worse than it on all seeds; the best, {best(lora)} ({means[best(lora)]:.4f}), is the
+published one. So LoRA has the best of its settings, NIWF has not. Of full fine-tuning the best is
+{best(tuning).removeprefix(tuning)}.
 """
 
 
