@@ -744,7 +744,7 @@ def finished_rows(rows, workers):
             raise Refused("a worker was killed, perhaps for want of memory: try fewer --workers") from None
         except BaseException:
             for child in multiprocessing.active_children():
-                child.terminate()
+                child.kill()  # one that is just born would meet another signal with this process's handler
             raise
 
 

@@ -324,12 +324,13 @@ def fake_commit(folder, task, seed, reads_all=True, backbone=None):
     return digest
 
 
-def answers(folder, backbone, examples):
-    """{hash: logits} of every version and composition, each at its own coordinates."""
+def answers(folder, backbone, examples, known=()):
+    """{hash: logits} of every version and composition but those known, each at its own coordinates."""
     run, model = opened(folder, backbone)
     h_bar = model.probe([p for p, _ in examples])
-    out = {v.hash: model.logits(examples, run.stored(i, h_bar))[0] for i, v in enumerate(run.versions)}
-    out |= {c.hash: model.logits(examples, c.gating(h_bar))[0] for c in run.compositions}
+    asked = {v.hash: lambda i=i: run.stored(i, h_bar) for i, v in enumerate(run.versions)}
+    asked |= {c.hash: lambda c=c: c.gating(h_bar) for c in run.compositions}
+    out = {digest: model.logits(examples, asked[digest]())[0] for digest in asked if digest not in known}
     model.detach()
     return out
 
@@ -1037,19 +1038,19 @@ def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
             shutil.copytree(folder, branch)
             for i in range(r.randint(1, 2)):
                 fake_commit(branch, f"b{n}.{i}", 1000 + n + i, reads_all=r.random() < 0.4)
-            for e in Run(branch).manifest["versions"][-1:]:
-                seen[e["hash"]] = answers(branch, backbone, examples)[e["hash"]]
+            seen |= answers(branch, backbone, examples, seen)
             commit.main(["merge", str(branch), "--run", str(folder)])
         else:
             victim = r.choice([e for e in entries if e["task"] != "root"])
             commit.main(["rollback", victim["hash"][:16], "--cascade", "--run", str(folder)])
         done[kind] += 1
-        now = answers(folder, backbone, examples)
+        here = {e["hash"] for e in Run(folder).entries}
+        assert {p.stem for p in (folder / "versions").iterdir()} == here  # and no folder of orphans
+        known = {} if kind == "merge" or step % 4 == 3 else seen  # to ask them all is slow
+        now = answers(folder, backbone, examples, known) if here - {*known} else {}
+        assert {*now} == here - {*known}
         for digest, logits in now.items():
             assert logits.equal(seen.setdefault(digest, logits)), (step, kind)
-        assert {p.stem for p in (folder / "versions").iterdir()} == set(now) and not (
-            folder / "versions" / "orphans"
-        ).exists()
     assert min(done.values()) > 10 and not any(wrong for _, wrong in commit.verify(Run(folder)))
 
 
@@ -2146,6 +2147,8 @@ def train_in_two(argv, folder, rate=None):
                 code = 0
             except SystemExit as e:
                 (folder / f"{rank}.end").write_text(e.code if isinstance(e.code, str) else "")
+            except BaseException as e:
+                (folder / f"{rank}.end").write_text(repr(e))
             finally:
                 os._exit(code)
     codes = [os.waitpid(child, 0)[1] for child in children]
@@ -2200,7 +2203,7 @@ def test_a_process_that_is_killed_or_stopped_ends_both_and_the_same_command_goes
 def test_two_processes_learn_a_stream(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "TINY_VALUES", dict(train.TINY_VALUES, examples=16, val_examples=20))
     command = ["--stream", "2", "--out", str(tmp_path / "run"), "--device", "cpu"]
-    assert train_in_two(command, tmp_path)[2] == [0, 0]
+    assert train_in_two(command, tmp_path)[1:] == (["", ""], [0, 0])
     run = Run(tmp_path / "run")
     assert run.tasks == ["alpaca-before", "code-append"] and not any(wrong for _, wrong in commit.verify(run))
     same, of = run.manifest["results"][-1]["identical"]["alpaca-before"]

@@ -45,11 +45,13 @@ def home(rows):
 
 def mistral_sizes():
     """-> millions of parameters of Mistral-7B's bank, N = 16, and of field and dynamics"""
+    config = transformers.MistralConfig()
+    layers, config.num_hidden_layers = config.num_hidden_layers, 1  # a layer more adds the same
     with torch.device("meta"):
-        model = NIWF(transformers.MistralForCausalLM(transformers.MistralConfig()), pad_id=0)
-        others = WeightField(32, 16), CoordinateDynamics(model.features)
+        model = NIWF(transformers.MistralForCausalLM(config), pad_id=0)
+        others = WeightField(layers, 16), CoordinateDynamics(model.features)
     small = sum(p.numel() for module in others for p in module.parameters())
-    return model.bank.parameter_count(16) / 1e6, small / 1e6
+    return layers * model.bank.parameter_count(16) / 1e6, small / 1e6
 
 
 def niwf_claims(read):
