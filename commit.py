@@ -299,7 +299,7 @@ def write_version(folder, head, tensors):
 def map_tensors(path):
     """The tensors of a safetensors file, mapped into memory: what is not read takes none."""
     with safe_open(path, "pt") as f:
-        return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+        return {key: f.get_tensor(key) for key in f.keys()}
 
 
 def read_version_file(path, tensors=False):

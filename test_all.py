@@ -297,19 +297,8 @@ def fake_commit(folder, task, seed, reads_all=True, backbone=None):
     for kind, content in (("val", [RECORD]), ("logits", ["0" * 16])):
         with commit.atomic(run.data_file(task, kind)) as tmp:
             tmp.write_text(json.dumps(content))
-    run.commit(
-        a_version_of(
-            field.requires_grad_(False),
-            dynamics,
-            region,
-            anchors,
-            bases,
-            task=task,
-            reads=reads,
-            config=settings,
-            lock="exact" if run.versions else "first",
-        )
-    )
+    about = dict(task=task, reads=reads, config=settings, lock="exact" if run.versions else "first")
+    run.commit(a_version_of(field.requires_grad_(False), dynamics, region, anchors, bases, **about))
     model.detach()
     digest = run.manifest["versions"][-1]["hash"]
     row = {
@@ -344,7 +333,7 @@ def test_field_is_equation_6_and_gating_equation_7():
     logits = phi(z)
     for b in range(2):
         x = (z[b] - z[b].mean()) / (z[b].var(unbiased=False) + 1e-5).sqrt()
-        gelu = lambda t: 0.5 * t * (1 + torch.erf(t / math.sqrt(2)))  # noqa: E731
+        gelu = lambda t: 0.5 * t * (1 + torch.erf(t / math.sqrt(2)))
         h = gelu(phi.w2.weight @ gelu(phi.w1.weight @ x + phi.w1.bias) + phi.w2.bias)
         torch.testing.assert_close(logits[b].flatten(), phi.w3.weight @ h + phi.w3.bias)
     indices, weights = top_k_gating(logits, 2)
@@ -398,7 +387,7 @@ def test_without_standardising_the_gating_collapses(tmp_path, monkeypatch):
         return Run(tmp_path / name).manifest["results"][0]["gating"]["alpaca"]["sets"]
 
     awake = choices("awake")
-    rms = lambda self, h_bar: self.deviation.fill_(float(h_bar.square().mean().sqrt()))  # noqa: E731
+    rms = lambda self, h_bar: self.deviation.fill_(float(h_bar.square().mean().sqrt()))
     monkeypatch.setattr(CoordinateDynamics, "standardise", rms)
     assert awake > 15 and choices("asleep") < 4
 
@@ -745,7 +734,7 @@ def test_mistral_7b_has_the_shapes_we_publish():
         backbone = transformers.MistralForCausalLM(transformers.MistralConfig())
         model = NIWF(backbone, pad_id=0)
         field, dynamics = WeightField(32, 16), CoordinateDynamics(model.features)
-    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    count = lambda m: sum(p.numel() for p in m.parameters())
     assert count(backbone) == 7_241_732_096 and len(model.bank.shapes) == 7 * 32
     assert model.bank.shapes["model.layers.0.self_attn.o_proj"] == (
         4096,
@@ -779,7 +768,7 @@ def test_checkpointing_keeps_inputs_of_layers_brings_no_dropout_and_ends_with_th
 
     def run():
         kept = []
-        keep = lambda t: (kept.append(t.numel()), t)[1]  # noqa: E731
+        keep = lambda t: (kept.append(t.numel()), t)[1]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             nll = response_nll(*model.logits(examples, gating))
         return nll, model.generate([p for p, _ in examples], gating, 2, 5), sum(kept)
@@ -1008,30 +997,15 @@ def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
     for step in range(200):
         run, n = Run(folder), next(count)
         entries = run.manifest["versions"] + run.manifest["compositions"]
-        kind = r.choice(
-            ["rollback", "rollback", "compose", "merge"]
-            if len(entries) > 5
-            else ["commit", "compose", "merge"]
-        )
+        full = len(entries) > 5
+        kind = r.choice([*["rollback"] * 2 * full, *["commit"] * (not full), "compose", "merge"])
         if kind == "commit":
             fake_commit(folder, f"t{n}", n, reads_all=r.random() < 0.4)
         elif kind == "compose":
-            picked = [
-                e["hash"][:16]
-                for e in r.sample(run.manifest["versions"], min(2, len(run.manifest["versions"])))
-            ]
-            commit.main(
-                [
-                    "compose",
-                    *picked,
-                    "--weights",
-                    *["0.5"] * len(picked),
-                    "--name",
-                    f"c{n}",
-                    "--run",
-                    str(folder),
-                ]
-            )
+            versions = run.manifest["versions"]
+            picked = [e["hash"][:16] for e in r.sample(versions, min(2, len(versions)))]
+            argv = ["compose", *picked, "--weights", *["0.5"] * len(picked), "--name", f"c{n}"]
+            commit.main([*argv, "--run", str(folder)])
         elif kind == "merge":
             branch = tmp_path / "branch"
             shutil.rmtree(branch, ignore_errors=True)
@@ -1301,7 +1275,7 @@ def test_sigkill_at_any_moment_leaves_the_state_before_or_after(tmp_path):
             ["compose", "root", "a", "--weights", "1", "1", "--name", "AB", "--run", str(f)]
         ),
     }
-    state = lambda f: sorted(e["hash"] for k in ("versions", "compositions") for e in Run(f).manifest[k])  # noqa: E731
+    state = lambda f: sorted(e["hash"] for k in ("versions", "compositions") for e in Run(f).manifest[k])
     r = random.Random(0)
     for name, command in commands.items():
         after = copy_of(base, tmp_path, f"{name}-after")
@@ -1532,7 +1506,7 @@ def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp
 
 def by_row(rows):
     """{(task, checkpointing, devices, device): the parts of the count, in bytes}"""
-    key = lambda row: (row["task"], row["checkpointing"], row["devices"], row["device"])  # noqa: E731
+    key = lambda row: (row["task"], row["checkpointing"], row["devices"], row["device"])
     return {key(row): [row[part] for part in evaluation.PARTS] for row in rows}
 
 

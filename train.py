@@ -373,7 +373,7 @@ class Training:
                             f"{self.path}: an unfinished training with {key} {about.get(key)}, not "
                             f"{self.about[key]}; finish it as it was started, or delete that file"
                         )
-                tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+                tensors = {key: f.get_tensor(key) for key in f.keys()}
             for key in {*shapes, *tensors}:
                 t = tensors[key]
                 if t.shape != shapes[key] or t.dtype != torch.float32 or not t.isfinite().all():
@@ -394,7 +394,7 @@ class Training:
 
     def __enter__(self):
         rank, size = rank_and_size()
-        self.log = open(os.devnull if rank else self.folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+        self.log = open(os.devnull if rank else self.folder / "log.jsonl", "a", buffering=1)
         about = {"task": self.about["task"], "start": self.step, "options": self.about, "processes": size}
         self.log.write(json.dumps({**about, **provenance()}) + "\n")
         self.stop = []
