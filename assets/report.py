@@ -416,7 +416,7 @@ def draw_overlap(read):
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     series = [(label, files, "ftn-slow", BLUE) for label, files in GENERATORS.items()]
     series.append(("three more for all", ONE_FOR_ALL[2:], "ftn-slow", BLUE))
-    series.append(("older neurons hidden, S 10, m0 -4", HIDDEN, "ftn-slow-hidden", ORANGE))
+    series.append(("older neurons hidden, S 10, m0 -4", HIDDEN.values(), "ftn-slow-hidden", ORANGE))
     for (label, files, method, colour), marker in zip(series, "os^DvP*x"):
         rows = [row for file in files for row in Rows(read(file)).of("clf", method)]
         axis.scatter(*zip(*shared_and_lost(rows)), s=30, marker=marker, c=colour, alpha=0.7, label=label)
@@ -801,10 +801,12 @@ SECTIONS = [  # files of results, their table, the title where a section begins,
      "seeds 200 to 203: S steps at eta, from logits m0; *hidden*: in training the search does not see what "
      "earlier tasks have trained."),
     ("ftn-slow-10 ftn-gaussian-10 ftn-frequency-16-10 ftn-slow-hidden ftn-gaussian-hidden "
-     "ftn-frequency-16-hidden ftn-slow-hidden-10 ftn-gaussian-hidden-10 ftn-frequency-16-hidden-10", scores,
-     "", "Some of them on the published seeds, and with other task generators:"),
-    ("ftn-generator-2 ftn-generator-3 ftn-generator-4", scores, "", "Three more generators, each one for all "
-     "seeds:"),
+     "ftn-frequency-16-hidden ftn-slow-hidden-10 ftn-gaussian-hidden-10 ftn-frequency-4-hidden-10 "
+     "ftn-frequency-16-hidden-10", scores, "", "Some of them on the published seeds, and with other task "
+     "generators:"),
+    ("ftn-generator-2 ftn-generator-3 ftn-generator-4 ftn-generator-0-hidden-10 ftn-generator-1-hidden-10 "
+     "ftn-generator-2-hidden-10 ftn-generator-3-hidden-10 ftn-generator-4-hidden-10", scores, "", "Three "
+     "more generators, each one for all seeds; and all five, with ten steps and older neurons hidden:"),
     ("ftn-choose-ewc-clf ftn-choose-ewc-more-clf ftn-choose-ewc-reg ftn-choose-supsup-clf "
      "ftn-choose-supsup-reg", scores, "Baselines, tuned", "EWC by strength, SupSup by learning rate and by "
      "rule: scores over 0, or the top half of each layer. Chosen on seeds 200 to 203 ..."),
