@@ -60,6 +60,9 @@ try:
 except ImportError:  # Windows
     resource = None
 
+if hasattr(os, "register_at_fork"):  # a child makes PyTorch's thread pool anew: two threads at once may fail
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
 
 # --------------------------------------------------------------------------------------- what the tests share
 
