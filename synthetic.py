@@ -599,9 +599,8 @@ def run_row(row):
 
     Refused: the grid is full, the backbone cannot be had, a score is not finite.
     """
-    torch.set_num_threads(
-        1
-    )  # first of all: after a fork, two threads that need PyTorch's pool at once may fail
+    # First of all: after a fork, two threads that need PyTorch's pool at once may fail.
+    torch.set_num_threads(1)
     torch.manual_seed(row.seed)
     began, training, kept, curve = time.perf_counter(), 0.0, [], []
     learner_class, mask = KNOWN[row.method]
