@@ -249,7 +249,7 @@ GENERATORS = {  # what is different in the task generator: the files that have i
     "another for all": ("ftn-generator-1",),
 }
 ONE_FOR_ALL = [f"ftn-generator-{seed}" for seed in range(5)]  # of all eight seeds
-HIDDEN = {  # of every generator: the file of the search as printed, the file of what holds without a lock
+HIDDEN = {  # of every generator: the file of the search as printed, and of ten steps, hidden, from -4
     "ftn-experiment-1": "ftn-slow-hidden-10",
     **{f: f"{f}-hidden-10" for f in ("ftn-frequency-4", "ftn-frequency-16", "ftn-gaussian", *ONE_FOR_ALL)},
 }
@@ -329,8 +329,8 @@ def hidden_says(read):
     printed = [rows.mean("recovered_fm", *slow) for rows, _ in pairs]
     held, apart = ([rows.mean(key, *hidden) for _, rows in pairs] for key in ("recovered_fm", "stored_fm"))
     both = [(rows, same) for same, rows in pairs if same.of(*locked)]
-    ends = [mean(rows.mean("recovered_last", *hidden) for rows, _ in both)]
-    ends += [mean(same.mean("recovered_last", *locked) for _, same in both)]
+    this = mean(rows.mean("recovered_last", *hidden) for rows, _ in both)
+    lock = mean(same.mean("recovered_last", *locked) for _, same in both)
     return f"""
 The search sees the answers of all older tasks, half switched on, and takes the useful ones. Hide those
 from it in training *and* let the mask's logits begin at -4, so that all else is nearly off, and on the
@@ -341,7 +341,7 @@ with ten steps and without any lock, it forgets {min(held):.3f} to {max(held):.3
 {min(printed):.3f} to {max(printed):.3f}, and on {sum(fm <= 0.014 for fm in held)} of them no more than the
 paper's .014. With the stored masks it is {max(apart):.3f} at most: masks hardly meet any more, and the
 rest is lost as the search at test time does not find them again. The lock, which recalls, forgets nothing;
-where it was run, too, on {len(both)} generators, it ends at {ends[1]:.3f}, and this search at {ends[0]:.3f}.
+where it was run, too, on {len(both)} generators, it ends at {lock:.3f}, and this search at {this:.3f}.
 """
 
 
