@@ -733,9 +733,11 @@ def finished_rows(rows, workers):
     """`finished_row` of each, as they come, from so many processes, which end at once if this one does."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, leave_interrupts_to_parent) as pool:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no worker is born with the parent's
+        # No worker is born with the parent's handlers.
+        before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
         futures = [pool.submit(finished_row, row) for row in rows]
-        signal.signal(signal.SIGINT, handler)
+        for s, handler in before.items():
+            signal.signal(s, handler)
         try:
             for future in tqdm(
                 concurrent.futures.as_completed(futures), total=len(rows), unit="row", disable=None
@@ -745,7 +747,7 @@ def finished_rows(rows, workers):
             raise Refused("a worker was killed, perhaps for want of memory: try fewer --workers") from None
         except BaseException:
             for child in multiprocessing.active_children():
-                child.kill()  # one that is just born would meet another signal with this process's handler
+                child.kill()  # one that is just born still ignores other signals
             raise
 
 
