@@ -391,11 +391,13 @@ def response_logits(backbone, pad_id, examples):
     """B pairs (prompt ids, response ids) -> logits [B, R, V] that predict labels [B, R], R the longest
     response; -100 is padding."""
     ids, mask = pad_left([p + r for p, r in examples], pad_id, device_of(backbone.get_input_embeddings()))
-    longest = max(len(r) for _, r in examples)
-    out = run_padded(backbone, ids, mask, use_cache=False, logits_to_keep=longest + 1).logits
+    longest, width = max(len(r) for _, r in examples), ids.shape[1]
+    # Columns by number: unlike a slice they are copied out, and their logits are one product, not B.
+    keep = torch.arange(width - 1 - longest, width - 1)
+    out = run_padded(backbone, ids, mask, use_cache=False, logits_to_keep=keep).logits
     is_response = torch.tensor([[i >= longest - len(r) for i in range(longest)] for _, r in examples])
     labels = ids[:, -longest:].masked_fill(~is_response.to(ids.device), -100)
-    return out[:, :-1], labels.to(out.device)
+    return out, labels.to(out.device)
 
 
 def greedy(logits):

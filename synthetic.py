@@ -276,10 +276,14 @@ class SearchedMask(Mask):
         return self.search(learner, torch.ones_like(learner.touched[t]), *learner.world.support[t])
 
 
-class LockedMask(SearchedMask):
-    """FTN with the lock: a finished task's mask is committed, and at test time recalled."""
+class RecalledMask(SearchedMask):
+    """FTN, searched in training alone: at test time a stored mask is recalled."""
 
     recover = recall
+
+
+class LockedMask(RecalledMask):
+    """FTN with the lock: a finished task's mask is committed, too."""
 
     def end(self, learner, t, *batch):
         commit_mask(learner.components, learner.stored[t])
@@ -579,6 +583,7 @@ CONTROLS = {  # of experiment 1, run when they are named
     "fixedmask-recall": (Neurons, FixedMask(told=False)),
     "random-disjoint-recall": (Neurons, FixedMask(told=False, anywhere=True)),
     "ftn-slow-hidden": (Neurons, SearchedMask(kernel=3, rounds=15, hidden=True)),
+    "ftn-slow-hidden-recall": (Neurons, RecalledMask(kernel=3, rounds=15, hidden=True)),
     "ftn-slow-lock-hidden": (Neurons, LockedMask(kernel=3, rounds=15, hidden=True)),
 }
 CONTROLS |= {f"ewc-{x:.0f}": (Neurons, EWC(x)) for x in (40.0, 4e3, 4e4, 4e5, 4e6, 4e7, 4e8, 4e9)}

@@ -2502,10 +2502,11 @@ def test_the_lock_keeps_stored_tasks_to_the_bit_and_masks_apart(variant, inputs)
     [
         synthetic.Row("clf", "ftn-slow-lock", 0, **SMALL),
         synthetic.Row("reg", "random-disjoint-recall", 0, **SMALL),
+        synthetic.Row("clf", "ftn-slow-hidden-recall", 0, **SMALL),
         synthetic.StyleRow("lora-ftn-lock", 0, **SMALL_STYLE),
     ],
 )
-def test_under_the_lock_a_support_batch_recalls_the_committed_mask_with_the_lowest_loss(row):
+def test_a_support_batch_recalls_the_stored_mask_with_the_lowest_loss(row):
     learner = learner_of(row)
 
     def literal(winners, *batch):
@@ -2555,6 +2556,13 @@ def test_a_search_may_be_blind_to_what_earlier_tasks_trained(method, blind):
     searched += [learner.mask.mask_for(learner, 1, *learner.world.support[1])]
     recovered += [learner.mask.recover(learner, 1)]
     assert torch.equal(*searched) == blind and not torch.equal(*recovered)
+
+
+def test_recall_without_the_lock_changes_what_is_recovered_and_no_training():
+    rows = [synthetic.Row("clf", f"ftn-slow-hidden{how}", 0, **SMALL) for how in ("", "-recall")]
+    searched, recalled = map(synthetic.run_row, rows)
+    assert all(searched[key] == recalled[key] for key in ("R_stored", "winners", "overwritten"))
+    assert searched["R_recovered"] != recalled["R_recovered"]
 
 
 def test_one_generator_serves_all_seeds_where_one_is_named():
