@@ -2565,6 +2565,15 @@ def test_recall_without_the_lock_changes_what_is_recovered_and_no_training():
     assert searched["R_recovered"] != recalled["R_recovered"]
 
 
+def test_every_method_has_a_row():
+    for experiment in (1, 2):
+        methods = [
+            m for m, (c, _) in synthetic.KNOWN.items() if (c is synthetic.Adapters) == (experiment == 2)
+        ]
+        args = synthetic.parse_options(["--experiment", str(experiment), "--methods", *methods])
+        assert {row.method for row in synthetic.rows_of(args)} == {*methods}
+
+
 def test_one_generator_serves_all_seeds_where_one_is_named():
     def world(seed, **given):
         return synthetic.ConceptShift(synthetic.Row("clf", "nomask", seed, **given))
