@@ -331,6 +331,7 @@ def hidden_says(read):
     both = [(rows, same) for same, rows in pairs if same.of(*locked)]
     this = mean(rows.mean("recovered_last", *hidden) for rows, _ in both)
     lock = mean(same.mean("recovered_last", *locked) for _, same in both)
+    recalled = Rows(read("ftn-generator-4-recalled-10")).both("clf", "ftn-slow-hidden-recall")
     return f"""
 The search sees the answers of all older tasks, half switched on, and takes the useful ones. Hide those
 from it in training *and* let the mask's logits begin at -4, so that all else is nearly off, and on the
@@ -340,8 +341,10 @@ change alone does not help: with one step, as printed {plain.forgets(*slow)}, hi
 with ten steps and without any lock, it forgets {min(held):.3f} to {max(held):.3f} in place of
 {min(printed):.3f} to {max(printed):.3f}, and on {sum(fm <= 0.014 for fm in held)} of them no more than the
 paper's .014. With the stored masks it is {max(apart):.3f} at most: masks hardly meet any more, and the
-rest is lost as the search at test time does not find them again. The lock, which recalls, forgets nothing;
-where it was run, too, on {len(both)} generators, it ends at {lock:.3f}, and this search at {this:.3f}.
+rest is lost as the search at test time does not find them again: on generator 4, which forgets most, score
+and FM are {recalled} if they are recalled, as under the lock, but with nothing locked. The lock forgets
+nothing; where it was run, too, on {len(both)} generators, it ends at {lock:.3f}, and this search at
+{this:.3f}.
 """
 
 

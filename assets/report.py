@@ -805,8 +805,9 @@ SECTIONS = [  # files of results, their table, the title where a section begins,
      "ftn-frequency-16-hidden-10", scores, "", "Some of them on the published seeds, and with other task "
      "generators:"),
     ("ftn-generator-2 ftn-generator-3 ftn-generator-4 ftn-generator-0-hidden-10 ftn-generator-1-hidden-10 "
-     "ftn-generator-2-hidden-10 ftn-generator-3-hidden-10 ftn-generator-4-hidden-10", scores, "", "Three "
-     "more generators, each one for all seeds; and all five, with ten steps and older neurons hidden:"),
+     "ftn-generator-2-hidden-10 ftn-generator-3-hidden-10 ftn-generator-4-hidden-10 "
+     "ftn-generator-4-recalled-10", scores, "", "Three more generators, each one for all seeds; and all "
+     "five, with ten steps and older neurons hidden; on the last the stored masks recalled, too:"),
     ("ftn-choose-ewc-clf ftn-choose-ewc-more-clf ftn-choose-ewc-reg ftn-choose-supsup-clf "
      "ftn-choose-supsup-reg", scores, "Baselines, tuned", "EWC by strength, SupSup by learning rate and by "
      "rule: scores over 0, or the top half of each layer. Chosen on seeds 200 to 203 ..."),
