@@ -14,8 +14,8 @@ batches. After each task all tasks so far are scored:
 
     stored      with the mask of the task's last training batch
     recovered   with the mask that the search finds, from a cold start, on a support batch of the task; where
-                masks are kept, under the lock and in SupSup, with the stored one that has the lowest loss
-                on it
+                masks are kept, under the lock, in SupSup and in the controls that recall, with the stored
+                one that has the lowest loss on it
 
 R[i][j] is the score on task j after task i. ACC (MSE, CE) is the mean of the last row. FM, forgetting, is
 over earlier tasks the mean of best minus final accuracy, or of final minus best loss: positive always means

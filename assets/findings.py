@@ -228,12 +228,14 @@ def ftn_says(read):
     shared = sum(max(r["overlap_last"]) > 0.5 for r in slow)
     fast, kwta = (rows.each("recovered_last", "reg", method) for method in ("ftn-fast", "kwta"))
     better = sum(a < b for a, b in zip(fast, kwta))
+    ten = Rows(read("ftn-fast-kwta-10"))
     return f"""
 FTN-Slow ends near the paper's accuracy, {rows.score("clf", "ftn-slow")} against .896, but forgets
 {rows.forgets("clf", "ftn-slow")}, {times:.0f} times what the paper reports: it learns more and loses more.
 In {shared} of {len(slow)} seeds two of its masks share more than half of their neurons. In regression,
 where the paper searches with ten steps, it forgets {reg}. The lock repairs it outright: no committed bit
-moves. Smoothing is needed in classification: KWTA has none, and ends at {rows.score("clf", "kwta")}; in
+moves. Smoothing is needed in classification: KWTA has none, and ends at {rows.score("clf", "kwta")}, with
+ten steps at {ten.score("clf", "kwta")}, where FTN-Fast is at {ten.score("clf", "ftn-fast")}; in
 regression FTN-Fast beats it in {better} of {len(slow)} seeds, but the means are
 {rows.score("reg", "ftn-fast")} and {rows.score("reg", "kwta")}. Which neurons win may hang on a last bit,
 so on another machine single rows of searched masks differ, and means in their second digit.

@@ -800,7 +800,7 @@ SECTIONS = [  # files of results, their table, the title where a section begins,
      "ftn-search-10-low ftn-search-10-lower", scores, "Why the search forgets", "Chosen among these, on "
      "seeds 200 to 203: S steps at eta, from logits m0; *hidden*: in training the search does not see what "
      "earlier tasks have trained."),
-    ("ftn-slow-10 ftn-gaussian-10 ftn-frequency-16-10 ftn-slow-hidden ftn-gaussian-hidden "
+    ("ftn-slow-10 ftn-fast-kwta-10 ftn-gaussian-10 ftn-frequency-16-10 ftn-slow-hidden ftn-gaussian-hidden "
      "ftn-frequency-16-hidden ftn-slow-hidden-10 ftn-gaussian-hidden-10 ftn-frequency-4-hidden-10 "
      "ftn-frequency-16-hidden-10", scores, "", "Some of them on the published seeds, and with other task "
      "generators:"),
