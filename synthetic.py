@@ -942,9 +942,10 @@ def rows_of(args):
         variants, leaks = dict.fromkeys(args.variant or HEAD), LEAKS if args.leaks else LEAKS[:1]
         lines = itertools.product(variants, args.methods, seeds, leaks)
         rows = [Row(variant=v, method=m, seed=s, leak=leak, **given) for v, m, s, leak in lines]
-    order = [FixedMask, Supermask, NoMask, EWC, BestAdapter, LockedBank]
-    order += [SearchedMask, RecalledMask, LockedMask]
-    return sorted(rows, key=lambda row: (row.seed, order.index(type(KNOWN[row.method][1]))))
+    order = [FixedMask, Supermask, NoMask, EWC, BestAdapter, LockedBank, SearchedMask, LockedMask]
+    kinds = lambda row: type(KNOWN[row.method][1]).__mro__  # one that is not listed goes with its parent
+    place = lambda row: next(order.index(kind) for kind in kinds(row) if kind in order)
+    return sorted(rows, key=lambda row: (row.seed, place(row)))
 
 
 def table_place(out):

@@ -2566,12 +2566,10 @@ def test_recall_without_the_lock_changes_what_is_recovered_and_no_training():
 
 
 def test_every_method_has_a_row():
-    for experiment in (1, 2):
-        methods = [
-            m for m, (c, _) in synthetic.KNOWN.items() if (c is synthetic.Adapters) == (experiment == 2)
-        ]
-        args = synthetic.parse_options(["--experiment", str(experiment), "--methods", *methods])
-        assert {row.method for row in synthetic.rows_of(args)} == {*methods}
+    for method, (learner, _) in synthetic.KNOWN.items():
+        experiment = "2" if learner is synthetic.Adapters else "1"
+        args = synthetic.parse_options(["--experiment", experiment, "--methods", method])
+        assert {row.method for row in synthetic.rows_of(args)} == {method}
 
 
 def test_one_generator_serves_all_seeds_where_one_is_named():
