@@ -306,8 +306,9 @@ def search_says(read):
     return f"""
 What it forgets is what its masks share ([drawn](../ftn-overlap.png)). Over {len(streams)} streams of nine
 generators, FM, stored, and the share of neurons that two last masks have in common correlate with
-{alike:.2f}. All {len(much)} streams in which that share is a fifth or more forget
-{min(much):.2f} or more; the {len(little)} in which it is under a twentieth, {max(little):.2f} at most.
+{alike:.2f}. The {len(much)} streams in which that share is a fifth or more forget {mean(much):.2f} on
+average, {min(much):.2f} at least; the {len(little)} in which it is under a twentieth {mean(little):.2f},
+{max(little):.2f} at most.
 
 The tasks decide that more than the seed. With one generator for all eight seeds, five times, the means of FM
 are {", ".join(f"{x:.3f}" for x in sorted(means))}; their deviation is {statistics.stdev(means):.3f}, that of

@@ -794,8 +794,7 @@ SECTIONS = [  # files of results, their table, the title where a section begins,
     ("ftn-recall ftn-frequency-4 ftn-frequency-16 ftn-gaussian ftn-generator-0 ftn-generator-1", scores,
      "Is the search needed?", "Masks that no search has made, recalled as the lock recalls: the one with the "
      "lowest loss on a labelled batch. Other task generators: smoother and rougher tasks, inputs that are "
-     "not uniform, and one generator for all seeds, twice. But for the inputs that are not uniform, seeds "
-     "0 to 3 of these were computed at revision 281a9b8 on another machine, which may differ in last bits."),
+     "not uniform, and one generator for all seeds, twice."),
     ("ftn-search-1 ftn-search-1-low ftn-search-1-lower ftn-search-3 ftn-search-3-low ftn-search-10 "
      "ftn-search-10-low ftn-search-10-lower", scores, "Why the search forgets", "Chosen among these, on "
      "seeds 200 to 203: S steps at eta, from logits m0; *hidden*: in training the search does not see what "
