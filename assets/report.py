@@ -807,7 +807,7 @@ SECTIONS = [  # files of results, their table, the title where a section begins,
      "ftn-generator-2-hidden-10 ftn-generator-3-hidden-10 ftn-generator-4-hidden-10 "
      "ftn-generator-4-recalled-10", scores, "", "Three more generators, each one for all seeds; and all "
      "five, with ten steps and older neurons hidden; on the last the stored masks recalled, too:"),
-    ("ftn-choose-ewc-clf ftn-choose-ewc-more-clf ftn-choose-ewc-reg ftn-choose-supsup-clf "
+    ("ftn-choose-ewc-clf ftn-choose-ewc-reg ftn-choose-supsup-clf "
      "ftn-choose-supsup-reg", scores, "Baselines, tuned", "EWC by strength, SupSup by learning rate and by "
      "rule: scores over 0, or the top half of each layer. Chosen on seeds 200 to 203 ..."),
     ("ftn-ewc-tuned-clf ftn-ewc-tuned-reg ftn-supsup-tuned", scores, "", "... and on the published seeds:"),
