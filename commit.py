@@ -48,14 +48,9 @@ import functools
 import hashlib
 import json
 import pathlib
-import platform
 import re
-import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
-import textwrap
 import time
 
 try:
@@ -63,18 +58,25 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from plumbing import Refused  # first: it sets what torch and the Hub's client read when imported
+
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from field import CoordinateDynamics, Region, WeightField, route, take_snapshot, top_k_gating
-from model import NIWF, Refused, find_targets, fingerprint, first_alone, in_out, joined_processes
-from model import layer_numbers, load_backbone, pad_of, rank_and_size
+from model import NIWF
+from plumbing.backbone import find_targets, fingerprint, in_out, layer_numbers, load_backbone
+from plumbing.processes import first_alone
+from plumbing.command import Parser, number, run_program
+from plumbing.files import NAME, SHA, atomic, atomic_folder, check_name, put_aside, read_json, refuse_constant
+from plumbing.files import validate
+from plumbing.prompts import pad_of
+from plumbing.records import read_records
 
 # ---------------------------------------------------------------------------- what is on disk, and reading it
 
-NAME, SHA = re.compile(r"\w[\w.-]{0,63}"), re.compile(r"[0-9a-f]{64}")
 DATE = re.compile(r"[\d :-]{19}", re.ASCII)
 COUNT, COUNT_OR_0 = range(1, 2**31), range(2**31)
 POSITIVE = lambda x: type(x) in (int, float) and 0 < x < 1e300
@@ -97,185 +99,8 @@ MANIFEST = {"format": 1, "backbone": (None, {"name": str, "fingerprint": SHA}),
             "compositions": [{**ENTRY, "lock": "composed"}]}
 VERSION = {"task": NAME, "lock": ENTRY["lock"], "reads": [SHA], "writes": COUNT, "top_k": COUNT, "n": COUNT,
            "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, str)}}
-MESSAGES = [{"role": re.compile(r"\w+"), "content": str}]
 COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
 # fmt: on
-
-
-def validate(value, form, where):
-    """The value. Refused, naming the field, unless it has this form: a type, pattern, range, test or
-    constant; [form] for a list; {key: form} for these keys, {pattern: form} for keys like it; (form, ...) for
-    one of them."""
-    if isinstance(form, tuple):
-        for option in form[:-1]:
-            with contextlib.suppress(Refused):
-                return validate(value, option, where)
-        return validate(value, form[-1], where)
-    if isinstance(form, dict) and isinstance(value, dict):
-        likeness = next((key for key in form if isinstance(key, re.Pattern)), None)
-        for key in value if likeness else dict.fromkeys((*form, *value)):
-            if likeness is None and (key not in form or key not in value):
-                raise Refused(f"{where}: {key!r} is {'missing' if key in form else 'unknown'}")
-            if likeness:
-                validate(key, likeness, where)
-            validate(value[key], form[likeness or key], f"{where}: {key}")
-        return value
-    if isinstance(form, list) and isinstance(value, list):
-        return [validate(part, form[0], f"{where}[{i}]") for i, part in enumerate(value)]
-    if isinstance(form, re.Pattern):
-        fits = isinstance(value, str) and form.fullmatch(value)
-    elif form is float:
-        fits = type(value) in (int, float) and abs(value) < 1e300
-    elif isinstance(form, range):
-        fits = type(value) is int and value in form
-    elif isinstance(form, type):
-        fits = type(value) is form
-    else:
-        fits = form(value) if callable(form) else type(value) is type(form) and value == form
-    if not fits:
-        raise Refused(f"{where}: {ascii(value)[:60]} is not what belongs there")
-    return value
-
-
-def check_name(option, name):
-    """Names become file names. Refused: this one cannot."""
-    if not NAME.fullmatch(name) or len(name.encode()) > 200:
-        raise Refused(f"{option} {name!r}: use letters, digits, '_', '-' and '.'")
-
-
-def refuse_constant(text):
-    raise ValueError(f"{text} is no number")
-
-
-def refuse_twice(pairs):
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = sorted(key for key, _ in pairs)
-        raise ValueError(f"{next(a for a, b in zip(keys, keys[1:]) if a == b)!r} is there twice")
-    return found
-
-
-def parse_json(text, where):
-    """What a JSON text holds. Refused: it is not JSON, or an object in it has a key twice."""
-    try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_twice)
-    except (ValueError, RecursionError) as e:
-        raise Refused(f"{where}: not readable as JSON ({e})") from None
-
-
-def read_text(path, own):
-    """The text of a file. own: it lies in a run folder. Refused: it is no plain file, or not UTF-8."""
-    path = pathlib.Path(path)
-    if not path.is_file() or own and path.is_symlink():
-        raise Refused(f"{path}: no such file" if not path.exists() else f"{path}: not a plain file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (ValueError, OSError) as e:
-        raise Refused(f"{path}: not readable as JSON ({e})") from None
-
-
-def read_json(path, own=True):
-    """What a JSON file holds. Refused: see `read_text` and `parse_json`."""
-    return parse_json(read_text(path, own), path)
-
-
-def read_records(path, template="alpaca", own=False):
-    """The records of a JSON list or, where the text does not begin as one, of JSON lines; see `plain_record`.
-    own: the file is ours, a list. Refused with the file, the number of the record and that of its line."""
-    text = read_text(path, own)
-    if own or text.lstrip().startswith("["):
-        found = parse_json(text, path)
-        if not isinstance(found, list):
-            raise Refused(f"{path}: expected a JSON list of records")
-        rows = [(f"{path}: record {i}", record) for i, record in enumerate(found, 1)]
-    else:  # not splitlines: a JSON text may hold other line breaks
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        lines = [(f"{path}: record {i} (line {n})", line) for i, (n, line) in enumerate(lines, 1)]
-        rows = [(where, parse_json(line, where)) for where, line in lines]
-    if not rows:
-        raise Refused(f"{path}: expected a JSON list of records, or JSON lines, and there are none")
-    return [plain_record(record, where, template) for where, record in rows]
-
-
-def plain_record(record, where, template):
-    """A record as the rest of the program has it: {"instruction": the last prompt, "output": the response,
-    and perhaps "input", "kind", "history": messages before}. It comes so (Alpaca); or with prompt and
-    completion, texts or lists of messages (TRL); or with messages, of which the last is the response.
-    Refused: it has none of these whole, or a history, which the template alpaca has no place for."""
-    if not isinstance(record, dict):
-        raise Refused(f"{where} is not a JSON object")
-    trl, messages = "prompt" in record and "instruction" not in record, record.get("messages")
-    asked, said = ("prompt", "completion") if trl else ("instruction", "output")
-    if messages is None and all(isinstance(record.get(key), list) for key in (asked, said)):
-        messages = record[asked] + record[said]
-    if messages is not None:
-        validate(messages, MESSAGES, f"{where}: messages")
-        if [m["role"] for m in messages[-2:]] != ["user", "assistant"]:
-            raise Refused(f"{where}: the last two messages are not of user and assistant")
-        *history, prompt, response = messages
-        plain = {"instruction": prompt["content"], "output": response["content"], "history": history}
-    else:
-        for key in (asked, said):
-            if not isinstance(record.get(key), str):
-                raise Refused(f"{where} has no text under {key!r}")
-        plain = {"instruction": record[asked], "output": record[said]} if trl else record
-    plain |= {"kind": record["kind"]} if "kind" in record else {}
-    for key in ("input", "kind"):
-        if not isinstance(plain.get(key, ""), str):
-            raise Refused(f"{where} has something other than text under {key!r}")
-    validate(plain.get("history", []), MESSAGES, f"{where}: history")
-    try:
-        json.dumps(plain, ensure_ascii=False).encode()
-    except ValueError:
-        raise Refused(f"{where} holds half a character (a lone surrogate)") from None
-    if plain.get("history") and template == "alpaca":
-        raise Refused(f"{where} is a chat of more than a prompt and its answer: --template chat takes it")
-    return plain
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """Gives a temporary path beside `path`; on success it is fsynced and renamed over it. So whoever reads,
-    even after a kill, finds the old contents or the new, never a part. Of several processes the first alone
-    writes."""
-    if rank_and_size()[0]:
-        yield pathlib.Path(os.devnull)
-        return
-    path.parent.mkdir(exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.niwf-tmp")
-    with open(tmp, "xb"):  # never through a link, never over another file
-        pass
-    try:
-        yield tmp
-        with open(tmp, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-        if os.name == "posix":  # the rename itself lives in the folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_folder(folder):
-    """Gives a temporary folder beside `folder`, which is absent or empty; on success what is in it is fsynced
-    and it is renamed. A kill can leave the temporary folder, never a part under the final name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.niwf-tmp")
-    tmp.mkdir()
-    try:
-        yield tmp
-        for path in tmp.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as f:
-                    os.fsync(f.fileno())
-        if folder.exists():  # empty: elsewhere than on POSIX a rename does not replace it
-            folder.rmdir()
-        tmp.rename(folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 KINDS = r"manifest\.json|training\.safetensors|[0-9a-f]{64}\.safetensors|\w[\w.-]*\.(val|logits)\.json"
@@ -813,16 +638,6 @@ class Run:
         return (indices, weights), found
 
 
-def put_aside(path):
-    """Move a file of ours that nothing names to `orphans` beside it."""
-    folder, number = path.parent / "orphans", 0
-    folder.mkdir(exist_ok=True)
-    while (target := folder / (path.name + f".{number}" * (number > 0))).exists():
-        number += 1
-    path.rename(target)
-    print(f"{path} is named by no manifest: moved to {target}")
-
-
 def latest_run(root="runs"):
     """The run folder under `root` whose manifest was written last. Refused: there is none."""
     manifests = sorted(pathlib.Path(root).glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
@@ -832,118 +647,6 @@ def latest_run(root="runs"):
 
 
 # ------------------------------------------------------------------------------- the rest is the command line
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows every default in one way, " [default]", unless the help text says it in words."""
-
-    def _get_help_string(self, action):
-        plain = type(action.default) in (int, float, str) and action.default not in ("", argparse.SUPPRESS)
-        return f"{action.help} [%(default)s]" if plain and "[" not in action.help else action.help
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, and takes text only. Its --help has, from the
-    docstring of a program, the first sentences and the command lines that this parser is for."""
-
-    def __init__(self, doc, **how):
-        super().__init__(formatter_class=HelpFormatter, **how)
-        self.color = False  # Python 3.14 has it on
-        mine = re.compile(rf"    python (assets/)?{re.escape(self.prog)}\b")
-        examples = [line for line in doc.splitlines() if mine.match(line)]
-        self.description = self.description or doc.partition("\n\n")[0]
-        notes = [textwrap.fill(self.epilog, 100)] if self.epilog else []
-        self.epilog = "\n\n".join([*notes, "\n".join(["examples:", *examples])])
-
-    def parse_known_args(self, args=None, namespace=None):
-        for text in sys.argv[1:] if args is None else args:
-            if text != text.encode("utf-8", "replace").decode():  # a lone surrogate, a byte that is no UTF-8
-                self.error(f"{ascii(text)} is not text")
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-
-
-def number(kind, low, high=1e9):
-    """An argparse type: a number of this kind in [low, high], which leaves out nan and inf."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low:g}, at most {high:g}")
-        return value
-
-    return parse
-
-
-def output_file(text):
-    """An argparse type: a JSON file to write results to, tried before anything is computed. An older file of
-    results is replaced, any other file is not."""
-    path = pathlib.Path(text)
-    try:
-        if path.is_dir():
-            raise OSError(0, "it is a folder")
-        if path.exists():
-            if not {"command", "rows"} <= {*read_json(path, own=False)}:
-                raise ValueError
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as e:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({e.strerror})") from None
-    except (Refused, ValueError, TypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is there and holds no results of this program") from None
-    return path
-
-
-def provenance():
-    """What a result depends on besides its options: date, revision, versions, machine."""
-    git = ["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "HEAD"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = None
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "git": revision,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
-
-
-def write_results(path, program, argv, indent=None, **content):
-    """Write a file of results: the command that made it, what it depends on besides, and the content."""
-    command = shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
-    with atomic(path) as tmp:
-        tmp.write_text(json.dumps({"command": command, **provenance(), **content}, indent=indent))
-
-
-def run_program(main):
-    """Run a program's `main`. What the user can mend, or a Ctrl-C, ends in one line and not in a
-    traceback."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    name = pathlib.Path(sys.argv[0]).name
-    try:
-        with joined_processes():
-            main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # as in `log | head`: whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-    except (Refused, OSError, SafetensorError, MemoryError) as e:
-        raise SystemExit(f"{name}: {' '.join(str(e).split()) or 'not enough memory'}") from None
-    except RuntimeError as e:
-        if "memory" not in str(e):
-            raise
-        raise SystemExit(f"{name}: not enough memory ({str(e).splitlines()[0]})") from None
-    except KeyboardInterrupt as e:
-        raise SystemExit(f"\n{name}: {e or 'stopped'}") from None
 
 
 def describe(run, entry):

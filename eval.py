@@ -39,11 +39,15 @@ import tempfile
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from commit import Parser, Run, atomic, export, latest_run, number, output_file, run_program, write_results
+from commit import export, latest_run, Run
+from model import detach, NIWF, perplexity, response_logits, response_nll, sampler
+from plumbing import Refused
+from plumbing.backbone import find_layers, from_shape, pick_device
+from plumbing.command import number, output_file, Parser, run_program, write_results
+from plumbing.files import atomic
+from plumbing.processes import rank_and_size, sum_over_processes
+from plumbing.prompts import text_of, encode, end_token, prompt_ids, prompt_of
 from field import CoordinateDynamics, WeightField, take_snapshot, top_k_gating
-from model import NIWF, Refused, detach, encode, end_token, find_layers, from_shape, perplexity, pick_device
-from model import prompt_ids, prompt_of, rank_and_size, response_logits, response_nll, sampler
-from model import sum_over_processes
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
 
@@ -256,11 +260,6 @@ def report(run):
 
 
 # ---------------------------------------------------------------------------------------------------- answers
-
-
-def text_of(tokenizer, ids):
-    """The text of a response, to the letter."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128):

@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Refused, in_out
+from plumbing import Refused
+from plumbing.backbone import in_out
 
 ALL = ...  # every neuron or component; the gradient of this index, unlike that of a slice, is not copied
 

@@ -18,108 +18,28 @@ Departures, and why:
 * Only response tokens count in loss and perplexity, the one that ends a response included.
 * We patch with forward hooks, not by replacing `forward`: removing a hook restores the module exactly.
 
-This file knows nothing of tasks, regions or run folders. Loading a backbone comes last.
+This file knows nothing of tasks, regions or run folders.
 """
 
 import collections
 import contextlib
 import dataclasses
-import datetime
 import functools
-import hashlib
-import importlib.util
 import math
-import os
-import pathlib
-import re
-import signal
-import socket
-import urllib.parse
-import urllib.request
 
-# Read when they are first imported or used: by the Hub's client (one progress bar, ours), and by cuBLAS (the
-# same bits twice on a GPU, too).
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+from plumbing import Refused  # first: it sets what torch and the Hub's client read when imported
 
-import huggingface_hub
 import torch
-import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# MKL's vector functions find out which CPU this is in the first call of any of them, and not under a lock:
-# two threads that make it together (in the rotary embedding's cosine) may take different kernels, whose last
-# bits differ. So one thread makes it.
-torch.ones(1).cos()
+from plumbing.backbone import device_of, find_layers, find_targets, in_out, layer_numbers
 
-# Mistral, Llama, Qwen, Gemma, Phi-3-like names, and GPT-2's. Matched exactly against a module's own name.
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TARGETS += ("c_attn", "c_proj", "c_fc")
 FOLDED_PARAMETERS = 2**28  # at most 1 GiB of gathered bases while a text is generated
-# fmt: off
-RANDOM = {  # shapes to be had with random weights, for memory and speed
-    "random:mistral-7b": dict(model_type="mistral"),  # its defaults are Mistral-7B-v0.1
-    "random:llama-70b": dict(model_type="llama", hidden_size=8192, intermediate_size=28672,
-                             num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)}
-# fmt: on
-TINY_FOLDER = str(pathlib.Path(__file__).parent / "assets" / "tiny")
-PATIENCE = datetime.timedelta(minutes=10)  # one that ended is noticed at once: this is for one that hangs
-ENDED = "another process of this training ended, or torchrun; the same command goes on from what is saved"
-
-
-class Refused(Exception):
-    """Something the user can mend, in one line. Nothing on disk has been changed."""
-
-    def __init__(self, message):
-        text = " ".join(str(message).split())
-        if not text.isprintable():
-            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        super().__init__(text)
 
 
 # ------------------------------------------------------------------------------------------ the bank of bases
-
-
-def find_targets(backbone, names=TARGETS):
-    """{full name: module} of the leaf projections whose last name is in `names`. Refused: there are none."""
-    linear = nn.Linear, transformers.Conv1D
-    leaves = {full: m for full, m in backbone.named_modules() if isinstance(m, linear)}
-    found = {full: m for full, m in leaves.items() if full.rpartition(".")[2] in names}
-    if not found:
-        raise Refused(f"the backbone has no linear module named {', '.join(names)}")
-    return found
-
-
-def layer_numbers(targets):
-    """{full name: number of its layer, counted from 0}. The layer is the first number in a name."""
-    numbers = {name: int((re.findall(r"\.(\d+)\.", name) or [0])[0]) for name in targets}
-    order = sorted(set(numbers.values()))
-    return {name: order.index(n) for name, n in numbers.items()}
-
-
-def in_out(module):
-    """(d_in, d_out) of a target. Conv1D is a linear layer whose weight is stored transposed."""
-    linear = isinstance(module, nn.Linear)
-    return (module.in_features, module.out_features) if linear else tuple(module.weight.shape)
-
-
-def find_layers(backbone):
-    """The layers of the backbone, in order: what can be computed again as a whole."""
-    return [m for m in backbone.modules() if isinstance(m, transformers.GradientCheckpointingLayer)]
-
-
-def offloaded(module):
-    """accelerate's hook, if it keeps the module's weights elsewhere and brings them when they are used."""
-    hook = getattr(module, "_hf_hook", None)
-    return hook if getattr(hook, "offload", False) else None
-
-
-def device_of(module):
-    """Where a module computes."""
-    hook = offloaded(module)
-    return torch.device(hook.execution_device) if hook else module.weight.device
 
 
 def attach(targets, update):
@@ -296,77 +216,6 @@ class AdapterBank:
 # --------------------------------------------------------------------------------------- prompts and the loss
 
 
-def messages_of(record):
-    """A record's prompt as a chat. An input follows its instruction, after an empty line."""
-    given = f"\n\n{record['input']}" if record.get("input") else ""
-    return [*record.get("history", ()), {"role": "user", "content": record["instruction"] + given}]
-
-
-def render_chat(messages, tokenizer, **how):
-    """The text that the tokenizer's chat template makes of messages. Refused: it has none, or that fails."""
-    if not tokenizer.chat_template:
-        raise Refused("--template chat: the backbone's tokenizer has no chat template; alpaca needs none")
-    try:  # in a sandbox: a template is no code that could do more than write
-        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
-    except Exception as e:  # a template raises what it likes
-        which = f"the chat that ends with {messages[-1]['content'][:40]!r}"
-        raise Refused(f"--template chat: the tokenizer's template cannot write {which} ({e})") from e
-
-
-def render_answer(messages, answer, tokenizer):
-    """The text that continues a chat's prompt: the answer, and what ends it. Refused: see `render_chat`; with
-    the answer the template writes the prompt differently, so that what is trained is not what is asked."""
-    prompt = render_chat(messages, tokenizer, add_generation_prompt=True)
-    whole = render_chat([*messages, {"role": "assistant", "content": answer}], tokenizer)
-    if not whole.startswith(prompt):
-        asked = messages[-1]["content"][:40]
-        raise Refused(f"--template chat: the template writes {asked!r} otherwise once it is answered")
-    return whole[len(prompt) :]
-
-
-def end_token(tokenizer, template):
-    """The id that ends a response: EOS, or what a chat template ends an assistant's turn with. Refused: that
-    is no token of its own, so that generation could not stop at it."""
-    if template == "alpaca":
-        return tokenizer.eos_token_id
-    said = "Hello."
-    ending = render_answer([{"role": "user", "content": said}], said, tokenizer).rpartition(said)[2]
-    for token in tokenizer(ending, add_special_tokens=False).input_ids:
-        if token in tokenizer.added_tokens_decoder:
-            return token
-    raise Refused(f"--template chat: the template ends an answer with {ending!r}: no special token")
-
-
-def prompt_of(record, tokenizer, template):
-    """The text of the prompt of a record, or of an instruction alone. template "alpaca": Alpaca's without its
-    preamble, which says the same before every instruction. "chat": the tokenizer's chat template, up to where
-    the answer begins."""
-    record = {"instruction": record} if isinstance(record, str) else record
-    if template == "chat":
-        return render_chat(messages_of(record), tokenizer, add_generation_prompt=True)
-    given = f"\n\n### Input:\n{record['input']}" if record.get("input") else ""
-    return f"### Instruction:\n{record['instruction']}{given}\n\n### Response:\n"
-
-
-def prompt_ids(record, tokenizer, template):
-    """Its tokens. A chat template writes the token that begins a sequence itself."""
-    text = prompt_of(record, tokenizer, template)
-    return tokenizer(text, add_special_tokens=template == "alpaca").input_ids
-
-
-def encode(record, tokenizer, template="alpaca"):
-    """A record as `read_records` gives it -> (prompt ids, response ids that end with `end_token`). Refused:
-    the chat template has no such token, or fails; see `render_answer`."""
-    prompt, end = prompt_ids(record, tokenizer, template), end_token(tokenizer, template)
-    if template == "alpaca":
-        return prompt, tokenizer(record["output"], add_special_tokens=False).input_ids + [end]
-    response = render_answer(messages_of(record), record["output"], tokenizer)
-    response = tokenizer(response, add_special_tokens=False).input_ids
-    if end not in response:
-        raise Refused(f"--template chat: {tokenizer.decode(end)!r} does not end every answer")
-    return prompt, response[: len(response) - response[::-1].index(end)]  # often a line break follows it
-
-
 def pad_left(rows, pad_id, device):
     """Token lists -> ids [B, T] and mask [B, T], padded on the left: every row ends at the same column, so
     responses line up for the loss, and generation continues all rows at once."""
@@ -374,11 +223,6 @@ def pad_left(rows, pad_id, device):
     ids = torch.tensor([[pad_id] * (width - len(r)) + r for r in rows], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
     return ids, mask
-
-
-def pad_of(tokenizer):
-    """The id that padding is made of. It is masked, so any will do."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def run_padded(body, ids, mask, **kwargs):
@@ -528,202 +372,3 @@ class NIWF:
             for row, token in tokens.items():
                 new[row].append(token)
         return new
-
-
-# ------------------------------------------------------------------------------------------ several processes
-
-
-@contextlib.contextmanager
-def joined_processes():
-    """Within this block the processes that torchrun started work as one. The first alone prints. But what
-    ends one ends all: whichever ends badly before the others says why. Refused: they cannot be joined."""
-    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
-        yield
-        return
-
-    def end(*_):  # torchrun sends it to all as soon as one has ended
-        raise KeyboardInterrupt(ENDED)
-
-    signal.signal(signal.SIGTERM, end)
-    try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-        # No backend is named: tensors on the CPU take gloo, those on a GPU NCCL.
-        dist.init_process_group(store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    except (RuntimeError, ValueError) as e:
-        raise Refused(f"the processes cannot be joined ({e})") from e
-    with contextlib.ExitStack() as stack:
-        if rank:
-            null = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(null))
-            stack.enter_context(contextlib.redirect_stderr(null))
-        try:
-            yield
-        except (Exception, KeyboardInterrupt):
-            for s in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(s, signal.SIG_IGN)
-            with contextlib.suppress(RuntimeError):  # the store ended, too
-                if store.add("ended", 1) > 1:
-                    raise SystemExit(1) from None
-            raise
-    dist.destroy_process_group()
-
-
-def rank_and_size():
-    """The number of this process, and how many work together; (0, 1) where it is the only one."""
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-
-
-def sum_over_processes(*tensors):
-    """Replace tensors of one type and device by their sums over all processes, the same bits in each. One
-    process leaves them as they are. Refused: another process has ended."""
-    if rank_and_size()[1] == 1:
-        return
-    flat = torch.cat([t.flatten() for t in tensors])
-    try:
-        if flat.is_cuda:  # NCCL would wait for one that has ended, gloo does not
-            dist.all_reduce(torch.zeros(1))
-        else:
-            flat = flat.cpu()
-        dist.all_reduce(flat)
-    except RuntimeError as e:
-        raise Refused(ENDED) from e
-    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-        t.copy_(total.view_as(t))
-
-
-def any_process(asks):
-    """Does any of the processes ask for it?"""
-    count = torch.tensor([int(bool(asks))])
-    sum_over_processes(count)
-    return bool(count)
-
-
-def first_alone(change):
-    """Decorates what changes files: of several processes the first does it. It waits until all have come
-    here, as they may still be reading; then they wait for it."""
-
-    @functools.wraps(change)
-    def alone(*args, **kwargs):
-        sum_over_processes(torch.zeros(1))
-        if rank_and_size()[0] == 0:
-            change(*args, **kwargs)
-        sum_over_processes(torch.zeros(1))
-
-    return alone
-
-
-# ----------------------------------------------------------------------------------------- loading a backbone
-
-
-def pick_device(wanted):
-    """The device asked for, or the best there is; of several processes each gets a GPU of its own. Refused:
-    it is not available."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = (wanted or found).partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in ("cpu", found) or index and not (index.isdecimal() and int(index) < count):
-        raise Refused(f"--device {wanted} is not available here; {found} is")
-    if kind == "cuda" and rank_and_size()[1] > 1:
-        own = int(os.environ["LOCAL_RANK"])
-        if index or own >= count:
-            raise Refused(f"each process needs a GPU of its own: {count} here, and no --device {kind}:NUMBER")
-        torch.cuda.set_device(own)
-        return f"cuda:{own}"
-    return wanted or found
-
-
-@functools.cache
-def hub_or_cache():
-    """Without a network the Hub's client retries for a minute: ask once, else its cache alone."""
-    host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname
-    try:
-        if not (huggingface_hub.constants.HF_HUB_OFFLINE or urllib.request.getproxies()):
-            socket.create_connection((host, 443), timeout=3).close()
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-
-
-@contextlib.contextmanager
-def loading(name):
-    """Within this block every error is a Refused: the Hub and every format have errors of their own; to the
-    user they are one."""
-    try:
-        yield
-    except (MemoryError, Refused):
-        raise
-    except Exception as e:
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise Refused(f"backbone {name} cannot be loaded ({reason}); `--backbone tiny` can") from e
-
-
-def find_backbone(name):
-    """Where a backbone lies, see `load_backbone`. -> (path or Hub id, options of `from_pretrained`). Refused:
-    it cannot be read."""
-    path, options = TINY_FOLDER if name == "tiny" else name, {"trust_remote_code": False}
-    if name.endswith(".gguf"):
-        for package in ("gguf", "accelerate"):
-            if not importlib.util.find_spec(package):
-                raise Refused(f"backbone {name} needs `pip install {package}`")
-        path, options["gguf_file"] = os.path.split(os.path.abspath(name))
-    elif os.path.isdir(path) and not list(pathlib.Path(path).glob("*.safetensors")):
-        raise Refused(f"backbone {name} has no .safetensors file; `save_pretrained` writes one")
-    if not os.path.exists(path):
-        hub_or_cache()
-    return path, options
-
-
-def from_shape(name, dtype, layers=None):
-    """A backbone of this shape with random weights, and with so many layers if that is said. No weights are
-    read. Refused: there is no such shape."""
-    with loading(name):
-        if name in RANDOM:
-            config = transformers.AutoConfig.for_model(**RANDOM[name])
-        else:
-            path, options = find_backbone(name)
-            config = transformers.AutoConfig.from_pretrained(path, **options)
-        if layers:
-            config.num_hidden_layers = layers
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def load_backbone(name, device, device_map=None):
-    """name: "tiny" (embedded), one of RANDOM (a shape, random weights), FILE.gguf, a Hub id or a local
-    folder. device_map: "auto" spreads it over all GPUs, then the CPU's memory, then the disk (accelerate).
-    -> (backbone, tokenizer): bfloat16 on a GPU, float32 on a CPU and for tiny. Refused: it cannot be had.
-
-    No code that comes with a model is run and nothing is unpickled: safetensors or GGUF, or nothing."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    dtype = torch.float32 if device == "cpu" or name == "tiny" else torch.bfloat16
-    if device_map and name in RANDOM:
-        raise Refused(f"--device-map spreads weights that are read, and {name} has none to read")
-    if device_map and not importlib.util.find_spec("accelerate"):
-        raise Refused("--device-map needs `pip install accelerate`")
-    if name in RANDOM:
-        torch.manual_seed(0)
-        with torch.device(device):
-            backbone = from_shape(name, dtype)
-        return backbone, transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    path, options = find_backbone(name)
-    weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "device_map": device_map}
-    with loading(name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-        backbone, about = transformers.AutoModelForCausalLM.from_pretrained(path, **weights, **options)
-        if about["missing_keys"]:
-            raise ValueError(f"weights are missing: {min(about['missing_keys'])}")
-        if tokenizer.eos_token_id is None or len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
-            raise ValueError("its tokenizer has no end-of-sequence token, or more tokens than the model")
-        return backbone if device_map else backbone.to(device), tokenizer
-
-
-def fingerprint(backbone):
-    """sha256 over name, shape and 64 values of every weight: do adapters for one backbone fit this one?"""
-    digest = hashlib.sha256()
-    for name, p in backbone.named_parameters():
-        owner, _, own = name.rpartition(".")
-        hook = offloaded(backbone.get_submodule(owner))
-        flat = (hook.weights_map[own] if hook else p.detach()).flatten()
-        digest.update(f"{name}{tuple(p.shape)}".encode())
-        digest.update(flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -49,10 +49,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from commit import Parser, atomic, number, output_file, run_program, write_results
+from model import attach, response_logits, response_nll
+from plumbing import Refused
+from plumbing.backbone import find_targets, load_backbone, TINY_FOLDER
+from plumbing.command import number, output_file, Parser, run_program, write_results
+from plumbing.files import atomic
+from plumbing.processes import rank_and_size
+from plumbing.prompts import pad_of
 from ftn import ALL, FastGrid, LoRAPool, SmoothKWTA, commit_mask, grow, unpack
-from model import TINY_FOLDER, Refused, attach, find_targets, load_backbone, pad_of, rank_and_size
-from model import response_logits, response_nll
 
 HERE = pathlib.Path(__file__).parent
 SENTENCES = HERE / "assets" / "data" / "sentences.txt"

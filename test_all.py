@@ -41,12 +41,14 @@ import field
 import ftn
 import synthetic
 import train
-from commit import Refused, Run, Version
+from commit import Run, Version
+from model import AdapterBank, attach, detach, NIWF, perplexity, response_logits, response_nll, sampler
+from plumbing import Refused
+from plumbing.backbone import find_targets, fingerprint, from_shape, load_backbone, pick_device, TINY_FOLDER
+from plumbing.processes import ENDED
+from plumbing.prompts import encode, end_token
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
 from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, grow, k_winners, smooth, unpack
-from model import ENDED, NIWF, TINY_FOLDER, AdapterBank, attach, detach, encode, end_token, find_targets
-from model import fingerprint, from_shape, load_backbone, perplexity, pick_device, response_logits
-from model import response_nll, sampler
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE / "assets"))
@@ -2073,7 +2075,7 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert [pick_device(wanted) for wanted in (None, "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
-    monkeypatch.setattr("model.rank_and_size", lambda: (1, 2))
+    monkeypatch.setattr("plumbing.backbone.rank_and_size", lambda: (1, 2))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert [pick_device(wanted) for wanted in (None, "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     assert taken == [1, 1]
@@ -4318,6 +4320,7 @@ def test_every_option_that_the_readme_names_is_one_of_ours():
 
 def test_every_refusal_that_the_readme_explains_is_one_of_ours():
     ours = "".join((HERE / f"{name}.py").read_text() for name in [*PROGRAMS, "model"])
+    ours += "".join(p.read_text() for p in (HERE / "plumbing").glob("*.py"))
     table = README.partition("| it says |")[2].partition("\n\n")[0]
     messages = [m for row in table.splitlines()[2:] for m in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
     assert len(messages) > 5

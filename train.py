@@ -48,13 +48,18 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from commit import Parser, Run, Version, atomic, check_name, number, provenance, put_aside, read_records
-from commit import run_program, validate
+from commit import Run, Version
 from eval import measure_last, probe_all, report
+from model import NIWF, response_nll
+from plumbing import Refused
+from plumbing.backbone import hub_or_cache, pick_device
+from plumbing.command import number, Parser, provenance, run_program
+from plumbing.files import atomic, check_name, put_aside, validate
+from plumbing.processes import any_process, first_alone, rank_and_size, sum_over_processes
+from plumbing.prompts import encode
+from plumbing.records import read_records
 from field import CoordinateDynamics, Region, WeightField, lock_loss, sample_anchors, separation_loss
 from field import take_snapshot, top_k_gating
-from model import NIWF, Refused, any_process, encode, first_alone, hub_or_cache, pick_device, rank_and_size
-from model import response_nll, sum_over_processes
 
 import torch
 from huggingface_hub import hf_hub_download

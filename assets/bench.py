@@ -41,13 +41,17 @@ import transformers
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from commit import Parser, Run, number, output_file, read_records, run_program, write_results
-from eval import PARTS, TOKENS, answer, count_memory, forgetting, open_run, validation_set
+from commit import Run
+from eval import answer, count_memory, forgetting, open_run, PARTS, TOKENS, validation_set
+from model import attach, decode, NIWF, response_logits, response_nll
+from plumbing import Refused
+from plumbing.backbone import find_targets, from_shape, load_backbone
+from plumbing.command import number, output_file, Parser, run_program, write_results
+from plumbing.prompts import encode, pad_of
+from plumbing.records import read_records
+from train import peak_memory, resource
 from field import CoordinateDynamics, WeightField, top_k_gating
 from ftn import SmoothKWTA
-from model import NIWF, Refused, attach, decode, encode, find_targets, from_shape, load_backbone, pad_of
-from model import response_logits, response_nll
-from train import peak_memory, resource
 from synthetic import HEAD, METHODS, Adapters, Neurons, Row, StyleRow, generator
 
 

@@ -42,10 +42,11 @@ HOME = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HOME), str(HOME / "assets")]
 
 from claims import Rows, ftn_claims, niwf_claims, share
-from commit import Parser, atomic, run_program
-from eval import PARTS, TABLE_2, memory_lines, report
+from eval import memory_lines, PARTS, report, TABLE_2
+from plumbing import Refused
+from plumbing.command import Parser, run_program
+from plumbing.files import atomic
 from findings import FINDINGS, GENERATORS, HIDDEN, ONE_FOR_ALL, not_as_printed, shared_and_lost, table
-from model import Refused
 from synthetic import KNOWN, PUBLISHED, VARIANTS, Adapters, FixedMask, Row, SearchedMask, StyleRow
 from synthetic import decomposition, row_summary, spread
 

@@ -45,13 +45,16 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import train
-from commit import Parser, Run, atomic, number, output_file, run_program, write_results
+from commit import Run
 from eval import batches, open_run, validation_set, what_is_published
+from model import perplexity, response_logits, response_nll
+from plumbing.backbone import load_backbone, pick_device
+from plumbing.command import number, output_file, Parser, run_program, write_results
+from plumbing.files import atomic
+from plumbing.prompts import encode, pad_of
 from field import CoordinateDynamics, WeightField
-from model import load_backbone, pad_of, perplexity, pick_device, response_logits, response_nll
 from report import one_task, transfer, two_tasks
 from synthetic import read_sealed, sealed
-from train import encode
 
 rms = lambda x: float(x.square().mean().sqrt())
 

@@ -1,0 +1,21 @@
+"""What any such program needs and no paper is about: files, records, prompts, backbones, processes, commands.
+
+A reader of the seven files at the top never has to open this folder: the names that it exports say all.
+"""
+
+import os
+
+# They are read when torch and the Hub's client are first imported or used. The Hub's client draws no bars
+# (ours is the only one), and cuBLAS computes the same bits twice on a GPU.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+class Refused(Exception):
+    """Something the user can mend, in one line. Nothing on disk has been changed."""
+
+    def __init__(self, message):
+        text = " ".join(str(message).split())
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        super().__init__(text)

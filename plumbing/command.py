@@ -1,0 +1,135 @@
+"""What the command lines of all programs share."""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from plumbing import Refused
+from plumbing.files import atomic, read_json
+from plumbing.processes import joined_processes
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows every default in one way, " [default]", unless the help text says it in words."""
+
+    def _get_help_string(self, action):
+        plain = type(action.default) in (int, float, str) and action.default not in ("", argparse.SUPPRESS)
+        return f"{action.help} [%(default)s]" if plain and "[" not in action.help else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line, and takes text only. Its --help has, from the
+    docstring of a program, the first sentences and the command lines that this parser is for."""
+
+    def __init__(self, doc, **how):
+        super().__init__(formatter_class=HelpFormatter, **how)
+        self.color = False  # Python 3.14 has it on
+        mine = re.compile(rf"    python (assets/)?{re.escape(self.prog)}\b")
+        examples = [line for line in doc.splitlines() if mine.match(line)]
+        self.description = self.description or doc.partition("\n\n")[0]
+        notes = [textwrap.fill(self.epilog, 100)] if self.epilog else []
+        self.epilog = "\n\n".join([*notes, "\n".join(["examples:", *examples])])
+
+    def parse_known_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            if text != text.encode("utf-8", "replace").decode():  # a lone surrogate, a byte that is no UTF-8
+                self.error(f"{ascii(text)} is not text")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def number(kind, low, high=1e9):
+    """An argparse type: a number of this kind in [low, high], which leaves out nan and inf."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low:g}, at most {high:g}")
+        return value
+
+    return parse
+
+
+def output_file(text):
+    """An argparse type: a JSON file to write results to, tried before anything is computed. An older file of
+    results is replaced, any other file is not."""
+    path = pathlib.Path(text)
+    try:
+        if path.is_dir():
+            raise OSError(0, "it is a folder")
+        if path.exists():
+            if not {"command", "rows"} <= {*read_json(path, own=False)}:
+                raise ValueError
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({e.strerror})") from None
+    except (Refused, ValueError, TypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is there and holds no results of this program") from None
+    return path
+
+
+def provenance():
+    """What a result depends on besides its options: date, revision, versions, machine."""
+    git = ["git", "-C", pathlib.Path(__file__).parent.parent, "rev-parse", "HEAD"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "git": revision,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def write_results(path, program, argv, indent=None, **content):
+    """Write a file of results: the command that made it, what it depends on besides, and the content."""
+    command = shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps({"command": command, **provenance(), **content}, indent=indent))
+
+
+def run_program(main):
+    """Run a program's `main`. What the user can mend, or a Ctrl-C, ends in one line and not in a
+    traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    name = pathlib.Path(sys.argv[0]).name
+    try:
+        with joined_processes():
+            main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `log | head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (Refused, OSError, SafetensorError, MemoryError) as e:
+        raise SystemExit(f"{name}: {' '.join(str(e).split()) or 'not enough memory'}") from None
+    except RuntimeError as e:
+        if "memory" not in str(e):
+            raise
+        raise SystemExit(f"{name}: not enough memory ({str(e).splitlines()[0]})") from None
+    except KeyboardInterrupt as e:
+        raise SystemExit(f"\n{name}: {e or 'stopped'}") from None
