@@ -1,0 +1,1 @@
+"""What `test_all.py` draws in: builders, tables of bad inputs, slow and hostile tests."""

@@ -1,0 +1,1 @@
+"""Backbones: which modules are adapted, one fingerprint for any dtype, and what is refused in one line."""

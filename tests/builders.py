@@ -1,0 +1,282 @@
+"""What the tests share: micro backbones, banks, run folders that were trained or made up, and chats."""
+
+import functools
+import itertools
+import json
+import os
+import pathlib
+import random
+import shutil
+
+import pytest
+import torch
+import transformers
+
+import commit
+import train
+from commit import Run, Version
+from field import CoordinateDynamics, Region, WeightField, sample_anchors, take_snapshot, top_k_gating
+from model import NIWF
+from plumbing.backbone import TINY_FOLDER
+
+HERE = pathlib.Path(__file__).parent.parent
+
+
+def micro_backbone(vocab=300, layers=2):
+    torch.manual_seed(7)
+    return transformers.MistralForCausalLM(
+        transformers.MistralConfig(
+            vocab_size=vocab,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=256,
+            sliding_window=None,
+        )
+    ).eval()
+
+
+one_backbone = functools.cache(micro_backbone)  # for those that take their hooks off again
+
+
+def random_bank(bank, n, seed=0):
+    """n live bases whose B is not zero."""
+    torch.manual_seed(seed)
+    bank.add(n)
+    for p in bank.live.values():
+        p.data.normal_(std=0.2)
+
+
+def micro_model(bases=6, committed=0, dtype=torch.float32):
+    model = NIWF(micro_backbone().to(dtype), pad_id=0, rank=3, alpha=5)
+    if committed:
+        random_bank(model.bank, committed, seed=1)
+        tensors, model.bank.live = {k: p.data for k, p in model.bank.live.items()}, {}
+        model.bank.commit(committed, lambda: tensors)
+    if bases:
+        random_bank(model.bank, bases)
+    return model
+
+
+def all_bases(bank):
+    """The committed blocks, then the live one."""
+    return [block.tensors for block in bank.committed] + [bank.live] * bool(bank.live)
+
+
+def random_gating(batch, layers, n, k=2):
+    return top_k_gating(torch.randn(batch, layers, n), k)
+
+
+def random_examples(n, seed=0):
+    r = random.Random(seed)
+    return [
+        (
+            [r.randrange(3, 300) for _ in range(r.randrange(4, 15))],
+            [r.randrange(3, 300) for _ in range(r.randrange(1, 8))] + [2],
+        )
+        for _ in range(n)
+    ]
+
+
+RECORD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """No test cuts the power, so none waits until a disk has what was written."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory):
+    """A folder with a micro backbone, and the options of a small run on it."""
+    folder = tmp_path_factory.mktemp("micro") / "backbone"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    micro_backbone(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data = HERE / "assets" / "data"
+
+    small = "--device cpu --examples 96 --val-examples 32 --batch 8 --grad-accum 2 --lr 0.02 --epochs 2"
+    small += " --bases 4 --top-k 2 --rank 2 --field-hidden 16 --coord-dim 8 --anchors 32"
+
+    def options(task, out, *more):
+        where = ["--task", task, "--backbone", folder, "--data", data / f"{task}.train.json", "--out", out]
+        return [str(x) for x in [*where, *small.split(), *more]]
+
+    return options
+
+
+@pytest.fixture(scope="session")
+def first(micro, tmp_path_factory):
+    """A run folder in which alpaca has been committed."""
+    out = tmp_path_factory.mktemp("first") / "run"
+    train.main(micro("alpaca", out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def two(micro, first, tmp_path_factory):
+    """A run folder in which alpaca and then code have been committed under the exact lock."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    shutil.copytree(first, out)
+    train.main(micro("code", out, "--lock"))
+    return out
+
+
+END = "<|end|>"
+CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}" + END + "\n{% endfor %}"
+CHAT += "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+def chat_tokenizer(template=CHAT):
+    """Tiny's tokenizer with a chat template, whose turns end with a token that is not EOS."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    tokenizer.add_special_tokens({"extra_special_tokens": [END]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def messages(*texts, first="user"):
+    """A chat: user and assistant in turn, after a system message if that is the first."""
+    roles = itertools.chain(["system"] * (first == "system"), itertools.cycle(["user", "assistant"]))
+    return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+
+
+@pytest.fixture(scope="session")
+def chat(micro, tmp_path_factory):
+    """A run folder that learned, with the chat template, to answer every chat with Hello."""
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = chat_tokenizer()
+    backbone = transformers.AutoModelForCausalLM.from_pretrained(TINY_FOLDER, dtype=torch.float32)
+    weight = backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False).weight.data
+    weight[-1] = weight[tokenizer.eos_token_id].roll(1)  # as long as a trained one, and another
+    for part in (backbone, tokenizer):
+        part.save_pretrained(folder / "backbone")
+    rows = [{"messages": messages(f"Say {i}.", "Hello.")} for i in range(54)]
+    rows += [{"messages": messages("Be kind.", f"Say {i}.", "Hello.", first="system")} for i in range(6)]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = "--template", "chat", "--backbone", folder / "backbone"
+    more += "--epochs", 4, "--batch", 4, "--grad-accum", 1, "--lr", 0.01, "--rank", 8
+    train.main(micro("chats", folder / "run", "--data", folder / "chats.jsonl", *more))
+    return folder / "run"
+
+
+def copy_of(run, tmp_path, name="run"):
+    return pathlib.Path(shutil.copytree(run, tmp_path / name))
+
+
+def snapshot_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def outcome(run):
+    """What must not depend on how often a training was killed."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    return [v["hash"] for v in manifest["versions"]], manifest["results"]
+
+
+def tensors_of(run, i):
+    return commit.safe_open(
+        run / "versions" / f"{Run(run).manifest['versions'][i]['hash']}.safetensors", "pt"
+    )
+
+
+def opened(folder, backbone=None):
+    """A run and a model that holds its versions."""
+    run = Run(folder)
+    model = NIWF(backbone or one_backbone(), pad_id=0, rank=2, alpha=16)
+    run.load(model)
+    return run, model
+
+
+def a_version_of(phi, dynamics, region, anchors, bases, **more):
+    """A version as training makes it."""
+    tensors = {"anchors": anchors, "snapshot": take_snapshot(phi, anchors)}
+    tensors |= {f"field.{key}": t for key, t in phi.state_dict().items()}
+    tensors |= {f"bank.{key}": t for key, t in bases.items()}
+    return Version(
+        **{
+            **dict(
+                task="a",
+                lock="first",
+                reads=[],
+                top_k=2,
+                dynamics=dynamics,
+                region=region,
+                source=tensors,
+                shapes={key: (*t.shape[1:],) for key, t in bases.items()},
+                writes=len(next(iter(bases.values()), ())),
+                layers=phi.layers,
+                config={"seed": 1},
+                index=torch.arange(phi.bases),
+            ),
+            **more,
+        }
+    )
+
+
+def a_version(tmp_path):
+    phi, z = WeightField(2, 3, 4, 7), torch.tanh(torch.randn(40, 4))
+    region = Region.fit(z)
+    anchors = sample_anchors(region, z, 8, "gaussian", 0)
+    bases = {f"layers.{i}.m.{part}": torch.randn(3, 2, 6) for i in range(2) for part in "AB"}
+    v = a_version_of(phi, CoordinateDynamics(5, 4), region, anchors, bases)
+    v.save(tmp_path)
+    return v, tmp_path / f"{v.hash}.safetensors"
+
+
+def fake_commit(folder, task, seed, reads_all=True, backbone=None):
+    """Commit a version as training would leave it, with random contents. Its dynamics are the root's."""
+    run, model = opened(folder, backbone)
+    torch.manual_seed(seed)
+    reads = [v.hash for v in run.versions] if reads_all else [v.hash for v in run.versions[:1]]
+    random_bank(model.bank, 2, seed)
+    bases = {k: p.data for k, p in model.bank.live.items()}
+    field = WeightField(2, 2 * len(reads) + 2, 6, 8)
+    dynamics = run.versions[0].dynamics if run.versions else CoordinateDynamics(model.features, 6)
+    z = torch.tanh(torch.randn(40, 6) + torch.randn(6))
+    region = Region.fit(z)
+    anchors = sample_anchors(region, z, 8, "empirical", 0)
+    settings = {
+        "rank": 2,
+        "alpha": 16.0,
+        "coord_dim": 6,
+        "probe": "bare",
+        "pool": "prompt",
+        "fixed_coordinate": False,
+        "template": "alpaca",
+    }
+    run.manifest |= {"settings": settings, "backbone": {"name": "micro", "fingerprint": "0" * 64}}
+    run.folder.mkdir(exist_ok=True)
+    for kind, content in (("val", [RECORD]), ("logits", ["0" * 16])):
+        with commit.atomic(run.data_file(task, kind)) as tmp:
+            tmp.write_text(json.dumps(content))
+    about = dict(task=task, reads=reads, config=settings, lock="exact" if run.versions else "first")
+    run.commit(a_version_of(field.requires_grad_(False), dynamics, region, anchors, bases, **about))
+    model.detach()
+    digest = run.manifest["versions"][-1]["hash"]
+    row = {
+        "task": task,
+        "version": digest,
+        **dict.fromkeys(("base", "stored", "routed"), {task: 2.0}),
+        "drift": {},
+    }
+    row |= {"routing": {task: {task: 1}}, "inside": {task: {task: 1}}, "identical": {task: [1, 1]}}
+    run.manifest["results"].append(row | {"gating": {task: {"sets": 1.0, "bases": 1.0}}})
+    run.save()
+    return digest
+
+
+def answers(folder, backbone, examples):
+    """{hash: logits} of every version and composition, each at its own coordinates."""
+    run, model = opened(folder, backbone)
+    h_bar = model.probe([p for p, _ in examples])
+    out = {v.hash: model.logits(examples, run.stored(i, h_bar))[0] for i, v in enumerate(run.versions)}
+    out |= {c.hash: model.logits(examples, c.gating(h_bar))[0] for c in run.compositions}
+    model.detach()
+    return out

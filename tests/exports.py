@@ -1,0 +1,1 @@
+"""Exports: each is the version, and opens elsewhere."""

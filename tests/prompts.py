@@ -1,0 +1,1 @@
+"""Prompts and responses: what is trained, what is asked, where it ends, and the day of a template."""
