@@ -51,11 +51,7 @@ from field import CoordinateDynamics, Region, WeightField, route, sample_anchors
 from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, grow, k_winners, smooth, unpack
 
 HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE / "assets"))
-import bench
-import fuzz
-import report
-import variants
+from studies import bench, fuzz, report, variants
 
 try:
     import resource
@@ -2674,9 +2670,9 @@ def test_styles_share_their_sentences_and_no_sentence_is_in_two_parts():
 
 # What is refused, in one line, with every byte still there.
 #
-# A table of bad inputs over all readers. Each is tried in the world that `assets/fuzz.py` builds: run folders
-# with files inside and beside them that are not ours. Then what must work all the same, and the environment:
-# no room, no memory, no right to write.
+# A table of bad inputs over all readers. Each is tried in the world that `studies/fuzz.py` builds: run
+# folders with files inside and beside them that are not ours. Then what must work all the same, and the
+# environment: no room, no memory, no right to write.
 
 ABSENT, NAN, INF = object(), float("nan"), float("inf")
 DEEP = "[" * 100_000
@@ -3627,13 +3623,17 @@ def test_help_explains_every_option_and_has_an_example(command, monkeypatch, cap
     asked, show = [], commit.Parser.print_help
     monkeypatch.setattr(commit.Parser, "print_help", lambda self: [asked.append(self), show(self)])
     with pytest.raises(SystemExit) as e:
-        importlib.import_module(program).main([*argv, "--help"])
+        importlib.import_module(program if program in PROGRAMS else f"studies.{program}").main(
+            [*argv, "--help"]
+        )
     text = capsys.readouterr().out
     assert e.value.code == 0 and "\x1b" not in text
     for group in GROUPS[command]:
         assert re.search(rf"^{re.escape(group)}.*:$", text, re.MULTILINE), group
     examples = text.partition("\nexamples:\n")[2].splitlines()
-    assert examples and all(re.match(rf"    python (assets/)?{program}\.py( |$)", line) for line in examples)
+    assert examples and all(
+        re.match(rf"    python (-m studies\.)?{program}(\.py)?( |$)", line) for line in examples
+    )
     for action in asked[0]._actions:
         assert action.help and (not action.option_strings or action.option_strings[0] in text), action
         if type(action.default) in (int, float):
@@ -3641,9 +3641,9 @@ def test_help_explains_every_option_and_has_an_example(command, monkeypatch, cap
 
 
 def test_make_tiny_explains_itself_too():
-    command = [sys.executable, str(HERE / "assets" / "make_tiny.py"), "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    assert "python assets/make_tiny.py --data-only" in text
+    command = [sys.executable, "-m", "studies.make_tiny", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=HERE).stdout
+    assert "python -m studies.make_tiny --data-only" in text
 
 
 def train_limited(argv, limit, value):
@@ -3808,7 +3808,7 @@ RESULT_LIES = {
 
 
 def test_a_result_file_is_checked_whole_before_it_is_drawn(tmp_path, capsys):
-    saved = json.loads((HERE / "assets" / "results" / "ftn-search-10.json").read_text())
+    saved = json.loads((HERE / "studies" / "results" / "ftn-search-10.json").read_text())
     row = saved["rows"][0]
     row = dict(row, side=2, k=1, final_side=2, winners=[[0], [1], [2]], touched=[1, 1, 1])
     path = tmp_path / "lie.json"
@@ -3844,7 +3844,7 @@ def test_a_result_file_is_checked_whole_before_it_is_drawn(tmp_path, capsys):
 
 def test_rows_that_do_not_belong_together_are_not_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    row = json.loads((HERE / "assets" / "results" / "ftn-search-10.json").read_text())["rows"][0]
+    row = json.loads((HERE / "studies" / "results" / "ftn-search-10.json").read_text())["rows"][0]
     row = dict(row, side=2, k=1, final_side=2, winners=[[0], [1], [2]], touched=[1, 1, 1])
     others = [(dict(row, seed=9, inputs="gaussian"), "inputs"), (row, "seed")]
     others.append((dict(row, seed=9, curve=row["curve"][1:]), "curve"))
@@ -3947,11 +3947,11 @@ def test_remake_runs_the_commands_that_the_files_of_results_name(tmp_path):
     python.chmod(0o755)
     (tmp_path / "runs" / "compose").mkdir(parents=True)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    script = ["bash", HERE / "assets" / "remake", "SmolLM2-135M", "alpaca.json", "code_alpaca.json"]
+    script = ["bash", HERE / "studies" / "remake", "SmolLM2-135M", "alpaca.json", "code_alpaca.json"]
     subprocess.run(script, cwd=tmp_path, env=os.environ | {"PATH": path}, check=True)
 
     def named(command):  # the file, and the rest but --workers, which no result depends on
-        before, name, after = re.fullmatch(r"(.*)--json assets/results/(\S+)\.json ?(.*)", command).groups()
+        before, name, after = re.fullmatch(r"(.*)--json studies/results/(\S+)\.json ?(.*)", command).groups()
         return name, shlex.split(re.sub(r"--workers \d+ ", "", before + after))
 
     called = (tmp_path / "called").read_text().splitlines()
@@ -4080,7 +4080,7 @@ def test_no_figure_that_was_measured_is_typed():
         r"<!-- [\w-]+ -->.*?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)", "", README, flags=re.DOTALL
     )
     assert not re.search(measured, made.replace("arXiv:2602.18628", ""))
-    tree = ast.parse((HERE / "assets" / "findings.py").read_text())
+    tree = ast.parse((HERE / "studies" / "findings.py").read_text())
     says = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.endswith(("says", "say"))]
     texts = [
         n.value for f in says for n in ast.walk(f) if isinstance(n, ast.Constant) and type(n.value) is str

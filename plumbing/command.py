@@ -38,7 +38,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc, **how):
         super().__init__(formatter_class=HelpFormatter, **how)
         self.color = False  # Python 3.14 has it on
-        mine = re.compile(rf"    python (assets/)?{re.escape(self.prog)}\b")
+        program = re.escape(self.prog).replace(r"\.py", r"(\.py)?", 1)
+        mine = re.compile(rf"    python (-m studies\.)?{program}\b")
         examples = [line for line in doc.splitlines() if mine.match(line)]
         self.description = self.description or doc.partition("\n\n")[0]
         notes = [textwrap.fill(self.epilog, 100)] if self.epilog else []
@@ -108,7 +109,7 @@ def provenance():
 
 def write_results(path, program, argv, indent=None, **content):
     """Write a file of results: the command that made it, what it depends on besides, and the content."""
-    command = shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", *program.split(), *(sys.argv[1:] if argv is None else argv)])
     with atomic(path) as tmp:
         tmp.write_text(json.dumps({"command": command, **provenance(), **content}, indent=indent))
 

@@ -1,0 +1,1 @@
+"""What measures, compares, counts and draws: `python -m studies.NAME`. Nothing imports it but tests."""

@@ -1,0 +1,638 @@
+"""Side-by-side timings: what is fast here, against the literal form of the same thing or against a peer.
+
+    python -m studies.bench niwf                         # a training step beside peft (pip install peft)
+    python -m studies.bench decode                       # prefill and decoding beside peft's LoRA
+    python -m studies.bench gather                       # one projection: bases a sequence, or a token
+    python -m studies.bench growth --run runs/stream   # what the first n versions cost and know, for every n
+    python -m studies.bench memory --layers 1 2 4      # a step's peak memory at full width, beside its count
+    python -m studies.bench ftn                          # a training step against the literal Algorithm 1
+    python -m studies.bench lora-ftn --backbone tiny     # a step and a mask search against all H components
+    python -m studies.bench processes                    # a whole training in one process, and in two
+
+All sides run in turns of a few steps, in one process, on one thread (niwf: on all) and on the same batches,
+so that each finds in the cache what it would find there in training. The median turn counts, the first is
+left out. What two forms of the same thing compute is compared as well.
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nbench.py: stopped\n") and 130))
+
+import contextlib
+import copy
+import functools
+import importlib.util
+import json
+import math
+import multiprocessing
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from commit import Run
+from eval import answer, count_memory, forgetting, open_run, PARTS, TOKENS, validation_set
+from model import attach, decode, NIWF, response_logits, response_nll
+from plumbing import Refused
+from plumbing.backbone import find_targets, from_shape, load_backbone
+from plumbing.command import number, output_file, Parser, run_program, write_results
+from plumbing.prompts import encode, pad_of
+from plumbing.records import read_records
+from train import DATA, peak_memory, resource
+from field import CoordinateDynamics, WeightField, top_k_gating
+from ftn import SmoothKWTA
+from synthetic import HEAD, METHODS, Adapters, Neurons, Row, StyleRow, generator
+
+
+def take_turn(sides, batches, times):
+    """Run every side on the same batches. Its seconds per batch go to `times`, its results are returned."""
+    results = []
+    for side, spent in zip(sides, times):
+        started = time.perf_counter()
+        results.append([side(*batch) for batch in batches])
+        spent.append((time.perf_counter() - started) / len(batches))
+    return results
+
+
+def compared(times, digits=0):
+    """A line from the seconds of our turns and of the literal ones."""
+    ours, literal = (1e3 * statistics.median(spent[1:]) for spent in times)
+    return f"{ours:.{digits}f} ms, literal {literal:.{digits}f} ms, ratio {literal / ours:.1f}"
+
+
+# ----------------------------------------------------------------------------------------- NIWF beside peft
+
+# fmt: off
+SHAPES = {  # name: (its configuration, or None: the embedded backbone; sequences of a step, tokens of each)
+    "tiny": (None, 16, 0),
+    "smollm2": (lambda: transformers.LlamaConfig(hidden_size=576, intermediate_size=1536,
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152), 4, 128),
+    "mistral": (lambda: transformers.MistralConfig(num_hidden_layers=2), 1, 256)}
+# fmt: on
+RANK, BASES, TOP_K = 8, 16, 8
+warnings.filterwarnings("ignore", category=FutureWarning)  # peft's, of transformers
+
+
+def make_backbone(shape):
+    """-> (backbone, pad id, examples): the embedded backbone with its data, or random weights and tokens."""
+    make, count, tokens = SHAPES[shape]
+    if make is None:
+        backbone, tokenizer = load_backbone("tiny", "cpu")
+        records = read_records(DATA / "alpaca.val.json")[:count]
+        return backbone, pad_of(tokenizer), [encode(r, tokenizer) for r in records]
+    torch.manual_seed(0)
+    config = make()
+    rows = torch.randint(3, config.vocab_size, (count, tokens)).tolist()
+    backbone = transformers.AutoModelForCausalLM.from_config(config)
+    return backbone, 0, [(row[: tokens // 2], row[tokens // 2 :]) for row in rows]
+
+
+class Gated:
+    """Ours: a bank, a field and dynamics, all with gradients, as a first task trains them."""
+
+    def __init__(self, backbone, pad_id, examples):
+        self.model = NIWF(backbone, pad_id, RANK)
+        self.model.bank.add(BASES)
+        for p in self.model.bank.live.values():
+            p.data.normal_(std=0.01)
+        self.field = WeightField(self.model.bank.layers, BASES)
+        self.dynamics = CoordinateDynamics(self.model.features)
+        self.h_bar = self.model.probe([p for p, _ in examples])  # as in training, asked once
+        self.dynamics.standardise(self.h_bar)
+
+    def gating(self, h_bar):
+        return top_k_gating(self.field(self.dynamics(h_bar)), TOP_K)
+
+    def step(self, examples):
+        response_nll(*self.model.logits(examples, self.gating(self.h_bar))).sum().backward()
+
+    @torch.no_grad()
+    def generate(self, prompts, count):
+        """The probe counts: it is asked for every new prompt."""
+        self.model.generate(prompts, self.gating(self.model.probe(prompts)), -1, count)
+
+
+class Loops(Gated):
+    """NIWF Eq. (2) in plain loops over sequences and bases."""
+
+    def __init__(self, backbone, pad_id, examples):
+        super().__init__(backbone, pad_id, examples)
+        self.model.detach()
+        attach(find_targets(backbone), self.update)
+
+    def update(self, name, x, y):
+        bank = self.model.bank
+        if bank.gating is None:
+            return y
+        A, B = bank.live[f"{name}.A"], bank.live[f"{name}.B"]
+        ((_, _, indices),), weights = bank.gating[bank.layer[name]]  # [B K] and (alpha / r) w [B, 1, K r]
+        pairs = [zip(*row) for row in zip(indices.view(len(x), -1), weights[:, 0, :: bank.rank])]
+        deltas = [sum(w * (x[b] @ A[i].T @ B[i]) for i, w in pairs[b]) for b in range(len(x))]
+        return y + torch.stack(deltas)
+
+
+class Peer:
+    """The bare backbone, or peft's LoRA of the same active rank, one for all sequences."""
+
+    def __init__(self, backbone, pad_id, examples, lora=False):
+        self.backbone, self.pad_id = backbone.requires_grad_(False).eval(), pad_id
+        backbone.enable_input_require_grads()  # so that the bare backbone has a backward pass, too
+        if lora:
+            import peft
+
+            config = peft.LoraConfig(r=RANK * TOP_K, target_modules=list(find_targets(backbone)))
+            self.backbone = peft.get_peft_model(backbone, config).base_model.model
+
+    def step(self, examples):
+        response_nll(*response_logits(self.backbone, self.pad_id, examples)).sum().backward()
+
+    def generate(self, prompts, count):
+        for _ in decode(self.backbone, self.pad_id, prompts, -1, count):
+            pass
+
+
+SIDES = {"ours": Gated, "peft": functools.partial(Peer, lora=True), "loops": Loops, "bare": Peer}
+
+
+def make_sides(shape, without):
+    """-> ({name: side}, examples). Each has a backbone of its own, the same one."""
+    backbone, pad_id, examples = make_backbone(shape)
+    names = [name for name in SIDES if name not in without]
+    return {name: SIDES[name](copy.deepcopy(backbone), pad_id, examples) for name in names}, examples
+
+
+def memory_of(side, shape, form, arguments):
+    """Peak memory of a process that has this side alone and runs its form once."""
+    made = SIDES[side](*make_backbone(shape))
+    getattr(made, form)(*arguments)
+    return peak_memory("cpu")
+
+
+def compare_sides(what, shape, sides, turns, form, *arguments):
+    """Run a form ("step" or "generate") of every side, in turns; print medians, the median of ours over each,
+    and peak memory. -> {side: {"seconds": one a turn, "peak memory": text}}"""
+    times = {name: [] for name in sides}
+    for _ in range(turns + 1):
+        take_turn([getattr(side, form) for side in sides.values()], [arguments], times.values())
+    print(what)
+    rows = {}
+    for name, spent in times.items():
+        # Not "spawn": a process that is started by this one begins with the peak of this one.
+        with multiprocessing.get_context("forkserver").Pool(1) as pool:
+            peak = pool.apply(memory_of, (name, shape, form, arguments))
+        rows[name] = {"seconds": spent[1:], "peak memory": peak}
+        ratio = statistics.median(o / t for o, t in zip(times["ours"][1:], spent[1:]))
+        median = 1e3 * statistics.median(spent[1:])
+        print(f"  {name:6}{median:10.1f} ms   ours / {name} {ratio:.2f}   peak {peak}", flush=True)
+    return rows
+
+
+def bench_niwf(shape, turns):
+    """Forward and backward of one step, beside peft's LoRA and, where that is small enough, plain loops."""
+    sides, examples = make_sides(shape, without=[] if shape == "tiny" else ["loops"])
+    what = f"{shape}, a step"
+    yield what, compare_sides(what, shape, sides, turns, "step", examples)
+
+
+def bench_decode(shape, turns, count=32):
+    """One prompt: the prefill with its probe, alone and with `count` tokens after it."""
+    sides, examples = make_sides(shape, without=["loops"])
+    prompts = [(p + r)[:128] for p, r in examples[:1]]
+    for what, tokens in ((f"{shape}, prefill", 1), (f"{shape}, prefill and {count} tokens", count + 1)):
+        yield what, compare_sides(what, shape, sides, turns, "generate", prompts, tokens)
+
+
+def bench_gather(shape, turns):
+    """One projection's update (section 3.1): bases gathered once a sequence, as here, and once a token."""
+    backbone, pad_id, examples = make_backbone(shape)
+    side, length = Gated(backbone, pad_id, examples), max(len(p) + len(r) for p, r in examples)
+    bank, name = side.model.bank, next(iter(side.model.bank.shapes))
+    x, y = (torch.randn(len(examples), length, d) for d in bank.shapes[name])
+    with torch.no_grad():
+        gating = side.gating(side.h_bar)
+        bank.use(gating)
+        indices, weights = (part[:, 0] for part in gating)  # [B, K], of the first layer
+        A, B = (bank.live[f"{name}.{part}"] for part in "AB")
+
+        def a_token():
+            every = indices[:, None].expand(-1, length, -1)  # [B, T, K]
+            h = torch.einsum("btd,btkrd->btkr", x, A[every]) * bank.scale * weights[:, None, :, None]
+            return y + torch.einsum("btkr,btkrd->btd", h, B[every])
+
+        sides, times = {"a sequence": lambda: bank.update(name, x, y), "a token": a_token}, [[], []]
+        for _ in range(turns + 1):
+            (ours,), (theirs,) = take_turn(sides.values(), [()], times)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    size = 4 * indices.numel() * RANK * sum(bank.shapes[name])
+    rows = {}
+    for side_name, spent, count in zip(sides, times, (size, size * length)):
+        rows[side_name] = {"seconds": spent[1:], "bytes": count}
+        print(
+            f"{shape}, {name}: {side_name} {1e3 * statistics.median(spent[1:]):.1f} ms, {count / 1e6:.1f} MB"
+        )
+    yield f"{shape}, {len(examples)} x {length} tokens", rows
+
+
+# ------------------------------------------------------------------------------------------- memory, measured
+
+
+def train_second_task(backbone, layers, checkpointing):
+    """Two steps of a second task, of two micro-batches each: the last finds gradients and moments there."""
+    with torch.device("meta"):
+        backbone = from_shape(backbone, torch.bfloat16, layers)
+    backbone.to_empty(device="cpu")
+    for tensor in (*backbone.parameters(), *backbone.buffers()):
+        tensor.data.fill_(0.01)  # memory that is never written takes none
+    model = NIWF(backbone, pad_id=0, rank=RANK)
+    bank, field = model.bank, WeightField(model.bank.layers, 2 * BASES)
+    old = {key: torch.randn(BASES, *shape) / 100 for key, shape in bank.basis_shapes().items()}
+    bank.commit(BASES, lambda: old)
+    bank.add(BASES)
+    if checkpointing:
+        model.checkpoint()
+    dynamics = CoordinateDynamics(model.features).requires_grad_(False)
+    optimizer = torch.optim.AdamW([*bank.live.values(), *field.parameters()], fused=True)
+    for _ in range(2):
+        for _ in range(2):
+            gating = top_k_gating(field(dynamics(torch.randn(1, model.features))), TOP_K)
+            response_nll(*model.logits([([3], [4] * TOKENS)], gating)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def measure_memory(backbone, layers, checkpointing):
+    """Bytes by which training makes the resident memory of this process larger, at its peak. A small training
+    goes before: the code that is used is in memory, too."""
+    train_second_task("tiny", 1, checkpointing)
+    before = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    train_second_task(backbone, layers, checkpointing)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def bench_memory(backbone, depths):
+    """Print the peak memory of a backbone cut to some layers, measured and counted, and of all of it: where
+    the line through what was measured leads, and counted. -> rows {"layers", "checkpointing", "measured",
+    "counted": bytes}, the last of each kind of training for all layers"""
+    if not pathlib.Path("/proc/self/statm").exists():
+        raise Refused("bench.py memory reads /proc, which Linux has")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc: what is freed goes back at once, as is counted
+    second = [
+        row
+        for depth in (*depths, None)
+        for row in count_memory(backbone, depth)
+        if row["task"] == 2 and row["devices"] == 1
+    ]
+    rows = []
+    for checkpointing in (False, True):
+        print(f"{backbone}, {'with' if checkpointing else 'without'} --checkpointing, GiB")
+        counts = [row for row in second if row["checkpointing"] == checkpointing]
+        counted, measured = [sum(row[part] for part in PARTS) for row in counts], []
+        for depth in depths:
+            with multiprocessing.get_context("forkserver").Pool(1) as pool:
+                measured.append(pool.apply(measure_memory, (backbone, depth, checkpointing)))
+        line, other = (
+            statistics.linear_regression(depths, sizes[: len(depths)]) for sizes in (measured, counted)
+        )
+        measured.append(line.slope * counts[-1]["layers"] + line.intercept)
+        for row, ours, count in zip(counts, measured, counted):
+            about = {"backbone": backbone, "layers": row["layers"], "checkpointing": checkpointing}
+            rows.append({**about, "measured": ours, "counted": count})
+            figures = f"{ours / 2**30:7.2f}, counted {count / 2**30:7.2f}, ratio {count / ours:.3f}"
+            print(
+                f"  {row['layers']:3} layers: {'by the line' if row is counts[-1] else 'measured'} {figures}"
+            )
+        print(f"  a layer: {line.slope / 2**30:.3f}, counted {other.slope / 2**30:.3f}", flush=True)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- the grid
+
+
+def algorithm_1(learner):
+    """The mask search of a learner, which takes any loss."""
+    mask = learner.mask
+    return SmoothKWTA(learner.row.k, mask.kernel, mask.rounds, *learner.proposal)
+
+
+def bench_ftn(variant, turns, steps=5):
+    """A step of FTN-Slow, mask search included, against Algorithm 1 with autograd through everything."""
+    row = Row(variant, "ftn-slow", 0, dropout=0.0)
+    torch.manual_seed(0)
+    ours, literal = (Neurons(row, METHODS[row.method][1]) for _ in range(2))
+    ours.begin(0), literal.begin(0)
+
+    def our_step(x, y):
+        ours.train(0, x, y)
+        return ours.stored[0], ours.grid.theta.grad
+
+    def literal_step(x, y):
+        grid = literal.grid
+        winners = algorithm_1(literal).configure(lambda mask: literal.loss(grid(x, mask), y), grid.side)
+        literal.optimizer.zero_grad()
+        mask = torch.zeros(len(grid.theta)).index_fill(0, winners, 1.0)
+        literal.loss(grid(x, mask), y).backward()
+        literal.optimizer.step()
+        return winners, grid.theta.grad.clone()  # the next search adds to it
+
+    rng, times, same, worst = generator("bench"), ([], []), 0, 0.0
+    for _ in range(turns + 1):
+        literal.grid.load_state_dict(ours.grid.state_dict())  # rounding must not add up
+        batches = [ours.world.batch(0, row.batch, rng) for _ in range(steps)]
+        for (winners, gradient), (winners_, gradient_) in zip(
+            *take_turn((our_step, literal_step), batches, times)
+        ):
+            same += torch.equal(winners, winners_)
+            worst = max(worst, ((gradient - gradient_).abs().max() / gradient_.abs().max()).item())
+    print(
+        f"{variant}: a step {compared(times, digits=1)}; same mask in {same} of {(turns + 1) * steps} "
+        f"batches, gradients differ by {worst:.1e} of the largest"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the pool
+
+
+class LiteralPool:
+    """All H components on every token, with a gradient for each: FTN Eq. (1) as it is written."""
+
+    def __init__(self, learner):
+        self.learner, self.mask = learner, None
+        parts = learner.components.parts
+        self.full = {name: tuple(p.clone().requires_grad_() for p in pair) for name, pair in parts.items()}
+        parameters = [p for pair in self.full.values() for p in pair]
+        self.adam = torch.optim.AdamW(parameters, lr=learner.row.lr, weight_decay=0.0, fused=True)
+        attach(find_targets(learner.backbone, learner.TARGETS), self.update)
+
+    def update(self, name, x, y):
+        if self.mask is None:
+            return y
+        A, B = (p.flatten(0, 1) for p in self.full[name])  # [H r, d]
+        return y + (F.linear(x, A) * self.mask.repeat_interleave(self.learner.row.rank)) @ B
+
+    def copy_from(self, pool):
+        """Start from the same parameters as the pool."""
+        for name, pair in self.full.items():
+            for p, part in zip(pair, pool.parts[name]):
+                p.data.copy_(part)
+
+    @contextlib.contextmanager
+    def under(self, mask):
+        self.mask = mask
+        try:
+            yield
+        finally:
+            self.mask = None
+
+    def loss(self, mask, examples):
+        with self.under(mask):
+            return self.learner.loss(examples)
+
+    def search(self, examples):
+        search = algorithm_1(self.learner)
+        return search.configure(lambda mask: self.loss(mask, examples), self.learner.row.side)
+
+    def step(self, examples):
+        self.adam.zero_grad()
+        mask = torch.zeros(self.learner.row.side**2).index_fill(0, self.learner.stored[-1], 1.0)
+        self.loss(mask, examples).backward()
+        self.adam.step()
+
+
+def bench_lora_ftn(backbone, turns):
+    """A search and a step of LoRA-FTN in its second task, against all H components on every token."""
+    torch.manual_seed(0)
+    row = StyleRow("lora-ftn", 0, backbone)
+    ours = Adapters(row, METHODS[row.method][1])
+    first, second = ours.world.training[:2]
+    ours.begin(0)
+    for _ in range(20):
+        ours.train(0, first[:8])
+    ours.end(0, None)
+    literal = LiteralPool(ours)
+    ours.begin(1)
+    ours.train(1, second[:8])
+
+    def our_search(examples):
+        return ours.mask.mask_for(ours, 1, examples)
+
+    def our_step(examples):
+        ours.optimizer.zero_grad()
+        with ours.components.applied(ours.live):
+            ours.loss(examples).backward()
+        ours.optimizer.step()
+
+    searches, steps, same = ([], []), ([], []), []
+    for i in range(turns + 1):
+        ours.components.store(ours.rows, ours.live)
+        literal.copy_from(ours.components)
+        (mask,), (mask_,) = take_turn((our_search, literal.search), [(second[16:32],)], searches)
+        same.append(len(set(mask.tolist()) & set(mask_.tolist())) / row.k)
+        start = 8 * i % (len(second) - 8)
+        take_turn((our_step, literal.step), [(second[start : start + 8],)], steps)
+    print(f"search: {compared(searches)}; the two masks share {statistics.mean(same):.1%} of their winners")
+    print(f"step: {compared(steps)}")
+
+
+# ---------------------------------------------------------------------------------- what n versions cost
+
+
+@contextlib.contextmanager
+def first_versions(whole, n):
+    """Within this block there is a run folder as it was after its first n tasks."""
+    with tempfile.TemporaryDirectory(dir=whole.folder.parent) as tmp:
+        run = Run(pathlib.Path(tmp, "run"))
+        keep = {"versions": whole.manifest["versions"][:n], "results": whole.manifest["results"][:n]}
+        run.manifest = whole.manifest | keep | {"compositions": []}
+        for path in [path for entry in run.entries for path in whole.files(entry)]:
+            link = run.folder / path.relative_to(whole.folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, link)
+        run.save()
+        yield run
+
+
+def memory_of_answers(folder, tasks):
+    """Peak resident memory, in bytes, of a process that answers the prompts of some tasks of a run folder."""
+    run, model, tokenizer = open_run(folder, "cpu")
+    for task in tasks:
+        answer(run, model, tokenizer, run.validation(task), max_new_tokens=16)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def bench_growth(folder, turns):
+    """For every n a line, as a dict: what the first n versions of a stream cost and know. Milliseconds are
+    for each token of a pass over the first task's validation examples, but for a commit and for opening the
+    folder; memory is that of a process which answers the first three tasks' prompts."""
+    whole = Run(folder)
+    backbone, tokenizer = whole.open_backbone(whole.manifest["backbone"]["name"], "cpu")
+    for n in range(1, len(whole.tasks) + 1):
+        with first_versions(whole, n) as run:
+            entry, row = run.manifest["versions"][-1], run.manifest["results"][-1]
+            line = {"n": n, "task": entry["task"], "bytes": run.path(entry["hash"]).stat().st_size}
+            line["open_ms"] = timed(
+                lambda run=run: Run(run.folder).open_model(backbone, tokenizer).detach(), 3
+            )
+            model = run.open_model(backbone, tokenizer)
+            version = run.versions[-1]
+            line |= {"bases_written": version.writes, "bases_read": len(version.index) - version.writes}
+            with tempfile.TemporaryDirectory() as tmp:  # written again, as at commit: hash, fsync, rename
+                line["commit_ms"] = timed(lambda v=version, tmp=tmp: v.save(pathlib.Path(tmp)), turns)
+            line |= time_passes(run, model, tokenizer, turns)
+            model.detach()
+            with multiprocessing.get_context("forkserver").Pool(1) as pool:
+                line["memory"] = pool.apply(memory_of_answers, (run.folder, run.tasks[:3]))
+        line["learned"] = row["stored"][entry["task"]]
+        for p in ("stored", "routed"):
+            lost = forgetting(run.manifest["results"], p).values()
+            line[f"{p}_forgetting"] = statistics.mean(math.log1p(x / 100) for x in lost)
+        line["identical"] = [sum(column) for column in zip(*row["identical"].values())]
+        home = sum(counts[t] for t, counts in row["routing"].items())
+        line["routed_home"] = home / sum(sum(counts.values()) for counts in row["routing"].values())
+        print("  ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in line.items()))
+        yield line
+
+
+def timed(form, turns):
+    """Median time of form(), in milliseconds."""
+    times = []
+    for _ in range(turns):
+        take_turn([form], [()], [times])
+    return 1000 * statistics.median(times)
+
+
+@torch.no_grad()
+def time_passes(run, model, tokenizer, turns):
+    """Of the bare backbone, of one version that is given, and of a routed pass with its probe, in turns."""
+    examples, h_bar, _ = validation_set(run, model, tokenizer, run.tasks[0])
+    prompts, tokens = [p for p, _ in examples], sum(len(p) + len(r) for p, r in examples)
+    passes = {
+        "bare_ms": lambda: model.logits(examples, None),
+        "stored_ms": lambda: model.logits(examples, run.stored(0, h_bar)),
+        "routed_ms": lambda: model.logits(examples, run.routed(model.probe(prompts))[0]),
+    }
+    times = [[] for _ in passes]
+    for _ in range(turns + 1):
+        take_turn(passes.values(), [()], times)
+    return {name: 1000 * statistics.median(spent[1:]) / tokens for name, spent in zip(passes, times)}
+
+
+# ---------------------------------------------------------------------------------------- several processes
+
+PINNED = """import os, runpy
+core = sorted(os.sched_getaffinity(0))[int(os.environ.get("LOCAL_RANK", 0))]
+os.sched_setaffinity(0, {core})
+runpy.run_path("train.py", run_name="__main__")"""
+TRAINING = "--task alpaca --device cpu --epochs 4 --grad-accum 4"
+
+
+def train_pinned(shape, size, folder):
+    """A whole training in `size` processes, each with one thread on a core of its own. -> (wall seconds, the
+    losses of its steps)"""
+    launcher = "-m torch.distributed.run --standalone --no-python --nproc_per_node".split()
+    command = [sys.executable, *launcher, str(size)] if size > 1 else []
+    command += [sys.executable, "-c", PINNED, *TRAINING.split(), "--backbone", shape, "--out", str(folder)]
+    how = dict(cwd=pathlib.Path(__file__).parent.parent, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    began = time.perf_counter()
+    if subprocess.run(command, stdout=subprocess.DEVNULL, **how).returncode:
+        raise Refused(f"a training in {size} processes has failed")
+    seconds = time.perf_counter() - began
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return seconds, [line["lm"] for line in lines if "step" in line]
+
+
+def bench_processes(shape, turns):
+    """The same training in one process and in two, in turns, from the start of the program to its end."""
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        raise Refused("bench.py processes needs two cores, and a system that gives each process its own")
+    times, losses = {1: [], 2: []}, {}
+    with tempfile.TemporaryDirectory() as tmp:
+        for turn in range(turns):
+            for size, spent in times.items():
+                seconds, losses[size] = train_pinned(shape, size, pathlib.Path(tmp, f"{size}-{turn}"))
+                spent.append(seconds)
+    one, two = (statistics.median(spent) for spent in times.values())
+    worst, what = max(abs(a - b) for a, b in zip(*losses.values())), f"{shape}, a training"
+    print(
+        f"{what}: one process {one:.1f} s, two {two:.1f} s, ratio {two / one:.2f}; losses {worst:.1e} apart"
+    )
+    yield what, {"one": {"seconds": times[1]}, "two": {"seconds": times[2]}, "losses apart": worst}
+
+
+# ----------------------------------------------------------------------------------------- the command line
+
+
+ABOUT = {
+    "ftn": "a training step of FTN against the literal Algorithm 1",
+    "lora-ftn": "a step and a search of LoRA-FTN against all components",
+    "niwf": "a training step of NIWF beside peft's LoRA",
+    "decode": "prefill and decoding beside peft's LoRA",
+    "gather": "bases gathered a sequence, and a token",
+    "memory": "peak memory of a training step, measured and counted",
+    "growth": "what the first n versions of a stream cost and know, for every n",
+    "processes": "a whole training of NIWF in one process, and in two",
+}
+SHAPED = {"niwf": bench_niwf, "decode": bench_decode, "gather": bench_gather}
+
+
+def parse_options(argv=None):
+    parser = Parser(__doc__, prog="bench.py")
+    commands = parser.add_subparsers(dest="command", required=True, help="each has a --help of its own:")
+    for name, text in ABOUT.items():
+        add = commands.add_parser(name, help=text, doc=__doc__, description=text).add_argument
+        if name == "memory":
+            add("--backbone", default="random:mistral-7b", help="whose shape")
+            add("--layers", nargs="+", type=number(int, 1, 100), default=[1, 2, 4], help="how many")
+        else:
+            add("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed")
+        if name == "lora-ftn":
+            add("--backbone", default="tiny", help="tiny, a Hub id, a local folder, FILE.gguf")
+        elif name != "ftn":
+            add("--json", type=output_file, help="write what was measured to this file")
+        if name == "growth":
+            add("--run", default="runs/stream", help="run folder of a stream")
+        elif name in SHAPED:
+            add("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="of what [all]")
+    args = parser.parse_args(argv)
+    if args.command == "memory" and len({*args.layers}) < 2:
+        parser.error("--layers: a line goes through two depths or more")
+    return args
+
+
+def measure(args):
+    """Run the benchmark that is asked for. -> what it measured, or None where that is printed alone"""
+    if args.command in ("niwf", "decode") and not importlib.util.find_spec("peft"):
+        raise Refused(f"bench.py {args.command} compares with peft: pip install peft")
+    if args.command in SHAPED:
+        bench = SHAPED[args.command]
+        return {what: found for shape in args.shape for what, found in bench(shape, args.repeats)}
+    if args.command == "processes":
+        return dict(bench_processes("tiny", args.repeats))
+    if args.command == "memory":
+        return bench_memory(args.backbone, args.layers)
+    torch.set_num_threads(1)
+    if args.command == "growth":
+        return list(bench_growth(args.run, args.repeats))
+    if args.command == "lora-ftn":
+        return bench_lora_ftn(args.backbone, args.repeats)
+    for variant in HEAD:
+        bench_ftn(variant, args.repeats)
+
+
+def main(argv=None):
+    args = parse_options(argv)
+    rows = measure(args)
+    if rows and args.json:
+        write_results(args.json, "-m studies.bench", argv, indent=1, rows=rows)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,500 @@
+"""What each part of NIWF is worth: tasks learned with it, with parts of it changed, and without it.
+
+    python -m studies.variants worth            # one task: the field, parts of it, plain LoRAs in its place
+    python -m studies.variants choose           # what was chosen among: other items, other seeds
+    python -m studies.variants baselines        # two tasks: fine-tuning, LoRAs, the three locks (Table 3)
+    python -m studies.variants ablations        # two tasks: NIWF with one thing changed (Figure 7)
+    python -m studies.variants soft-lock        # why the soft lock forgets: parts of it frozen
+    python -m studies.variants regions --run RUN      # does one region tell two tasks apart? what is chosen?
+    python -m studies.variants transfer --run STREAM  # what reading older bases is worth to later tasks
+    python -m studies.variants worth --backbone FOLDER --data A.json B.json --seeds 0 --examples 600 --lr 5e-4
+
+A row is one training by train.py, or two, in a run folder of its own under runs/variants. What is there is
+not trained again, and rows that differ in their second task alone share their first. Options that this script
+does not know go to train.py. A row is its options and, where no option says it, a change of one function,
+made here and nowhere else.
+
+The LoRAs are NIWF with N = K = 1: Eq. (7) then has one weight, 1, and there is no field to learn; the
+coordinate only routes. alpha follows K r, so that all updates have the same scale. Under the exact lock that
+is an adapter a task, and *stored* means that the task's name is given; without a lock it is one adapter,
+trained on.
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nvariants.py: stopped\n") and 130))
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import pathlib
+import shlex
+import shutil
+import tempfile
+import unittest.mock
+
+import torch
+
+import train
+from commit import Run
+from eval import batches, open_run, validation_set, what_is_published
+from model import perplexity, response_logits, response_nll
+from plumbing.backbone import load_backbone, pick_device
+from plumbing.command import number, output_file, Parser, run_program, write_results
+from plumbing.files import atomic
+from plumbing.prompts import encode, pad_of
+from field import CoordinateDynamics, WeightField
+from studies.report import one_task, transfer, two_tasks
+from synthetic import read_sealed, sealed
+
+rms = lambda x: float(x.square().mean().sqrt())
+
+# ---------------------------------------------------------------------------------- what an option cannot say
+
+
+def not_standardised(self, h_bar):
+    """As h_bar is, scaled to length sqrt(d)."""
+    self.deviation.fill_(rms(h_bar))
+
+
+def centred(self, h_bar):
+    """Less its mean; all features keep their size."""
+    self.mean.copy_(h_bar.mean(0))
+    self.deviation.fill_(rms(h_bar - self.mean))
+
+
+class AllButTheTop:
+    """Centred, without its first principal components, features / 100 of them (Mu and Viswanath 2018)."""
+
+    forward, top = CoordinateDynamics.forward, None
+
+    def standardise(self, h_bar):
+        self.mean.copy_(h_bar.mean(0))
+        x = h_bar - self.mean
+        AllButTheTop.top = torch.linalg.svd(x, full_matrices=False).Vh[: max(1, x.shape[1] // 100)]
+        self.deviation.fill_(rms(x - x @ AllButTheTop.top.T @ AllButTheTop.top))
+
+    def without_top(self, h_bar):
+        x = h_bar - self.mean
+        return AllButTheTop.forward(self, self.mean + x - x @ AllButTheTop.top.T @ AllButTheTop.top)
+
+
+def random_dynamics(self):
+    """The weights of the dynamics stay as they were drawn."""
+    self.dynamics.requires_grad_(False)
+    return WEIGHTS(self)
+
+
+WEIGHTS, LOSSES, INIT = train.Learner.weights, train.loss_terms, WeightField.__init__
+UPDATE = train.Training.update
+
+
+def balanced(learner, batch, h_bar, args, share, responses):
+    """Switch's load balancing in place of the constant L_budget: 0.01 N sum_i f_i P_i, f_i the share of the
+    choices that fall on basis i, P_i its mean probability."""
+    logits = learner.field(learner.dynamics(h_bar))  # [B, L, N]
+    n = logits.shape[-1]
+    chosen = torch.zeros_like(logits).scatter(-1, logits.topk(learner.top_k).indices, 1 / learner.top_k)
+    terms = LOSSES(learner, batch, h_bar, args, share, responses)
+    return terms | {"budget": 0.01 * share * n * (chosen.mean(0) * logits.softmax(-1).mean(0)).sum(-1).mean()}
+
+
+def wide_logits(self, *args, **kwargs):
+    """Logits four times as large at the start."""
+    INIT(self, *args, **kwargs)
+    with torch.no_grad():
+        self.w3.weight.mul_(4)
+
+
+def slow_field(self, losses):
+    """Field and dynamics learn with 0.3 of the learning rate: 0.3 of every step is taken."""
+    before = {k: p.detach().clone() for k, p in self.weights.items() if not k.startswith("bank.")}
+    UPDATE(self, losses)
+    for key, old in before.items():
+        self.weights[key].data.lerp_(old, 0.7)
+
+
+def frozen(*parts):
+    """The second task of a soft lock leaves these parts as they were: "bank", "field", "dynamics"."""
+    return {
+        (train.Learner, "weights"): lambda self: {
+            key: p for key, p in WEIGHTS(self).items() if key.split(".")[0] not in parts
+        }
+    }
+
+
+def own_alone(field, old, top_k, z):
+    """A new version never chooses a basis of an older one."""
+    with torch.no_grad():
+        field.w3.bias.view(field.layers, -1)[:, old:] += 1e4
+
+
+PATCHES = {
+    "not standardised": {(CoordinateDynamics, "standardise"): not_standardised},
+    "centred only": {(CoordinateDynamics, "standardise"): centred},
+    "all but the top": {
+        (CoordinateDynamics, "standardise"): AllButTheTop.standardise,
+        (CoordinateDynamics, "forward"): AllButTheTop.without_top,
+    },
+    "random dynamics": {(train.Learner, "weights"): random_dynamics},
+    "load balancing": {(train, "loss_terms"): balanced},
+    "logits x 4": {(WeightField, "__init__"): wide_logits},
+    "field and dynamics: 0.3 lr": {(train.Training, "update"): slow_field},
+    "own bases alone": {(train, "lead_with_own"): own_alone},
+    "bases frozen": frozen("bank"),
+    "dynamics frozen": frozen("dynamics"),
+    "field frozen": frozen("field"),
+    "bases and dynamics frozen": frozen("bank", "dynamics"),
+    "bases and field frozen": frozen("bank", "field"),
+    "dynamics and field frozen": frozen("dynamics", "field"),
+}
+
+# --------------------------------------------------------------------------------------------------- the rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """options: of both tasks. second: of the second, besides; None where there is one task. patch: a name
+    among PATCHES, for both tasks; later: one for the second task alone. lr: in place of all that, full
+    fine-tuning with this learning rate."""
+
+    options: str = ""
+    second: str | None = None
+    patch: str | None = None
+    later: str | None = None
+    lr: float = 0.0
+
+
+LORA = "--bases 1 --top-k 1 --rank 64"
+LARGE_LORA = "--bases 1 --top-k 1 --rank 128 --alpha 256"
+DENSE = "--dense-gating --alpha 256"
+PAPER = "--pool sequence --probe adapted --alpha 16"
+EXACT, SOFT, NONE = "--lock exact", "--lock soft", ""
+WORTH = {
+    "LoRA r 64: same active rank": Variant(LORA),
+    "LoRA r 128: same stored size": Variant(LARGE_LORA),
+    "fixed z, N = K = 8": Variant("--fixed-coordinate --bases 8"),
+    "fixed z, N 16, K 8": Variant("--fixed-coordinate"),
+    "fixed z, N = K = 16": Variant("--fixed-coordinate " + DENSE),
+    "NIWF, N 16, K 8": Variant(),
+    "NIWF, N = K = 8": Variant("--bases 8"),
+    "not standardised": Variant(patch="not standardised"),
+    "random dynamics": Variant(patch="random dynamics"),
+}
+CHOICES = {
+    "NIWF, N 16, K 8": Variant(),
+    "lr 2e-3": Variant("--lr 2e-3"),
+    "lr 5e-4": Variant("--lr 5e-4"),
+    "alpha 16 (the paper)": Variant("--alpha 16"),
+    "alpha 16, lr 2e-3": Variant("--alpha 16 --lr 2e-3"),
+    "alpha 256": Variant("--alpha 256"),
+    "LoRA r 64": Variant(LORA),
+    "LoRA r 64, lr 2e-3": Variant(LORA + " --lr 2e-3"),
+    "LoRA r 64, lr 5e-4": Variant(LORA + " --lr 5e-4"),
+    "LoRA r 64, alpha 64": Variant(LORA + " --alpha 64"),
+    "LoRA r 64, alpha 256": Variant(LORA + " --alpha 256"),
+    "not standardised": Variant(patch="not standardised"),
+    "centred only": Variant(patch="centred only"),
+    "all but the top": Variant(patch="all but the top"),
+    "load balancing": Variant(patch="load balancing"),
+    "logits x 4": Variant(patch="logits x 4"),
+    "field and dynamics: 0.3 lr": Variant(patch="field and dynamics: 0.3 lr"),
+    "d 32": Variant("--coord-dim 32"),
+    "d 128": Variant("--coord-dim 128"),
+    "N 32, K 8": Variant("--bases 32"),
+    "N 16, K 4": Variant("--top-k 4"),
+    "shared gating": Variant("--shared-gating"),
+    "full fine-tuning, lr 1e-5": Variant(lr=1e-5),
+    "full fine-tuning, lr 3e-5": Variant(lr=3e-5),
+    "full fine-tuning, lr 1e-4": Variant(lr=1e-4),
+    "full fine-tuning, lr 3e-4": Variant(lr=3e-4),
+    "full fine-tuning, lr 1e-3": Variant(lr=1e-3),
+}
+BASELINES = {
+    "full fine-tuning": Variant(lr=1e-4),
+    "LoRA r 64, one": Variant(LORA, NONE),
+    "LoRA r 64, one a task": Variant(LORA, EXACT, later="own bases alone"),
+    "LoRA r 128, one": Variant(LARGE_LORA, NONE),
+    "LoRA r 128, one a task": Variant(LARGE_LORA, EXACT, later="own bases alone"),
+    "NIWF, no lock": Variant("", NONE),
+    "NIWF, soft lock": Variant("", SOFT),
+    "NIWF, the paper's own": Variant(PAPER, SOFT, patch="not standardised"),
+    "NIWF, exact lock": Variant("", EXACT),
+}
+ABLATIONS = {
+    "exact lock": Variant("", EXACT),
+    "older bases are not read": Variant("", EXACT, later="own bases alone"),
+    "fixed coordinate": Variant("--fixed-coordinate", EXACT),
+    "dense gating": Variant(DENSE, EXACT),
+    "shared gating": Variant("--shared-gating", EXACT),
+    "not standardised": Variant("", EXACT, patch="not standardised"),
+    "pool: whole sequence": Variant("--pool sequence", EXACT),
+    "no lock": Variant("", NONE),
+    "soft lock": Variant("", SOFT),
+    "soft, adapted probe": Variant("--probe adapted", SOFT),
+    "soft, no separation": Variant("", SOFT + " --lambda-sep 0"),
+    "soft, anchors a sample": Variant("--anchor-source empirical", SOFT),
+}
+FROZEN = [name for name in PATCHES if name.endswith("frozen")]
+SOFT_LOCK = {"nothing frozen": Variant("", SOFT)} | {name: Variant("", SOFT, later=name) for name in FROZEN}
+TABLES = {
+    "worth": WORTH,
+    "choose": CHOICES,
+    "baselines": BASELINES,
+    "ablations": ABLATIONS,
+    "soft-lock": SOFT_LOCK,
+}
+
+
+# ------------------------------------------------------------------------------------- trained and measured
+
+
+def said(task, folder, seed, args):
+    """The options that all rows of a table share."""
+    options = ["--task", task, "--backbone", args.backbone, "--seed", str(seed), "--out", str(folder)]
+    if args.data:
+        return [*options, "--data", args.data[0 if task == "alpaca" else -1]]
+    if args.table == "choose":
+        data = train.DATA / task
+        options += ["--data", f"{data}.train.json", "--val-data", f"{data}.choose.json"]
+        options += ["--val-examples", "200"]
+    return options
+
+
+def train_task(folder, task, options, patch, args, seed, rest):
+    """Train a task in a run folder, unless that has been done."""
+    options = train.parse_options([*said(task, folder, seed, args), *rest, *shlex.split(options)])
+    options.device = pick_device(options.device)
+    with patched(patch), Run(folder).exclusive() as run:
+        train.run_task(run, options)
+    return run
+
+
+@contextlib.contextmanager
+def patched(name):
+    """Within this block the program is changed as a patch says; by none, if there is none of that name."""
+    with contextlib.ExitStack() as patches:
+        for (owner, attribute), new in PATCHES.get(name, {}).items():
+            patches.enter_context(unittest.mock.patch.object(owner, attribute, new))
+        yield
+
+
+def place_of(args, seed, *parts):
+    """The folder or file that belongs to a row, or to the first task of several."""
+    name = " ".join(part for part in parts if part) or "default"
+    table = "choose" if args.table == "choose" else "publish"
+    return pathlib.Path(args.out, table, f"{seed}", "".join(c if c.isalnum() else "-" for c in name))
+
+
+def train_row(variant, seed, args, rest):
+    """Train a row and measure it, unless that has been done. -> what is published of it"""
+    first = place_of(args, seed, variant.options, variant.patch)
+    run = train_task(first, "alpaca", variant.options, variant.patch, args, seed, rest)
+    if variant.second is None:
+        return describe(run)
+    then = f"then {variant.second or 'no lock'}"
+    folder = place_of(args, seed, variant.options, variant.patch, then, variant.later)
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:  # whole or not at all
+            pathlib.Path(shutil.copytree(first, f"{tmp}/copy")).rename(folder)
+    options = f"{variant.options} {variant.second}"
+    return describe(train_task(folder, "code", options, variant.later or variant.patch, args, seed, rest))
+
+
+def parameters(run):
+    """-> (of the bases of the last version, of everything that the run folder has to keep)"""
+    versions = run.read_versions()
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    chooses = versions[0].config["bases"] > 1  # a field over one basis chooses nothing and need not be kept
+    per_version = [sum(t.numel() for t in v.bases.values()) + chooses * size(v.field) for v in versions]
+    # Under the soft lock and without one the last version holds the one bank; the earlier are copies of
+    # what it was, kept to measure forgetting.
+    exact = versions[-1].lock in ("exact", "first")
+    bases = sum(t.numel() for t in versions[-1].bases.values())
+    return bases, (sum(per_version) if exact else per_version[-1]) + size(versions[-1].dynamics)
+
+
+def describe(run):
+    """What is published of a row: as of `eval.py --json`, and how large it is."""
+    trained, kept = parameters(run)
+    config = {e["task"]: {"lock": e["lock"], **run.head(e)["config"]} for e in run.manifest["versions"]}
+    about = {"trained parameters": trained, "kept parameters": kept, "config": config}
+    return what_is_published(run.manifest["results"]) | about
+
+
+def fine_tune(variant, seed, args, rest):
+    """All weights of the backbone, trained on one task and then on the other: the same examples in the same
+    order, the same warm-up and decay of the learning rate. -> as `train_row`"""
+    path = place_of(args, seed, f"fine-tuning {variant.lr:g}")
+    if path.exists():
+        return read_sealed(path)
+    backbone, tokenizer = load_backbone(args.backbone, "cpu")
+    sets, R = {}, []
+    for task in ("alpaca", "code"):
+        options = train.parse_options([*said(task, path, seed, args), *rest])
+        train.fill_in(options, Run(path))
+        examples, records = train.load_data(options, tokenizer)
+        held_out = sorted(
+            (encode(r, tokenizer, options.template) for r in records), key=lambda e: len(e[0]) + len(e[1])
+        )
+        sets[task] = examples, held_out, options
+    base = {task: measure_backbone(backbone, tokenizer, held_out) for task, (_, held_out, _) in sets.items()}
+    for examples, _, options in sets.values():
+        learn_backbone(backbone, tokenizer, examples, options, variant.lr)
+        row = [measure_backbone(backbone, tokenizer, held_out) for _, held_out, _ in sets.values()]
+        R.append([row[0], row[1] if R else None])
+    size = sum(p.numel() for p in backbone.parameters())
+    found = {"tasks": list(sets), "base": base, "R": {"stored": R, "routed": R}}
+    found |= {"trained parameters": size, "kept parameters": size}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(sealed(path, found)))
+    return found
+
+
+def learn_backbone(backbone, tokenizer, examples, args, lr):
+    weights = [p.requires_grad_() for p in backbone.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01, fused=True)
+    total = args.epochs * math.ceil(len(examples) / (args.batch * args.grad_accum))
+    for step in range(total):
+        micros = train.micro_batches(examples, step, args)
+        responses = sum(len(examples[i][1]) for micro in micros for i in micro)
+        for micro in micros:
+            logits, labels = response_logits(backbone, pad_of(tokenizer), [examples[i] for i in micro])
+            (response_nll(logits, labels).sum() / responses).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, total, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def measure_backbone(backbone, tokenizer, examples):
+    pad = pad_of(tokenizer)
+    nll = sum(float(response_nll(*response_logits(backbone, pad, b)).sum()) for (b,) in batches(examples))
+    return perplexity(nll, sum(len(r) for _, r in examples))
+
+
+# -------------------------------------------------------------------------------- does one region tell apart?
+
+
+def training_losses(log):
+    """-> {task: the language-model loss of every step}, whatever stops and starts there were"""
+    losses = {}
+    for line in map(json.loads, log.read_text().splitlines()):
+        if "task" in line:
+            steps = losses.setdefault(line["task"], {})
+        else:
+            steps[line["step"]] = round(line["lm"], 4)
+    return {task: [steps[step] for step in sorted(steps)] for task, steps in losses.items()}
+
+
+def look_at_regions(folder):
+    """Of validation prompts: the share of every task's inputs inside the region of each task alone, and the
+    AUROC of the distance to it, own inputs against others'; all coordinates as they are now in a plane
+    (t-SNE, where scikit-learn is installed), and which lie in their own region; how often each basis is
+    chosen; and the loss of every training step, nats per token. ->
+
+    {"regions": {region: {task: {"inside", "AUROC"}}}, "coordinates": {task: {"tsne" [n, 2], "home" [n]}},
+    "usage": {task: [L, N]}, "losses": {task: [steps]}}"""
+    run, model, tokenizer = open_run(folder)
+    last = run.versions[-1]
+    h_bar = {task: validation_set(run, model, tokenizer, task)[2] for task in run.tasks}
+    z = {task: last.dynamics(h).cpu().double() for task, h in h_bar.items()}
+    found = {"tasks": run.tasks, "lock": last.lock, "regions": {}, "coordinates": {}, "usage": {}}
+    found["losses"] = training_losses(run.folder / "log.jsonl")
+    for i, v in enumerate(run.versions):
+        distance, about = {task: v.region.distance(x) for task, x in z.items()}, {}
+        for task, d in distance.items():
+            own, other = distance[v.task][:, None], d
+            auroc = float(((own < other).double() + (own == other).double() / 2).mean())
+            about[task] = {"inside": float((d <= v.region.tau).double().mean()), "AUROC": auroc}
+            print(f"region of {v.task}: {about[task]['inside']:6.1%} of {task} inside, AUROC {auroc:.3f}")
+        found["regions"][v.task] = about
+        found["coordinates"][v.task] = {"home": (distance[v.task] <= v.region.tau).int().tolist()}
+        indices, _ = run.stored(i, h_bar[v.task])
+        chosen = torch.nn.functional.one_hot(indices, len(model.bank)).sum(2).double().mean(0)  # [L, N]
+        found["usage"][v.task] = [[round(x, 3) for x in layer] for layer in chosen.tolist()]
+    if importlib.util.find_spec("sklearn"):
+        from sklearn.manifold import TSNE
+
+        plane = TSNE(random_state=0, init="pca").fit_transform(torch.cat([*z.values()]).numpy())
+        for task, part in zip(z, torch.tensor(plane).split([len(x) for x in z.values()])):
+            found["coordinates"][task]["tsne"] = [[round(x, 1) for x in point] for point in part.tolist()]
+    return found
+
+
+# --------------------------------------------------------------------------- does reading help later tasks?
+
+
+def measure_transfer(folder, args):
+    """Perplexity of every task of a stream when it was learned, beside that in the same stream without
+    reading: a new version then never chooses an older one's basis. -> {"tasks", "read", "own bases alone"}"""
+    run = Run(folder)
+    with patched("own bases alone"):
+        out = pathlib.Path(args.out, "stream-own-bases-alone")
+        alone = train.stream(argparse.Namespace(out=out, stream=len(run.tasks), device=pick_device(None)))
+    learned = lambda run: [row["stored"][row["task"]] for row in run.manifest["results"]]
+    found = {"tasks": run.tasks, "read": learned(run), "own bases alone": learned(alone)}
+    print("", *transfer({"rows": [found]}), sep="\n")
+    return found
+
+
+def parse_options(argv):
+    parser = Parser(__doc__, prog="variants.py", allow_abbrev=False)
+    parser.add_argument(
+        "table", choices=[*TABLES, "regions", "transfer"], help="what is learned and compared"
+    )
+    parser.add_argument("--run", nargs="+", help="the run folders of `regions` and `transfer`")
+    parser.add_argument("--rows", nargs="+", help="names of rows [all]")
+    parser.add_argument("--backbone", default="tiny", help="see train.py")
+    parser.add_argument(
+        "--data", nargs="+", help="JSON records of the first task, and of the second [embedded]"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=number(int, 0, 2**31), help="of every row [0 1 2; choose: 200 201 202]"
+    )
+    parser.add_argument("--out", help="folder of the run folders [runs/variants, runs/variants-BACKBONE]")
+    parser.add_argument("--json", type=output_file, help="write all of it to this file")
+    args, rest = parser.parse_known_args(argv)
+    if (args.table in TABLES) == bool(args.run):
+        parser.error("--run names the run folders of `regions` and `transfer`")
+    name = pathlib.Path(args.backbone).name
+    args.out = args.out or "runs/variants" + f"-{name}" * (name != "tiny")
+    if args.table in TABLES:
+        args.rows = args.rows or [*TABLES[args.table]]
+        if unknown := [name for name in args.rows if name not in TABLES[args.table]]:
+            parser.error(f"no row is called {unknown[0]!r}: {', '.join(TABLES[args.table])}")
+        args.seeds = args.seeds or ([200, 201, 202] if args.table == "choose" else [0, 1, 2])
+    return args, rest
+
+
+def main(argv=None):
+    args, rest = parse_options(argv)
+    if args.table == "regions":
+        with torch.no_grad():
+            result = [look_at_regions(folder) for folder in args.run]
+    elif args.table == "transfer":
+        result = [measure_transfer(folder, args) for folder in args.run]
+    else:
+        result = {name: [] for name in args.rows}
+        for seed, name in itertools.product(args.seeds, args.rows):
+            variant = TABLES[args.table][name]
+            made = (
+                fine_tune(variant, seed, args, rest) if variant.lr else train_row(variant, seed, args, rest)
+            )
+            result[name].append(made)
+        made = one_task if args.table in ("worth", "choose") else two_tasks
+        print("", *made({"rows": result}), sep="\n")
+    if args.json:
+        write_results(args.json, "-m studies.variants", argv, indent=1, rows=result)
+
+
+if __name__ == "__main__":
+    run_program(main)
