@@ -304,8 +304,8 @@ def search_says(read):
     alike = statistics.correlation(shared, fm)
     much, little = ([x for s, x in zip(shared, fm) if low <= s < high] for low, high in ((0.2, 9), (0, 0.05)))
     return f"""
-What it forgets is what its masks share
-([drawn](../../assets/ftn-overlap.png)). Over {len(streams)} streams of nine generators, FM, stored, and the share of neurons that two last masks have in common correlate with
+What it forgets is what its masks share ([drawn](../../assets/ftn-overlap.png)). Over {len(streams)} streams
+of nine generators, FM, stored, and the share of neurons that two last masks have in common correlate with
 {alike:.2f}. The {len(much)} streams in which that share is a fifth or more forget {mean(much):.2f} on
 average, {min(much):.2f} at least; the {len(little)} in which it is under a twentieth {mean(little):.2f},
 {max(little):.2f} at most.
