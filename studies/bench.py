@@ -50,7 +50,9 @@ from plumbing.records import read_records
 from train import DATA, peak_memory, resource
 from field import CoordinateDynamics, WeightField, top_k_gating
 from ftn import SmoothKWTA
-from synthetic import HEAD, METHODS, Adapters, Neurons, Row, StyleRow, generator
+from studies import styles
+from studies.styles import Adapters, StyleRow
+from synthetic import HEAD, METHODS, Neurons, Row, generator
 
 
 def take_turn(sides, batches, times):
@@ -320,7 +322,7 @@ def bench_memory(backbone, depths):
 def algorithm_1(learner):
     """The mask search of a learner, which takes any loss."""
     mask = learner.mask
-    return SmoothKWTA(learner.row.k, mask.kernel, mask.rounds, *learner.proposal)
+    return SmoothKWTA(learner.row.k, mask.kernel, mask.rounds, *learner.row.proposal)
 
 
 def bench_ftn(variant, turns, steps=5):
@@ -411,7 +413,7 @@ def bench_lora_ftn(backbone, turns):
     """A search and a step of LoRA-FTN in its second task, against all H components on every token."""
     torch.manual_seed(0)
     row = StyleRow("lora-ftn", 0, backbone)
-    ours = Adapters(row, METHODS[row.method][1])
+    ours = Adapters(row, styles.METHODS[row.method][1])
     first, second = ours.world.training[:2]
     ours.begin(0)
     for _ in range(20):

@@ -12,7 +12,8 @@ import transformers
 
 from field import CoordinateDynamics, WeightField
 from model import NIWF
-from synthetic import decomposition, row_summary
+from studies.tables import decomposition
+from synthetic import row_summary
 
 mean = statistics.mean
 

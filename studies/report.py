@@ -44,8 +44,14 @@ from plumbing import Refused
 from plumbing.command import Parser, run_program
 from plumbing.files import atomic
 from studies.findings import FINDINGS, GENERATORS, HIDDEN, ONE_FOR_ALL, not_as_printed, shared_and_lost, table
-from synthetic import KNOWN, PUBLISHED, VARIANTS, Adapters, FixedMask, Row, SearchedMask, StyleRow
-from synthetic import decomposition, row_summary, spread
+from plumbing.tables import spread
+from studies import neurons, styles
+from studies.neurons import StudyRow
+from studies.styles import Adapters, StyleRow
+from studies.tables import PUBLISHED, decomposition
+from synthetic import VARIANTS, FixedMask, SearchedMask, row_summary
+
+KNOWN = neurons.KNOWN | styles.METHODS
 
 RESULTS = HOME / "studies" / "results"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -79,7 +85,7 @@ def parse_row(result):
     ValueError: the name of a field that is missing or has another type, length or range.
     """
     check(isinstance(result, dict), "variant")
-    kind, result = StyleRow if result.get("variant") == "style" else Row, dict(result)
+    kind, result = StyleRow if result.get("variant") == "style" else StudyRow, dict(result)
     for field in dataclasses.fields(kind):
         types = {float: (int, float), tuple: (list, tuple)}.get(field.type, (field.type,))
         check(type(result.setdefault(field.name, field.default)) in types, field.name)
@@ -145,7 +151,7 @@ def grouped(results):
     for result in results:
         groups.setdefault(result["variant"], []).append(result)
     for variant, group in groups.items():
-        names = [f.name for f in dataclasses.fields(StyleRow if variant == "style" else Row)]
+        names = [f.name for f in dataclasses.fields(StyleRow if variant == "style" else StudyRow)]
         for name in names:
             values = {json.dumps(result[name]) for result in group}
             if name not in ("method", "seed") and len(values) > 1:
@@ -643,7 +649,7 @@ SAID = {  # of a row that has another value than the paper's
 def described(row):
     """A row of synthetic.py: its method, and what is not the default."""
     about = [row["method"]]
-    for field in dataclasses.fields(StyleRow if row["variant"] == "style" else Row):
+    for field in dataclasses.fields(StyleRow if row["variant"] == "style" else StudyRow):
         value = row.get(field.name, field.default)
         if field.name in SAID and value not in (field.default, []):
             about.append(SAID[field.name].format(value))

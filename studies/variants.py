@@ -51,7 +51,7 @@ from plumbing.files import atomic
 from plumbing.prompts import encode, pad_of
 from field import CoordinateDynamics, WeightField
 from studies.report import one_task, transfer, two_tasks
-from synthetic import read_sealed, sealed
+from plumbing.rows import read_sealed, sealed
 
 rms = lambda x: float(x.square().mean().sqrt())
 

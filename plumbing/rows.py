@@ -1,0 +1,151 @@
+"""Compute the rows of an experiment side by side, and keep each on disk, so that the same command goes on.
+
+A row is a frozen dataclass that says everything about a computation. Its class has a `VERSION`: raise it by
+hand whenever the code behind it gives other numbers, and rows that were kept are computed again. `files()` of
+a row lists the files that its numbers depend on besides.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+
+import torch
+from tqdm import tqdm
+
+from plumbing import Refused
+from plumbing.command import Parser, number, output_file, write_results
+from plumbing.files import atomic
+from plumbing.processes import rank_and_size
+
+
+def kept_file(row, how):
+    """The file that keeps a row. Its name has a hash of the row, of its class's version, of `how` it is
+    computed (a pair of a class and its settings), of torch's version, and of the state of `row.files()`."""
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in row.files()]
+    parts = (row, type(row).VERSION, how[0].__name__, how[1], torch.__version__, stats)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return pathlib.Path("runs", "synthetic", f"{row.variant}-{row.method}-{row.seed}-{key}.json")
+
+
+def sealed(path, result):
+    """What a row's file holds: its result, and a hash that tells whether it is whole and belongs to the
+    row."""
+    return dict(sha256=hashlib.sha256((path.name + json.dumps(result)).encode()).hexdigest(), result=result)
+
+
+def read_sealed(path):
+    """The result in a row's file. Raises Refused if the file is not what was written for this row."""
+    try:
+        saved = json.loads(path.read_bytes())
+        if saved == sealed(path, saved["result"]):
+            return saved["result"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise Refused(f"{path} is damaged or not of this row; without it the row is computed again")
+
+
+def finished_row(compute, row, how):
+    """-> (row, its result, None), from its file or else computed and kept; (row, None, why) if refused."""
+    try:
+        path = kept_file(row, how)
+        if not path.exists():
+            out = compute(row, how)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as tmp:
+                tmp.write_text(json.dumps(sealed(path, out)))
+        return row, read_sealed(path), None
+    except Refused as e:
+        return row, None, str(e)
+
+
+def leave_interrupts_to_parent():
+    """Let the parent alone handle Ctrl-C; it then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def finished_rows(compute, jobs, workers):
+    """Yield `finished_row` of each (row, how) as it comes, from so many processes. They end at once if this
+    one does. Raises Refused if a worker was killed."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, leave_interrupts_to_parent) as pool:
+        # A worker that is just born must not run the parent's handlers.
+        before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+        futures = [pool.submit(finished_row, compute, row, how) for row, how in jobs]
+        for s, handler in before.items():
+            signal.signal(s, handler)
+        done = concurrent.futures.as_completed(futures)
+        try:
+            for future in tqdm(done, total=len(jobs), unit="row", disable=None):
+                yield future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise Refused("a worker was killed, perhaps for want of memory: try fewer --workers") from None
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()  # a worker that is just born still ignores other signals
+            raise
+
+
+def parser_of(doc, prog):
+    """A parser with the options that all experiments have."""
+    p = Parser(doc, prog=prog)
+    add = p.add_argument
+    add("--methods", nargs="+", metavar="METHOD", help="which, or all [all but supsup-wide and controls]")
+    add("--seeds", type=number(int, 1, 1000), default=1, help="how many")
+    add("--first-seed", type=number(int, 0, 2**31), default=0, help="they are counted from here")
+    add("--tasks", type=number(int, 2, 100), help="how many [3; 6]")
+    add("--steps", type=number(int, 1, 100_000), help="training steps a task [1000; 200]")
+    add("--workers", type=number(int, 1, 256), default=os.cpu_count(), help="rows side by side [the cores]")
+    add("--json", type=output_file, help="write everything about every row to this file")
+    return p
+
+
+def seeds_of(args):
+    """The seeds that were asked for."""
+    return range(args.first_seed, args.first_seed + args.seeds)
+
+
+def choose_methods(parser, args, known, default):
+    """Put the methods that were asked for into args, each once: `default` ones if none, "all" for all."""
+    said = args.methods or default
+    args.methods = list(dict.fromkeys(name for m in said for name in (known if m == "all" else [m])))
+    if unknown := {*args.methods} - {*known}:
+        parser.error(f"--methods: {', '.join(sorted(unknown))} is not among {', '.join(known)}")
+
+
+def given(args, *names):
+    """The options that were said, of these, by name."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def run_rows(compute, line_of, rows, known, args, command, tables):
+    """Compute rows side by side, print `line_of` each as it comes, then the tables; write --json.
+
+    compute(row, how), with how = known[row.method], gives a result; command: (program, argv) for the file.
+    Raises Refused, naming each reason once, if some were refused."""
+    if rank_and_size()[1] > 1:
+        raise Refused("the FTN experiments start their own processes, see --workers: leave out torchrun")
+    jobs = sorted(((row, known[row.method]) for row in rows), key=lambda job: (job[0].seed, job[1][1].place))
+    outs, refused, reasons = {}, [], {}
+    try:
+        for row, out, message in finished_rows(compute, jobs, min(args.workers, len(jobs))):
+            name = f"{row.variant} {row.method} seed {row.seed}"
+            if out is None:
+                refused.append(f"{name}: {message}")
+                reasons.setdefault(message, refused[-1])
+            else:
+                outs[row] = out
+                tqdm.write(f"{name:<36} {line_of(out)}")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; finished rows are kept, the same command goes on") from None
+    outs = [outs[row] for row in rows if row in outs]
+    tables(outs)
+    if args.json:
+        write_results(args.json, *command, refused=refused, rows=outs)
+    if refused:
+        raise Refused(f"{len(refused)} of {len(rows)} rows were not computed: {'; '.join(reasons.values())}")
