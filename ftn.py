@@ -19,8 +19,12 @@ The file goes from the idea to its speed:
     the adapter pool    `LoRAPool`: the same mask over low-rank components of a frozen language model
     the same, faster    `FastGrid`: the grid's numbers by a kernel that keeps its activations in cache
 
-Departure: ties in the k-winner-take-all go to the lower index (the paper does not say). This file does not
-know which experiment is run: that is synthetic.py.
+This file covers section 2 and Algorithm 1 of the FTN paper, Eqs. (1) and (2), and Theorems 2.1 and D.1.
+Departure: ties in the k-winner-take-all go to the lower index (the paper does not say). The experiments are
+in synthetic.py. This file needs torch alone; here a grid of 64 neurons finds the mask of a batch:
+
+    python -c "import torch, ftn; grid, x, y = ftn.NeuronGrid(8, 2, 1), torch.randn(32, 2), torch.randn(32, 1)
+    print(ftn.SmoothKWTA(k=8).configure(lambda m: (grid(x, m) - y).square().mean(), side=8))"
 """
 
 import contextlib
@@ -30,9 +34,6 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from plumbing import Refused
-from plumbing.backbone import in_out
 
 ALL = ...  # every neuron or component; the gradient of this index, unlike that of a slice, is not copied
 
@@ -104,7 +105,7 @@ class SmoothKWTA:
 
         loss maps a relaxed mask sigma(m) [H], in (0, 1), to a scalar: for the model above it is
         `lambda mask: loss(grid(x, mask), y)`. free [H], if given, marks the components that may win.
-        Refused: fewer than k are free, or the kernel does not fit.
+        Raises GridFull if fewer than k are free, and ValueError if the kernel does not fit.
         """
         # fmt: off
         m = torch.full((side * side,), self.start, requires_grad=True)    # line 2: a cold start
@@ -119,17 +120,19 @@ class SmoothKWTA:
         # fmt: on
 
 
+class GridFull(ValueError):
+    """Too few components are left that no task has committed."""
+
+
 def smooth(m, kernel, rounds):
     """`rounds` convolutions of m [D, D] with the uniform kernel x kernel average on the torus.
 
     The average is one over rows times one over columns, so all rounds together are one [D, D] matrix from
-    each side. Refused: the kernel has no centre or is larger than the grid.
+    each side. Raises ValueError if the kernel has no centre or is larger than the grid.
     """
     side = len(m)
     if kernel % 2 == 0 or kernel > side:
-        raise Refused(
-            f"a kernel of {kernel} has no centre on a grid of {side}: it must be odd and at most {side}"
-        )
+        raise ValueError(f"a kernel of {kernel} on a grid of {side}: it must be odd and at most {side}")
     offset = (torch.arange(side)[:, None] - torch.arange(side)) % side
     average = ((offset <= kernel // 2) | (offset >= side - kernel // 2)).to(m.dtype) / kernel
     average = torch.linalg.matrix_power(average, rounds)
@@ -139,15 +142,13 @@ def smooth(m, kernel, rounds):
 def k_winners(m, k, free=None):
     """Indices [k], ascending, of the k largest entries of m [H] among the free; ties go to the lower index.
 
-    Refused: fewer than k are free.
+    Raises GridFull if fewer than k are free.
     """
     if free is not None:
         left = int(free.sum())
         if left < k:
-            raise Refused(
-                f"the grid is full: {len(m) - left} of its {len(m)} components are committed, a task needs "
-                f"{k} and {left} are left (--grow enlarges the grid and keeps every committed mask)"
-            )
+            used = f"{len(m) - left} of its {len(m)} components are committed"
+            raise GridFull(f"the grid is full: {used}, a task needs {k} and {left} are left")
         m = m.masked_fill(~free, float("-inf"))
     return m.argsort(descending=True, stable=True)[:k].sort().values
 
@@ -180,7 +181,8 @@ def grow(grid, side):
 
 
 class LoRAPool:
-    """H components of rank r on every target of a frozen backbone, one mask for all.
+    """H components of rank r on every target of a frozen backbone, one mask for all. shapes: {target: (d_in,
+    d_out)}.
 
         Delta W(m) = sum_k m_k B_k A_k,    y = (W + Delta W(m)) x                      FTN Eqs. (1), (2)
 
@@ -190,17 +192,14 @@ class LoRAPool:
     is less work than to run the components on the tokens. A search costs S passes of the backbone.
     """
 
-    def __init__(self, targets, components, rank=4, b_std=0.0):
+    def __init__(self, shapes, components, rank=4, b_std=0.0):
         self.parts, self.delta = {}, None
-        for name, module in targets.items():
-            (d_in, d_out), device = in_out(module), module.weight.device
+        for name, (d_in, d_out) in shapes.items():
             A = torch.empty(components, rank, d_in).uniform_(-(d_in**-0.5), d_in**-0.5)
             B = torch.empty(components, rank, d_out).normal_(std=b_std)
-            self.parts[name] = A.to(device), B.to(device)
+            self.parts[name] = A, B
         self.free = torch.ones(components, dtype=torch.bool)  # not committed
-        self.silent = torch.full(
-            (components,), b_std == 0
-        )  # B is zero: adds nothing, its mask gets no gradient
+        self.silent = torch.full((components,), b_std == 0)  # B is 0: it adds nothing and passes no gradient
 
     def take(self, rows):
         """Copies of the components `rows`, or of ALL: {target: (A, B)}."""

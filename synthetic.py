@@ -6,23 +6,17 @@
     python synthetic.py --tasks 12 --methods ftn-slow ftn-slow-lock --grow     # beyond the capacity H/k = 8
     python synthetic.py --experiment 2         # LoRA-FTN: six style tasks on one frozen language model
 
-The tasks are a *concept shift*: they share their inputs and differ in their targets. So nothing in an input
-tells which task it belongs to; only a labelled batch does. Every method sees the same batches. After each
-task all tasks so far are scored in two ways:
+The tasks are a *concept shift*: they share their inputs and differ in their targets, so only a labelled batch
+tells which task it is. Every method sees the same batches. After each task all so far are scored twice:
 
     stored      with the mask of the task's last training batch
     recovered   with the mask that the search finds from a cold start on a support batch of the task; methods
                 that keep their masks take the stored one that has the lowest loss on it
 
-R[i][j] is the score on task j after task i. ACC and MSE are means of the last row. FM, forgetting, is the
-mean over earlier tasks of best minus final accuracy, or of final minus best error, so that a positive FM
-always means forgetting.
-
-This file covers section 3 and Appendices B and C of the FTN paper, Table 4's decomposition included.
-Departures: the paper does not give its generator, and ours is `ConceptShift`; the methods with a lock are
-ours. Baselines (EWC, SupSup) stand in `studies/baselines.py`, experiment 2 in `studies/styles.py`. Finished
-rows are kept in runs/synthetic, so the same command goes on where it was stopped. One thread computes a row,
-so results do not depend on --workers.
+R[i][j] is the score on task j after task i. ACC and MSE are means of the last row. A positive FM always means
+forgetting. This file covers section 3 and Appendices B and C of the FTN paper. Departures: the paper does not
+give its generator, and ours is `ConceptShift`; the methods with a lock are ours. EWC and SupSup stand in
+`studies/baselines.py`, experiment 2 in `studies/styles.py`.
 """
 
 import os
@@ -45,7 +39,7 @@ import torch.nn.functional as F
 from plumbing import Refused
 from plumbing.command import Parser, run_program
 from plumbing.rows import choose_methods, given, parser_of, run_rows, seeds_of
-from ftn import ALL, FastGrid, SmoothKWTA, commit_mask, grow
+from ftn import ALL, FastGrid, GridFull, SmoothKWTA, commit_mask, grow
 
 TEST = 2048  # examples of a task's test set
 # fmt: off
@@ -113,8 +107,8 @@ class Row:
     dropout: float = 0.2
     lr: float = 3e-4
     VERSION: ClassVar[int] = 1  # raise it when the code of a row gives other numbers: see plumbing/rows.py
-    # The precautions of Appendix C: no weight decay, moments that start from zero, no shared bias.
-    decay, fresh_moments, bias = 0.0, True, False
+    decay, fresh_moments, bias = 0.0, True, False  # the precautions of Appendix C
+    files = ()  # on disk, that its numbers depend on
 
     @property
     def proposal(self):
@@ -124,10 +118,6 @@ class Row:
     def world(self):
         """The tasks."""
         return ConceptShift(self, self.seed)
-
-    def files(self):
-        """The files that the row's numbers depend on: none."""
-        return []
 
 
 # -------------------------------------------------------------------------------------------- the tasks
@@ -207,28 +197,22 @@ class NoMask(Mask):
         return ALL
 
 
-@dataclasses.dataclass(frozen=True)
 class FixedMask(Mask):
-    """Disjoint blocks, one a task: the oracle of Theorem 2.1. No other method is told the task at test time.
+    """Disjoint blocks, one a task: the oracle of Theorem 2.1, which alone is told the task at test time."""
 
-    told: False recalls the mask at test time as the lock does. anywhere: the blocks lie in a random order.
-    """
-
-    told: bool = True
-    anywhere: bool = False
     place = 0
 
     def mask_for(self, learner, t, *batch):
-        k, count = learner.row.k, len(learner.components.free)
-        if (t + 1) * k > count:
-            raise Refused(f"{count} neurons hold {count // k} fixed masks of {k}, not {t + 1}")
-        order = torch.arange(count)
-        if self.anywhere:
-            order = torch.randperm(count, generator=generator(learner.row.seed, "blocks"))
+        k, order = learner.row.k, self.order(learner)
+        if (t + 1) * k > len(order):
+            raise Refused(f"{len(order)} neurons hold {len(order) // k} fixed masks of {k}, not {t + 1}")
         return order[t * k : (t + 1) * k].sort().values
 
+    def order(self, learner):
+        return torch.arange(len(learner.components.free))
+
     def recover(self, learner, t):
-        return learner.stored[t] if self.told else recall(self, learner, t)
+        return learner.stored[t]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +226,10 @@ class SearchedMask(Mask):
     def search(self, learner, loss):
         free = learner.components.free
         algorithm = SmoothKWTA(learner.row.k, self.kernel, self.rounds, *learner.row.proposal)
-        return algorithm.configure(loss, math.isqrt(len(free)), free)
+        try:
+            return algorithm.configure(loss, math.isqrt(len(free)), free)
+        except GridFull as e:
+            raise Refused(f"{e} (--grow enlarges the grid and keeps every committed mask)") from None
 
     def mask_for(self, learner, t, *batch):
         return self.search(learner, learner.loss_of_mask(*batch))
@@ -428,13 +415,6 @@ def row_summary(out):
     return dict(line, ms_per_step=out["ms_per_step"], seconds=out["seconds"])
 
 
-def line_of(out):
-    """What is printed as soon as a row is there."""
-    shown = {p: [out["summary"][f"{p}_{key}"] for key in ("last", "fm")] for p in ("recovered", "stored")}
-    scores = [f"{protocol} {score:.3f}  FM {fm:+.3f}" for protocol, (score, fm) in shown.items()]
-    return f"{'   '.join(scores)}   {out['seconds']:.0f} s"
-
-
 # -------------------------------------------------------------------------------------- the command line
 
 
@@ -467,7 +447,8 @@ def main(argv=None):
     args = parse_options(argv)
     lines = itertools.product(seeds_of(args), dict.fromkeys(args.variant or HEAD), args.methods)
     rows = [Row(v, m, seed, **given(args, "tasks", "steps", "grow")) for seed, v, m in lines]
-    run_rows(run_row, line_of, rows, known_methods(), args, ("synthetic.py", argv), tables.print_tables)
+    shown = tables.line_of, tables.print_tables
+    run_rows(run_row, rows, known_methods(), args, ("synthetic.py", argv), *shown)
 
 
 if __name__ == "__main__":

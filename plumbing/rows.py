@@ -1,8 +1,8 @@
 """Compute the rows of an experiment side by side, and keep each on disk, so that the same command goes on.
 
 A row is a frozen dataclass that says everything about a computation. Its class has a `VERSION`: raise it by
-hand whenever the code behind it gives other numbers, and rows that were kept are computed again. `files()` of
-a row lists the files that its numbers depend on besides.
+hand whenever the code behind it gives other numbers, and rows that were kept are computed again. `files`
+lists the files that its numbers depend on besides.
 """
 
 import concurrent.futures
@@ -25,8 +25,8 @@ from plumbing.processes import rank_and_size
 
 def kept_file(row, how):
     """The file that keeps a row. Its name has a hash of the row, of its class's version, of `how` it is
-    computed (a pair of a class and its settings), of torch's version, and of the state of `row.files()`."""
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in row.files()]
+    computed (a pair of a class and its settings), of torch's version, and of the state of `row.files`."""
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in row.files]
     parts = (row, type(row).VERSION, how[0].__name__, how[1], torch.__version__, stats)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return pathlib.Path("runs", "synthetic", f"{row.variant}-{row.method}-{row.seed}-{key}.json")
@@ -123,8 +123,8 @@ def given(args, *names):
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def run_rows(compute, line_of, rows, known, args, command, tables):
-    """Compute rows side by side, print `line_of` each as it comes, then the tables; write --json.
+def run_rows(compute, rows, known, args, command, line_of, print_tables):
+    """Compute rows side by side, print `line_of` each as it comes, then `print_tables`; write --json.
 
     compute(row, how), with how = known[row.method], gives a result; command: (program, argv) for the file.
     Raises Refused, naming each reason once, if some were refused."""
@@ -144,7 +144,7 @@ def run_rows(compute, line_of, rows, known, args, command, tables):
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; finished rows are kept, the same command goes on") from None
     outs = [outs[row] for row in rows if row in outs]
-    tables(outs)
+    print_tables(outs)
     if args.json:
         write_results(args.json, *command, refused=refused, rows=outs)
     if refused:

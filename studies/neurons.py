@@ -18,9 +18,9 @@ from plumbing.command import number, run_program
 from plumbing.rows import choose_methods, given, parser_of, run_rows, seeds_of
 from studies import baselines
 from studies.baselines import EWC, Supermask, SupSup
-from studies.tables import print_tables
+from studies.tables import line_of, print_tables
 from synthetic import HEAD, METHODS, ConceptShift, FixedMask, LockedMask, Neurons, Row, SearchedMask
-from synthetic import line_of, recall, run_row
+from synthetic import generator, recall, run_row
 
 LEAKS = ("none", "decay", "moments", "bias")
 
@@ -92,9 +92,23 @@ class LockedHiddenMask(Hidden, LockedMask):
     recover = recall
 
 
+class RecalledFixedMask(FixedMask):
+    """Disjoint blocks; at test time nobody tells the task, and a stored mask is recalled."""
+
+    recover = recall
+
+
+class RandomMask(RecalledFixedMask):
+    """The same; the blocks lie anywhere, the next k of a random order."""
+
+    def order(self, learner):
+        rng = generator(learner.row.seed, "blocks")
+        return torch.randperm(len(learner.components.free), generator=rng)
+
+
 CONTROLS = {
-    "fixedmask-recall": (Neurons, FixedMask(told=False)),
-    "random-disjoint-recall": (Neurons, FixedMask(told=False, anywhere=True)),
+    "fixedmask-recall": (Neurons, RecalledFixedMask()),
+    "random-disjoint-recall": (Neurons, RandomMask()),
     "ftn-slow-hidden": (Neurons, HiddenMask(kernel=3, rounds=15)),
     "ftn-slow-hidden-recall": (Neurons, RecalledHiddenMask(kernel=3, rounds=15)),
     "ftn-slow-lock-hidden": (Neurons, LockedHiddenMask(kernel=3, rounds=15)),
@@ -147,7 +161,7 @@ def rows_of(args):
 def main(argv=None):
     args = parse_options(argv)
     command = "-m studies.neurons", argv
-    run_rows(run_row, line_of, rows_of(args), KNOWN, args, command, print_tables_by_leak)
+    run_rows(run_row, rows_of(args), KNOWN, args, command, line_of, print_tables_by_leak)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ import torch
 from ftn import ALL, LoRAPool, commit_mask
 from model import attach, response_logits, response_nll
 from plumbing import Refused
-from plumbing.backbone import TINY_FOLDER, find_targets, load_backbone
+from plumbing.backbone import TINY_FOLDER, find_targets, in_out, load_backbone
 from plumbing.command import number, run_program
 from plumbing.prompts import pad_of
 from plumbing.rows import choose_methods, given, parser_of, run_rows, seeds_of
 from plumbing.tables import print_table
-from studies.tables import print_tables
-from synthetic import FixedMask, Learner, LockedMask, Mask, NoMask, SearchedMask, generator, line_of
+from studies.tables import line_of, print_tables
+from synthetic import FixedMask, Learner, LockedMask, Mask, NoMask, SearchedMask, generator
 from synthetic import recall, run_row
 
 SENTENCES = pathlib.Path(__file__).parent.parent / "assets" / "data" / "sentences.txt"
@@ -57,6 +57,7 @@ class StyleRow:
     VERSION: ClassVar[int] = 1  # see plumbing/rows.py
     proposal = 15, 0.5, 0.0  # S, eta and m_0 of Algorithm 1
 
+    @property
     def files(self):
         """The files that the row's numbers depend on: the sentences, and the backbone's."""
         backbone = pathlib.Path(TINY_FOLDER if self.backbone == "tiny" else self.backbone)
@@ -138,7 +139,8 @@ class Adapters(Learner):
         size = row.side**2, row.rank, row.b_std
         if isinstance(mask, BestAdapter):  # as many parameters in H/k adapters
             size = row.side**2 // row.k, row.rank * row.k, BANK_STD
-        super().__init__(row, mask, world, LoRAPool(targets, *size))
+        shapes = {name: in_out(module) for name, module in targets.items()}
+        super().__init__(row, mask, world, LoRAPool(shapes, *size))
         attach(targets, self.components.update)
         self.always = row.reconfigure == "every" and isinstance(mask, SearchedMask)
         self.offered = []  # for each task of a bank, the loss of every adapter when one was chosen
@@ -256,7 +258,7 @@ def main(argv=None, program="-m studies.styles"):
     args = parse_options(argv)
     more = given(args, "backbone", "reconfigure", "b_std", "tasks", "steps")
     rows = [StyleRow(method=m, seed=s, **more) for s, m in itertools.product(seeds_of(args), args.methods)]
-    run_rows(run_row, line_of, rows, METHODS, args, (program, argv), print_all_tables)
+    run_rows(run_row, rows, METHODS, args, (program, argv), line_of, print_all_tables)
 
 
 if __name__ == "__main__":

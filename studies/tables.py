@@ -22,6 +22,13 @@ COLUMNS = [("{} recov.", "recovered_last", 3), ("FM recov.", "recovered_fm", 3),
 # fmt: on
 
 
+def line_of(out):
+    """What is printed as soon as a row is there."""
+    shown = {p: [out["summary"][f"{p}_{key}"] for key in ("last", "fm")] for p in ("recovered", "stored")}
+    scores = [f"{protocol} {score:.3f}  FM {fm:+.3f}" for protocol, (score, fm) in shown.items()]
+    return f"{'   '.join(scores)}   {out['seconds']:.0f} s"
+
+
 def decomposition(outs):
     """FTN Table 4, of one variant's results: what earlier tasks lost against FixedMask with the same seed, as
     overlap (with the stored mask) and recall (with the recovered one). -> {method: [(overlap, recall)]}"""
