@@ -46,14 +46,6 @@ from model import AdapterBank, attach, detach, NIWF, perplexity, response_logits
 from plumbing import Refused
 from plumbing.backbone import TINY_FOLDER, find_targets, fingerprint, from_shape, in_out, load_backbone
 from plumbing.backbone import pick_device
-    in_out,
-    find_targets,
-    fingerprint,
-    from_shape,
-    load_backbone,
-    pick_device,
-    TINY_FOLDER,
-)
 from plumbing.processes import ENDED
 from plumbing.prompts import encode, end_token
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
