@@ -7,7 +7,6 @@
     python eval.py --version alpaca code AB          # every task under these; with --prompt: ask the first
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
-    python eval.py --memory                          # no run: what training takes, counted from the shapes
 
 Forgetting has two parts and every table prints both. *Stored*: the right version is given, so what is lost
 was overwritten. *Routed*: the coordinate decides, as it must when nobody says which task a prompt belongs to.
@@ -26,28 +25,22 @@ import collections
 import contextlib
 import functools
 import hashlib
-import importlib.util
-import itertools
 import json
 import math
-import pathlib
-import re
 import statistics
 import sys
-import tempfile
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from commit import export, latest_run, Run
-from model import detach, NIWF, perplexity, response_logits, response_nll, sampler
+from commit import latest_run, Run
+from model import perplexity, response_nll, sampler
 from plumbing import Refused
-from plumbing.backbone import find_layers, from_shape, pick_device
+from plumbing.backbone import pick_device
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.files import atomic
 from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import text_of, encode, end_token, prompt_ids, prompt_of
-from field import CoordinateDynamics, WeightField, take_snapshot, top_k_gating
+from field import take_snapshot, top_k_gating
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
 
@@ -392,172 +385,22 @@ def talk(run, ask, asked=None):
 
 
 def perplexity_by_name(run, model, tokenizer, names):
-    """Print the perplexity of every task under each of the named versions or compositions, and, where peft is
-    installed, under what its `add_weighted_adapter` makes of a composition's exported versions. -> {task:
-    {name: perplexity}}"""
-    data = {task: validation_set(run, model, tokenizer, task) for task in run.tasks}
+    """Print the perplexity of every task under each of the named versions or compositions. -> {task: {name:
+    perplexity}}"""
+    found = {name: gating_by_name(run, name)[1] for name in names}
     table = {task: {} for task in run.tasks}
-
-    def fill(name, logits_of):
-        for task, (examples, h_bar, _) in data.items():
-            nll = sum(float(response_nll(*logits_of(*part)).sum()) for part in batches(examples, h_bar))
-            table[task][name] = perplexity(nll, sum(len(r) for _, r in examples))
-
-    found = {name: gating_by_name(run, name) for name in names}
-    for name, (_, gating) in found.items():
-        fill(name, lambda batch, h, gating=gating: model.logits(batch, gating(h)))
-    model.detach()
-    if importlib.util.find_spec("peft"):
-        for name, (version, _) in found.items():
-            if version.lock == "composed":
-                adapted = peft_composition(run, model.backbone, version)
-                backbone = adapted.base_model.model
-                fill(f"{name}, peft", lambda batch, h, b=backbone: response_logits(b, model.pad_id, batch))
-                adapted.unload()
+    for task in run.tasks:
+        examples, h_bar, _ = validation_set(run, model, tokenizer, task)
+        tokens = sum(len(r) for _, r in examples)
+        for name, gating in found.items():
+            parts = batches(examples, h_bar)
+            nll = sum(total_nll(model, batch, gating(h)) for batch, h in parts)
+            table[task][name] = perplexity(nll, tokens)
     width = max(map(len, run.tasks))
-    print(f"\nvalidation perplexity under\n{'':{width}}" + "".join(f"{n:>14}" for n in table[run.tasks[0]]))
+    print(f"\nvalidation perplexity under\n{'':{width}}" + "".join(f"{n:>14}" for n in names))
     for task, row in table.items():
         print(f"{task:{width}}" + "".join(f"{x:14.3f}" for x in row.values()))
     return table
-
-
-def peft_composition(run, backbone, composition):
-    """What peft's `add_weighted_adapter` makes of a composition's exported versions, on the backbone."""
-    import peft
-
-    adapted, parts = None, [f"part{i}" for i in range(len(composition.reads))]
-    with tempfile.TemporaryDirectory() as folder:
-        for part, digest in zip(parts, composition.reads):
-            path = export(run, digest, pathlib.Path(folder) / part)["folder"]
-            if adapted is None:
-                adapted = peft.PeftModel.from_pretrained(backbone, path, adapter_name=part)
-            else:
-                adapted.load_adapter(path, part)
-    adapted.add_weighted_adapter(parts, composition.weights, "sum", combination_type="cat")
-    adapted.set_adapter("sum")
-    return adapted
-
-
-# ------------------------------------------------------------------------------------------ memory, by count
-
-TOKENS, RANK, BASES, TOP_K = 256, 8, 16, 8  # the paper's; a micro-batch is one sequence
-PARTS = ("backbone", "bases read", "bases written", "field, dynamics", "gradients", "moments", "activations")
-TABLE_2 = dict(zip(PARTS, (14.00, None, 1.29, 0.01, None, 2.58, 1.0)))  # the paper's, in GB
-TABLE_2["in all, the peak"] = 18.9
-
-
-def count_kept(model, field, dynamics):
-    """Bytes that autograd keeps of a micro-batch whose tokens are all of a response: a list, by layer. Its
-    last number is what comes outside of the layers, with the two gradients of the logits, in float32, with
-    which the backward pass of the loss begins."""
-    layers, kept, handles = find_layers(model.backbone), {}, []
-    here = [len(layers)]  # the last of these is where the pass is
-    for i, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(lambda *_, i=i: here.append(i)))
-        handles.append(layer.register_forward_hook(lambda *_: here.append(len(layers))))
-    weights = itertools.chain(*(m.parameters() for m in (model.backbone, field, dynamics)))
-    owned = {p.untyped_storage()._cdata for p in (*weights, *model.bank.live.values())}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()  # of several views, once
-        if storage._cdata not in owned:
-            kept.setdefault(storage._cdata, (here[-1], storage.nbytes()))
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        gating = top_k_gating(field(dynamics(torch.zeros(1, model.features))), TOP_K)
-        logits, labels = model.logits([([0], [0] * TOKENS)], gating)
-        nll = response_nll(logits, labels)  # while it is here, so is all that was kept
-    detach(handles)
-    sizes = [sum(size for at, size in kept.values() if at == i) for i in range(len(layers) + 1)]
-    sizes[-1] += 2 * nll.element_size() * logits.numel()
-    return sizes
-
-
-def count_memory(name, depth=None):
-    """What a training takes at its peak: the forward pass of a micro-batch is done, its backward pass begins,
-    and the gradients of the micro-batches before are there. Counted on tensors that have a shape and no
-    memory, with the backbone in bfloat16, cut to `depth` layers if that is said. Over several devices the
-    layers are spread evenly.
-
-    -> rows {"layers", "task": 1 or 2 (which reads the first's bases), "checkpointing": bool, "devices",
-    "device": its number, and in bytes each of PARTS, and "gathered", the bases among the activations}. Not
-    counted: what the allocator wastes, what a kernel works in, the CUDA context."""
-    with FakeTensorMode():
-        model = NIWF(from_shape(name, torch.bfloat16, depth), pad_id=0, rank=RANK)
-        model.bank.add(BASES)
-        layers, dynamics = model.bank.layers, CoordinateDynamics(model.features)
-        fields = [WeightField(layers, BASES * task) for task in (1, 2)]
-        kept = {False: count_kept(model, fields[0], dynamics)}
-        model.checkpoint()
-        kept[True] = count_kept(model, fields[0], dynamics)
-    rows = []
-    for devices, task, checkpointing in itertools.product((1, 2, 4), (1, 2), (False, True)):
-        about = {"layers": layers, "task": task, "checkpointing": checkpointing, "devices": devices}
-        places = [{**about, "device": i} | dict.fromkeys((*PARTS, "gathered"), 0) for i in range(devices)]
-        place_weights(places, model, fields[:task], dynamics)
-        *inside, outside = kept[checkpointing]
-        for layer, size in enumerate(inside):
-            places[layer * devices // layers]["activations"] += size
-        for place in places:  # either the loss goes backward or a layer is computed again
-            again = max(kept[False][:-1]) if checkpointing else 0
-            place["activations"] += max(again, outside if place is places[-1] else 0)
-        rows += places
-    return rows
-
-
-def place_weights(places, model, fields, dynamics):
-    """Add to the rows of all devices the weights of a task, gradients and moments of those it trains. Its
-    field is the last; the first task trains the dynamics, too."""
-    size = lambda module: sum(p.nbytes for p in module.parameters())
-    place_of = lambda layer: places[layer * len(places) // model.bank.layers]
-    embeddings = model.backbone.get_input_embeddings().weight
-    for key, p in model.backbone.named_parameters():
-        number = re.search(r"\.(\d+)\.", key)
-        ends = places[0] if p is embeddings else places[-1]
-        (place_of(int(number[1])) if number else ends)["backbone"] += p.nbytes
-    for key, p in model.bank.live.items():
-        place = place_of(model.bank.layer[key[:-2]])
-        place["bases written"] += p.nbytes
-        place["bases read"] += p.nbytes * (len(fields) - 1)
-        place["gradients"] += p.nbytes
-        place["gathered"] += p.nbytes // 2 * TOP_K // BASES  # in bfloat16
-    places[0]["field, dynamics"] = sum(map(size, fields)) + size(dynamics)
-    places[0]["gradients"] += size(fields[-1]) + (size(dynamics) if len(fields) == 1 else 0)
-    for place in places:
-        place["moments"] = 2 * place["gradients"]
-
-
-def memory_lines(rows):
-    """The lines of a table from rows of `report_memory`: {what: its bytes on the fullest device, for task 1
-    without and with checkpointing, and for task 2}."""
-    lines = {part: (1, part) for part in PARTS} | {"in all, the peak": (1, "total")}
-    lines |= {f"on the fullest of {n} devices": (n, "total") for n in (2, 4)}
-    lines |= {"bases gathered, [B, K, r, d]": (1, "gathered"), "or [B, T, K, r, d]": (1, "a token")}
-
-    def fullest(devices, part, *column):
-        place = lambda row: (row["devices"], row["task"], row["checkpointing"])
-        return max(row[part] for row in rows if place(row) == (devices, *column))
-
-    columns = [*itertools.product((1, 2), (False, True))]
-    return {line: [fullest(*which, *column) for column in columns] for line, which in lines.items()}
-
-
-def report_memory(name):
-    """Print the paper's Table 2 from a backbone's shapes. -> rows of `count_memory`, with their "total", and
-    what gathered bases would take, were they gathered for "a token" each."""
-    rows = count_memory(name)
-    for row in rows:
-        row["total"] = sum(row[part] for part in PARTS)
-        row["a token"] = TOKENS * row["gathered"]
-    print(f"{name}, GiB, a micro-batch of 1 x {TOKENS} tokens; chk: with --checkpointing")
-    paper = TABLE_2 if name == "random:mistral-7b" else {}
-    print(f"{'':28}    task 1  1, chk    task 2  2, chk" + "   the paper's Table 2" * bool(paper))
-    for line, sizes in memory_lines(rows).items():
-        theirs = f"{paper[line] * 1e9 / 2**30:22.2f}" if paper.get(line) else ""
-        figures = (f"{size / 2**30:{width}.2f}" for size, width in zip(sizes, (10, 8, 10, 8)))
-        print(f"{line:28}" + "".join(figures) + theirs)
-    return rows
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -626,8 +469,6 @@ def parse_options(argv=None):
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
     about = "count the validation prompts that are answered exactly right; print SHOW of each task"
     add("--exact-match", nargs="?", type=number(int, 0), const=0, metavar="SHOW", help=about)
-    add("--memory", action="store_true", help="no run folder: what training takes, counted from the shapes")
-    add("--backbone", help="whose shapes --memory counts; random:llama-70b is one, too [random:mistral-7b]")
     add = p.add_argument_group("answers").add_argument
     add("--prompt", help="an instruction to answer, instead of measuring")
     add("--input", default="", help="the input that goes with --prompt")
@@ -648,11 +489,6 @@ def parse_options(argv=None):
         p.error("--temperature goes with --prompt or --talk: what is measured is greedy")
     if args.top_p < 1 and not args.temperature:
         p.error("--top-p goes with a --temperature")
-    if args.backbone and not args.memory:
-        p.error("--backbone goes with --memory: a run folder names its own")
-    said = {key for key, value in vars(args).items() if value != p.get_default(key)}
-    if args.memory and said - {"memory", "backbone", "json"}:
-        p.error("--memory goes with --backbone and --json alone")
     return args
 
 
@@ -672,9 +508,6 @@ def open_run(folder, device=None, names=(), device_map=None):
 @torch.no_grad()
 def main(argv=None):
     args, outs = parse_options(argv), []
-    if args.memory:
-        outs = report_memory(args.backbone or "random:mistral-7b")
-        return args.json and write_results(args.json, "eval.py", argv, indent=1, rows=outs)
     for folder in args.run or [latest_run()]:
         run, model, tokenizer = open_run(folder, args.device, args.version or (), args.device_map)
         if args.talk or args.prompt is not None:

@@ -73,7 +73,7 @@ HUB_DATA = {
     "code": ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"),
 }
 MISTRAL = "mistralai/Mistral-7B-v0.1"
-MISTRAL_BYTES = 24.7e9  # 23.3 GB by count for its second task (eval.py --memory), the rest for CUDA
+MISTRAL_BYTES = 24.7e9  # 23.3 GB by count for its second task (studies.memory), the rest for CUDA
 LENGTH_WINDOW = 4  # steps among whose examples those of like length are put together
 SAVE_EVERY = 20  # seconds between two saved states; more where saving takes over 5 % of the time
 

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import transformers
 
 from commit import Run
-from eval import answer, count_memory, forgetting, open_run, PARTS, TOKENS, validation_set
+from eval import answer, forgetting, open_run, validation_set
 from model import attach, decode, NIWF, response_logits, response_nll
 from plumbing import Refused
 from plumbing.backbone import find_targets, from_shape, load_backbone
@@ -51,6 +51,7 @@ from train import DATA, peak_memory, resource
 from field import CoordinateDynamics, WeightField, top_k_gating
 from ftn import SmoothKWTA
 from studies import styles
+from studies.memory import PARTS, TOKENS, count_memory
 from studies.styles import Adapters, StyleRow
 from synthetic import HEAD, METHODS, Neurons, Row, generator
 

@@ -39,13 +39,14 @@ import torch
 
 HOME = pathlib.Path(__file__).resolve().parent.parent
 from studies.claims import Rows, ftn_claims, niwf_claims, share
-from eval import memory_lines, PARTS, report, TABLE_2
+from eval import report
 from plumbing import Refused
 from plumbing.command import Parser, run_program
 from plumbing.files import atomic
 from studies.findings import FINDINGS, GENERATORS, HIDDEN, ONE_FOR_ALL, not_as_printed, shared_and_lost, table
 from plumbing.tables import spread
 from studies import neurons, styles
+from studies.memory import PARTS, TABLE_2, memory_lines
 from studies.neurons import StudyRow
 from studies.styles import Adapters, StyleRow
 from studies.tables import PUBLISHED, decomposition
@@ -566,7 +567,7 @@ def transfer(content):
 
 
 def counted(content):
-    """rows of eval.py --memory: the parts of a training's memory, in GiB, with 1, 2 and 4 devices."""
+    """rows of studies.memory: the parts of a training's memory, in GiB, with 1, 2 and 4 devices."""
     heads = ["GiB", "task 1", "checkpointing", "task 2", "checkpointing"]
     found = memory_lines(content["rows"])
     lines = [[part, *(f"{size / 2**30:.2f}" for size in sizes)] for part, sizes in found.items()]

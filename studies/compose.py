@@ -1,0 +1,71 @@
+"""What a composition is worth beside what peft makes of the same versions, each frozen at one coordinate.
+
+python -m studies.compose --run runs/compose       # needs peft
+"""
+
+import pathlib
+import tempfile
+
+import torch
+
+from commit import export
+from eval import batches, open_run, perplexity_by_name, validation_set
+from model import perplexity, response_logits, response_nll
+from plumbing import Refused
+from plumbing.command import Parser, output_file, run_program, write_results
+
+try:
+    import peft
+except ImportError:
+    peft = None
+
+
+def peft_composition(run, backbone, composition):
+    """What peft's `add_weighted_adapter` makes of a composition's exported versions, on the backbone."""
+    adapted, parts = None, [f"part{i}" for i in range(len(composition.reads))]
+    with tempfile.TemporaryDirectory() as folder:
+        for part, digest in zip(parts, composition.reads):
+            path = export(run, digest, pathlib.Path(folder) / part)["folder"]
+            if adapted is None:
+                adapted = peft.PeftModel.from_pretrained(backbone, path, adapter_name=part)
+            else:
+                adapted.load_adapter(path, part)
+    adapted.add_weighted_adapter(parts, composition.weights, "sum", combination_type="cat")
+    adapted.set_adapter("sum")
+    return adapted
+
+
+def compare(run, model, tokenizer):
+    """-> {task: {name: perplexity}} of all versions and compositions, and of "NAME, peft"."""
+    table = perplexity_by_name(run, model, tokenizer, [e["task"] for e in run.entries])
+    data = {task: validation_set(run, model, tokenizer, task) for task in run.tasks}
+    model.detach()
+    for composition in run.compositions:
+        adapted = peft_composition(run, model.backbone, composition)
+        for task, (examples, _, _) in data.items():
+            logits = (
+                response_logits(adapted.base_model.model, model.pad_id, b) for (b,) in batches(examples)
+            )
+            nll = sum(float(response_nll(*each).sum()) for each in logits)
+            figure = perplexity(nll, sum(len(r) for _, r in examples))
+            table[task][f"{composition.task}, peft"] = figure
+            print(f"{task} under {composition.task} as peft composes it: {figure:.3f}")
+        adapted.unload()
+    return table
+
+
+@torch.no_grad()
+def main(argv=None):
+    p = Parser(__doc__, prog="compose.py")
+    p.add_argument("--run", required=True, help="a run folder with compositions")
+    p.add_argument("--json", type=output_file, metavar="FILE", help="write what was measured")
+    args = p.parse_args(argv)
+    if not peft:
+        raise Refused("this comparison needs `pip install peft`")
+    rows = [{"under": compare(*open_run(args.run))}]
+    if args.json:
+        write_results(args.json, "-m studies.compose", argv, indent=1, rows=rows)
+
+
+if __name__ == "__main__":
+    run_program(main)
