@@ -2,7 +2,7 @@
 
     python train.py --task alpaca                  # learn, commit region "alpaca", report
     python train.py --task code --lock             # a second version; the first stays bit-identical
-    python train.py --task mine --data my.jsonl --lock   # your own, see `plain_record` in commit.py
+    python train.py --task mine --data my.jsonl --lock   # your own: Alpaca, TRL, messages, ShareGPT, Dolly
     python train.py --stream 76                    # 76 kinds of instruction, one after another, exact lock
     python train.py --task synthetic               # the FTN experiments, see synthetic.py
     torchrun --nproc_per_node 2 train.py --task alpaca  # in two processes, each with a GPU, or on the CPU
@@ -10,7 +10,7 @@
 Of several processes each computes its share of every step and of the measuring, and the sums are those of one
 process; the first alone writes and prints. When one ends, all end, and the same command goes on.
 
-The path of an example: read_records (commit.py) -> encode -> probe (model.py) -> coordinate -> gating
+The path of an example: read_records (plumbing) -> encode -> probe (model.py) -> coordinate -> gating
 (field.py) -> logits -> loss, Eq. (9). After the last step the task is committed (commit.py), every task is
 measured (eval.py), and the table is printed.
 
@@ -52,26 +52,19 @@ from commit import Run, Version
 from eval import measure_last, probe_all, report
 from model import NIWF, response_nll
 from plumbing import Refused
-from plumbing.backbone import hub_or_cache, pick_device
+from plumbing.backbone import pick_device
 from plumbing.command import number, Parser, provenance, run_program
 from plumbing.files import atomic, check_name, put_aside, validate
 from plumbing.processes import any_process, first_alone, rank_and_size, sum_over_processes
-from plumbing.prompts import encode
-from plumbing.records import read_records
+from plumbing.records import DATA, HUB_DATA, load_data, read_records
 from field import CoordinateDynamics, Region, WeightField, lock_loss, sample_anchors, separation_loss
 from field import take_snapshot, top_k_gating
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-DATA = pathlib.Path(__file__).parent / "assets" / "data"
-HUB_DATA = {
-    "alpaca": ("yahma/alpaca-cleaned", "alpaca_data_cleaned.json"),
-    "code": ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"),
-}
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 MISTRAL_BYTES = 24.7e9  # 23.3 GB by count for its second task (studies.memory), the rest for CUDA
 LENGTH_WINDOW = 4  # steps among whose examples those of like length are put together
@@ -92,7 +85,7 @@ OPTIONS = {
     "what to learn, from what, on what": {
         "--task": ("name of the capability; alpaca and code bring their data, others need --data", TEXT),
         "--stream": ("instead: N kinds of instruction, a task each", dict(type=number(int, 1, 76))),
-        "--data": ("JSON list or lines of instruction, input, output; prompt, completion; or messages", TEXT),
+        "--data": ("JSON list or lines: Alpaca, TRL, chats, ...; of a chat the last answer is learned", TEXT),
         "--val-data": ("the same, for validation; else part of the data is held out", TEXT),
         "--template": ("of prompts; chat: the tokenizer's", dict(choices=["alpaca", "chat"])),
         "--backbone": ("tiny, a Hub id, a folder, FILE.gguf, random:mistral-7b [Mistral-7B or tiny]", TEXT),
@@ -186,68 +179,6 @@ def fill_in(args, run):
             f"{run.folder} holds tasks trained with --lock {'/'.join(sorted(later))}, which cannot be mixed "
             f"with --lock {args.lock}; use the same or choose another --out"
         )
-
-
-# ------------------------------------------------------------------------------------------------------- data
-
-
-def take_usable(records, tokenizer, count, max_len, template):
-    """The first `count` usable records, their encoding, and what was passed over: (records, examples,
-    note)."""
-    kept, examples, empty, long = [], [], 0, 0
-    for record in records:
-        if not record["instruction"].strip() or not record["output"].strip():
-            empty += 1
-            continue
-        example = encode(record, tokenizer, template)
-        if len(example[0]) + len(example[1]) > max_len:
-            long += 1
-            continue
-        kept.append(record)
-        examples.append(example)
-        if len(kept) == count:
-            break
-    return kept, examples, f"{len(kept)} ({empty} empty and {long} over {max_len} tokens left out)"
-
-
-def find_data(args):
-    """-> (file of training records, file of validation records or None). Refused: there are none."""
-    if args.data:
-        return args.data, args.val_data
-    if args.task not in HUB_DATA:
-        known = " and ".join(HUB_DATA)
-        raise Refused(f"--task {args.task} brings no data of its own ({known} do): name a file with --data")
-    if args.backbone == "tiny":
-        return DATA / f"{args.task}.train.json", args.val_data or DATA / f"{args.task}.val.json"
-    hub_or_cache()
-    repository, name = HUB_DATA[args.task]
-    try:
-        return hf_hub_download(repository, name, repo_type="dataset"), args.val_data
-    except Exception as e:  # the hub raises many kinds; to the user they are one
-        raise Refused(f"--task {args.task}: {repository} cannot be had ({e}); name a file with --data") from e
-
-
-def load_data(args, tokenizer):
-    """-> training examples, validation records. Says in one line what was taken."""
-    source, val_file = find_data(args)
-    prompt = lambda r: (r["instruction"], r.get("input", ""), json.dumps(r.get("history", [])))
-    records = {prompt(r): r for r in read_records(source, args.template)}
-    records = [records[key] for key in sorted(records)]
-    random.Random(args.seed).shuffle(records)
-    if val_file:
-        val = read_records(val_file, args.template)
-        seen = {prompt(r) for r in val}  # no prompt is on both sides
-        records = [r for r in records if prompt(r) not in seen]
-    else:
-        cut = max(1, min(args.val_examples, len(records) // 10))
-        val, records = records[:cut], records[cut:]
-    how = args.max_len, args.template
-    val, _, val_note = take_usable(val, tokenizer, args.val_examples, *how)
-    _, examples, note = take_usable(records, tokenizer, args.examples, *how)
-    if not examples or not val:
-        raise Refused(f"{source}: no usable records (training {note}, validation {val_note})")
-    print(f"data      {source}: training {note}, validation {val_note}")
-    return examples, val
 
 
 # -------------------------------------------------------------------------------------- what a task may write

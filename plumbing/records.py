@@ -1,63 +1,195 @@
-"""Read records: a JSON list, or a record a line, in one of several forms."""
+"""Read records, divide them between training and validation, and account for every one of them."""
 
+import collections
+import dataclasses
+import itertools
 import json
+import pathlib
+import random
 import re
 
-from plumbing import Refused
-from plumbing.files import parse_json, read_text, validate
+from huggingface_hub import hf_hub_download
 
-MESSAGES = [{"role": re.compile(r"\w+"), "content": str}]
+from plumbing import Refused
+from plumbing.backbone import hub_or_cache
+from plumbing.datafile import rows_of
+from plumbing.files import read_json
+from plumbing.forms import BAD, GOOD, own_record, plain_record
+from plumbing.prompts import encode
+
+DATA = pathlib.Path(__file__).parent.parent / "assets" / "data"
+HUB_DATA = {
+    "alpaca": ("yahma/alpaca-cleaned", "alpaca_data_cleaned.json"),
+    "code": ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"),
+}
+
+# --------------------------------------------------------------------------------------------- reading a file
+
+
+@dataclasses.dataclass
+class Source:
+    """The records of a file in its order, and what became of those that are not used."""
+
+    path: object
+    records: list
+    read: int
+    tally: collections.Counter  # {reason: number of records}
+    ignored: set  # keys
+
+    def account(self, **used):
+        """One line in which all that were read are counted once."""
+        parts = [f"{n} {what}" for what, n in (used | self.tally).items() if n]
+        return f"{self.path}: {self.read} read: {', '.join(parts)}"
+
+    def say(self, **used):
+        """Print that line, and what a reader may expect to be used and is not."""
+        print(f"data      {self.account(**used)}")
+        if self.ignored:
+            names = sorted(key if key.isprintable() else ascii(key) for key in self.ignored)
+            more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+            print(f"          ignored: {', '.join(name[:40] for name in names[:12])}{more}")
+        turns = [any(m["role"] == "assistant" for m in r.get("history", ())) for r in self.records]
+        if any(turns):
+            print(f"          {sum(turns)} chats hold several answers: the last of each is learned")
+
+
+def read_source(path, template="alpaca"):
+    """Read a file of records: a JSON list, JSON lines, or an object that holds one list of records. Raises
+    Refused, with the number of the record and of its line, if one cannot be used; see `plain_record`."""
+    rows, ignored = rows_of(path)
+    said = lambda key: {str(row.get(key, True)).lower() for _, row in rows if isinstance(row, dict)}
+    verdicts = [key for key in ("label", "kto_tag") if said(key) <= {*GOOD, *BAD, "none"}]  # else a class
+    source = Source(path, [], len(rows), collections.Counter(), ignored)
+    for where, row in rows:
+        plain, aside = plain_record(row, where, template, verdicts, ignored)
+        if aside:
+            source.tally[aside] += 1
+        else:
+            source.records.append(plain)
+    return source
 
 
 def read_records(path, template="alpaca", own=False):
-    """The records of a JSON list or, where the text does not begin as one, of JSON lines; see `plain_record`.
-    own: the file is ours, a list. Refused with the file, the number of the record and that of its line."""
-    text = read_text(path, own)
-    if own or text.lstrip().startswith("["):
-        found = parse_json(text, path)
-        if not isinstance(found, list):
-            raise Refused(f"{path}: expected a JSON list of records")
-        rows = [(f"{path}: record {i}", record) for i, record in enumerate(found, 1)]
-    else:  # not splitlines: a JSON text may hold other line breaks
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        lines = [(f"{path}: record {i} (line {n})", line) for i, (n, line) in enumerate(lines, 1)]
-        rows = [(where, parse_json(line, where)) for where, line in lines]
-    if not rows:
-        raise Refused(f"{path}: expected a JSON list of records, or JSON lines, and there are none")
-    return [plain_record(record, where, template) for where, record in rows]
+    """Return the plain records of a file. own: it is of a run folder. Raises Refused: see `read_source`."""
+    if not own:
+        return read_source(path, template).records
+    rows = read_json(path)
+    if not isinstance(rows, list) or not rows:
+        raise Refused(f"{path}: expected a JSON list of records")
+    return [own_record(row, f"{path}: record {i}", template) for i, row in enumerate(rows, 1)]
 
 
-def plain_record(record, where, template):
-    """A record as the rest of the program has it: {"instruction": the last prompt, "output": the response,
-    and perhaps "input", "kind", "history": messages before}. It comes so (Alpaca); or with prompt and
-    completion, texts or lists of messages (TRL); or with messages, of which the last is the response.
-    Refused: it has none of these whole, or a history, which the template alpaca has no place for."""
-    if not isinstance(record, dict):
-        raise Refused(f"{where} is not a JSON object")
-    trl, messages = "prompt" in record and "instruction" not in record, record.get("messages")
-    asked, said = ("prompt", "completion") if trl else ("instruction", "output")
-    if messages is None and all(isinstance(record.get(key), list) for key in (asked, said)):
-        messages = record[asked] + record[said]
-    if messages is not None:
-        validate(messages, MESSAGES, f"{where}: messages")
-        if [m["role"] for m in messages[-2:]] != ["user", "assistant"]:
-            raise Refused(f"{where}: the last two messages are not of user and assistant")
-        *history, prompt, response = messages
-        plain = {"instruction": prompt["content"], "output": response["content"], "history": history}
-    else:
-        for key in (asked, said):
-            if not isinstance(record.get(key), str):
-                raise Refused(f"{where} has no text under {key!r}")
-        plain = {"instruction": record[asked], "output": record[said]} if trl else record
-    plain |= {"kind": record["kind"]} if "kind" in record else {}
-    for key in ("input", "kind"):
-        if not isinstance(plain.get(key, ""), str):
-            raise Refused(f"{where} has something other than text under {key!r}")
-    validate(plain.get("history", []), MESSAGES, f"{where}: history")
+# ------------------------------------------------------------------------------------ training and validation
+
+
+def prompt_key(record):
+    """All that is asked: two records with the same are never on two sides."""
+    asked = json.dumps(record.get("history", [])), json.dumps(record.get("tools", []))
+    return record["instruction"], record.get("input", ""), *asked
+
+
+def by_prompt(source):
+    """Return {prompt: [records]} with all distinct answers to each; exact repeats are counted."""
+    found = collections.defaultdict(dict)
+    for record in source.records:
+        found[prompt_key(record)].setdefault(record["output"], record)
+    found = {prompt: [*answers.values()] for prompt, answers in found.items()}
+    source.tally["repeats"] += len(source.records) - sum(map(len, found.values()))
+    return found
+
+
+def take_usable(records, tokenizer, args, option):
+    """Return the first usable records, as many as the option says, their encoding, a tally of the rest."""
+    count, long = getattr(args, option), f"over {args.max_len} tokens"
+    kept, examples, tally = [], [], collections.Counter()
+    for record in records:
+        if len(kept) == count:
+            break
+        if not record["instruction"].strip() or not record["output"].strip():
+            tally["empty"] += 1
+            continue
+        example = encode(record, tokenizer, args.template)
+        if len(example[0]) + len(example[1]) > args.max_len:
+            tally[long] += 1
+            continue
+        kept.append(record)
+        examples.append(example)
+    unneeded = f"not needed (--{option.replace('_', '-')} {count})"
+    tally[unneeded] = len(records) - len(kept) - tally.total()
+    return kept, examples, tally
+
+
+def find_data(args):
+    """Return (file of training records, file of validation records or None). Raises Refused if there are
+    none."""
+    if args.data:
+        return args.data, args.val_data
+    if args.task not in HUB_DATA:
+        known = " and ".join(HUB_DATA)
+        raise Refused(f"--task {args.task} brings no data of its own ({known} do): name a file with --data")
+    if args.backbone == "tiny":
+        return DATA / f"{args.task}.train.json", args.val_data or DATA / f"{args.task}.val.json"
+    hub_or_cache()
+    repository, name = HUB_DATA[args.task]
     try:
-        json.dumps(plain, ensure_ascii=False).encode()
-    except ValueError:
-        raise Refused(f"{where} holds half a character (a lone surrogate)") from None
-    if plain.get("history") and template == "alpaca":
-        raise Refused(f"{where} is a chat of more than a prompt and its answer: --template chat takes it")
-    return plain
+        return hf_hub_download(repository, name, repo_type="dataset"), args.val_data
+    except Exception as e:  # the hub raises many kinds; to the user they are one
+        raise Refused(f"--task {args.task}: {repository} cannot be had ({e}); name a file with --data") from e
+
+
+def hold_out(answers, prompts, tokenizer, args):
+    """Take prompts from the front of a list until a tenth of the records, or what --val-examples asks for, is
+    held out with all their answers. -> validation records, a tally of the others, the prompts left"""
+    wanted = max(1, min(args.val_examples, sum(map(len, answers.values())) // 10))
+    val, tally, pool, prompts = [], collections.Counter(), [], [*prompts]
+    while prompts and not val:
+        while prompts and len(pool) < wanted:
+            pool += answers[prompts.pop(0)]
+        val, _, others = take_usable(pool, tokenizer, args, "val_examples")
+        tally, pool, wanted = tally + others, [], 1  # none was usable: the next one may be
+    return val, tally, prompts
+
+
+def refuse_unwritten(source, tokenizer):
+    """Raise Refused if records have tools or calls of tools, and the chat template never names them."""
+    for key in ("tools", "tool_calls"):
+        used = any(key in holder for r in source.records for holder in (r, *r.get("history", ())))
+        if used and tokenizer.chat_template and not re.search(rf"\b{key}\b", str(tokenizer.chat_template)):
+            raise Refused(f"{source.path} has {key!r}, which the tokenizer's chat template does not write")
+
+
+def load_data(args, tokenizer):
+    """Return (training examples, validation records), and print what became of every record that was read.
+    Raises Refused if a side stays empty, or if the template cannot write what a record asks."""
+    path, val_path = find_data(args)
+    source = read_source(path, args.template)
+    held = read_source(val_path, args.template) if val_path else source
+    answers = by_prompt(source)
+    prompts = sorted(answers)
+    random.Random(args.seed).shuffle(prompts)
+    if val_path:
+        asked = by_prompt(held)
+        refuse_unwritten(held, tokenizer)
+        val, _, tally = take_usable([r for rs in asked.values() for r in rs], tokenizer, args, "val_examples")
+        source.tally[f"asked in {val_path}, too"] = sum(len(answers[p]) for p in prompts if p in asked)
+        prompts = [p for p in prompts if p not in asked]
+    else:
+        val, tally, prompts = hold_out(answers, prompts, tokenizer, args)
+    held.tally += tally
+    refuse_unwritten(source, tokenizer)
+    # One answer to every prompt, then a second to every prompt that has one: --examples may not reach all.
+    in_turn = itertools.zip_longest(*(answers[p] for p in prompts))
+    records = [record for turn in in_turn for record in turn if record]
+    _, examples, tally = take_usable(records, tokenizer, args, "examples")
+    source.tally += tally
+    used = [(source, {"training": len(examples)}), (held, {"validation": len(val)})]
+    if held is source:
+        used = [(source, used[0][1] | used[1][1])]
+    if not examples or not val:
+        why = "; all ask the same, and no prompt is on both sides" * (len(answers) == 1 and not val_path)
+        why += "" if val_path else "; --val-data FILE takes the validation from another file"
+        lines = "; ".join(file.account(**counts) for file, counts in used)
+        raise Refused(f"no usable records for {'validation' if examples else 'training'}: {lines}{why}")
+    for file, counts in used:
+        file.say(**counts)
+    return examples, val

@@ -1,0 +1,258 @@
+"""Turn a record of any common form into the one form that the program uses.
+
+A plain record is {"instruction": what is asked last, "output": the answer that is learned} and, where there
+are any, "input", "kind", "history" (the messages before) and "tools" (a list of schemas). It is read from
+instruction, input, output (Alpaca); instruction, context, response (Dolly); prompt, completion, as texts or
+as messages (TRL); question or query, answer or response; messages, or conversations (ShareGPT).
+
+A key that changes what is asked is used, or the record is refused: nobody should train on half a question."""
+
+import json
+
+from plumbing import Refused
+
+ASKED = ("instruction", "prompt", "question", "query")
+SAID = ("output", "completion", "response", "answer")
+CHATS = ("messages", "conversations", "conversation")
+GIVEN = ("input", "context")
+SYSTEM = ("system", "system_prompt", "system_message")
+PLAIN = ("instruction", "input", "output", "kind", "history", "tools")
+
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+ROLES |= dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(("gpt", "model", "bot"), "assistant")
+ROLES |= dict.fromkeys(("observation", "function", "ipython", "tool_response"), "tool")
+CALLS = ("function_call", "tool_call")  # ShareGPT's roles of a message that is a call, as JSON
+KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")  # what a template may write
+FLAGS = ("weight", "loss", "train")  # of a message: whether it is learned
+GOOD, BAD = ("true", "1", "1.0"), ("false", "0", "0.0", "-1")
+
+LOST = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "text alone can be learned")
+LOST |= dict.fromkeys(("document", "documents", "contexts", "passage", "passages"), "write it into 'input'")
+LOST |= dict.fromkeys(("prefix", "suffix", "chat_template_kwargs"), "no template here writes it")
+LOST |= {"functions": "list them under 'tools'", "function_call": "write it as 'tool_calls'"}
+LOST_IN_RECORD = LOST | {"tool_calls": "they belong to a message"}
+LOST_IN_RECORD |= dict.fromkeys(("thinking", "reasoning_content"), "write it into the answer")
+
+
+def plain_record(record, where, template, verdicts, ignored):
+    """Turn a record into (plain record, why its answer must not be learned or None).
+
+    verdicts: the keys that say so, as KTO's label. ignored: a set, to which the keys without use are added.
+    Raises Refused if the record is of no form above, or if something that is asked would be lost."""
+    if not isinstance(record, dict):
+        raise Refused(f"{where} is not a JSON object")
+    rest = {key: value for key, value in record.items() if value not in (None, [], {})}
+    aside = unlearned(rest, (*verdicts, "weight"), where)
+    chat = next((key for key in CHATS if key in rest), None)
+    if chat is None:
+        plain = from_texts(rest, record, where, ignored)
+    else:
+        turns = rest.pop(chat)
+        plain = from_chat(chat_of(turns, f"{where}: {chat}", ignored), rest, where, ignored)
+        aside = aside or unlearned({**turns[-1]}, FLAGS, f"{where}: the last message")
+    plain |= {"kind": rest.pop("kind")} if "kind" in rest else {}
+    history = plain.get("history", [])
+    system = next((key for key in SYSTEM if key in rest), None)
+    if system and not isinstance(rest[system], str):
+        raise Refused(f"{where} has something other than text under {system!r}")
+    if system and rest[system].strip() and (not history or history[0]["role"] != "system"):
+        plain["history"] = [{"role": "system", "content": rest.pop(system)}, *history]
+    if tools := tools_of(rest.pop("tools", ""), where):
+        plain["tools"] = tools
+    check_rest(rest, plain, where, ignored)
+    return checked(plain, where, template), aside
+
+
+def own_record(record, where, template):
+    """Return a record of a run folder: a plain one. Raises Refused if it is not one."""
+    if not isinstance(record, dict):
+        raise Refused(f"{where} is not a JSON object")
+    plain = {key: record[key] for key in PLAIN if record.get(key) is not None}
+    if "history" in plain:
+        plain["history"] = chat_of(plain["history"], f"{where}: history", set())
+    if "tools" in plain:
+        plain["tools"] = tools_of(plain["tools"], where)
+    return checked(plain, where, template)
+
+
+def from_texts(rest, record, where, ignored):
+    """Take a plain record out of `rest`, whose question and answer are two texts, or two lists of messages.
+    A null in the place of either is an empty text."""
+    asked, said = (
+        next((key for key in keys if key in rest), next((key for key in keys if key in record), None))
+        for keys in (ASKED, SAID)
+    )
+    asked = asked or ("input" if "input" in rest else ASKED[0])
+    values = [rest.pop(key, "" if key in record and record[key] is None else None) for key in (asked, said)]
+    if said not in record and {"chosen", "rejected"} & {*rest}:
+        advice = "no preferences are learned: rename 'chosen' to 'completion' to learn it"
+        raise Refused(f"{where} is a pair of 'chosen' and 'rejected' without an output; {advice}")
+    if any(isinstance(value, list) for value in values):
+        sides = zip((asked, said or SAID[0]), ("user", "assistant"), values)
+        both = [
+            value if isinstance(value, list) else [{"role": role, "content": value}]
+            for _, role, value in sides
+        ]
+        return from_chat(chat_of(both[0] + both[1], f"{where}: {asked}", ignored), rest, where, ignored)
+    said = said or ("completion" if asked == "prompt" else SAID[0])
+    for key, value in zip((asked, said), values):
+        if not isinstance(value, str):
+            known = {*ASKED, *SAID, *CHATS, *GIVEN} & {*record}
+            hint = "" if known else f", and none of the keys {', '.join((*ASKED[1:], *CHATS[:2]))}"
+            raise Refused(f"{where} has no text under {key!r}{hint}")
+    plain = {"instruction": values[0], "output": values[1]}
+    if given := next((key for key in GIVEN if key in rest), None):
+        plain["input"] = rest.pop(given)
+        if not isinstance(plain["input"], str):
+            raise Refused(f"{where} has something other than text under {given!r}")
+    if before := rest.pop("history", None):
+        plain["history"] = chat_of(spread(before), f"{where}: history", ignored)
+    return plain
+
+
+def from_chat(turns, rest, where, ignored):
+    """Make a plain record of a chat: the last message, of the assistant, is what is learned."""
+    if turns[-1]["role"] != "assistant":
+        pair = "; 'chosen' and 'rejected' are not learned" if {"chosen", "rejected"} & {*rest} else ""
+        said = f"the last message is of {turns[-1]['role']!r}, not of the assistant, whose answer is learned"
+        raise Refused(f"{where}: {said}{pair}")
+    if len(turns) < 2 or turns[-2]["role"] != "user":
+        before = f"a message of {turns[-2]['role']!r}" if len(turns) > 1 else "nothing"
+        raise Refused(f"{where}: before the last answer stands {before}: only a user's message is answered")
+    *history, prompt, response = turns
+    for key in response.keys() & {*KEPT[1:]}:
+        raise Refused(f"{where}: the answer has {key!r}: only its content is learned, so write it there")
+    ignored |= {f"{key} of the last messages" for key in (prompt.keys() | response.keys()) & {*KEPT}}
+    plain = {"instruction": prompt["content"], "output": response["content"]}
+    return plain | ({"history": history} if history else {})
+
+
+def chat_of(turns, where, ignored):
+    """Return messages in one form: role, content, and what else a template may write."""
+    if not isinstance(turns, list) or not turns:
+        raise Refused(f"{where}: {ascii(turns)[:60]} is not a list of messages")
+    return [message_of(turn, f"{where}[{i}]", ignored) for i, turn in enumerate(turns)]
+
+
+def message_of(turn, where, ignored):
+    if not isinstance(turn, dict):
+        raise Refused(f"{where}: {ascii(turn)[:60]} is not a message")
+    rest = {key: value for key, value in turn.items() if value not in (None, [], {})}
+    role = rest.pop("role", rest.pop("from", None))
+    content = rest.pop("content", rest.pop("value", None))
+    if role in CALLS:
+        rest["tool_calls"], content, role = content, "", "assistant"
+    if not isinstance(role, str) or role not in ROLES:
+        known = ", ".join(dict.fromkeys(ROLES.values()))
+        raise Refused(f"{where}: role: {ascii(role)[:40]} is none of {known}")
+    for key in rest.keys() & {*LOST}:
+        if rest[key]:
+            raise Refused(f"{where} has {key!r}, which would be lost: {LOST[key]}")
+    if "tool_calls" in rest:
+        rest["tool_calls"], content = calls_of(rest["tool_calls"], where), content or ""
+    if content is None:
+        raise Refused(f"{where}: 'content' is missing")
+    ignored |= {f"{key} of messages" for key in rest.keys() - {*KEPT, *FLAGS}}
+    kept = {key: rest[key] for key in KEPT if key in rest}
+    for key in kept.keys() - {"tool_calls"}:
+        if not isinstance(kept[key], str):
+            raise Refused(f"{where} has something other than text under {key!r}")
+    return {"role": ROLES[role], "content": text_of_parts(content, where), **kept}
+
+
+def text_of_parts(content, where):
+    """Return the text of a message's content: a text, or a list of parts that all are texts."""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise Refused(f"{where}: content: {ascii(kind)[:40]} is no text, and text alone can be learned")
+        texts.append(text)
+    return "".join(texts)
+
+
+def calls_of(value, where):
+    """Return tool calls as templates want them, with the arguments as an object."""
+    calls = []
+    value = from_json(value)
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Refused(f"{where}: {ascii(call)[:60]} is no tool call: it has no name")
+        function = {**function, "arguments": from_json(function.get("arguments", {}))}
+        calls.append({"type": "function", **call, "function": function} if "function" in call else function)
+    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
+
+
+def tools_of(value, where):
+    """Return the schemas of the tools: a list, or the JSON text of one."""
+    tools = from_json(value) if value != "" else []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Refused(f"{where}: tools: {ascii(value)[:60]} is not a list of schemas")
+    return tools
+
+
+def from_json(value):
+    """What a JSON text holds; anything else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def spread(history):
+    """Turn pairs of a question and its answer into messages; anything else stays."""
+    if not isinstance(history, list) or not all(isinstance(t, list) and len(t) == 2 for t in history):
+        return history
+    return [{"role": r, "content": text} for turn in history for r, text in zip(("user", "assistant"), turn)]
+
+
+def unlearned(holder, keys, where):
+    """Take out of `holder` what says whether it is to be learned. -> why not, or None"""
+    found = None
+    for key in [key for key in keys if holder.get(key) is not None]:
+        said = str(holder.pop(key)).strip().lower()
+        if said in BAD:
+            found = f"with {key} {said}" if key in FLAGS else "labelled false"
+        elif said not in GOOD:
+            raise Refused(f"{where}: {key} is {said[:40]}: an answer is learned (1) or left out (0)")
+    return found
+
+
+def check_rest(rest, plain, where, ignored):
+    """Look at the keys that were not used. Raises Refused if one of them changes what is asked."""
+    asked = [plain["instruction"], plain.get("input", ""), *(m["content"] for m in plain.get("history", ()))]
+    for key, value in rest.items():
+        if value and key in LOST_IN_RECORD:
+            raise Refused(f"{where} has {key!r}, which would be lost: {LOST_IN_RECORD[key]}")
+        if key in (*ASKED, *GIVEN, *SYSTEM, "history"):  # it may repeat what is asked, or hold it whole
+            text = value.strip() if isinstance(value, str) else None
+            if text is None or not any(text in part for part in asked) and asked[0].strip() not in text:
+                raise Refused(f"{where} has {key!r} beside what is asked, and it would be lost: put it there")
+    ignored |= rest.keys()
+
+
+def checked(plain, where, template):
+    """Return a plain record. Raises Refused if something in it is no text, or not for the template."""
+    for key in ("instruction", "output"):
+        if not isinstance(plain.get(key), str):
+            raise Refused(f"{where} has no text under {key!r}")
+    for key in ("input", "kind"):
+        if not isinstance(plain.get(key, ""), str):
+            raise Refused(f"{where} has something other than text under {key!r}")
+    try:
+        json.dumps(plain, ensure_ascii=False).encode()
+    except ValueError:
+        raise Refused(f"{where} holds half a character (a lone surrogate)") from None
+    if template == "alpaca":
+        history = [m for m in plain.pop("history", ()) if m["content"].strip() or "tool_calls" in m]
+        if history or "tools" in plain:
+            what = "is a chat of more than a prompt and its answer" if history else "has 'tools'"
+            what = "has a system message" if [m["role"] for m in history] == ["system"] else what
+            raise Refused(
+                f"{where} {what}, and the template alpaca has no place for it: --template chat takes it"
+            )
+    return {key: plain[key] for key in PLAIN if key in plain}
