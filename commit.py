@@ -21,9 +21,9 @@ none    The same live bank, field and dynamics with no penalty at all.
     python commit.py export VERSION --to DIR  # an ordinary LoRA adapter in PEFT's format
     python commit.py export VERSION --to DIR --merged         # the backbone with that update in its weights
 
-None of these trains or needs data, and none but `export --merged` loads the backbone. All take `--run DIR`
-(default: the latest under runs/) and `--json`. Whatever they do, every other version stays what it was, to
-the last bit.
+None of these trains or needs data. `export` reads the backbone's shape and tokenizer, with `--merged` its
+weights, too; the others do without the backbone. All take `--run DIR` (default: the latest under runs/) and
+`--json`. Whatever they do, every other version stays what it was, to the last bit.
 
 A run folder holds `manifest.json`, `versions/<sha256>.safetensors` (named by content, as in git), for every
 task `data/<task>.val.json` and `data/<task>.logits.json`, `training.safetensors` while a task is being
@@ -61,13 +61,13 @@ except ImportError:  # Windows
 from plumbing import Refused  # first: it sets what torch and the Hub's client read when imported
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from field import CoordinateDynamics, Region, WeightField, route, take_snapshot, top_k_gating
 from model import NIWF
-from plumbing.backbone import find_targets, fingerprint, in_out, layer_numbers, load_backbone
+from plumbing.backbone import fingerprint, layer_numbers, load_backbone
+from plumbing.export import write_adapter, write_merged
 from plumbing.processes import first_alone
 from plumbing.command import Parser, number, run_program
 from plumbing.files import NAME, SHA, atomic, atomic_folder, check_name, put_aside, read_json, refuse_constant
@@ -814,50 +814,19 @@ def update_of(run, name):
     return {t: (torch.cat(rows[f"{t}.A"]), torch.cat(rows[f"{t}.B"])) for t in numbers}
 
 
-def write_adapter(run, update, folder):
-    """Write an update as a LoRA adapter in PEFT's format."""
-    tensors, rank = {}, len(next(iter(update.values()))[0])
-    for target, (A, B) in update.items():
-        start = f"base_model.model.{target}.lora"
-        tensors |= {f"{start}_A.weight": A, f"{start}_B.weight": B.T.contiguous()}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
-    config |= {"base_model_name_or_path": run.manifest["backbone"]["name"], "target_modules": sorted(update)}
-    config |= {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "fan_in_fan_out": False}
-    (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-
-
-@torch.no_grad()
-def merged_backbone(run, update):
-    """-> (the backbone in float32 with an update added to its weights, its tokenizer). Refused: it cannot be
-    had, or is another."""
-    backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], "cpu")
-    targets = find_targets(backbone)
-    fits = {name: (A.shape[1], B.shape[1]) for name, (A, B) in update.items()}
-    if fits != {name: in_out(module) for name, module in targets.items()}:
-        raise Refused(f"{run.folder}: made for other modules than this backbone has")
-    for name, (A, B) in update.items():
-        added = B.T @ A  # [d_out, d_in]
-        targets[name].weight += added.T if isinstance(targets[name], transformers.Conv1D) else added
-    return backbone, tokenizer
-
-
-def export(run, name, folder, merged=False):
+def export(run, name, folder, merged=False, backbone=None):
     """Write a version to a new or empty folder: an adapter in PEFT's format, or a checkpoint that any program
-    of transformers loads. -> what it is. Refused: the folder holds something; see `update_of` and
-    `merged_backbone`."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Refused(f"{folder} is not empty, or no folder")
-    update = update_of(run, name)
-    parts = merged_backbone(run, update) if merged else ()
-    with atomic_folder(folder.resolve()) as tmp:
-        for part in parts:
-            part.save_pretrained(tmp)
-        if not merged:
-            write_adapter(run, update, tmp)
+    of transformers loads. Return what was written, as a dict. backbone: where it lies now, if not where it
+    was. Raises Refused if the folder holds something; see `update_of`, `write_adapter` and `write_merged`."""
+    backbone = backbone or run.manifest["backbone"]["name"]
+    with atomic_folder(folder) as tmp:
+        update, title = update_of(run, name), f"{name} of {run.folder.name}"
+        if merged:
+            about = write_merged(update, *run.open_backbone(backbone, "cpu"), run.template, title, tmp)
+        else:
+            about = write_adapter(update, backbone, run.template, title, tmp)
     rank = len(next(iter(update.values()))[0])
-    return {"folder": str(folder), "merged": merged, "r": rank, "target_modules": sorted(update)}
+    return {"folder": str(folder), "merged": merged, "r": rank, "target_modules": sorted(update), **about}
 
 
 def parse_options(argv=None):
@@ -887,6 +856,7 @@ def parse_options(argv=None):
     add = command("export", "write a LoRA adapter in PEFT's format", version=True)
     add("--to", required=True, metavar="DIR", help="a new or an empty folder")
     add("--merged", action="store_true", help="a whole checkpoint in place of an adapter; loads the backbone")
+    add("--backbone", help="where the backbone lies now [where it was]")
     return parser.parse_args(argv)
 
 
@@ -923,10 +893,12 @@ def main(argv=None):
         result = [{"version": e["hash"], "task": e["task"], "wrong": wrong} for e, wrong in found]
         text = "\n".join(f"{e['hash'][:12]}  {e['task']}  {wrong or 'ok'}" for e, wrong in found)
     elif args.command == "export":
-        result = export(run, args.version, args.to, args.merged)
-        what = "the backbone in float32 with an update" if args.merged else "an adapter"
-        size = f"rank {result['r']} in {len(result['target_modules'])} modules"
-        text = f"wrote {result['folder']}: {what} of {size}"
+        result = export(run, args.version, args.to, args.merged, args.backbone)
+        ends = f"answers end with {result['end']!r}, token {result['end_id']}"
+        text = (
+            f"wrote {result['folder']}: {result['what']} in {len(result['target_modules'])} modules; {ends}"
+        )
+        text += "" if result["tried"] else "; not tried with peft, which is not installed"
     else:
         result, text = change(run, args)
     print(json.dumps(result, indent=1) if args.json else text)

@@ -15,6 +15,7 @@ import huggingface_hub
 import torch
 import transformers
 from torch import nn
+from transformers.utils import find_adapter_config_file
 
 from plumbing import Refused
 from plumbing.processes import rank_and_size
@@ -118,7 +119,9 @@ def loading(name):
         raise
     except Exception as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise Refused(f"backbone {name} cannot be loaded ({reason}); `--backbone tiny` can") from e
+        raise Refused(
+            f"backbone {name} cannot be loaded ({reason}); `--backbone` names another, or its new place"
+        ) from e
 
 
 def find_backbone(name):
@@ -134,7 +137,18 @@ def find_backbone(name):
         raise Refused(f"backbone {name} has no .safetensors file; `save_pretrained` writes one")
     if not os.path.exists(path):
         hub_or_cache()
+    with loading(name):
+        if find_adapter_config_file(path):  # transformers would attach it without a word
+            why = "merge it (peft's `merge_and_unload`) and save the result, or move adapter_config.json away"
+            raise Refused(f"backbone {name} is or holds a PEFT adapter, no plain model: {why}")
     return path, options
+
+
+def load_tokenizer(name):
+    """Return the tokenizer of a backbone, see `load_backbone`. Raises Refused if it cannot be had."""
+    path, options = (TINY_FOLDER, {}) if name in RANDOM else find_backbone(name)
+    with loading(name):
+        return transformers.AutoTokenizer.from_pretrained(path, **options)
 
 
 def from_shape(name, dtype, layers=None):
@@ -168,11 +182,10 @@ def load_backbone(name, device, device_map=None):
         torch.manual_seed(0)
         with torch.device(device):
             backbone = from_shape(name, dtype)
-        return backbone, transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    path, options = find_backbone(name)
+        return backbone, load_tokenizer(name)
+    (path, options), tokenizer = find_backbone(name), load_tokenizer(name)
     weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "device_map": device_map}
     with loading(name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         backbone, about = transformers.AutoModelForCausalLM.from_pretrained(path, **weights, **options)
         if about["missing_keys"]:
             raise ValueError(f"weights are missing: {min(about['missing_keys'])}")

@@ -117,11 +117,16 @@ def atomic(path):
 
 @contextlib.contextmanager
 def atomic_folder(folder):
-    """Gives a temporary folder beside `folder`, which is absent or empty; on success what is in it is fsynced
-    and it is renamed. A kill can leave the temporary folder, never a part under the final name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Give a temporary folder beside `folder`; on success fsync what is in it and rename it, else remove it
+    with the parents that were made for it. A kill can leave the temporary folder, never a part under the
+    final name. Raises Refused if `folder` is there and not empty."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Refused(f"{folder} is not empty, or no folder")
+    folder = folder.resolve()
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.niwf-tmp")
-    tmp.mkdir()
+    made = [p for p in folder.parents if not p.exists()]
+    tmp.mkdir(parents=True)
     try:
         yield tmp
         for path in tmp.rglob("*"):
@@ -133,6 +138,9 @@ def atomic_folder(folder):
         tmp.rename(folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Those of a folder that was written are not empty.
+            for parent in made:
+                parent.rmdir()
 
 
 def put_aside(path):

@@ -1,0 +1,179 @@
+"""Write what a version adds to its backbone as other programs read it: an adapter, or a whole checkpoint."""
+
+import json
+import os
+import textwrap
+import warnings
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+
+from plumbing import Refused
+from plumbing.backbone import find_backbone, fingerprint, from_shape, in_out, load_backbone, load_tokenizer
+from plumbing.prompts import end_token, prompt_ids, prompt_of
+
+EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # what peft knows an expert's parts by
+MERGE = "`--merged` writes a whole model in place of an adapter"
+
+
+def targets_of(update, backbone):
+    """Return {name: module} for the modules that an update is made for.
+
+    Raises Refused if the backbone lacks one of them, or has it in another size or in quantised form."""
+    modules, linear = dict(backbone.named_modules()), (nn.Linear, transformers.Conv1D)
+    for name, (A, B) in update.items():
+        module, sizes = modules.get(name), (A.shape[1], B.shape[1])
+        if not isinstance(module, linear) or in_out(module) != sizes:
+            raise Refused(f"the version was made for another backbone: this one has no {name} of {sizes}")
+        if module.weight.dtype != torch.float32 or module.weight.numel() != sizes[0] * sizes[1]:
+            raise Refused(f"{name} of the backbone is quantised, so nothing can be added to it")
+    return {name: modules[name] for name in update}
+
+
+# ------------------------------------------------------------------------------------------------- an adapter
+
+
+def write_adapter(update, name, template, title, folder):
+    """Write an update as a LoRA adapter in PEFT's format, with the backbone's tokenizer. Return what was
+    written, as a dict. Only the backbone's shape is read, not its weights.
+
+    update: {module: (A [r, d_in], B [r, d_out])}. name: the backbone's, as in `load_backbone`. Raises Refused
+    if the backbone is not there, has other modules, or has modules that peft would take for others."""
+    with torch.device("meta"):
+        backbone = from_shape(name, torch.float32)
+    targets, tokenizer = targets_of(update, backbone), load_tokenizer(name)
+    tensors = {}
+    for target, (A, B) in update.items():
+        start = f"base_model.model.{target}.lora"
+        tensors |= {f"{start}_A.weight": A.contiguous(), f"{start}_B.weight": B.T.contiguous()}
+    base, options = base_of(name)
+    rank = len(next(iter(update.values()))[0])
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    config |= {"target_modules": short_names(update, backbone), "r": rank, "lora_alpha": rank}
+    config |= {"lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    config["fan_in_fan_out"] = all(isinstance(m, transformers.Conv1D) for m in targets.values())
+    tokenizer.save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    tried = try_adapter(folder, backbone, tensors)
+    what = f"a LoRA adapter of rank {rank} for {base}"
+    how = f"peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER{options})"
+    return {"what": what, "tried": tried, **write_readme(folder, title, what, how, tokenizer, template)}
+
+
+def base_of(name):
+    """Return what `base_model_name_or_path` says of a backbone, and the options with which peft opens it.
+
+    A folder is named by its absolute path, so that the adapter opens from any working directory. Of a GGUF
+    file it is the folder that has to be named, and `gguf_file` says which file."""
+    if name.startswith("random:"):
+        return name, ""
+    path, options = find_backbone(name)
+    more = f", gguf_file={options['gguf_file']!r}" if "gguf_file" in options else ""
+    return os.path.abspath(path) if os.path.isdir(path) else path, more
+
+
+def short_names(update, backbone):
+    """Return `target_modules`: the last part of a name where it means our modules alone, as most programs
+    expect; else the full names."""
+    ends = lambda names: {end: {n for n in names if n.rpartition(".")[2] == end} for end in lasts}
+    lasts = {name.rpartition(".")[2] for name in update}
+    ours, there = ends(update), ends(name for name, _ in backbone.named_modules())
+    return sorted(n for end in lasts for n in ([end] if ours[end] == there[end] else ours[end]))
+
+
+def try_adapter(folder, backbone, tensors):
+    """See that peft puts each tensor of an adapter where it belongs, and adapts no other module. Return
+    whether peft is installed to be asked. backbone: without weights, as peft needs its shape only.
+
+    peft rewrites names in mixtures of experts, whose experts transformers keeps in one parameter. Raises
+    Refused if an adapter does not survive that; or, without peft, if it may not."""
+    try:
+        import peft
+    except ImportError:
+        fused = any(".experts." in n and p.dim() == 3 for n, p in backbone.named_parameters())
+        risky = [key for key in tensors if fused and key.split(".")[-3] in EXPERTS or ".experts." in key]
+        if risky:
+            raise Refused(f"peft may take {min(risky)} for part of an expert; {MERGE}") from None
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = peft.get_peft_model(backbone, peft.PeftConfig.from_pretrained(folder))
+            result = peft.set_peft_model_state_dict(adapted, tensors)
+    except Exception as e:
+        raise Refused(f"peft cannot open an adapter for this backbone ({e}); {MERGE}") from e
+    adapters = {n.replace(".default.", ".") for n in adapted.state_dict() if ".lora_" in n}
+    lost = {n for n in result.missing_keys if ".lora_" in n} | {*result.unexpected_keys}
+    if wrong := sorted(lost | adapters ^ tensors.keys()):
+        raise Refused(f"peft would not put {wrong[0]} where it belongs; {MERGE}")
+    return True
+
+
+# ----------------------------------------------------------------------------------------- a whole checkpoint
+
+
+@torch.no_grad()
+def write_merged(update, backbone, tokenizer, template, title, folder):
+    """Write a backbone, in float32 on the CPU, with an update added to its weights, and its tokenizer. Return
+    what was written, as a dict. What was saved is opened again and compared; the backbone given is then
+    empty.
+
+    Raises Refused if the backbone has other modules, or if what was saved is not the same again."""
+    targets = targets_of(update, backbone)
+    for name, (A, B) in update.items():
+        added = B.T @ A  # [d_out, d_in]
+        targets[name].weight += added.T if isinstance(targets[name], transformers.Conv1D) else added
+    if quantizer := getattr(backbone, "hf_quantizer", None):  # a GGUF file's: the weights are plain already
+        quantizer.remove_quantization_config(backbone)
+    sample = torch.tensor([prompt_ids("Say hello.", tokenizer, template)])
+    wanted, logits = fingerprint(backbone), backbone(sample).logits
+    for part in (backbone, tokenizer):
+        part.save_pretrained(folder)
+    end = end_token(tokenizer, template)
+    stop_at(end, folder / "generation_config.json")
+    backbone.to("meta")  # Free its memory for what is read back.
+    try:
+        saved, saved_tokenizer = load_backbone(str(folder), "cpu")
+        same = fingerprint(saved) == wanted and end_token(saved_tokenizer, template) == end
+        same = same and prompt_ids("Say hello.", saved_tokenizer, template) == sample[0].tolist()
+        same = same and (saved(sample).logits - logits).abs().max() <= 1e-4 * logits.abs().max()
+    except Refused as e:
+        raise Refused(f"the checkpoint cannot be opened once it is saved: {e}") from e
+    if not same:
+        raise Refused("the checkpoint is not the same once it is saved: transformers does not save it whole")
+    rank = len(next(iter(update.values()))[0])
+    what = f"the backbone in float32 with an update of rank {rank}"
+    how = "transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
+    return {"what": what, "tried": True, **write_readme(folder, title, what, how, tokenizer, template)}
+
+
+def stop_at(end, path):
+    """Add the token that ends a response to those at which `generate` stops, in a generation_config.json. The
+    file is edited as JSON, because a GenerationConfig that was changed refuses to be saved over what was
+    wrong with it before."""
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = config.get("eos_token_id")
+    known = known if isinstance(known, list) else [known] * (known is not None)
+    if end not in known:
+        config["eos_token_id"] = [*known, end]
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def write_readme(folder, title, what, how, tokenizer, template):
+    """Write how to open an export, how its prompts look and where its answers end. Return the last, as a
+    dict."""
+    end, prompt = end_token(tokenizer, template), prompt_of("Say hello.", tokenizer, template)
+    text = tokenizer.convert_ids_to_tokens(end)
+    lines = [
+        f"# {title}",
+        f"This is {what}. It opens with",
+        f"    {how}",
+        "It was trained on prompts such as",
+    ]
+    lines += [textwrap.indent(prompt, "    "), f"and every answer ends with `{text}`: to stop there,"]
+    lines += [f"    model.generate(..., eos_token_id={end})\n"]
+    (folder / "README.md").write_text("\n\n".join(lines), encoding="utf-8")
+    return {"end": text, "end_id": end}
