@@ -54,7 +54,7 @@ from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, g
 HERE = pathlib.Path(__file__).parent
 from plumbing import rows as kept
 from plumbing.tables import spread
-from studies import baselines, bench, fuzz, memory, neurons, report, styles, tables, variants
+from studies import baselines, bench, fuzz, memory, neurons, report, stream, styles, tables, variants
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
 
@@ -1627,8 +1627,6 @@ def test_options_that_cannot_be_get_one_line_and_lose_nothing(micro, first, tmp_
         (["--lr", "1"], "--task"),
         (["--task", "x", "--lock", "hard"], "invalid choice"),
         (["--task", "x", "--lr", "fast"], "not a number"),
-        (["--stream", "2", "--lr", "1"], "--stream goes with"),
-        (["--stream", "2", "--task", "x"], "say what to learn"),
     ],
 )
 def test_the_command_line_answers_in_one_line(capsys, argv, message):
@@ -1783,9 +1781,9 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "TINY_VALUES", dict(train.TINY_VALUES, examples=16, val_examples=4))
     command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
-    train.main(["--stream", "1", *command])
+    stream.main(["1", *command])
     first = Run(tmp_path / "run").manifest["versions"]
-    train.main(["--stream", "2", *command])
+    stream.main(["2", *command])
     found = tmp_path / "s.json"
     bench.main(["growth", "--run", str(tmp_path / "run"), "--repeats", "1", "--json", str(found)])
     run, lines = Run(tmp_path / "run"), json.loads(found.read_text())["rows"]
@@ -1848,7 +1846,7 @@ def as_one_process(run, one):
     assert row["identical"] == other["identical"] and row["routing"] == other["routing"]
 
 
-def train_in_two(argv, folder, rate=None):
+def train_in_two(argv, folder, rate=None, main=train.main):
     """Train in two processes, as torchrun would start them. -> (what each printed, the line that ended it,
     its code as `os.wait` has it), lists. rate(rank, step, ...): instead of our learning rate."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -1866,7 +1864,7 @@ def train_in_two(argv, folder, rate=None):
                 (folder / f"{rank}.end").write_text("")
                 with open(folder / f"{rank}.out", "w") as out:
                     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                        commit.run_program(lambda: train.main(argv))
+                        commit.run_program(lambda: main(argv))
                 code = 0
             except SystemExit as e:
                 (folder / f"{rank}.end").write_text(e.code if isinstance(e.code, str) else "")
@@ -1925,8 +1923,8 @@ def test_a_process_that_is_killed_or_stopped_ends_both_and_the_same_command_goes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_two_processes_learn_a_stream(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "TINY_VALUES", dict(train.TINY_VALUES, examples=16, val_examples=20))
-    command = ["--stream", "2", "--out", str(tmp_path / "run"), "--device", "cpu"]
-    assert train_in_two(command, tmp_path)[1:] == (["", ""], [0, 0])
+    command = ["2", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert train_in_two(command, tmp_path, main=stream.main)[1:] == (["", ""], [0, 0])
     run = Run(tmp_path / "run")
     assert run.tasks == ["alpaca-before", "code-append"] and not any(wrong for _, wrong in commit.verify(run))
     same, of = run.manifest["results"][-1]["identical"]["alpaca-before"]
@@ -3292,7 +3290,7 @@ BAD_NUMBERS = {
 }
 TRAIN_ARGUMENTS = [f"{option} {value}" for option, values in BAD_NUMBERS.items() for value in values]
 TRAIN_ARGUMENTS += """--frobnicate x | --task ../x | --task=a/b | --task=-x | --task= | --task with-code
-    --rank 3 | --top-k 5 | --stream 0 | --stream 77 | --stream 1 | --out proj | --out target | --out notes.txt
+    --rank 3 | --top-k 5 | --out proj | --out target | --out notes.txt
     --out notes.txt/x | --data proj | --data notes.txt | --data none | --data pipe | --backbone tiny
     --backbone none/such | --backbone none.gguf | --backbone notes.txt
     --backbone proj""".replace("\n", "|").split("|")
@@ -3626,6 +3624,7 @@ GROUPS = {
     "synthetic": ["options"],
     "neurons": ["options"],
     "memory": ["options"],
+    "stream": ["positional arguments", "options"],
     "compose": ["options"],
     "styles": ["options"],
     "report": ["options"],

@@ -3,7 +3,6 @@
     python train.py --task alpaca                  # learn, commit region "alpaca", report
     python train.py --task code --lock             # a second version; the first stays bit-identical
     python train.py --task mine --data my.jsonl --lock   # your own: Alpaca, TRL, messages, ShareGPT, Dolly
-    python train.py --stream 76                    # 76 kinds of instruction, one after another, exact lock
     python train.py --task synthetic               # the FTN experiments, see synthetic.py
     torchrun --nproc_per_node 2 train.py --task alpaca  # in two processes, each with a GPU, or on the CPU
 
@@ -33,14 +32,11 @@ import collections
 import copy
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
-import pathlib
 import random
 import re
 import sys
-import tempfile
 import time
 
 try:
@@ -56,7 +52,7 @@ from plumbing.backbone import pick_device
 from plumbing.command import number, Parser, provenance, run_program
 from plumbing.files import atomic, check_name, put_aside, validate
 from plumbing.processes import any_process, first_alone, rank_and_size, sum_over_processes
-from plumbing.records import DATA, HUB_DATA, load_data, read_records
+from plumbing.records import load_data
 from field import CoordinateDynamics, Region, WeightField, lock_loss, sample_anchors, separation_loss
 from field import take_snapshot, top_k_gating
 
@@ -84,14 +80,13 @@ WEIGHT, FLAG, TEXT = dict(type=number(float, 0, 1e6)), dict(action="store_true")
 OPTIONS = {
     "what to learn, from what, on what": {
         "--task": ("name of the capability; alpaca and code bring their data, others need --data", TEXT),
-        "--stream": ("instead: N kinds of instruction, a task each", dict(type=number(int, 1, 76))),
         "--data": ("JSON list or lines: Alpaca, TRL, chats, ...; of a chat the last answer is learned", TEXT),
         "--val-data": ("the same, for validation; else part of the data is held out", TEXT),
         "--template": ("of prompts; chat: the tokenizer's", dict(choices=["alpaca", "chat"])),
         "--backbone": ("tiny, a Hub id, a folder, FILE.gguf, random:mistral-7b [Mistral-7B or tiny]", TEXT),
         "--device": ("cpu, cuda, mps [what is there]", TEXT),
         "--device-map": ("spread a backbone over all GPUs, then memory, then disk", dict(choices=["auto"])),
-        "--out": ("run folder [runs/<backbone>, runs/stream]", TEXT),
+        "--out": ("run folder [runs/<backbone>]", TEXT),
         "--examples": ("training examples", COUNT),
         "--val-examples": ("validation examples", COUNT)},
     "optimisation": {
@@ -146,12 +141,8 @@ def parse_options(argv=None):
                 how = {**how, "default": argparse.SUPPRESS}
             group.add_argument(flag, help=text, **how)
     args = p.parse_args(argv)
-    if (args.task is None) == (args.stream is None):
-        p.error("say what to learn: --task NAME, or --stream N")
-    others = ("data", "val_data", "backbone", "checkpointing", "device_map")
-    said = {*vars(args)} & {*PAPER_VALUES} | {key for key in others if vars(args)[key]}
-    if args.stream and said:
-        p.error(f"--stream goes with --device and --out alone, not with {', '.join(sorted(said))}")
+    if args.task is None:
+        p.error("say what to learn: --task NAME")
     return args
 
 
@@ -475,7 +466,7 @@ def learn(run, learner, examples, h_bar, val, args):
 
 def describe_training(examples, args):
     """What identifies a training, and is kept in its version: the options and a digest of the data."""
-    apart = ("data", "val_data", "val_examples", "backbone", "device", "device_map", "out", "stream")
+    apart = ("data", "val_data", "val_examples", "backbone", "device", "device_map", "out")
     apart += ("checkpointing",)  # the same bits, with it or without
     about = {k: v for k, v in sorted(vars(args).items()) if k not in apart}
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
@@ -566,31 +557,6 @@ def run_task(run, args):
     measure_last(run, backbone, tokenizer)
 
 
-def stream(args):
-    """Learn `args.stream` tasks one after another under the exact lock: kinds of instruction of the embedded
-    sets in alphabetical order, general and code in turn. What the run folder already knows is not learned
-    again."""
-    folder = args.out or "runs/stream"
-    sets = {
-        (name, part): read_records(DATA / f"{name}.{part}.json")
-        for name in HUB_DATA
-        for part in ("train", "val")
-    }
-    kinds = [sorted({(name, r["kind"]) for r in sets[name, "train"]}) for name in HUB_DATA]
-    in_turn = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*kinds)))
-    for name, kind in list(in_turn)[: args.stream]:
-        with tempfile.TemporaryDirectory() as tmp:
-            for part in ("train", "val"):
-                chosen = [r for r in sets[name, part] if r["kind"] == kind]
-                pathlib.Path(tmp, part).write_text(json.dumps(chosen))
-            data = ["--data", f"{tmp}/train", "--val-data", f"{tmp}/val", "--device", args.device]
-            options = ["--task", f"{name}-{kind}", "--lock", "--backbone", "tiny", "--epochs", "8"]
-            task = parse_options(options + data)
-            with Run(folder).exclusive() as run:
-                run_task(run, task)
-    return run
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:2] == ["--task", "synthetic"]:
@@ -599,16 +565,13 @@ def main(argv=None):
         return synthetic.main(argv[2:])
     args, started = parse_options(argv), time.time()
     args.device = pick_device(args.device)
-    if args.stream:
-        run = stream(args)
-    else:
-        if not args.backbone and not args.out:
-            cuda = args.device.startswith("cuda")
-            roomy = cuda and torch.cuda.get_device_properties(args.device).total_memory >= MISTRAL_BYTES
-            args.backbone = MISTRAL if roomy else "tiny"
-        name = re.sub(r"[^A-Za-z0-9.]+", "-", os.path.basename((args.backbone or "").rstrip("/")))
-        with Run(args.out or f"runs/{name}").exclusive() as run:
-            run_task(run, args)
+    if not args.backbone and not args.out:
+        cuda = args.device.startswith("cuda")
+        roomy = cuda and torch.cuda.get_device_properties(args.device).total_memory >= MISTRAL_BYTES
+        args.backbone = MISTRAL if roomy else "tiny"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", os.path.basename((args.backbone or "").rstrip("/")))
+    with Run(args.out or f"runs/{name}").exclusive() as run:
+        run_task(run, args)
     report(run)
     took, memory = time.time() - started, peak_memory(args.device)
     print(f"\n{took:.0f} s in all, peak memory {memory}; saved in {run.folder}")

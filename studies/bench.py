@@ -47,7 +47,8 @@ from plumbing.backbone import find_targets, from_shape, load_backbone
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.prompts import encode, pad_of
 from plumbing.records import read_records
-from train import DATA, peak_memory, resource
+from plumbing.records import DATA
+from train import peak_memory, resource
 from field import CoordinateDynamics, WeightField, top_k_gating
 from ftn import SmoothKWTA
 from studies import styles

@@ -1,6 +1,8 @@
 """What a composition is worth beside what peft makes of the same versions, each frozen at one coordinate.
 
-python -m studies.compose --run runs/compose       # needs peft
+    python -m studies.compose --run runs/compose
+
+It needs peft, whose `add_weighted_adapter` joins the exported versions.
 """
 
 import pathlib

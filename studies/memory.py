@@ -1,7 +1,9 @@
 """What training takes on a device, counted from the shapes: the paper's Table 2, with what it leaves out.
 
-python -m studies.memory                                    # Mistral-7B's shape, beside the paper's table
-python -m studies.memory --backbone random:llama-70b        # the layers spread over 1, 2 and 4 devices
+    python -m studies.memory                               # Mistral-7B's shape, beside the paper's table
+    python -m studies.memory --backbone random:llama-70b   # the layers spread over 1, 2 and 4 devices
+
+Nothing is allocated: the passes run on tensors that have a shape and no memory.
 """
 
 import itertools

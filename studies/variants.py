@@ -26,7 +26,6 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nvariants.py: stopped\n") and 130))
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -50,6 +49,7 @@ from plumbing.command import number, output_file, Parser, run_program, write_res
 from plumbing.files import atomic
 from plumbing.prompts import encode, pad_of
 from field import CoordinateDynamics, WeightField
+from studies.stream import learn_stream
 from studies.report import one_task, transfer, two_tasks
 from plumbing.rows import read_sealed, sealed
 
@@ -439,7 +439,7 @@ def measure_transfer(folder, args):
     run = Run(folder)
     with patched("own bases alone"):
         out = pathlib.Path(args.out, "stream-own-bases-alone")
-        alone = train.stream(argparse.Namespace(out=out, stream=len(run.tasks), device=pick_device(None)))
+        alone = learn_stream(out, len(run.tasks), pick_device(None))
     learned = lambda run: [row["stored"][row["task"]] for row in run.manifest["results"]]
     found = {"tasks": run.tasks, "read": learned(run), "own bases alone": learned(alone)}
     print("", *transfer({"rows": [found]}), sep="\n")
