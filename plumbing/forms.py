@@ -88,7 +88,7 @@ def take_chat(rest):
     Where the question or the answer alone is a list of messages, the other one is a message, too."""
     for key in CHATS:
         if key in rest:
-            return rest.pop(key), key
+            return from_json(rest.pop(key)), key
     names = names_of(rest)
     if not any(isinstance(rest.get(key), list) for key in names):
         return None, None
@@ -102,7 +102,7 @@ def from_texts(rest, where, ignored):
     asked, said = names_of(rest)
     for key in (asked, said):
         if not isinstance(rest.get(key), str):
-            hint = f" (it has {ascii(', '.join(rest))[1:60]})" if asked not in rest and rest else ""
+            hint = f" (it has {', '.join(map(ascii, rest))[:80]})" if key not in rest and rest else ""
             raise Refused(f"{where} has no text under {key!r}{hint}")
     plain = {"instruction": rest.pop(asked), "output": rest.pop(said)}
     if given := next(
@@ -148,6 +148,8 @@ def message_of(turn, where, ignored):
     content = rest.pop("content", rest.pop("value", None))
     if role in CALLS:
         rest["tool_calls"], content, role = content, "", "assistant"
+    if role is None:
+        raise Refused(f"{where}: 'role' is missing (it has {', '.join(map(ascii, turn))[:80]})")
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(dict.fromkeys(ROLES.values()))
         raise Refused(f"{where}: role: {ascii(role)[:40]} is none of {known}")
@@ -159,7 +161,7 @@ def message_of(turn, where, ignored):
     if content is None:
         raise Refused(f"{where}: 'content' is missing")
     ignored.update(f"{key} of messages" for key in rest.keys() - {*KEPT, *FLAGS})
-    kept = {key: rest[key] for key in KEPT if key in rest}
+    kept = {key: rest[key] for key in KEPT if rest.get(key)}
     for key in kept.keys() - {"tool_calls"}:
         if not isinstance(kept[key], str):
             raise Refused(f"{where} has something other than text under {key!r}")

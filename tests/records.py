@@ -56,6 +56,7 @@ FORMS = [  # a record, and what the rest of the program has of it
     ({**RECORD, "prompt": "### Instruction:\nSay hello.\n\n### Response:\n", "text": "all of it"}, RECORD),
     # ShareGPT, and messages as they are met
     ({"conversations": SHARE, "id": 7}, HELLO),
+    ({"messages": json.dumps([ASKED, {**ANSWER, "thinking": ""}])}, HELLO),
     ({"conversation": [{"from": "system", "value": "Be kind."}, *SHARE]}, {**HELLO, "history": BE_KIND}),
     ({"conversations": [SHARE[1], *SHARE]}, {**HELLO, "history": [ANSWER]}),
     ({"conversations": [{"from": "function_call", "value": json.dumps(CALL["function"])},
@@ -92,7 +93,7 @@ def test_records_of_all_forms_come_in_a_list_or_in_lines(tmp_path, name):
 # fmt: off
 BAD_RECORDS = [
     ({"prompt": "x"}, "has no text under 'completion'"),
-    ({"text": "x", "id": 3}, "has no text under 'instruction' .it has text, id"),
+    ({"text": "x", "id": 3}, "has no text under 'instruction' .it has 'text', 'id'"),
     ({**RECORD, "output": None}, "has no text under 'output'"),
     ({**RECORD, "output": ["a", "b"]}, r"instruction and output\[1\]: 'a' is not a message"),
     ({"prompt": ["x"], "completion": "y"}, r"prompt and completion\[0\]: 'x' is not a message"),
@@ -106,6 +107,7 @@ BAD_RECORDS = [
     ({"messages": [ANSWER, ANSWER]}, "before the last answer stands a message of 'assistant'"),
     ({"messages": [ASKED, *CALLED, ANSWER]}, "before the last answer stands a message of 'tool'"),
     ({"messages": "Say hello."}, "messages: 'Say hello.' holds no messages"),
+    ({"conversation": [{"input": "x", "output": "y"}]}, "'role' is missing .it has 'input', 'output'"),
     ({"messages": [ASKED, None]}, r"messages\[1\]: None is not a message"),
     ({"messages": [ASKED, {**ANSWER, "content": None}]}, r"messages\[1\]: 'content' is missing"),
     ({"messages": [ASKED, {**ANSWER, "content": "\ud800"}]}, "half a character"),
@@ -172,8 +174,8 @@ NOT_RECORDS = [
     (b"PAR1rest", r"is Parquet: write it as JSON lines first: pandas.read_parquet\('x'\)"),
     (b"ARROW1\0\0", "is Arrow"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
-    (b"instruction,output\na,b\n", r"is CSV: .*pandas.read_csv\('x'\)"),
-    (b'"prompt","completion"\r\n"a","b"\r\n', "is CSV"),
+    (b"instruction,output\na,b\n", r"is a table: .*pandas.read_csv\('x'\)"),
+    (b'"prompt","completion"\r\n"a","b"\r\n', "is a table"),
     (b"<!doctype html>", "not readable as JSON: it begins with '<!doctype html>'"),
     (TEXT.encode("utf-16") + b"x", "not UTF-16.*truncated"),
     (f"{LINE}\n{LINE[:20]}\0{LINE[20:]}".encode(), "line 2 holds a NUL byte"),
