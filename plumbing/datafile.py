@@ -51,13 +51,13 @@ def values_of(text, path):
     place, line, values = SPACE.match(text).end(), 1, []
     start = text[place:].partition("\n")[0][:60].strip()
     if start and start[0] not in "[{":
-        is_table = path.suffix in (".csv", ".tsv") or re.match(
+        reader = "table" if "\t" in start else "csv"
+        how = f" is a table: {FRAME.format(reader, path.name)}"
+        if path.suffix not in (".csv", ".tsv") and not re.match(
             r"\W?(instruction|prompt|question)\W?[,\t;]", start
-        )
-        how = f" is CSV: {FRAME.format('csv', path.name)}"
-        raise Refused(
-            f"{path}{how if is_table else f': not readable as JSON: it begins with {ascii(start)}'}"
-        )
+        ):
+            how = f": not readable as JSON: it begins with {ascii(start)}"
+        raise Refused(f"{path}{how}")
     decoder = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=refuse_twice)
     counted = 0
     while place < len(text):

@@ -41,15 +41,17 @@ def plain_record(record, where, template, verdicts, ignored):
     Raises Refused if the record is of no form above, or if something that is asked would be lost."""
     if not isinstance(record, dict):
         raise Refused(f"{where} is not a JSON object")
-    rest = {key: value for key, value in record.items() if value not in (None, [], {})}
+    rest = {key: value for key, value in record.items() if value is not None}
+    if {"chosen", "rejected"} & {*rest} and rest.keys().isdisjoint((*SAID, *CHATS)):
+        advice = "no preferences are learned: rename 'chosen' to 'completion' to learn it"
+        raise Refused(f"{where} is a pair of 'chosen' and 'rejected' without an output; {advice}")
     aside = unlearned(rest, (*verdicts, "weight"), where)
-    chat = next((key for key in CHATS if key in rest), None)
-    if chat is None:
-        plain = from_texts(rest, record, where, ignored)
-    else:
-        turns = rest.pop(chat)
-        plain = from_chat(chat_of(turns, f"{where}: {chat}", ignored), rest, where, ignored)
+    turns, name = take_chat(rest)
+    if name:
+        plain = from_chat(chat_of(turns, f"{where}: {name}", ignored), rest, where, ignored)
         aside = aside or unlearned({**turns[-1]}, FLAGS, f"{where}: the last message")
+    else:
+        plain = from_texts(rest, where, ignored)
     plain |= {"kind": rest.pop("kind")} if "kind" in rest else {}
     history = plain.get("history", [])
     system = next((key for key in SYSTEM if key in rest), None)
@@ -75,33 +77,37 @@ def own_record(record, where, template):
     return checked(plain, where, template)
 
 
-def from_texts(rest, record, where, ignored):
-    """Take a plain record out of `rest`, whose question and answer are two texts, or two lists of messages.
-    A null in the place of either is an empty text."""
-    asked, said = (
-        next((key for key in keys if key in rest), next((key for key in keys if key in record), None))
-        for keys in (ASKED, SAID)
-    )
-    asked = asked or ("input" if "input" in rest else ASKED[0])
-    values = [rest.pop(key, "" if key in record and record[key] is None else None) for key in (asked, said)]
-    if said not in record and {"chosen", "rejected"} & {*rest}:
-        advice = "no preferences are learned: rename 'chosen' to 'completion' to learn it"
-        raise Refused(f"{where} is a pair of 'chosen' and 'rejected' without an output; {advice}")
-    if any(isinstance(value, list) for value in values):
-        sides = zip((asked, said or SAID[0]), ("user", "assistant"), values)
-        both = [
-            value if isinstance(value, list) else [{"role": role, "content": value}]
-            for _, role, value in sides
-        ]
-        return from_chat(chat_of(both[0] + both[1], f"{where}: {asked}", ignored), rest, where, ignored)
-    said = said or ("completion" if asked == "prompt" else SAID[0])
-    for key, value in zip((asked, said), values):
-        if not isinstance(value, str):
-            known = {*ASKED, *SAID, *CHATS, *GIVEN} & {*record}
-            hint = "" if known else f", and none of the keys {', '.join((*ASKED[1:], *CHATS[:2]))}"
+def names_of(rest):
+    """Return the keys under which a record has its question and its answer, or should have them."""
+    asked = next((key for key in (*ASKED, "input") if key in rest), ASKED[0])
+    return asked, next((key for key in SAID if key in rest), "completion" if asked == "prompt" else SAID[0])
+
+
+def take_chat(rest):
+    """Take the messages out of a record. -> (messages, what they are called), or (None, None) if it has none.
+    Where the question or the answer alone is a list of messages, the other one is a message, too."""
+    for key in CHATS:
+        if key in rest:
+            return from_json(rest.pop(key)), key
+    names = names_of(rest)
+    if not any(isinstance(rest.get(key), list) for key in names):
+        return None, None
+    sides = [(role, rest.pop(key, None)) for role, key in zip(("user", "assistant"), names)]
+    sides = [side if isinstance(side, list) else [{"role": role, "content": side}] for role, side in sides]
+    return sides[0] + sides[1], " and ".join(names)
+
+
+def from_texts(rest, where, ignored):
+    """Take a plain record out of `rest` whose question and answer are texts."""
+    asked, said = names_of(rest)
+    for key in (asked, said):
+        if not isinstance(rest.get(key), str):
+            hint = f" (it has {', '.join(map(ascii, rest))[:80]})" if key not in rest and rest else ""
             raise Refused(f"{where} has no text under {key!r}{hint}")
-    plain = {"instruction": values[0], "output": values[1]}
-    if given := next((key for key in GIVEN if key in rest), None):
+    plain = {"instruction": rest.pop(asked), "output": rest.pop(said)}
+    if given := next(
+        (key for key in GIVEN if rest.get(key)), next((key for key in GIVEN if key in rest), None)
+    ):
         plain["input"] = rest.pop(given)
         if not isinstance(plain["input"], str):
             raise Refused(f"{where} has something other than text under {given!r}")
@@ -122,7 +128,7 @@ def from_chat(turns, rest, where, ignored):
     *history, prompt, response = turns
     for key in response.keys() & {*KEPT[1:]}:
         raise Refused(f"{where}: the answer has {key!r}: only its content is learned, so write it there")
-    ignored |= {f"{key} of the last messages" for key in (prompt.keys() | response.keys()) & {*KEPT}}
+    ignored.update(f"{key} of the last messages" for key in {*prompt, *response} & {*KEPT})
     plain = {"instruction": prompt["content"], "output": response["content"]}
     return plain | ({"history": history} if history else {})
 
@@ -130,7 +136,7 @@ def from_chat(turns, rest, where, ignored):
 def chat_of(turns, where, ignored):
     """Return messages in one form: role, content, and what else a template may write."""
     if not isinstance(turns, list) or not turns:
-        raise Refused(f"{where}: {ascii(turns)[:60]} is not a list of messages")
+        raise Refused(f"{where}: {ascii(turns)[:60]} holds no messages")
     return [message_of(turn, f"{where}[{i}]", ignored) for i, turn in enumerate(turns)]
 
 
@@ -142,6 +148,8 @@ def message_of(turn, where, ignored):
     content = rest.pop("content", rest.pop("value", None))
     if role in CALLS:
         rest["tool_calls"], content, role = content, "", "assistant"
+    if role is None:
+        raise Refused(f"{where}: 'role' is missing (it has {', '.join(map(ascii, turn))[:80]})")
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(dict.fromkeys(ROLES.values()))
         raise Refused(f"{where}: role: {ascii(role)[:40]} is none of {known}")
@@ -152,8 +160,8 @@ def message_of(turn, where, ignored):
         rest["tool_calls"], content = calls_of(rest["tool_calls"], where), content or ""
     if content is None:
         raise Refused(f"{where}: 'content' is missing")
-    ignored |= {f"{key} of messages" for key in rest.keys() - {*KEPT, *FLAGS}}
-    kept = {key: rest[key] for key in KEPT if key in rest}
+    ignored.update(f"{key} of messages" for key in rest.keys() - {*KEPT, *FLAGS})
+    kept = {key: rest[key] for key in KEPT if rest.get(key)}
     for key in kept.keys() - {"tool_calls"}:
         if not isinstance(kept[key], str):
             raise Refused(f"{where} has something other than text under {key!r}")
@@ -226,13 +234,16 @@ def check_rest(rest, plain, where, ignored):
     """Look at the keys that were not used. Raises Refused if one of them changes what is asked."""
     asked = [plain["instruction"], plain.get("input", ""), *(m["content"] for m in plain.get("history", ()))]
     for key, value in rest.items():
+        if value in ("", [], {}):
+            continue
         if value and key in LOST_IN_RECORD:
             raise Refused(f"{where} has {key!r}, which would be lost: {LOST_IN_RECORD[key]}")
         if key in (*ASKED, *GIVEN, *SYSTEM, "history"):  # it may repeat what is asked, or hold it whole
             text = value.strip() if isinstance(value, str) else None
-            if text is None or not any(text in part for part in asked) and asked[0].strip() not in text:
+            whole = key in ASKED and text and asked[0].strip() in text
+            if text is None or not whole and not any(text in part for part in asked):
                 raise Refused(f"{where} has {key!r} beside what is asked, and it would be lost: put it there")
-    ignored |= rest.keys()
+        ignored.add(key)
 
 
 def checked(plain, where, template):

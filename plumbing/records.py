@@ -186,8 +186,9 @@ def load_data(args, tokenizer):
     if held is source:
         used = [(source, used[0][1] | used[1][1])]
     if not examples or not val:
-        why = "; all ask the same, and no prompt is on both sides" * (len(answers) == 1 and not val_path)
-        why += "" if val_path else "; --val-data FILE takes the validation from another file"
+        why = "; --val-data FILE takes the validation from another file" if val and not val_path else ""
+        if why and len(answers) == 1 < len(source.records):
+            why = "; all ask the same, and no prompt is on both sides: name others with --val-data FILE"
         lines = "; ".join(file.account(**counts) for file, counts in used)
         raise Refused(f"no usable records for {'validation' if examples else 'training'}: {lines}{why}")
     for file, counts in used:
