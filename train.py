@@ -56,7 +56,7 @@ from plumbing.backbone import hub_or_cache, pick_device
 from plumbing.command import number, Parser, provenance, run_program
 from plumbing.files import atomic, check_name, put_aside, validate
 from plumbing.processes import any_process, first_alone, rank_and_size, sum_over_processes
-from plumbing.prompts import encode
+from plumbing.prompts import asks_for_day, encode
 from plumbing.records import read_records
 from field import CoordinateDynamics, Region, WeightField, lock_loss, sample_anchors, separation_loss
 from field import take_snapshot, top_k_gating
@@ -191,7 +191,7 @@ def fill_in(args, run):
 # ------------------------------------------------------------------------------------------------------- data
 
 
-def take_usable(records, tokenizer, count, max_len, template):
+def take_usable(records, tokenizer, count, max_len, template, day):
     """The first `count` usable records, their encoding, and what was passed over: (records, examples,
     note)."""
     kept, examples, empty, long = [], [], 0, 0
@@ -199,7 +199,7 @@ def take_usable(records, tokenizer, count, max_len, template):
         if not record["instruction"].strip() or not record["output"].strip():
             empty += 1
             continue
-        example = encode(record, tokenizer, template)
+        example = encode(record, tokenizer, template, day)
         if len(example[0]) + len(example[1]) > max_len:
             long += 1
             continue
@@ -241,7 +241,7 @@ def load_data(args, tokenizer):
     else:
         cut = max(1, min(args.val_examples, len(records) // 10))
         val, records = records[:cut], records[cut:]
-    how = args.max_len, args.template
+    how = args.max_len, args.template, getattr(args, "day", None)
     val, _, val_note = take_usable(val, tokenizer, args.val_examples, *how)
     _, examples, note = take_usable(records, tokenizer, args.examples, *how)
     if not examples or not val:
@@ -619,10 +619,13 @@ def run_task(run, args):
                 f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out"
             )
     else:
+        if asks_for_day(tokenizer, args.template):  # else it is no setting: two days give the same bits
+            args.day = run.day
         examples, val = load_data(args, tokenizer)
         if run.tasks:
             measure_last(run, backbone, tokenizer)
-        run.manifest["settings"] = {key: getattr(args, key) for key in FIXED_BY_FIRST_TASK}
+        fixed = (*FIXED_BY_FIRST_TASK, "day")
+        run.manifest["settings"] = {key: getattr(args, key) for key in fixed if hasattr(args, key)}
         model = run.open_model(backbone, tokenizer)
         if args.checkpointing:
             model.checkpoint()
