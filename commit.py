@@ -72,7 +72,7 @@ from plumbing.processes import first_alone
 from plumbing.command import Parser, number, run_program
 from plumbing.files import NAME, SHA, atomic, atomic_folder, check_name, put_aside, read_json, refuse_constant
 from plumbing.files import validate
-from plumbing.prompts import pad_of
+from plumbing.prompts import pad_of, today
 from plumbing.records import read_records
 
 # ---------------------------------------------------------------------------- what is on disk, and reading it
@@ -87,6 +87,7 @@ SETTINGS = {"rank": COUNT, "alpha": NOT_NEGATIVE, "coord_dim": COUNT, "pool": ("
             "probe": ("bare", "adapted"), "fixed_coordinate": bool,
             "template": ("alpaca", "chat")}  # options that a run's first task fixes
 OLD_SETTINGS = {key: form for key, form in SETTINGS.items() if key != "template"}  # alpaca it was
+DATED_SETTINGS = SETTINGS | {"day": re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)}  # the chat template asks for it
 ENTRY = {"hash": SHA, "task": NAME, "lock": ("first", "exact", "soft", "none"), "date": DATE}
 DRIFT = ("inside_at_commit", "inside_now", "moved", "spread", "lock_loss", "top_k_kept")
 PERPLEXITIES, COUNTS = {NAME: POSITIVE}, {NAME: {NAME: COUNT_OR_0}}
@@ -95,8 +96,8 @@ RESULT = {"task": NAME, "version": SHA, "base": PERPLEXITIES, "stored": PERPLEXI
           "gating": {NAME: {"sets": POSITIVE, "bases": POSITIVE}},
           "drift": {NAME: dict.fromkeys(DRIFT, NOT_NEGATIVE)}}
 MANIFEST = {"format": 1, "backbone": (None, {"name": str, "fingerprint": SHA}),
-            "settings": ({}, OLD_SETTINGS, SETTINGS), "versions": [ENTRY], "results": [RESULT],
-            "compositions": [{**ENTRY, "lock": "composed"}]}
+            "settings": ({}, OLD_SETTINGS, DATED_SETTINGS, SETTINGS), "versions": [ENTRY],
+            "results": [RESULT], "compositions": [{**ENTRY, "lock": "composed"}]}
 VERSION = {"task": NAME, "lock": ENTRY["lock"], "reads": [SHA], "writes": COUNT, "top_k": COUNT, "n": COUNT,
            "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, str)}}
 COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
@@ -435,6 +436,13 @@ class Run:
         """How prompts are written, see `prompt_of`."""
         return self.manifest["settings"]["template"]
 
+    @property
+    def day(self):
+        """The day that a chat template is told if it asks, on whatever day that is: when the run's first task
+        began or, in an older run folder, was committed."""
+        first = self.manifest["versions"][0]["date"][:10] if self.tasks else today()
+        return self.manifest["settings"].get("day", first)
+
     def path(self, digest):
         """The file of a version."""
         return self.folder / "versions" / f"{digest}.safetensors"
@@ -500,9 +508,9 @@ class Run:
         if not earlier:
             (rank, _), d = next(iter(version.shapes.values())), len(version.region.mean)
             fixed = version.dynamics.fixed
-            made = {"template": "alpaca", **version.config}
+            made = {"template": "alpaca", "day": self.manifest["versions"][0]["date"][:10], **version.config}
             made |= {"rank": rank, "coord_dim": d, "fixed_coordinate": fixed}
-            for key, value in self.manifest["settings"].items():
+            for key, value in {**self.manifest["settings"], "day": self.day}.items():
                 if made.get(key) != value:
                     raise Refused(f"{self.manifest_file}: settings: {key} {value}, not {made.get(key)}")
         return version

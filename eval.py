@@ -4,13 +4,16 @@
     python eval.py --exact-match                     # greedy answers to the validation prompts, per kind
     python eval.py --prompt "Name three fruits."     # routed: says which version answered, and how sure it is
     python eval.py --talk                            # the same, prompt after prompt; /versions, /use NAME ...
+    python eval.py --talk --system "Be brief."       # with a system message, in a run with --template chat
     python eval.py --version alpaca code AB          # every task under these; with --prompt: ask the first
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
 
 Forgetting has two parts and every table prints both. *Stored*: the right version is given, so what is lost
 was overwritten. *Routed*: the coordinate decides, as it must when nobody says which task a prompt belongs to.
-Perplexity is over response tokens, EOS included, of the validation records kept in the run folder.
+Perplexity is over response tokens, EOS included, of the validation records kept in the run folder. What a
+chat template writes into an answer, such as the tags of an empty thought, is part of the response: it is
+trained, generated, counted in perplexity and compared in an exact match.
 
 Held here: sections 5.2 and 5.3 of the NIWF paper. Departure: its tables have the stored figure only.
 """
@@ -39,7 +42,7 @@ from plumbing.backbone import pick_device
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.files import atomic
 from plumbing.processes import rank_and_size, sum_over_processes
-from plumbing.prompts import text_of, encode, end_token, prompt_ids, prompt_of
+from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
 from field import take_snapshot, top_k_gating
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
@@ -71,7 +74,7 @@ def probe_all(model, examples, pool, gating=None, split=True):
 def validation_set(run, model, tokenizer, task):
     """A task's validation examples, in the order that every measurement takes them in batches, their h_bar,
     and the h_bar that routes them: of the prompt alone, as a prompt comes without its response."""
-    examples = [encode(r, tokenizer, run.template) for r in run.validation(task)]
+    examples = [encode(r, tokenizer, run.template, run.day) for r in run.validation(task)]
     examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
     gating, pool = run.probe_gating(), run.manifest["settings"]["pool"]
     routes = h_bar = probe_all(model, examples, "prompt", gating)
@@ -259,31 +262,32 @@ def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128
     """Greedy, routed answers to a batch of prompts: instructions, or records with instruction and input.
     outside: see `Run.routed`. -> texts, Route; `run.tasks[i]` for i in its `choice` are who answered, its
     `probability` is how sure that is."""
-    ids = [prompt_ids(p, tokenizer, run.template) for p in prompts]
+    ids = [prompt_ids(p, tokenizer, run.template, run.day) for p in prompts]
     gating, found = run.routed(model.probe(ids, run.probe_gating()), outside)
-    new = model.generate(ids, gating, end_token(tokenizer, run.template), max_new_tokens)
+    new = model.generate(ids, gating, stop_ids(model.backbone, tokenizer, run.template), max_new_tokens)
     return [text_of(tokenizer, row) for row in new], found
 
 
 def exact_match(run, model, tokenizer, args):
-    """Share of validation prompts whose greedy, routed answer is the reference, to the letter. Prints a line
-    for each kind of instruction (a record's "kind"; a record without one counts under its task). -> {task:
-    {kind: [right, of]}}"""
-    shares = {}
+    """Share of validation prompts whose greedy, routed answer is the text that is trained, to the letter.
+    Prints a line for each kind of instruction (a record's "kind"; a record without one counts under its
+    task). -> {task: {kind: [right, of]}}"""
+    shares, written = {}, (tokenizer, run.template, run.day)
     for task in run.tasks:
-        length = lambda r: len(prompt_of(r, tokenizer, run.template))
+        length = lambda r: len(prompt_of(r, *written))
         records = sorted(run.validation(task), key=length)
         kinds, answers = collections.defaultdict(lambda: [0, 0]), []
         for (batch,) in batches(records, size=4 * EVAL_BATCH):
             texts, found = answer(run, model, tokenizer, batch, args.outside, args.max_new_tokens)
             answers += zip(batch, texts, found.choice.tolist())
         for i, (record, text, choice) in enumerate(answers):
-            right = text.strip() == record["output"].strip()
+            wanted = text_of(tokenizer, encode(record, *written)[1])
+            right = text.strip() == wanted.strip()
             count = kinds[record.get("kind", task)]
             count[0], count[1] = count[0] + right, count[1] + 1
             if args.exact_match and i % max(1, len(records) // args.exact_match) == 0:
                 asked = record["instruction"] + (f" | {record['input']}" if record.get("input") else "")
-                wrong = "" if right else f"   expected {record['output']!r}"
+                wrong = "" if right else f"   expected {wanted!r}"
                 print(f"[{run.tasks[choice]}] {asked}\n    {text!r}{wrong}")
         right, n = (sum(c) for c in zip(*kinds.values()))
         print(f"\n{task}: {right} of {n} answers exactly right ({100 * right / n:.1f} %)")
@@ -322,7 +326,7 @@ def pieces(tokenizer, steps):
 def answer_prompt(run, model, tokenizer, args, choose, prompt, asked=None):
     """Print the answer to one prompt as it comes; then say which version gave it, and how sure the routing
     is. asked: what `gating_by_name` made of a name, or BARE; None: routed."""
-    ids = [prompt_ids(prompt, tokenizer, run.template)]
+    ids = [prompt_ids(prompt, tokenizer, run.template, run.day)]
     h_bar = model.probe(ids, run.probe_gating())
     if asked:
         version, gating = asked[0], asked[1](h_bar)
@@ -333,8 +337,8 @@ def answer_prompt(run, model, tokenizer, args, choose, prompt, asked=None):
         by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
         note = f"{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; "
         note += f"the coordinate is {'inside' if home else 'outside'} it"
-    end = end_token(tokenizer, run.template)
-    steps = model.stream(ids, gating, end, args.max_new_tokens, choose)
+    ends = stop_ids(model.backbone, tokenizer, run.template)
+    steps = model.stream(ids, gating, ends, args.max_new_tokens, choose)
     with contextlib.closing(steps):
         for piece in pieces(tokenizer, steps):
             print(piece, end="", flush=True)
@@ -342,11 +346,13 @@ def answer_prompt(run, model, tokenizer, args, choose, prompt, asked=None):
 
 
 BARE = None, lambda h_bar: None
-COMMANDS = "/versions, /use NAME, /auto, /base or /quit"
+COMMANDS = "/versions, /use NAME, /auto, /base, /system TEXT or /quit"
 
 
-def talk(run, ask, asked=None):
-    """Answer one line of input after another, until there is none. ask(prompt, asked): `answer_prompt`."""
+def talk(run, ask, history_of, system="", asked=None):
+    """Answer one line of input after another, until there is none. ask(prompt, asked): `answer_prompt`;
+    history_of(system): `system_message`."""
+    history = history_of(system)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     for end in (sys.stdin, sys.stdout):
         end.reconfigure(errors="replace")  # bytes that are no text are no reason to stop
@@ -366,10 +372,12 @@ def talk(run, ask, asked=None):
                 asked = gating_by_name(run, name.strip())
             elif command in ("/auto", "/base"):
                 asked = BARE if command == "/base" else None
+            elif command == "/system":
+                history = history_of(name.strip())
             elif command.startswith("/"):
                 raise Refused(f"{command}: no such command; say {COMMANDS}")
             elif line:
-                ask(line, asked)
+                ask({"instruction": line, "history": history}, asked)
                 print()
         except (Refused, torch.OutOfMemoryError) as e:
             print(f"[{Refused(e)}]")
@@ -473,6 +481,7 @@ def parse_options(argv=None):
     add("--prompt", help="an instruction to answer, instead of measuring")
     add("--input", default="", help="the input that goes with --prompt")
     add("--talk", action="store_true", help="answer what is typed or piped in, line after line")
+    add("--system", default="", metavar="TEXT", help="the system message that goes before either")
     add("--max-new-tokens", type=number(int, 1, 10**6), default=128, help="where an answer is cut off")
     about = "draw the answers to --prompt and --talk at this temperature; 0: take the likeliest tokens"
     add("--temperature", type=number(float, 0, 100), default=0.0, help=about)
@@ -487,6 +496,8 @@ def parse_options(argv=None):
         p.error("--prompt and --talk go with one run folder")
     if args.temperature and not asks:
         p.error("--temperature goes with --prompt or --talk: what is measured is greedy")
+    if args.system and not asks:
+        p.error("--system goes with --prompt or --talk")
     if args.top_p < 1 and not args.temperature:
         p.error("--top-p goes with a --temperature")
     return args
@@ -514,9 +525,12 @@ def main(argv=None):
             choose = sampler(args.temperature, args.top_p, args.seed)
             ask = functools.partial(answer_prompt, run, model, tokenizer, args, choose)
             asked = gating_by_name(run, args.version[0]) if args.version else None
+            how = {"tokenizer": tokenizer, "template": run.template, "day": run.day}
+            history_of = functools.partial(system_message, **how)
             if args.talk:
-                return talk(run, ask, asked)
-            return ask({"instruction": args.prompt, "input": args.input}, asked)
+                return talk(run, ask, history_of, args.system, asked)
+            prompt = {"instruction": args.prompt, "input": args.input, "history": history_of(args.system)}
+            return ask(prompt, asked)
         outs.append(measure_run(run, model, tokenizer, args))
     if len(outs) > 1:
         if any(o["tasks"] != outs[0]["tasks"] for o in outs):

@@ -270,16 +270,17 @@ def sampler(temperature=0.0, top_p=1.0, seed=0):
 @torch.no_grad()
 def decode(backbone, pad_id, prompts, eos_id, max_new_tokens, choose=greedy):
     """Continue B prompts (token lists); `choose` makes tokens [B] of logits [B, V]. After each pass, one over
-    the prompts and then one a token, yields {row: token} of the rows that have not come to `eos_id`."""
+    the prompts and then one a token, yields {row: token} of the rows that have not come to `eos_id`, or to
+    one of them if it is a list."""
     ids, mask = pad_left(prompts, pad_id, device_of(backbone.get_input_embeddings()))
-    cache, open_rows = None, torch.ones(len(prompts), dtype=torch.bool)
+    cache, open_rows, ends = None, torch.ones(len(prompts), dtype=torch.bool), torch.tensor(eos_id)
     for _ in range(max_new_tokens):
         cached = {"past_key_values": cache, "use_cache": True}
         out = run_padded(backbone, ids, mask, logits_to_keep=1, **cached)
         cache, ids = out.past_key_values, choose(out.logits[:, -1]).to(mask.device)[:, None]  # ids [B, 1]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         tokens = ids[:, 0].cpu()
-        open_rows &= tokens != eos_id
+        open_rows &= ~torch.isin(tokens, ends)
         if not open_rows.any():
             return
         yield {row: int(tokens[row]) for row in open_rows.nonzero()[:, 0].tolist()}

@@ -53,6 +53,7 @@ from plumbing.command import number, Parser, provenance, run_program
 from plumbing.files import atomic, check_name, put_aside, validate
 from plumbing.processes import any_process, first_alone, rank_and_size, sum_over_processes
 from plumbing.records import load_data
+from plumbing.prompts import asks_for_day
 from field import CoordinateDynamics, Region, WeightField, lock_loss, sample_anchors, separation_loss
 from field import take_snapshot, top_k_gating
 
@@ -541,10 +542,13 @@ def run_task(run, args):
                 f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out"
             )
     else:
+        if asks_for_day(tokenizer, args.template):  # else it is no setting: two days give the same bits
+            args.day = run.day
         examples, val = load_data(args, tokenizer)
         if run.tasks:
             measure_last(run, backbone, tokenizer)
-        run.manifest["settings"] = {key: getattr(args, key) for key in FIXED_BY_FIRST_TASK}
+        fixed = (*FIXED_BY_FIRST_TASK, "day")
+        run.manifest["settings"] = {key: getattr(args, key) for key in fixed if hasattr(args, key)}
         model = run.open_model(backbone, tokenizer)
         if args.checkpointing:
             model.checkpoint()

@@ -1,74 +1,267 @@
-"""From a record to the tokens of a prompt and of its response, and back to text."""
+"""From a record to the tokens of a prompt and of its response, and back to text.
+
+Three rules hold for every template and tokenizer. What is trained is the tokens of the whole text, cut where
+the prompt ends. What a user wrote never becomes a control token, whatever it reads like. And a chat template
+that asks for the day is always told the run's, so that its text is the same tomorrow.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import re
+import types
+
+import tokenizers
+from transformers.utils import chat_template_utils
 
 from plumbing import Refused
+
+
+def today():
+    """The day that a chat template would be told now, in ISO's form."""
+    return chat_template_utils.datetime.now().strftime("%Y-%m-%d")
+
+
+def asks_for_day(tokenizer, template):
+    """Whether prompts depend on the day: no other template than the tokenizer's own can ask for it."""
+    return template == "chat" and "strftime_now" in str(tokenizer.chat_template)
+
+
+@contextlib.contextmanager
+def clock_at(day):
+    """Within this block chat templates are told midnight of `day`, or the present if it is None. transformers
+    passes plain data alone to a template, so its clock is what can be replaced."""
+    clock = chat_template_utils.datetime
+    if day is not None:
+        midnight = datetime.datetime.fromisoformat(day)
+        chat_template_utils.datetime = types.SimpleNamespace(now=lambda: midnight)
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
+
+
+LEAD = "@control-"  # of a stand-in; no template changes these characters, and JSON does not escape them
+STAND_IN = re.compile(f"{LEAD}([0-9]*)@")
+
+
+def control_tokens(tokenizer):
+    """{text: id} of the tokens that steer a model, such as the end of a turn."""
+    try:
+        added = tokenizer.added_tokens_decoder
+    except NotImplementedError:  # mistral-common's: it finds none in a text
+        return {}
+    return {t.content: i for i, t in added.items() if t.special and t.content}
+
+
+def one_of(texts):
+    """A pattern of any of these texts, the longest first, as tokenizers look for them."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def quoted(record, tokenizer):
+    """A record, or an instruction alone, with a stand-in for every control token in its texts: the user wrote
+    its name, and did not mean to steer. A stand-in holds the token's id; without one it is LEAD itself."""
+    ids = {**control_tokens(tokenizer), LEAD: ""}
+    pattern = one_of(ids)
+
+    def put(value):
+        if isinstance(value, str):
+            return pattern.sub(lambda found: f"{LEAD}{ids[found[0]]}@", value)
+        if isinstance(value, dict):
+            return {put(key): put(part) for key, part in value.items()}
+        return [put(part) for part in value] if isinstance(value, list) else value
+
+    return put({"instruction": record} if isinstance(record, str) else record)
+
+
+def unquote(text, tokenizer):
+    """Put the user's words back for the stand-ins."""
+    names = {str(i): name for name, i in control_tokens(tokenizer).items()} | {"": LEAD}
+    return STAND_IN.sub(lambda found: names[found[1]], text)
+
+
+@functools.lru_cache(maxsize=2)
+def renamed(tokenizer, edge):
+    """A copy of a tokenizer's backend whose control tokens have the names `edge` id `edge`, and no others. So
+    it reads their old names as text. Raises Refused if the backend cannot be copied so."""
+    refused = Refused("this backbone's tokenizer takes the name of a control token in a text for that token")
+    if not tokenizer.is_fast:
+        raise refused
+    about = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, names = about["model"], {t["content"]: t for t in about["added_tokens"] if t["special"]}
+    for token in names.values():
+        token["content"] = f"{edge}{token['id']}{edge}"
+    new = lambda name: names[name]["content"] if name in names else name
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {new(name): i for name, i in model["vocab"].items()}
+    else:  # Unigram has a list of names with their scores
+        model["vocab"] = [[new(name), score] for name, score in model["vocab"]]
+    if "merges" in model:  # none may make a token whose name is gone
+        model["merges"] = [m for m in model["merges"] if {*m, "".join(m)}.isdisjoint(names)]
+    if "unk_token" in model:
+        model["unk_token"] = new(model["unk_token"])
+    about |= dict.fromkeys(("post_processor", "truncation", "padding"))
+    copy = tokenizers.Tokenizer.from_str(json.dumps(about))
+    if any(copy.token_to_id(token["content"]) != token["id"] for token in names.values()):
+        raise refused
+    return copy
+
+
+def ids_of(text, tokenizer):
+    """The tokens of a text in which `quoted` put stand-ins: its control tokens are those of the template."""
+    if LEAD not in text:
+        return tokenizer(text, add_special_tokens=False).input_ids
+    ids = control_tokens(tokenizer)
+    edge = next(c for c in map(chr, range(0xFDD0, 0x110000)) if c not in text)
+    text = one_of(ids).sub(lambda found: f"{edge}{ids[found[0]]}{edge}", text)
+    return renamed(tokenizer, edge).encode(unquote(text, tokenizer), add_special_tokens=False).ids
 
 
 def messages_of(record):
     """A record's prompt as a chat. An input follows its instruction, after an empty line."""
     given = f"\n\n{record['input']}" if record.get("input") else ""
-    return [*record.get("history", ()), {"role": "user", "content": record["instruction"] + given}]
+    return [*(record.get("history") or ()), {"role": "user", "content": record["instruction"] + given}]
 
 
-def render_chat(messages, tokenizer, **how):
-    """The text that the tokenizer's chat template makes of messages. Refused: it has none, or that fails."""
+def render_chat(messages, tokenizer, day, **how):
+    """The text that the tokenizer's chat template makes of messages. Raises Refused if it has none, or if
+    that fails."""
     if not tokenizer.chat_template:
         raise Refused("--template chat: the backbone's tokenizer has no chat template; alpaca needs none")
     try:  # in a sandbox: a template is no code that could do more than write
-        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
+        with clock_at(day):
+            return tokenizer.apply_chat_template(messages, tokenize=False, **how)
     except Exception as e:  # a template raises what it likes
-        which = f"the chat that ends with {messages[-1]['content'][:40]!r}"
-        raise Refused(f"--template chat: the tokenizer's template cannot write {which} ({e})") from e
+        which, why = f"the chat that ends with {said(messages, tokenizer)!r}", unquote(str(e), tokenizer)
+        raise Refused(f"--template chat: the tokenizer's template cannot write {which} ({why})") from e
 
 
-def render_answer(messages, answer, tokenizer):
-    """The text that continues a chat's prompt: the answer, and what ends it. Refused: see `render_chat`; with
-    the answer the template writes the prompt differently, so that what is trained is not what is asked."""
-    prompt = render_chat(messages, tokenizer, add_generation_prompt=True)
-    whole = render_chat([*messages, {"role": "assistant", "content": answer}], tokenizer)
+def said(messages, tokenizer):
+    """The beginning of the last message, to name a chat by."""
+    return unquote(messages[-1]["content"], tokenizer)[:40]
+
+
+def render_prompt(record, tokenizer, template, day):
+    """The text of a record's prompt. Raises Refused as `render_chat` does, and if the template alpaca has no
+    place for all of the record."""
+    messages = messages_of(record)
+    if template == "chat":
+        how = {"tools": record.get("tools") or None, "add_generation_prompt": True}
+        return render_chat(messages, tokenizer, day, **how)
+    if kept := next((key for key in ("history", "tools") if record.get(key)), None):
+        asked = said(messages, tokenizer)
+        raise Refused(f"{asked!r} has {kept}, which alpaca has no place for: --template chat takes it")
+    given = f"\n\n### Input:\n{record['input']}" if record.get("input") else ""
+    return f"### Instruction:\n{record['instruction']}{given}\n\n### Response:\n"
+
+
+def render_answer(record, prompt, tokenizer, template, day):
+    """The text that follows a record's prompt: the answer, and what a chat template adds to it. Raises
+    Refused as `render_chat` does, and if with the answer the template writes the prompt differently, so that
+    what is trained would not be what is asked."""
+    if template == "alpaca":
+        return record["output"]
+    messages = [*messages_of(record), {"role": "assistant", "content": record["output"]}]
+    whole = render_chat(messages, tokenizer, day, tools=record.get("tools") or None)
     if not whole.startswith(prompt):
-        asked = messages[-1]["content"][:40]
+        asked = said(messages[:-1], tokenizer)
         raise Refused(f"--template chat: the template writes {asked!r} otherwise once it is answered")
     return whole[len(prompt) :]
 
 
 def end_token(tokenizer, template):
-    """The id that ends a response: EOS, or what a chat template ends an assistant's turn with. Refused: that
-    is no token of its own, so that generation could not stop at it."""
+    """The id that ends a response: EOS, or what a chat template ends an assistant's turn with. Raises Refused
+    if that is no token of its own, so that generation could not stop at it."""
     if template == "alpaca":
         return tokenizer.eos_token_id
-    said = "Hello."
-    ending = render_answer([{"role": "user", "content": said}], said, tokenizer).rpartition(said)[2]
-    for token in tokenizer(ending, add_special_tokens=False).input_ids:
-        if token in tokenizer.added_tokens_decoder:
-            return token
-    raise Refused(f"--template chat: the template ends an answer with {ending!r}: no special token")
+    chat = [{"role": role, "content": "Hello."} for role in ("system", "user", "assistant")]
+    for messages in (chat[1:], chat):  # some templates cannot do without a system message
+        with contextlib.suppress(Refused):
+            ending = render_chat(messages, tokenizer, None).rpartition("Hello.")[2]
+            break
+    else:
+        raise Refused("--template chat: the tokenizer's template cannot write a prompt and its answer")
+    found, control = ids_of(ending, tokenizer), control_tokens(tokenizer).values()
+    added = [t for t in found if t in control] or [t for t in found if t in tokenizer.added_tokens_decoder]
+    if not added:
+        raise Refused(f"--template chat: the template ends an answer with {ending!r}: no special token")
+    return added[0]
 
 
-def prompt_of(record, tokenizer, template):
+def stop_ids(backbone, tokenizer, template):
+    """The ids at which an answer ends: the token that ends a trained one, and those that the backbone's
+    generation_config names, since transformers' `generate` stops there, too."""
+    named = backbone.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return sorted({end_token(tokenizer, template), *named} - {None})
+
+
+def system_message(text, tokenizer, template, day):
+    """The history of a prompt that has a system message; "" is none. Raises Refused if the template has no
+    place for one."""
+    if text and template == "alpaca":
+        raise Refused("the template alpaca has no place for a system message: --template chat takes it")
+    history = [{"role": "system", "content": text}] if text else []
+    alone = None
+    with contextlib.suppress(Refused):  # a template may insist on a system message
+        alone = prompt_of(text, tokenizer, template, day)
+    if text and prompt_of({"instruction": text, "history": history}, tokenizer, template, day) == alone:
+        raise Refused("--template chat: the tokenizer's template leaves a system message out")
+    return history
+
+
+def prompt_of(record, tokenizer, template, day=None):
     """The text of the prompt of a record, or of an instruction alone. template "alpaca": Alpaca's without its
     preamble, which says the same before every instruction. "chat": the tokenizer's chat template, up to where
-    the answer begins."""
-    record = {"instruction": record} if isinstance(record, str) else record
+    the answer begins. day: what a chat template is told that asks for it (ISO); None is today."""
+    return unquote(render_prompt(quoted(record, tokenizer), tokenizer, template, day), tokenizer)
+
+
+def first_ids(tokenizer, template):
+    """What begins every prompt, BOS mostly. A chat template writes that itself. What a tokenizer puts after a
+    text, as some put EOS, has no place in a prompt: nothing would be left to say."""
     if template == "chat":
-        return render_chat(messages_of(record), tokenizer, add_generation_prompt=True)
-    given = f"\n\n### Input:\n{record['input']}" if record.get("input") else ""
-    return f"### Instruction:\n{record['instruction']}{given}\n\n### Response:\n"
+        return []
+    alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    return whole[: next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)]
 
 
-def prompt_ids(record, tokenizer, template):
-    """Its tokens. A chat template writes the token that begins a sequence itself."""
-    text = prompt_of(record, tokenizer, template)
-    return tokenizer(text, add_special_tokens=template == "alpaca").input_ids
+def prompt_ids(record, tokenizer, template, day=None):
+    """The tokens of `prompt_of`."""
+    text = render_prompt(quoted(record, tokenizer), tokenizer, template, day)
+    return first_ids(tokenizer, template) + ids_of(text, tokenizer)
 
 
-def encode(record, tokenizer, template="alpaca"):
-    """A record as `read_records` gives it -> (prompt ids, response ids that end with `end_token`). Refused:
-    the chat template has no such token, or fails; see `render_answer`."""
-    prompt, end = prompt_ids(record, tokenizer, template), end_token(tokenizer, template)
+def following_ids(prompt, first, answer, tokenizer):
+    """The tokens of a text after a prompt, whose tokens are `first`: those of both together, without these.
+    Where one token would cover the end of the prompt and the beginning of the answer, they are those of the
+    answer alone; or, as SentencePiece begins every text with a space, of the answer after another text."""
+    both = ids_of(prompt + answer, tokenizer)
+    if both[: len(first)] == first:
+        return both[len(first) :]
+    text = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    for before in ("", "\n", "a", "."):
+        start, whole = ids_of(before, tokenizer), ids_of(before + answer, tokenizer)
+        rest = whole[len(start) :]
+        if start + rest == whole and text(first + rest) == text(both):
+            return rest
+    return ids_of(answer, tokenizer)
+
+
+def encode(record, tokenizer, template="alpaca", day=None):
+    """A record as `read_records` gives it -> (prompt ids, response ids that end with `end_token`). All that a
+    chat template writes into an answer, the tags of an empty thought say, belongs to the response. Raises
+    Refused as `render_prompt`, `render_answer` and `end_token` do, and if the answer does not end with that
+    token."""
+    record = quoted(record, tokenizer)
+    prompt = render_prompt(record, tokenizer, template, day)
+    answer, first = render_answer(record, prompt, tokenizer, template, day), ids_of(prompt, tokenizer)
+    response, end = following_ids(prompt, first, answer, tokenizer), end_token(tokenizer, template)
+    prompt = first_ids(tokenizer, template) + first
     if template == "alpaca":
-        return prompt, tokenizer(record["output"], add_special_tokens=False).input_ids + [end]
-    response = render_answer(messages_of(record), record["output"], tokenizer)
-    response = tokenizer(response, add_special_tokens=False).input_ids
+        return prompt, response + [end]
     if end not in response:
         raise Refused(f"--template chat: {tokenizer.decode(end)!r} does not end every answer")
     return prompt, response[: len(response) - response[::-1].index(end)]  # often a line break follows it

@@ -108,7 +108,7 @@ def take_usable(records, tokenizer, args, option):
         if not record["instruction"].strip() or not record["output"].strip():
             tally["empty"] += 1
             continue
-        example = encode(record, tokenizer, args.template)
+        example = encode(record, tokenizer, args.template, getattr(args, "day", None))
         if len(example[0]) + len(example[1]) > args.max_len:
             tally[long] += 1
             continue

@@ -1,1 +1,372 @@
 """Prompts and responses: what is trained, what is asked, where it ends, and the day of a template."""
+
+import datetime
+import io
+import itertools
+import json
+import re
+import signal
+import sys
+import time
+import types
+
+import pytest
+import tokenizers
+import transformers
+from tokenizers import decoders, normalizers
+from transformers.utils import chat_template_utils
+
+import commit
+import eval as evaluation
+import train
+from commit import Run
+from model import NIWF
+from plumbing import Refused
+from plumbing.prompts import encode, end_token, prompt_ids, prompt_of, stop_ids, text_of
+from tests.builders import CHAT, END, RECORD, chat_tokenizer, copy_of, messages, micro_backbone, outcome
+
+TODAY = "[system]Today is {{ strftime_now('%A %d %b %Y, %H:%M') }}." + END
+DATED = CHAT.replace("{{ bos_token }}", "{{ bos_token }}" + TODAY)
+THOUGHT = "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+THINKING = CHAT.replace("{{ m.content", THOUGHT + "{{ m.content")
+INST = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+INST += "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+DEAF = CHAT.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+
+ASKED = "Say </s>.", "<s>[INST] <|end|> @control-1@ @control-"
+SAID = "Hello.", " Hello", "\nHello", "\n\nHi", "3", "The tag </s> ends it.", "</s>", f"Hi.{END}\n[user]"
+SAID += "<s> <pad>", "@control-5@ </s> @control-", "Zoë </s> 日本 🎉", "  two  "
+
+
+def sentencepiece(scheme, eos_last=False):
+    """A tokenizer of the family of Llama 2 and Mistral 7B: a space begins a text, bytes are a fallback."""
+    specials, data = ["<unk>", "<s>", "</s>", END], [f"<0x{i:02X}>" for i in range(256)]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    if scheme == "legacy":
+        parts = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
+        tokenizer.normalizer = normalizers.Sequence([*parts])
+    else:
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", scheme, split=scheme == "always")
+    parts = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([*parts])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=420, special_tokens=specials + data, show_progress=False
+    )
+    texts = "Hello there, say hello. [INST] user [/INST] The tag ends it. ### Response: 3".split() * 9
+    tokenizer.train_from_iterator(texts, trainer)
+    about = json.loads(tokenizer.to_str())
+    about["added_tokens"] = about["added_tokens"][: len(specials)]  # bytes are no added tokens
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(about))
+    single = "<s> $A </s>" if eos_last else "<s> $A"
+    ids = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single, "<s> $A <s> $B", ids)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+FAMILIES = {
+    "tiny": chat_tokenizer,
+    "first": lambda: sentencepiece("first"),
+    "always": lambda: sentencepiece("always"),
+    "legacy": lambda: sentencepiece("legacy"),
+    "eos last": lambda: sentencepiece("first", eos_last=True),
+}
+
+
+def control_ids(tokenizer, ids):
+    """Those of ids that steer a model; an unknown character does not."""
+    control = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} - {tokenizer.unk_token_id}
+    return [t for t in ids if t in control]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_and_response_are_the_whole_text_cut(family):
+    """Without a word boundary between them, and without a control token that only the user's text names."""
+    tokenizer = FAMILIES[family]()
+    for template, asked, answer in itertools.product((None, CHAT, INST), ASKED, SAID):
+        tokenizer.chat_template, record = template, {"instruction": asked, "output": answer}
+        name = "chat" if template else "alpaca"
+        prompt, response = encode(record, tokenizer, name)
+        assert prompt == prompt_ids(record, tokenizer, name) and prompt[-1] != tokenizer.eos_token_id
+        assert response[-1] == end_token(tokenizer, name)
+        whole = f"<s>{prompt_of(record, tokenizer, 'alpaca')}{answer}</s>"
+        if template:
+            whole = tokenizer.apply_chat_template(messages(asked, answer), tokenize=False)
+            whole = whole.removesuffix("\n")  # after the end of the turn nothing is trained
+        decoded = tokenizer.decode(prompt + response, clean_up_tokenization_spaces=False)
+        begun = lambda text: re.sub(
+            rf"(^<s>|{re.escape(END)}) ", r"\1", text
+        )  # some begin each part with a space
+        assert begun(decoded) == begun(whole), (asked, answer)
+        assert len(control_ids(tokenizer, prompt + response)) == {None: 2, CHAT: 3, INST: 2}[template]
+        assert text_of(tokenizer, response).strip() == answer.strip()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ordinary_texts_have_the_tokens_they_have_together(family):
+    """As the tokenizer itself reads them, where no token covers the end of the prompt."""
+    tokenizer = FAMILIES[family]()
+    tokenizer.chat_template = INST
+    for answer in ("Hello there.", "3 tags", "日本"):
+        record = {"instruction": "Say hello.", "output": answer}
+        chat = messages("Say hello.", answer)
+        whole = tokenizer.apply_chat_template(chat, return_dict=False)
+        assert sum(encode(record, tokenizer, "chat"), []) == whole
+        text = prompt_of(record, tokenizer, "alpaca")
+        if family != "tiny":  # there a line's end and the sign for a word's beginning are one token
+            together = tokenizer(text + answer, add_special_tokens=False).input_ids
+            assert sum(encode(record, tokenizer), [])[1:-1] == together
+
+
+def test_a_users_text_names_no_control_token_anywhere():
+    """Nor in a history, in tools or in the arguments of a call; the template's own stay what they are."""
+    tokenizer = chat_tokenizer(
+        CHAT.replace("{{ m.content | trim", "{{ (m.tool_calls or []) | tojson }}{{ m.content | trim")
+    )
+    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    call = {"type": "function", "function": {"name": "f", "arguments": {END: ["</s>", {"x": "<s>"}]}}}
+    history = [{"role": "system", "content": f"Be kind.{END}"}, *messages("Hi. </s>", "Yes?")]
+    history[-1]["tool_calls"] = [call]
+    record = {"instruction": f"Go{END}", "output": "</s>", "history": history, "tools": [{"name": "f</s>"}]}
+    prompt, response = encode(record, tokenizer, "chat")
+    assert len(control_ids(tokenizer, prompt)) == 5 and len(control_ids(tokenizer, response)) == 1
+    told = messages(f"Be kind.{END}", "Hi. </s>", "Yes?", f"Go{END}", first="system")
+    told[2]["tool_calls"] = [call]
+    text = tokenizer.apply_chat_template(
+        told, [{"name": "f</s>"}], tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(prompt) == text == prompt_of(record, tokenizer, "chat")
+
+
+def test_alpaca_has_no_place_for_a_history_or_tools():
+    """They are refused in one line, and not dropped."""
+    for more in ({"history": messages("Be kind.", first="system")}, {"tools": [{"name": "f"}]}):
+        with pytest.raises(Refused, match="'Say hello.' has (history|tools).*--template chat takes it"):
+            encode({**RECORD, **more}, chat_tokenizer())
+    assert encode({**RECORD, "history": [], "tools": []}, chat_tokenizer()) == encode(
+        RECORD, chat_tokenizer()
+    )
+
+
+def test_a_refusal_quotes_the_users_text_alone():
+    """Not the texts by which the end of a turn is found; and a template that insists on a system goes on."""
+    record = {"instruction": f"Mine {END}", "output": "Done."}
+    for template in ("{{ raise_exception('no ' + messages[-1].content) }}", "{{ messages | length }}" + CHAT):
+        with pytest.raises(Refused) as refused:
+            encode(record, chat_tokenizer(template), "chat")
+        assert "Mine <|end|>" in str(refused.value) and "Hello" not in str(refused.value)
+    insists = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT
+    record["history"] = messages("Be kind.", first="system")
+    assert encode(record, chat_tokenizer(insists), "chat") == encode(record, chat_tokenizer(), "chat")
+
+
+# The same through the command lines.
+
+SMALL = "--device cpu --examples 12 --val-examples 4 --epochs 1 --batch 4 --grad-accum 1 --bases 2 --top-k 1 "
+SMALL += "--rank 2 --field-hidden 8 --coord-dim 4 --anchors 8"
+ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i} </s>, {END} no end."} for i in range(18)]
+
+
+@pytest.fixture
+def learn_by_chat(tmp_path):
+    """Train a task of ROWS, or of other rows, on a micro backbone with a chat template."""
+
+    def start(task, out, template=CHAT, *more, rows=ROWS):
+        folder = tmp_path / f"backbone {abs(hash(template))}"
+        if not folder.exists():
+            tokenizer = chat_tokenizer(template)
+            for part in (micro_backbone(len(tokenizer)), tokenizer):
+                part.save_pretrained(folder)
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        where = ["--task", task, "--backbone", folder, "--data", tmp_path / "rows.json", "--out", out]
+        more = [*more] if "--template" in more else ["--template", "chat", *more]
+        train.main([str(x) for x in [*where, *SMALL.split(), *more]])
+        return Run(out)
+
+    return start
+
+
+def set_clock(monkeypatch, *when):
+    """Let it be another time for chat templates, and for a run's date."""
+    now = datetime.datetime(*when)
+    monkeypatch.setattr(chat_template_utils, "datetime", types.SimpleNamespace(now=lambda: now))
+    text, fields = time.strftime, now.timetuple()
+    monkeypatch.setattr(time, "strftime", lambda form, *when: text(form, *when or [fields]))
+
+
+def identical(run):
+    return [of for row in run.manifest["results"] for of in row["identical"].values()]
+
+
+def test_a_run_keeps_the_day_of_its_first_task(learn_by_chat, tmp_path, monkeypatch, capsys):
+    """Another day and hour, a template gets that day: the bits, the routing and a killed training go on."""
+    out, answers, logits = tmp_path / "run", [], NIWF.logits
+    set_clock(monkeypatch, 2026, 11, 28, 9)
+    run = learn_by_chat("one", tmp_path / "whole", DATED)
+    assert run.manifest["settings"]["day"] == "2026-11-28" == run.head(run.find("one"))["config"]["day"]
+
+    def interrupted(*how):
+        signal.raise_signal(signal.SIGINT)
+        return logits(*how)
+
+    set_clock(monkeypatch, 2026, 11, 28, 22, 15)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt, match="saved at step 1 of"):
+        m.setattr(NIWF, "logits", interrupted)
+        learn_by_chat("one", out, DATED)
+    set_clock(monkeypatch, 2026, 11, 29, 0, 1)
+    learn_by_chat("one", out, DATED)
+    assert outcome(out) == outcome(run.folder)
+    for month in (1, 2):
+        capsys.readouterr()
+        evaluation.main(["--run", str(out), "--prompt", "Say 3.", "--max-new-tokens", "9"])
+        answers.append(capsys.readouterr().out)
+        set_clock(monkeypatch, 2027, month, 3, 4, 5)
+    assert answers[0] == answers[1]
+    rows = [{"instruction": f"Add {i}.", "output": f"{i + 1}"} for i in range(18)]
+    run = learn_by_chat("two", out, DATED, "--lock", rows=rows)
+    assert all(same == of for same, of in identical(run)) and len(identical(run)) == 3
+    old, new = ([row[key]["one"] for row in run.manifest["results"]] for key in ("routing", "inside"))
+    assert sum(old[0].values()) == sum(old[1].values()) and new[0]["one"] == new[1]["one"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.manifest["backbone"]["name"])
+    text = prompt_of("Hi.", tokenizer, "chat", run.day)
+    assert "Today is Saturday 28 Nov 2026, 00:00." in text
+
+
+def test_without_a_day_in_its_template_a_run_has_none(learn_by_chat, tmp_path, monkeypatch):
+    """So two days give the same versions."""
+    for how in (), ("--template", "alpaca"):
+        hashes = []
+        for day in (1, 2):
+            set_clock(monkeypatch, 2026, 5, day)
+            run = learn_by_chat("one", tmp_path / f"{day}{how}", CHAT, *how)
+            assert "day" not in run.manifest["settings"] | run.head(run.find("one"))["config"]
+            hashes.append(outcome(run.folder)[0])
+        assert hashes[0] == hashes[1]
+
+
+def test_a_run_folder_older_than_its_day_goes_on(learn_by_chat, tmp_path, monkeypatch):
+    """Its first version's date says which day it was."""
+    out = tmp_path / "run"
+    set_clock(monkeypatch, 2026, 11, 28, 9)
+    with monkeypatch.context() as m:
+        m.setattr(train, "asks_for_day", lambda *_: False)
+        learn_by_chat("one", out, DATED)
+    assert "day" not in Run(out).manifest["settings"]
+    set_clock(monkeypatch, 2026, 12, 24, 9)
+    run = learn_by_chat("two", out, DATED, "--lock")
+    assert run.day == "2026-11-28" and all(same == of for same, of in identical(run))
+    commit.main(["verify", "--run", str(out)])
+    lie = json.loads(run.manifest_file.read_text())
+    lie["settings"]["day"] = "2026-12-24"
+    run.manifest_file.write_text(json.dumps(lie))
+    with pytest.raises(Refused, match="settings: day 2026-12-24, not 2026-11-28"):
+        evaluation.main(["--run", str(out)])
+
+
+def test_runs_of_two_days_merge_where_the_first_is_one(learn_by_chat, tmp_path, monkeypatch):
+    """A branch keeps the day of its first version; a run that began on another day has another first one."""
+    set_clock(monkeypatch, 2026, 11, 28)
+    ours = learn_by_chat("one", tmp_path / "ours", DATED)
+    theirs = copy_of(ours.folder, tmp_path, "theirs")
+    set_clock(monkeypatch, 2026, 11, 29)
+    learn_by_chat("two", theirs, DATED, "--lock", rows=ROWS[:9] * 2)
+    other = learn_by_chat("one", tmp_path / "other", DATED)
+    commit.main(["merge", str(theirs), "--run", str(ours.folder)])
+    set_clock(monkeypatch, 2026, 11, 30)
+    evaluation.main(["--run", str(ours.folder), "--json", str(tmp_path / "e.json")])
+    same = json.loads((tmp_path / "e.json").read_text())["rows"][0]["identical"]
+    assert {*same} == {"one", "two"} and all(a == b for a, b in same.values())
+    with pytest.raises(Refused, match="no common first version"):
+        commit.main(["merge", str(other.folder), "--run", str(ours.folder)])
+
+
+@pytest.mark.parametrize("template", [None, CHAT, THINKING])
+def test_an_exact_match_compares_with_what_is_trained(learn_by_chat, tmp_path, monkeypatch, capsys, template):
+    """With the template's own tags, and without cutting an answer where it names a control token."""
+    how = ("--template", "alpaca") if template is None else ()
+    run = learn_by_chat("one", tmp_path / "run", template or CHAT, *how)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.manifest["backbone"]["name"])
+    trained = [encode(r, tokenizer, run.template) for r in run.validation("one")]
+    trained = {tuple(prompt): response[:-1] for prompt, response in trained}
+    monkeypatch.setattr(NIWF, "generate", lambda model, ids, *_: [trained[tuple(p)] for p in ids])
+    capsys.readouterr()
+    evaluation.main(["--run", str(run.folder), "--exact-match", "1"])
+    said = capsys.readouterr().out
+    assert "one: 1 of 1 answers exactly right" in said and "</s>, <|end|> no end.'" in said
+    assert ("<think>" in said) == (template == THINKING)
+
+
+def test_an_answer_stops_at_each_of_several_ends(learn_by_chat, tmp_path, monkeypatch, capsys):
+    """Those of generation_config and the one that was trained, of a version and of the bare backbone."""
+    run, backbone = learn_by_chat("one", tmp_path / "run"), micro_backbone(300)
+    tokenizer = chat_tokenizer()
+    assert stop_ids(backbone, tokenizer, "chat") == sorted({2, end_token(tokenizer, "chat")})
+    for named in (None, 7, [7, 9]):
+        backbone.generation_config.eos_token_id = named
+        more = [] if named is None else [7, 9] if named == [7, 9] else [7]
+        assert stop_ids(backbone, tokenizer, "alpaca") == sorted({tokenizer.eos_token_id, *more})
+    model, gone = NIWF(backbone, pad_id=0, rank=2), []
+    endless = model.generate([[5, 6]], None, -1, 12)[0]
+    for ends in ([endless[4]], [-1, endless[4]], [endless[4], -1]):
+        assert model.generate([[5, 6]], None, ends, 12)[0] == endless[: endless.index(endless[4])]
+    model.detach()
+    stream = lambda model, ids, gating, ends, *_: gone.append(ends) or nothing()
+    monkeypatch.setattr(NIWF, "stream", stream)
+    ask(monkeypatch, run, "Hi.\n/base\nHi.\n/use one\nHi.")
+    assert gone == [sorted({2, end_token(tokenizer, "chat")})] * 3
+
+
+def nothing():
+    """The tokens of an empty answer."""
+    yield from ()
+
+
+def ask(monkeypatch, run, lines, *more):
+    """Pipe lines into a talk."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    evaluation.main(["--run", str(run.folder), "--device", "cpu", "--talk", *more])
+
+
+def test_a_system_message_goes_before_a_prompt(learn_by_chat, tmp_path, monkeypatch, capsys):
+    """By --system and by /system, whose empty text takes it away; and its name of a token is text."""
+    run, asked = learn_by_chat("one", tmp_path / "run"), []
+    tokenizer = chat_tokenizer()
+
+    def stream(model, ids, *_):
+        asked.append(tokenizer.decode(ids[0], clean_up_tokenization_spaces=False))
+        assert len(control_ids(tokenizer, ids[0])) == asked[-1].replace("kind </s>", "").count("<")
+        return nothing()
+
+    monkeypatch.setattr(NIWF, "stream", stream)
+    plain, kind = (
+        f"<s>[user]Hi.{END}\n[assistant]",
+        f"<s>[system]Be kind </s>{END}\n[user]Hi.{END}\n[assistant]",
+    )
+    ask(monkeypatch, run, "Hi.\n/system Be kind </s>\nHi.\n/system\nHi.", "--system", "Be kind </s>")
+    evaluation.main(["--run", str(run.folder), "--prompt", "Hi.", "--system", "Be kind </s>"])
+    evaluation.main(["--run", str(run.folder), "--prompt", "Hi."])
+    assert asked == [kind, kind, plain, kind, plain]
+    with pytest.raises(SystemExit):
+        evaluation.main(["--run", str(run.folder), "--system", "Be kind."])
+    assert "--system goes with --prompt or --talk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", [None, NO_SYSTEM, DEAF])
+def test_a_system_message_without_a_place_is_refused(learn_by_chat, tmp_path, monkeypatch, capsys, template):
+    """In one line that quotes the user; the talk goes on without it."""
+    how = ("--template", "alpaca") if template is None else ()
+    run = learn_by_chat("one", tmp_path / "run", template or CHAT, *how)
+    monkeypatch.setattr(NIWF, "stream", lambda *_: nothing())
+    message = {None: "no place for a system", NO_SYSTEM: "'Be kind.' .no system", DEAF: "leaves a system"}[
+        template
+    ]
+    for more in (["--prompt", "Hi."], ["--talk"]):
+        with pytest.raises(Refused, match=message):
+            evaluation.main(["--run", str(run.folder), "--system", "Be kind.", *more])
+    capsys.readouterr()
+    ask(monkeypatch, run, "/system Be kind.\nHi.")
+    said = capsys.readouterr().out
+    assert said.count("[") == 2 and "% sure" in said and "Be kind" not in said.replace("'Be kind.'", "")
