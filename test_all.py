@@ -44,9 +44,10 @@ import train
 from commit import Run, Version
 from model import AdapterBank, attach, detach, NIWF, perplexity, response_logits, response_nll, sampler
 from plumbing import Refused
-from plumbing.backbone import find_targets, fingerprint, from_shape, load_backbone, pick_device, TINY_FOLDER
+from plumbing.backbone import fingerprint, from_shape, load_backbone, pick_device, TINY_FOLDER
 from plumbing.processes import ENDED
 from plumbing.prompts import encode, end_token
+from plumbing.targets import find_targets
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
 from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, grow, k_winners, smooth, unpack
 
