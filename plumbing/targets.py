@@ -9,7 +9,7 @@ from torch import nn
 from plumbing import Refused
 
 LINEAR = nn.Linear, transformers.Conv1D
-EXPERTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"  # names of one number
+ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)(\.|$)")  # these choose between experts
 
 
 def text_layers(backbone):
@@ -21,21 +21,13 @@ def text_layers(backbone):
     return {n: m for n, m in backbone.named_modules() if id(m) in inside and re.search(r"\.\d+\.", n)}
 
 
-def is_router(name, module, config):
-    """Does the module choose between experts? It has an output for each of them, or one."""
-    experts = max((getattr(config, key, None) or 0 for key in EXPERTS), default=0)
-    named = re.search(r"(^|[._])(gate|router)(\.|$)", name)
-    return bool(named) and in_out(module)[1] <= experts
-
-
 def find_targets(backbone, names=None):
     """Return {full name: module} of the linear modules in the layers of the text model, or of those with one
     of these last names. A router is left out unless it is named: a small change of it sends tokens to other
     experts. Raises Refused if there are none."""
-    config = backbone.config.get_text_config()
     found = {n: m for n, m in text_layers(backbone).items() if isinstance(m, LINEAR)}
     if names is None:
-        found = {n: m for n, m in found.items() if not is_router(n, m, config)}
+        found = {n: m for n, m in found.items() if not ROUTER.search(n)}
     else:
         found = {n: m for n, m in found.items() if any(f".{n}".endswith(f".{name}") for name in names)}
     if not found:
