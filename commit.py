@@ -575,7 +575,8 @@ class Run:
 
     def open_backbone(self, name, device, device_map=None):
         """Load the backbone. -> (backbone, tokenizer). If it has another name than it had, the manifest
-        keeps the new one. Raises Refused if the run folder belongs to another backbone."""
+        takes the new one; whoever holds the folder (`exclusive`) saves it. Raises Refused if the run folder
+        belongs to another backbone."""
         backbone, tokenizer = load_backbone(name, device, device_map)
         owner = self.manifest["backbone"]
         if not owner:
@@ -583,9 +584,10 @@ class Run:
         elif not is_backbone(backbone, owner["fingerprint"]):
             raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")
         elif name != owner["name"]:
-            with contextlib.nullcontext() if self.held else self.exclusive():
+            with contextlib.nullcontext() if (held := self.held) else self.exclusive():
                 self.manifest["backbone"]["name"] = place_of(name)
-                self.save()
+                if not held:
+                    self.save()
         return backbone, tokenizer
 
     def open_model(self, backbone, tokenizer, targets=None):

@@ -624,6 +624,7 @@ def run_task(run, args):
             print(
                 f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out"
             )
+        run.save()  # where the backbone lies now
     else:
         targets = None if run.tasks else choose_targets(backbone, tokenizer, args.targets)
         args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import socket
@@ -11,6 +12,7 @@ import urllib.parse
 import urllib.request
 
 import huggingface_hub
+import tokenizers
 import torch
 import transformers
 
@@ -109,6 +111,14 @@ def from_shape(name, dtype, layers=None):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+def forget_tokens(tokenizer, size):
+    """Make a tokenizer forget added tokens from this id on. Where a GGUF file's vocabulary has no
+    `<|endoftext|>`, transformers adds one that the model knows nothing of: it then is text as any other."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
+    tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
 def load_backbone(name, device, device_map=None):
     """name: "tiny" (embedded), one of RANDOM (a shape, random weights), FILE.gguf, a Hub id or a local
     folder. device_map: "auto" spreads it over all GPUs, then the CPU's memory, then the disk (accelerate).
@@ -134,7 +144,10 @@ def load_backbone(name, device, device_map=None):
         backbone, about = transformers.AutoModelForCausalLM.from_pretrained(path, **weights, **options)
         if about["missing_keys"]:
             raise ValueError(f"weights are missing: {min(about['missing_keys'])}")
-        if tokenizer.eos_token_id is None or len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
+        size = backbone.get_input_embeddings().num_embeddings
+        if "gguf_file" in options and len(tokenizer) > size:
+            forget_tokens(tokenizer, size)
+        if tokenizer.eos_token_id is None or len(tokenizer) > size:
             raise ValueError("its tokenizer has no end-of-sequence token, or more tokens than the model")
         return backbone if device_map else backbone.to(device), tokenizer
 

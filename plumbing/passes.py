@@ -91,8 +91,10 @@ def try_passes(backbone, pad_id, rows, targets):
     _, cache = last_logits(backbone, ids, mask)
     ids = torch.cat([ids, ids.new_tensor([row[-1:] for row in rows])], 1)
     step, _ = last_logits(backbone, ids, torch.cat([mask, mask[:, -1:]], 1), cache)
-    found = {"a left-padded batch": [(x[1 - len(p) :], p[:-1]) for x, p in zip(padded, plain)]}
-    found["a decoding step"] = [(x[None], p[-1:]) for x, p in zip(step, plain)]
+    found = {
+        "a left-padded batch with position_ids": [(x[1 - len(p) :], p[:-1]) for x, p in zip(padded, plain)]
+    }
+    found["a decoding step with what is cached"] = [(x[None], p[-1:]) for x, p in zip(step, plain)]
     apart = {what: torch.cat([difference(*pair) for pair in pairs]) for what, pairs in found.items()}
     return apart, [name for name, fits in seen.items() if fits and all(fits)]
 
