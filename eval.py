@@ -467,6 +467,8 @@ def parse_options(argv=None):
     p = Parser(__doc__, prog="eval.py")
     add = p.add_argument
     add("--run", nargs="+", help="run folder, or several for mean and deviation [the latest under runs/]")
+    about = "where the run's backbone lies now; with --memory, whose shapes to count [random:mistral-7b]"
+    add("--backbone", help=about)
     add("--device", help="cpu, cuda, mps [what is there]")
     add("--device-map", choices=["auto"], help="spread a backbone over all GPUs, then memory, then disk")
     about = "who answers a prompt outside every region: the nearest version or the bare backbone"
@@ -503,8 +505,9 @@ def parse_options(argv=None):
     return args
 
 
-def open_run(folder, device=None, names=(), device_map=None):
-    """-> (run, model that holds its versions, tokenizer). device: None is the best there is. Refused: nothing
+def open_run(folder, device=None, names=(), device_map=None, backbone=None):
+    """-> (run, model that holds its versions, tokenizer). device: None is the best there is. backbone: where
+    it lies now; None: where it did. Refused: nothing
     has been committed there, no version has one of the names, or the device is not available."""
     device = pick_device(device)
     run = Run(folder)
@@ -512,15 +515,17 @@ def open_run(folder, device=None, names=(), device_map=None):
         raise Refused(f"{run.folder}: nothing has been committed there yet")
     for name in names:
         run.find(name)
-    backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], device, device_map)
+    name = backbone or run.manifest["backbone"]["name"]
+    backbone, tokenizer = run.open_backbone(name, device, device_map)
     return run, run.open_model(backbone, tokenizer), tokenizer
 
 
 @torch.no_grad()
 def main(argv=None):
     args, outs = parse_options(argv), []
+    where = args.device_map, args.backbone
     for folder in args.run or [latest_run()]:
-        run, model, tokenizer = open_run(folder, args.device, args.version or (), args.device_map)
+        run, model, tokenizer = open_run(folder, args.device, args.version or (), *where)
         if args.talk or args.prompt is not None:
             choose = sampler(args.temperature, args.top_p, args.seed)
             ask = functools.partial(answer_prompt, run, model, tokenizer, args, choose)

@@ -44,10 +44,10 @@ import train
 from commit import Run, Version
 from model import AdapterBank, attach, detach, NIWF, perplexity, response_logits, response_nll, sampler
 from plumbing import Refused
-from plumbing.backbone import TINY_FOLDER, find_targets, fingerprint, from_shape, in_out, load_backbone
-from plumbing.backbone import pick_device
+from plumbing.backbone import TINY_FOLDER, fingerprint, from_shape, load_backbone, pick_device
 from plumbing.processes import ENDED
 from plumbing.prompts import encode, end_token
+from plumbing.targets import find_targets, in_out
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
 from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, grow, k_winners, smooth, unpack
 

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from plumbing import Refused
-from plumbing.backbone import find_backbone, fingerprint, from_shape, in_out, load_backbone, load_tokenizer
+from plumbing.backbone import find_backbone, fingerprint, from_shape, load_backbone, load_tokenizer
+from plumbing.targets import in_out
 from plumbing.prompts import end_token, prompt_ids, prompt_of
 
 EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # what peft knows an expert's parts by

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from field import CoordinateDynamics, WeightField, top_k_gating
 from model import NIWF, detach, response_nll
-from plumbing.backbone import find_layers, from_shape
+from plumbing.backbone import from_shape
+from plumbing.targets import find_layers
 from plumbing.command import Parser, output_file, run_program, write_results
 
 TOKENS, RANK, BASES, TOP_K = 256, 8, 16, 8  # the paper's; a micro-batch is one sequence

@@ -22,7 +22,8 @@ import torch
 from ftn import ALL, LoRAPool, commit_mask
 from model import attach, response_logits, response_nll
 from plumbing import Refused
-from plumbing.backbone import TINY_FOLDER, find_targets, in_out, load_backbone
+from plumbing.backbone import TINY_FOLDER, load_backbone
+from plumbing.targets import find_targets, in_out
 from plumbing.command import number, run_program
 from plumbing.prompts import pad_of
 from plumbing.rows import choose_methods, given, parser_of, run_rows, seeds_of
