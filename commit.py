@@ -88,8 +88,8 @@ NOT_NEGATIVE = lambda x: x == 0 and type(x) in (int, float) or POSITIVE(x)
 SETTINGS = {"rank": COUNT, "alpha": NOT_NEGATIVE, "coord_dim": COUNT, "pool": ("prompt", "sequence"),
             "probe": ("bare", "adapted"), "fixed_coordinate": bool,
             "template": ("alpaca", "chat")}  # options that a run's first task fixes
-LATER = {"targets": str, "day": re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)}  # not all run folders have these
-MORE = [dict(some) for n in range(3) for some in itertools.combinations(LATER.items(), n)]
+NEWER = {"targets": str, "day": re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)}  # not all run folders have these
+MORE = [dict(some) for n in range(3) for some in itertools.combinations(NEWER.items(), n)]
 ENTRY = {"hash": SHA, "task": NAME, "lock": ("first", "exact", "soft", "none"), "date": DATE}
 DRIFT = ("inside_at_commit", "inside_now", "moved", "spread", "lock_loss", "top_k_kept")
 PERPLEXITIES, COUNTS = {NAME: POSITIVE}, {NAME: {NAME: COUNT_OR_0}}
@@ -368,7 +368,7 @@ class Run:
             self.manifest = read_json(path)
             self.check_manifest()
             if self.manifest["settings"]:
-                self.manifest["settings"] = LATER | self.manifest["settings"]
+                self.manifest["settings"] = {"targets": "all"} | self.manifest["settings"]
             if not self.tasks and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
                 raise Refused(
                     f"{path}: names no version, but versions/ holds some: restore it, or move them away"

@@ -1573,23 +1573,6 @@ def test_a_chat_is_learned_and_asked_in_the_chat_template_until_its_turn_ends(ch
     assert Run(out).template == "chat" and outcome(out)[1][1]["identical"]["chats"] == [6, 6]
 
 
-def test_a_run_folder_older_than_templates_has_alpacas(first, chat, micro, tmp_path, capsys):
-    out = copy_of(first, tmp_path)
-    fuzz.forge(out, 0, lambda head, tensors: head["config"].pop("template") and None)
-    in_json("manifest.json", "settings.template", ABSENT)(out)
-    commit.main(["verify", "--run", str(out)])
-    evaluation.main(["--run", str(out)])
-    assert "bit-identical on 32 of 32 examples" in capsys.readouterr().out
-    with pytest.raises(Refused, match="--template chat does not fit .* fixed alpaca"):
-        train.main(micro("code", out, "--lock", "--template", "chat"))
-    train.main(micro("code", out, "--lock"))
-    assert json.loads((out / "manifest.json").read_text())["settings"]["template"] == "alpaca"
-    out = copy_of(chat, tmp_path, "chat")
-    in_json("manifest.json", "settings.template", ABSENT)(out)
-    with pytest.raises(Refused, match="is a chat|settings: template"):
-        evaluation.main(["--run", str(out)])
-
-
 def test_a_tokenizer_without_a_chat_template_is_refused_before_anything_is_written(micro, tmp_path):
     with pytest.raises(Refused, match="--template chat: the backbone's tokenizer has no chat template"):
         train.main(micro("alpaca", tmp_path / "run", "--template", "chat"))
