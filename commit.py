@@ -46,6 +46,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -88,7 +89,8 @@ SETTINGS = {"rank": COUNT, "alpha": NOT_NEGATIVE, "coord_dim": COUNT, "pool": ("
             "probe": ("bare", "adapted"), "fixed_coordinate": bool,
             "template": ("alpaca", "chat"), "targets": str}  # options that a run's first task fixes
 LATER = {"template": "alpaca", "targets": "all"}  # settings that older run folders lack, and what they were
-OLD_SETTINGS = [{k: f for k, f in SETTINGS.items() if k not in [*LATER][i:]} for i in range(len(LATER))]
+LACKING = [lacking for n in range(1, len(LATER) + 1) for lacking in itertools.combinations(LATER, n)]
+OLD_SETTINGS = [{k: form for k, form in SETTINGS.items() if k not in lacking} for lacking in LACKING]
 ENTRY = {"hash": SHA, "task": NAME, "lock": ("first", "exact", "soft", "none"), "date": DATE}
 DRIFT = ("inside_at_commit", "inside_now", "moved", "spread", "lock_loss", "top_k_kept")
 PERPLEXITIES, COUNTS = {NAME: POSITIVE}, {NAME: {NAME: COUNT_OR_0}}
@@ -367,7 +369,8 @@ class Run:
             self.manifest = read_json(path)
             self.check_manifest()
             if self.manifest["settings"]:
-                self.manifest["settings"] = LATER | self.manifest["settings"]
+                for key, value in LATER.items():
+                    self.manifest["settings"].setdefault(key, value)
             if not self.tasks and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
                 raise Refused(
                     f"{path}: names no version, but versions/ holds some: restore it, or move them away"
@@ -583,7 +586,7 @@ class Run:
             self.manifest["backbone"] = {"name": place_of(name), "fingerprint": fingerprint(backbone)}
         elif not is_backbone(backbone, owner["fingerprint"]):
             raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")
-        elif name != owner["name"]:
+        elif owner["name"] not in (name, place_of(name)):
             with contextlib.nullcontext() if (held := self.held) else self.exclusive():
                 self.manifest["backbone"]["name"] = place_of(name)
                 if not held:
