@@ -368,7 +368,7 @@ class Run:
             self.manifest = read_json(path)
             self.check_manifest()
             if self.manifest["settings"]:
-                self.manifest["settings"] = {"targets": "all"} | self.manifest["settings"]
+                self.manifest["settings"].setdefault("targets", "all")
             if not self.tasks and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
                 raise Refused(
                     f"{path}: names no version, but versions/ holds some: restore it, or move them away"
@@ -592,7 +592,7 @@ class Run:
             self.manifest["backbone"] = {"name": place_of(name), "fingerprint": fingerprint(backbone)}
         elif not is_backbone(backbone, owner["fingerprint"]):
             raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")
-        elif name != owner["name"]:
+        elif owner["name"] not in (name, place_of(name)):
             with contextlib.nullcontext() if (held := self.held) else self.exclusive():
                 self.manifest["backbone"]["name"] = place_of(name)
                 if not held:

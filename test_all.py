@@ -2690,6 +2690,7 @@ IN_MANIFEST = {
     "settings.probe": [ABSENT, "none", 7, None],
     "settings.fixed_coordinate": [ABSENT, "no", None, 2.5],
     "settings.template": ["mine", 7, None],
+    "settings.targets": ["q_proj", 7, None],
     "settings.more": [1],
     "versions": NO_LIST,
     "versions.1": [None, 7, "x", [], {}],
@@ -3146,6 +3147,7 @@ BAD_NUMBERS = {
     "--lock": ["maybe", ""],
     "--pool": ["all"],
     "--template": ["alpaca", "mine"],
+    "--targets": ["q_proj", "x", "q_proj,x", ","],
     "--probe": ["adapted"],
     "--device": ["cpu:x", "cpu:", "tpu", "meta", "cuda:x", "cuda:99", ":0", "a b"],
 }

@@ -45,9 +45,9 @@ def pick_device(wanted):
     """The device asked for, or the best there is; of several processes each gets a GPU of its own. Refused:
     it is not available."""
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = (wanted or found).partition(":")
+    kind, colon, index = (wanted or found).partition(":")
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in ("cpu", found) or index and not (index.isdecimal() and int(index) < count):
+    if kind not in ("cpu", found) or colon and index not in map(str, range(count)):
         raise Refused(f"--device {wanted} is not available here; {found} is")
     if kind == "cuda" and rank_and_size()[1] > 1:
         own = int(os.environ["LOCAL_RANK"])

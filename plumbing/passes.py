@@ -76,6 +76,7 @@ def difference(found, wanted):
 def try_passes(backbone, pad_id, rows, targets):
     """Run left-padded rows, then their last tokens with what is cached, and each row plainly. -> ({what: how
     far it is from the plain pass}, names of the targets that see all tokens)"""
+    backbone.eval()
     plain = [backbone(input_ids=pad_left([r], pad_id, backbone)[0], use_cache=False).logits[0] for r in rows]
     ids, mask = pad_left([row[:-1] for row in rows], pad_id, backbone)
     seen, handles = {name: [] for name in targets}, []
@@ -91,9 +92,8 @@ def try_passes(backbone, pad_id, rows, targets):
     _, cache = last_logits(backbone, ids, mask)
     ids = torch.cat([ids, ids.new_tensor([row[-1:] for row in rows])], 1)
     step, _ = last_logits(backbone, ids, torch.cat([mask, mask[:, -1:]], 1), cache)
-    found = {
-        "a left-padded batch with position_ids": [(x[1 - len(p) :], p[:-1]) for x, p in zip(padded, plain)]
-    }
+    parts = [(x[1 - len(p) :], p[:-1]) for x, p in zip(padded, plain)]
+    found = {"a left-padded batch with position_ids": parts}
     found["a decoding step with what is cached"] = [(x[None], p[-1:]) for x, p in zip(step, plain)]
     apart = {what: torch.cat([difference(*pair) for pair in pairs]) for what, pairs in found.items()}
     return apart, [name for name, fits in seen.items() if fits and all(fits)]

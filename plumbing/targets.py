@@ -55,9 +55,8 @@ def asked_targets(backbone, text):
 
 def kind_of(name):
     """Return the name of a module or weight without its layer and other numbers: "mlp.experts.down_proj"."""
-    return ".".join(
-        part for part in re.split(r"\.\d+\.", name, maxsplit=1)[-1].split(".") if not part.isdigit()
-    )
+    own = re.split(r"\.\d+\.", name, maxsplit=1)[-1]
+    return ".".join(part for part in own.split(".") if not part.isdigit())
 
 
 def describe_targets(backbone, names):
