@@ -67,7 +67,8 @@ HIDDEN, HEADS, HEAD = 64, 4, 16
 # fmt: off
 SMALL = (
     (HIDDEN, "hidden_size d_model n_embd dim emb_dim embedding_dim embedding_size word_embed_proj_dim "
-            "input_embedding_size output_embedding_size lru_width attention_hidden_size backbone_hidden_size"),
+            "input_embedding_size output_embedding_size lru_width attention_hidden_size backbone_hidden_size "
+            "hidden_size_global"),
     (2, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
        "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_topk moe_k "
        "num_encoder_layers swa_num_key_value_heads"),
@@ -84,14 +85,42 @@ SMALL = (
     (1, "n_group topk_group num_expert_group n_shared_experts num_shared_experts"),
     (16, "sliding_window attention_window_size window_size local_attention sliding_window_size q_lora_rank "
         "kv_lora_rank mamba_d_state state_size ssm_state_size index_head_dim index_topk"),
-    (8, "qk_rope_head_dim rotary_dim chunk_size mamba_chunk_size"),
+    (8, "qk_rope_head_dim rotary_dim chunk_size mamba_chunk_size hidden_size_per_layer_input laurel_rank"),
     (512, "max_position_embeddings n_positions n_ctx max_seq_len context_length max_source_positions "
          "max_target_positions model_max_length original_max_position_embeddings"),
+    (32, "mamba_d_head"),
     (0.2, "initializer_range init_std"),
     (0, "bos_token_id num_nextn_predict_layers"))
 # fmt: on
 SMALL = {name: value for value, names in SMALL for name in names.split()}
-EXCEPTIONS = {}  # what a family needs besides
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TWO = ["linear_attention", "full_attention"]
+EXCEPTIONS = {  # what a family needs besides
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+             "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 96}},
+    "dots3_note_text": {"head_dim": 24, "per_layer_config": {}},
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [96] * 4,
+                     "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+                     "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": TWO},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": HEAD,
+                       "indexer_budget": 16, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 100,
+                       "ple_layer_ids": [1], "ple_embed_dim": HIDDEN, "split_ngram_parts": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+              "attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": 4},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+               "hybrid_layer_ids": [1, 3], "mamba_headdim": 16, "attention_hidden_size": 128,
+               "attention_head_dim": 32, "num_key_value_heads": 4},
+    "zaya": {"num_experts_per_tok": 1}}
 
 
 def families():
@@ -123,7 +152,8 @@ def shrunk(config, vocab, more):
     about = config.to_dict()
     changes = {name: value for name, value in SMALL.items() if about.get(name) is not None}
     always = {"vocab_size": vocab, "vocab_size_per_layer_input": vocab, "eos_token_id": 1, "pad_token_id": 2}
-    always |= {"is_decoder": True, "head_dim": HEAD, "num_key_value_heads": 2}
+    always |= {"is_decoder": True, "head_dim": HEAD, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    always |= {"n_routed_experts": HEADS, "n_shared_experts": 1}
     if about.get("kv_lora_rank"):  # latent attention: every head has keys of its own, part of them rotated
         always |= {"num_key_value_heads": HEADS, "head_dim": 8, "qk_head_dim": 24, "qk_nope_head_dim": 16}
     changes |= {name: value for name, value in always.items() if name in about}
@@ -152,7 +182,7 @@ def build(family, folder):
     if size > 2e7:
         raise ValueError(f"{size:,} parameters: not small")
     with torch.no_grad():
-        backbone(input_ids=torch.tensor([[5, 6, 7]]))
+        backbone(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
     backbone.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return size
@@ -193,7 +223,7 @@ def check_decoding(model, prompts, gating):
     with model.gated([g.expand(len(prompts), -1, -1) for g in gating]):
         steps = [*decode(backbone, model.pad_id, prompts, -1, NEW_TOKENS, choose)]
     ours = torch.stack(seen, 1)  # [B, NEW_TOKENS, V]
-    config = transformers.GenerationConfig(max_new_tokens=NEW_TOKENS, pad_token_id=model.pad_id)
+    config = transformers.GenerationConfig(max_new_tokens=NEW_TOKENS, pad_token_id=model.pad_id, eos_token_id=-1)
     how = {"generation_config": config, "output_logits": True, "return_dict_in_generate": True}
     found = collections.defaultdict(float)
     with model.gated(gating):
