@@ -88,7 +88,7 @@ NOT_NEGATIVE = lambda x: x == 0 and type(x) in (int, float) or POSITIVE(x)
 SETTINGS = {"rank": COUNT, "alpha": NOT_NEGATIVE, "coord_dim": COUNT, "pool": ("prompt", "sequence"),
             "probe": ("bare", "adapted"), "fixed_coordinate": bool,
             "template": ("alpaca", "chat")}  # options that a run's first task fixes
-NEWER = {"targets": str, "day": re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)}  # not all run folders have these
+NEWER = {"targets": re.compile(r"[\w.]+(,[\w.]+)*"), "day": re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)}  # not all run folders have these
 MORE = [dict(some) for n in range(3) for some in itertools.combinations(NEWER.items(), n)]
 ENTRY = {"hash": SHA, "task": NAME, "lock": ("first", "exact", "soft", "none"), "date": DATE}
 DRIFT = ("inside_at_commit", "inside_now", "moved", "spread", "lock_loss", "top_k_kept")

@@ -2689,8 +2689,8 @@ IN_MANIFEST = {
     "settings.pool": [ABSENT, "all", 7, None],
     "settings.probe": [ABSENT, "none", 7, None],
     "settings.fixed_coordinate": [ABSENT, "no", None, 2.5],
-    "settings.template": ["mine", 7, None],
-    "settings.targets": ["q_proj", 7, None],
+    "settings.template": [ABSENT, "mine", 7, None],
+    "settings.targets": ["", "q_proj,", "a b", 7, None],
     "settings.more": [1],
     "versions": NO_LIST,
     "versions.1": [None, 7, "x", [], {}],
@@ -2759,7 +2759,8 @@ CONTRADICTIONS = {  # what only the version files tell
     "settings.coord_dim": [5, 10**12],
     "settings.fixed_coordinate": [True],
     "settings.probe": ["adapted"],
-    "settings.template": [ABSENT, "alpaca"],
+    "settings.template": ["alpaca"],
+    "settings.targets": ["q_proj"],
 }
 
 
@@ -2961,7 +2962,7 @@ PLACES = {  # what is in the place of which of our files
 READ_BY = {"manifest.json": "log merge train", ".lock": "rollback train", "log.jsonl": "train"}
 READ_BY |= {"versions": "verify merge rollback train"}
 NO_RECORDS = ["", "{}", "[]", "null", "7", DEEP, b"\xff\xfe", "[{", "[null]", "[7]", '["x"]', "[[]]"]
-NOT_TEXT = [{"output": 7}, {"instruction": None}, {"input": []}, {"output": SURROGATE}, {"kind": []}]
+NOT_TEXT = [{"output": 7}, {"instruction": []}, {"input": []}, {"output": SURROGATE}, {"kind": []}]
 NO_RECORDS += [json.dumps([RECORD, {**RECORD, **bad}]) for bad in NOT_TEXT]
 DIGEST = "0123456789abcdef"
 NO_DIGESTS = ["", "{}", "[]", "null", DEEP, b"\xff", "[1, 2, 3]", json.dumps([DIGEST])]

@@ -57,7 +57,9 @@ CHECKS = ("padded", "decode", "generate", "causal", "adapter", "merged")
 PATIENCE = 120  # seconds for one family
 NEW_TOKENS = 6
 DATA = pathlib.Path(__file__).parent / "data" / "alpaca.val.json"
-TRAINING = "--device cpu --examples 16 --val-examples 4 --batch 2 --grad-accum 4 --epochs 1 --lr 0.02 --rank 2"
+TRAINING = (
+    "--device cpu --examples 16 --val-examples 4 --batch 2 --grad-accum 4 --epochs 1 --lr 0.02 --rank 2"
+)
 TRAINING += " --bases 4 --top-k 2 --field-hidden 16 --coord-dim 8 --anchors 16"
 
 # ------------------------------------------------------------------------------- from a family to a micro model
@@ -99,28 +101,54 @@ EXCEPTIONS = {  # what a family needs besides
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-             "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 96}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 96},
+    },
     "dots3_note_text": {"head_dim": 24, "per_layer_config": {}},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [96] * 4,
-                     "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
-                     "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [96] * 4,
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "granitemoehybrid": {"layer_types": TWO},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": HEAD,
-                       "indexer_budget": 16, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 100,
-                       "ple_layer_ids": [1], "ple_embed_dim": HIDDEN, "split_ngram_parts": 1},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 100,
+        "ple_layer_ids": [1],
+        "ple_embed_dim": HIDDEN,
+        "split_ngram_parts": 1,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
-              "attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": 4},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
-               "hybrid_layer_ids": [1, 3], "mamba_headdim": 16, "attention_hidden_size": 128,
-               "attention_head_dim": 32, "num_key_value_heads": 4},
-    "zaya": {"num_experts_per_tok": 1}}
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "mamba_headdim": 16,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def families():
@@ -223,7 +251,9 @@ def check_decoding(model, prompts, gating):
     with model.gated([g.expand(len(prompts), -1, -1) for g in gating]):
         steps = [*decode(backbone, model.pad_id, prompts, -1, NEW_TOKENS, choose)]
     ours = torch.stack(seen, 1)  # [B, NEW_TOKENS, V]
-    config = transformers.GenerationConfig(max_new_tokens=NEW_TOKENS, pad_token_id=model.pad_id, eos_token_id=-1)
+    config = transformers.GenerationConfig(
+        max_new_tokens=NEW_TOKENS, pad_token_id=model.pad_id, eos_token_id=-1
+    )
     how = {"generation_config": config, "output_logits": True, "return_dict_in_generate": True}
     found = collections.defaultdict(float)
     with model.gated(gating):
@@ -273,7 +303,10 @@ def check(folder, scratch):
     """Train, decode and export. -> {check: figure}. Raises Refused as the programs do."""
     run = scratch / "run"
     with torch.enable_grad():
-        train.main(["--task", "t", "--data", str(DATA), "--backbone", str(folder), "--out", str(run)] + TRAINING.split())
+        train.main(
+            ["--task", "t", "--data", str(DATA), "--backbone", str(folder), "--out", str(run)]
+            + TRAINING.split()
+        )
     opened, model, tokenizer = open_run(run, "cpu")
     version = opened.versions[0]
     gating = version.gating(torch.tanh(version.region.mean).float()[None])
@@ -324,7 +357,11 @@ def alone(family):
     here, there = context.Pipe(duplex=False)
 
     def work():
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        with (
+            open(os.devnull, "w") as null,
+            contextlib.redirect_stdout(null),
+            contextlib.redirect_stderr(null),
+        ):
             there.send(judge(family))
 
     process = context.Process(target=work)
@@ -367,7 +404,10 @@ def main(argv=None):
         rows.append(alone(name))
         print(line_of(rows[-1]), flush=True)
     counts = collections.Counter(row["verdict"] for row in rows)
-    print("\n" + ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("right", "refused", "wrong", "not built")))
+    print(
+        "\n"
+        + ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("right", "refused", "wrong", "not built"))
+    )
     if args.json:
         write_results(args.json, "assets/architectures.py", argv, indent=1, rows=rows)
 
