@@ -379,8 +379,8 @@ class Training:
                 for key in sorted({*validate(about, dict, self.path), *self.about}):
                     if about.get(key) != self.about.get(key):
                         raise Refused(
-                            f"{self.path}: an unfinished training with {key} {about.get(key)}, not "
-                            f"{self.about.get(key)}; finish it as it was started, or delete that file"
+                            f"{self.path}: an unfinished training with {key} {about.get(key, 'unsaid')}, not "
+                            f"{self.about.get(key, 'unsaid')}; finish it as it was started, or delete that file"
                         )
                 tensors = {key: f.get_tensor(key) for key in f.keys()}
             for key in {*shapes, *tensors}:
