@@ -1,13 +1,12 @@
 """Git for capabilities: what is committed stays, on disk and in what it answers.
 
-Committing a task writes an immutable *version*: the bases it wrote, its field, its region, *anchors* in
-that region and a *snapshot* of the field on them. One sentence holds for everything here: commit = freeze
-what a capability occupies; everything else stays writable. There are two ways to keep that promise, and
-`train.py --lock` chooses:
+Committing a task writes an immutable *version*: the bases it wrote, its field, its region, *anchors* in that
+region and a *snapshot* of the field on them. One sentence holds for everything here: commit = freeze what a
+capability occupies; everything else stays writable. `train.py --lock` chooses how that promise is kept:
 
-exact   Addresses do not move: the probe is bare and the dynamics freeze at the first commit. Contents do not
-        change: a later version may read committed bases but has a field and bases of its own to write.
-        Nothing committed has a gradient, a moment or decay, so a stored capability stays bit-identical.
+exact   Addresses do not move: the probe is bare, and the dynamics freeze at the first commit. Contents do not
+        change: a later version may read committed bases, but it writes a field and bases of its own. Nothing
+        committed has a gradient, a moment or decay, so a stored capability stays bit-identical.
 soft    The paper, Eqs. (9)-(13): one live bank, field and dynamics; a penalty holds the field's logits on the
         anchors. The bases and the dynamics move freely, and forgetting is what it is measured to be.
 none    The same live bank, field and dynamics with no penalty at all.
@@ -21,17 +20,10 @@ none    The same live bank, field and dynamics with no penalty at all.
     python commit.py export VERSION --to DIR  # an ordinary LoRA adapter in PEFT's format
     python commit.py export VERSION --to DIR --merged         # the backbone with that update in its weights
 
-None of these trains or needs data. `export` reads the backbone's shape and tokenizer, with `--merged` its
-weights, too; the others do without the backbone. All take `--run DIR` (default: the latest under runs/) and
-`--json`. Whatever they do, every other version stays what it was, to the last bit.
+None of these trains or needs data, and whatever they do, every other version stays what it was, to the last
+bit. All take `--run DIR` (default: the latest under runs/) and `--json`.
 
-A run folder holds `manifest.json`, `versions/<sha256>.safetensors` (named by content, as in git), for every
-task `data/<task>.val.json` and `data/<task>.logits.json`, `training.safetensors` while a task is being
-trained, and `log.jsonl`. It trusts nobody: what is read is validated whole before it is used, no symbolic
-link is followed, and nothing is removed but what the manifest named and the temporary files of a killed
-command. Writes are atomic.
-
-Held here: sections 3.5 and 3.6 of the NIWF paper, and what it calls versioning.
+This file covers sections 3.5 and 3.6 of the NIWF paper, Eqs. (11) and (12), and what it calls versioning.
 """
 
 import os
@@ -41,112 +33,63 @@ if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\ncommit.py: stopped\n") and 130))
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
-import itertools
 import json
 import pathlib
-import re
 import shutil
 import sys
-import time
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 from plumbing import Refused  # first: it sets what torch and the Hub's client read when imported
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from field import CoordinateDynamics, Region, WeightField, route, take_snapshot, top_k_gating
+from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
 from model import NIWF
-from plumbing.backbone import fingerprint, is_backbone, load_backbone, place_of
-from plumbing.export import write_adapter, write_merged
-from plumbing.targets import layer_numbers, named_targets
-from plumbing.processes import first_alone
 from plumbing.command import Parser, number, run_program
-from plumbing.files import NAME, SHA, atomic, atomic_folder, check_name, put_aside, read_json, refuse_constant
-from plumbing.files import validate
-from plumbing.prompts import pad_of, today
-from plumbing.records import read_records
-
-# ---------------------------------------------------------------------------- what is on disk, and reading it
-
-DATE = re.compile(r"[\d :-]{19}", re.ASCII)
-COUNT, COUNT_OR_0 = range(1, 2**31), range(2**31)
-POSITIVE = lambda x: type(x) in (int, float) and 0 < x < 1e300
-NOT_NEGATIVE = lambda x: x == 0 and type(x) in (int, float) or POSITIVE(x)
-
-# fmt: off
-SETTINGS = {"rank": COUNT, "alpha": NOT_NEGATIVE, "coord_dim": COUNT, "pool": ("prompt", "sequence"),
-            "probe": ("bare", "adapted"), "fixed_coordinate": bool,
-            "template": ("alpaca", "chat")}  # options that a run's first task fixes
-NEWER = {"targets": re.compile(r"[\w.]+(,[\w.]+)*"), "day": re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)}  # not all run folders have these
-MORE = [dict(some) for n in range(3) for some in itertools.combinations(NEWER.items(), n)]
-ENTRY = {"hash": SHA, "task": NAME, "lock": ("first", "exact", "soft", "none"), "date": DATE}
-DRIFT = ("inside_at_commit", "inside_now", "moved", "spread", "lock_loss", "top_k_kept")
-PERPLEXITIES, COUNTS = {NAME: POSITIVE}, {NAME: {NAME: COUNT_OR_0}}
-RESULT = {"task": NAME, "version": SHA, "base": PERPLEXITIES, "stored": PERPLEXITIES, "routed": PERPLEXITIES,
-          "routing": COUNTS, "inside": COUNTS, "identical": {NAME: [COUNT_OR_0]},
-          "gating": {NAME: {"sets": POSITIVE, "bases": POSITIVE}},
-          "drift": {NAME: dict.fromkeys(DRIFT, NOT_NEGATIVE)}}
-MANIFEST = {"format": 1, "backbone": (None, {"name": str, "fingerprint": SHA}),
-            "settings": ({}, *(SETTINGS | more for more in MORE)), "versions": [ENTRY], "results": [RESULT],
-            "compositions": [{**ENTRY, "lock": "composed"}]}
-VERSION = {"task": NAME, "lock": ENTRY["lock"], "reads": [SHA], "writes": COUNT, "top_k": COUNT, "n": COUNT,
-           "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, str)}}
-COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
-# fmt: on
+from plumbing.export import write_adapter, write_merged
+from plumbing.files import atomic, atomic_folder, check_name
+from plumbing.folder import Folder, latest_run
+from plumbing.log import dependents, describe, log, without
+from plumbing.prompts import pad_of
+from plumbing.targets import layer_numbers, named_targets
+from plumbing.versionfile import COMPOSITION, check_tensors, map_tensors, part_of, read_version_file
+from plumbing.versionfile import write_version
 
 
-KINDS = r"manifest\.json|training\.safetensors|[0-9a-f]{64}\.safetensors|\w[\w.-]*\.(val|logits)\.json"
-TEMPORARY = re.compile(rf"\.({KINDS})\.\d+\.niwf-tmp")  # what a killed command of ours can leave
+# ---------------------------------------------------------------------------------- the act of committing
+
+
+@torch.no_grad()
+def commit_task(run, learner, h_bar, task, lock, config, quantile=0.95, count=256, seed=0):
+    """Commit what a task has learned (section 3.5). h_bar [n, features]: of its training prompts. -> Version
+
+    learner: the model, field and dynamics that were trained, see train.py. config: how, for the record."""
+    z = learner.dynamics(h_bar)  # collect the task's coordinates [n, d]
+    region = Region.fit(z, quantile)  # NIWF Eq. (11): where the task lives
+    anchors = sample_anchors(region, count, seed)  # a_j, points of the region [count, d]
+    tensors = {"anchors": anchors, "snapshot": take_snapshot(learner.field, anchors)}  # NIWF Eq. (12)
+    tensors |= {f"field.{key}": t for key, t in learner.field.state_dict().items()}
+    tensors |= {f"bank.{key}": p.data for key, p in learner.model.bank.live.items()}  # the bases it wrote
+    version = Version(
+        task=task,
+        lock=lock if run.versions else "first",
+        reads=learner.reads,
+        top_k=learner.top_k,
+        dynamics=learner.dynamics,
+        region=region,
+        source=tensors,
+        shapes=learner.model.bank.basis_shapes(),
+        writes=learner.model.bank.sizes()[-1],
+        index=torch.arange(len(learner.model.bank)),
+        config=config,
+    )
+    run.commit(version)
+    return version
 
 
 # --------------------------------------------------------------------------------------------------- versions
-
-
-def write_version(folder, head, tensors):
-    """Write a version file under the hash of its contents, which is returned."""
-    # One metadata key: safetensors does not promise an order, and the bytes are the name.
-    tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    data = save(tensors, {"version": json.dumps(head, sort_keys=True)})
-    digest = hashlib.sha256(data).hexdigest()
-    with atomic(folder / f"{digest}.safetensors") as tmp:
-        tmp.write_bytes(data)
-    return digest
-
-
-def map_tensors(path):
-    """The tensors of a safetensors file, mapped into memory: what is not read takes none."""
-    with safe_open(path, "pt") as f:
-        return {key: f.get_tensor(key) for key in f.keys()}
-
-
-def read_version_file(path, tensors=False):
-    """A version file's header, and its tensors if asked: then its hash is checked first. Refused: it is
-    missing, its contents no longer have the hash that is its name, or its header has not the form of one."""
-    if not path.is_file() or path.is_symlink():
-        raise Refused(f"{path}: this version is listed in the manifest, but its file is missing")
-    try:
-        with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest() if tensors else path.stem
-        if digest != path.stem:
-            raise ValueError(f"its contents hash to {digest[:12]}")
-        with safe_open(path, "pt") as f:
-            head = json.loads(f.metadata()["version"], parse_constant=refuse_constant)
-        found = map_tensors(path) if tensors else {}
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
-        raise Refused(f"{path}: corrupted version file ({e}); restore it from a copy") from None
-    form = COMPOSITION if isinstance(head, dict) and head.get("lock") == "composed" else VERSION
-    return validate(head, form, path), found
 
 
 @dataclasses.dataclass
@@ -154,8 +97,8 @@ class Version:
     """One committed capability. The bank of a run holds the bases of its versions in order of commitment.
 
     source: its tensors, "anchors" [count, d], "snapshot" [count, L, N], "field.*", and "bank.*", the bases it
-    wrote, keyed as in AdapterBank; or the file that holds them, which is mapped into memory when one of them
-    is first asked for: a version that nobody asks takes hardly any."""
+    wrote, keyed as in AdapterBank; or the file that holds them. The file is mapped into memory when a tensor
+    is first asked for, so a version that nobody asks takes hardly any memory."""
 
     task: str
     lock: str  # how it was trained: "exact", "soft", "none"; "first" had nothing to protect
@@ -166,7 +109,6 @@ class Version:
     source: dict | pathlib.Path
     shapes: dict  # of one basis of each key
     writes: int  # how many bases it wrote
-    layers: int  # L, rows of gating
     config: dict  # the options it was trained with
     index: torch.Tensor  # [N]: for each logit of its field, the number of the basis in the bank
     hash: str = ""  # the name of its file, once it has one
@@ -209,15 +151,14 @@ class Version:
         if not self.reads:  # the coordinate space belongs to a version that stands on no other
             tensors |= {f"dynamics.{k}": t for k, t in self.dynamics.state_dict().items()}
         head = {key: getattr(self, key) for key in ("task", "lock", "reads", "writes", "top_k", "config")}
-        head |= {"tau": self.region.tau, "n": self.region.n}
-        head |= {"anchors": len(self.anchors), "fixed": self.dynamics.fixed}
+        head |= {"tau": self.region.tau, "n": self.region.n, "anchors": len(self.anchors)}
         self.hash = write_version(folder, head, tensors)
 
     @classmethod
     def load(cls, path, earlier=()):
-        """Read a version. earlier: those before it in its run, which it may read. Refused: see
-        `read_version_file`; it reads what is not there; its tensors do not fit its header, each other or the
-        run's first version."""
+        """Read a version. earlier: those before it in its run, which it may read. Raises Refused as
+        `read_version_file` does, if it reads what is not there, and if its tensors do not fit its header,
+        each other or the run's first version."""
         head, tensors = read_version_file(path, tensors=True)
         known = {v.hash: v for v in earlier}
         parts = {name: part_of(tensors, name) for name in {key.partition(".")[0] for key in tensors}}
@@ -233,67 +174,27 @@ class Version:
             dynamics = earlier[0].dynamics if head["reads"] else None
             if not dynamics:
                 features, d = parts["dynamics"]["gru.weight_ih"].shape[1], len(tensors["region.mean"])
-                dynamics = CoordinateDynamics(features, d, head["fixed"]).requires_grad_(False)
+                dynamics = CoordinateDynamics(features, d).requires_grad_(False)
                 dynamics.load_state_dict(parts["dynamics"])
         except (KeyError, ValueError, RuntimeError, IndexError) as e:
             raise Refused(f"{path}: its tensors do not fit: {e}") from None
         region = Region(**{k: t.clone() for k, t in parts["region"].items()}, tau=head["tau"], n=head["n"])
-        same = {key: head[key] for key in ("task", "lock", "reads", "top_k", "config")}
-        same |= {"writes": head["writes"], "layers": tensors["snapshot"].shape[1]}
+        same = {key: head[key] for key in ("task", "lock", "reads", "top_k", "config", "writes")}
         shapes = {key: (*t.shape[1:],) for key, t in parts["bank"].items()}
-        # What was read to be checked is let go.
+        # What was read for checking is let go.
         about = {"dynamics": dynamics, "region": region, "index": index, "hash": path.stem}
         return cls(**same, **about, source=path, shapes=shapes)
 
 
-def part_of(tensors, part):
-    """The tensors whose keys begin with a part's name, keyed by the rest."""
-    found = [(key.partition("."), t) for key, t in tensors.items()]
-    return {rest: t for (name, _, rest), t in found if name == part}
-
-
 def field_of(tensors):
-    """The field in a version's tensors, with a copy of its weights. RuntimeError: they do not fit."""
+    """Return the field in a version's tensors, with a copy of its weights. Raises RuntimeError if they do not
+    fit."""
     (_, layers, bases), (hidden, d) = tensors["snapshot"].shape, tensors["field.w1.weight"].shape
     with torch.device("meta"):  # nothing is drawn, nothing is filled
         field = WeightField(layers, bases, d, hidden)
     own = {key: t.clone() for key, t in part_of(tensors, "field").items()}
     field.load_state_dict(own, assign=True)
     return field.requires_grad_(False)
-
-
-def check_tensors(head, tensors, parts, bases, first):
-    """ValueError: the tensors of a version file, by key and by part, do not fit its header, each other, N =
-    `bases` (those that it writes and reads) or the run's first version. Field and dynamics check their own
-    shapes when loaded."""
-    wanted = {"bank", "field", "region", "anchors", "snapshot", *(() if head["reads"] else ["dynamics"])}
-    modules = {key[:-2] for key in parts["bank"]}
-    keys = {"bank": {f"{m}.{p}" for m in modules for p in "AB"}, "region": {"mean", "cov"}}
-    keys |= {"anchors": {""}, "snapshot": {""}}
-    if {*parts} != wanted or any({*parts[part]} != known for part, known in keys.items()):
-        raise ValueError("some are missing, or unknown")
-    (_, layers, _), (hidden, d) = tensors["snapshot"].shape, parts["field"]["w1.weight"].shape
-    shapes = {"snapshot": (head["anchors"], layers, bases), "anchors": (head["anchors"], d)}
-    shapes |= {"region.mean": (d,), "region.cov": (d, d), "field.w3.weight": (layers * bases, hidden)}
-    one_basis = {key: t.shape[1:] for key, t in parts["bank"].items()}
-    rank = min(shape[0] for shape in one_basis.values())
-    of_first = first.shapes if first else {key: (rank, *shape[1:]) for key, shape in one_basis.items()}
-    shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in of_first.items()}
-    for key in sorted({*shapes, *tensors}):
-        t, kind = tensors[key], torch.float64 if key.startswith("region.") else torch.float32
-        if t.dtype != kind or t.shape != shapes.get(key, t.shape) or not t.numel() or not t.isfinite().all():
-            raise ValueError(f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {shapes.get(key, '')} or finite")
-    cov = tensors["region.cov"]
-    if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1]:
-        raise ValueError("region.cov is no covariance")
-    if tensors["anchors"].abs().max() > 1:
-        raise ValueError("anchors lie outside [-1, 1]")
-    if "dynamics.deviation" in tensors and tensors["dynamics.deviation"].min() <= 0:
-        raise ValueError("dynamics.deviation is not positive")
-    if first and head["fixed"] != first.dynamics.fixed:
-        raise ValueError("fixed is not what the first version has")
-    if layers not in (1, len({*layer_numbers(modules).values()})) or head["top_k"] > bases:
-        raise ValueError(f"snapshot has {layers} layers, or top_k is more than {bases}")
 
 
 @dataclasses.dataclass
@@ -311,297 +212,77 @@ class Composition:
     def gating(self, h_bar):
         """h_bar [B, features] -> (indices into the bank, weights), both [B, L, sum of the K]."""
         parts = [v.gating(v.dynamics(h_bar)) for v in self.versions]
-        layers = max(indices.shape[1] for indices, _ in parts)
-        indices = [indices.expand(-1, layers, -1) for indices, _ in parts]
-        weights = [share * w.expand(-1, layers, -1) for share, (_, w) in zip(self.weights, parts)]
-        return torch.cat(indices, -1), torch.cat(weights, -1)
+        weights = [share * w for share, (_, w) in zip(self.weights, parts)]
+        return torch.cat([indices for indices, _ in parts], -1), torch.cat(weights, -1)
 
     def save(self, folder):
-        """As `Version.save`."""
+        """Write it, as `Version.save` does."""
         self.hash = write_version(folder, {key: getattr(self, key) for key in COMPOSITION}, {})
 
     @classmethod
     def load(cls, path, versions):
-        """As `Version.load`; versions: all of the run."""
+        """Read one, as `Version.load` does. versions: all of the run."""
         (head, tensors), known = read_version_file(path, tensors=True), {v.hash: v for v in versions}
         weights = head.get("weights", [])
         if tensors or len(head["reads"]) != len(weights) or not any(weights) or {*head["reads"]} - {*known}:
-            raise Refused(
-                f"{path}: reads: not versions of this run, or not as many weights, or it has tensors"
-            )
+            raise Refused(f"{path}: reads: not versions of this run, or other weights, or it has tensors")
         return cls(head["task"], head["reads"], weights, [known[h] for h in head["reads"]], path.stem)
 
 
-# ------------------------------------------------------------------------------------------------ run folders
+# ------------------------------------------------------------------------------------------------ who answers
 
 
-FOLDERS = ("versions", "versions/orphans", "data", "data/orphans")
-FILES = ("manifest.json", "log.jsonl", "training.safetensors", ".lock")
-
-
-class Run:
-    """A run folder: one backbone, the settings fixed by its first task, and its versions in the order of
-    commitment.
-
-    Under the exact lock every version stands for itself. Under the soft lock and none, versions share one
-    live bank, field and dynamics: the last version holds their present state, and answers for all
-    (`speaker`)."""
-
-    def __init__(self, folder):
-        """Refused: see `read`."""
-        self.folder, self.held = pathlib.Path(folder), False  # held: within `exclusive`
-        self.read()
+class Run(Folder):
+    """What a run folder answers. Under the exact lock every version stands for itself. Under the soft lock
+    and none, all share one live bank, field and dynamics: the last version holds their present state, and
+    answers for all (`speaker`)."""
 
     def read(self):
-        """Take the manifest from disk; no version is loaded then. Refused: the folder is not ours, holds a
-        symbolic link where a file of ours belongs, or a manifest that is not whole."""
+        """Take the manifest from disk. No version is loaded then."""
+        super().read()
         self.versions, self.compositions = [], []
-        self.manifest = {"format": 1, "backbone": None, "settings": {}}
-        self.manifest |= {"versions": [], "results": [], "compositions": []}
-        for name in FOLDERS + FILES:
-            path = self.folder / name
-            plain = path.is_dir if name in FOLDERS else path.is_file
-            if path.is_symlink() or path.exists() and not plain():  # in this order: it may just be made
-                raise Refused(f"{path}: a link, or no plain {'folder' if name in FOLDERS else 'file'}")
-        path = self.manifest_file
-        if path.exists():
-            self.manifest = read_json(path)
-            self.check_manifest()
-            if self.manifest["settings"]:
-                self.manifest["settings"].setdefault("targets", "all")
-            if not self.tasks and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
-                raise Refused(
-                    f"{path}: names no version, but versions/ holds some: restore it, or move them away"
-                )
-        elif self.folder.exists() and (not self.folder.is_dir() or {*os.listdir(self.folder)} - {".lock"}):
-            raise Refused(f"{self.folder}: not a run folder (no manifest.json); nothing is written there")
-
-    def check_manifest(self):
-        """Refused: the manifest has not the form of one, or its parts contradict each other."""
-        validate(self.manifest, MANIFEST, self.manifest_file)
-        for why, found in self.contradictions().items():
-            if found:
-                raise Refused(f"{self.manifest_file}: {why}")
-
-    def contradictions(self):
-        """{what could be wrong with a manifest whose parts have the right form: is it}."""
-        versions, rows = self.manifest["versions"], self.manifest["results"]
-        tasks, locks = {v["hash"]: v["task"] for v in versions}, [v["lock"] for v in versions]
-        whole = not self.entries or versions and self.manifest["settings"] and self.manifest["backbone"]
-        orders = (
-            ["first", *["exact"] * (len(locks) - 1)],
-            ["first", *(k for k in locks[1:] if k in ("soft", "none"))],
-        )
-        twice = lambda values: len(values) > len({*values})
-        holes = lambda row: (
-            any(
-                {*row[key]} != {*row["base"]}
-                for key in ("stored", "routed", "routing", "inside", "identical", "gating")
-            )
-            or any(t not in row["inside"][t] or len(row["identical"][t]) != 2 for t in row["base"])
-            or any(same > of for same, of in row["identical"].values())
-        )
-        return {
-            "two versions have one name": twice([e["task"] for e in self.entries]),
-            "two versions have one hash": twice([e["hash"] for e in self.entries]),
-            f"versions cannot have the locks {locks}": locks and locks not in orders,
-            "versions, settings or backbone are missing": not whole,
-            "results: rows in another order than versions": [v["hash"] for v in versions if self.measured(v)]
-            != [row["version"] for row in rows],
-            "results: a row of another task": any(tasks.get(row["version"]) != row["task"] for row in rows),
-            "results: a row without its task": any(row["task"] not in row["base"] for row in rows),
-            "results: a row of unknown tasks": any({*row["base"]} - {*tasks.values()} for row in rows),
-            "results: a row with holes": any(holes(row) for row in rows),
-        }
-
-    @property
-    def manifest_file(self):
-        return self.folder / "manifest.json"
-
-    @property
-    def tasks(self):
-        """Names of the committed tasks, in order."""
-        return [v["task"] for v in self.manifest["versions"]]
-
-    @property
-    def entries(self):
-        """The manifest's entries of all versions and compositions."""
-        return self.manifest["versions"] + self.manifest["compositions"]
 
     @property
     def shared(self):
-        """Do all versions share one live bank, field and dynamics?"""
+        """Whether all versions share one live bank, field and dynamics."""
         return bool(self.manifest["versions"]) and self.manifest["versions"][-1]["lock"] in ("soft", "none")
 
-    @property
-    def template(self):
-        """How prompts are written, see `prompt_of`."""
-        return self.manifest["settings"]["template"]
+    def speaker(self, i):
+        """Return the version whose field and bases answer for version i. The locks make no other difference
+        to answers."""
+        return self.versions[-1 if self.shared else i]
 
-    @property
-    def day(self):
-        """The day that a chat template is told if it asks, on whatever day that is: when the run's first task
-        began or, in an older run folder, was committed."""
-        first = self.manifest["versions"][0]["date"][:10] if self.tasks else today()
-        return self.manifest["settings"].get("day", first)
+    def probe_gating(self):
+        """Return the gating of pass 1: None, or, with --probe adapted, the last version's at z_0."""
+        last, adapted = self.versions[-1], self.manifest["settings"]["probe"] == "adapted"
+        return last.gating(last.dynamics.z0[None]) if adapted else None
 
-    def path(self, digest):
-        """The file of a version."""
-        return self.folder / "versions" / f"{digest}.safetensors"
+    def stored(self, i, h_bar):
+        """Return the gating of task i when it is *given* that task i is asked for: its own dynamics, as they
+        were committed, and what now lies at that address. Under the exact lock this cannot change."""
+        return self.speaker(i).gating(self.versions[i].dynamics(h_bar))
 
-    def measured(self, entry):
-        """Is there a row of results for a version?"""
-        return any(row["version"] == entry["hash"] for row in self.manifest["results"])
-
-    def data_file(self, task, kind):
-        """kind "val": the validation records that the task is measured on, now and after every later task.
-        "logits": digests of the logits that each had when the task was committed."""
-        return self.folder / "data" / f"{task}.{kind}.json"
-
-    def files(self, entry):
-        """The files that a version or composition has."""
-        data = [self.data_file(entry["task"], kind) for kind in ("val", "logits")]
-        return [self.path(entry["hash"])] + data * (entry["lock"] != "composed")
-
-    def validation(self, task):
-        """Those records. Refused: they are not there, or not whole."""
-        return read_records(self.data_file(task, "val"), self.template, own=True)
-
-    def digests(self, task):
-        """Those digests. Refused: they are not there, or not one for each record."""
-        path = self.data_file(task, "logits")
-        digests = validate(read_json(path), [re.compile("[0-9a-f]{16}")], path)
-        if len(digests) != (records := len(self.validation(task))):
-            raise Refused(f"{path}: {len(digests)} digests for {records} validation records")
-        return digests
-
-    def find(self, name):
-        """The manifest's entry for a task name or the start of a hash, as in git. Refused: none, or more than
-        one."""
-        by_name = [e for e in self.entries if e["task"] == name]
-        found = by_name or [e for e in self.entries if len(name) >= 4 and e["hash"].startswith(name.lower())]
-        if len(found) != 1:
-            which = "no version is" if not found else "more than one version is"
-            raise Refused(f"{self.folder}: {which} called {name!r}; see `python commit.py log`")
-        return found[0]
-
-    def head(self, entry):
-        """What the file of an entry says of itself. Refused: see `read_version_file`; or the manifest says
-        otherwise."""
-        head, _ = read_version_file(self.path(entry["hash"]))
-        self.agree(entry, head["task"], head["lock"])
-        return head
-
-    def agree(self, entry, task, lock):
-        """Refused: a version's file says that it is of another task or lock than the manifest's entry."""
-        if (task, lock) != (entry["task"], entry["lock"]):
-            said = f"{entry['task']} with lock {entry['lock']}"
-            raise Refused(f"{self.manifest_file}: {said}, but its file is {task} with {lock}")
-
-    def read_version(self, entry, earlier):
-        """The version or composition of an entry, and see that its data files are whole. earlier: the
-        versions before it. Refused: see `head`, `load`, `validation`, `digests`."""
-        path, kind = self.path(entry["hash"]), Composition if entry["lock"] == "composed" else Version
-        version = kind.load(path, earlier)
-        self.agree(entry, version.task, version.lock)
-        if kind is Composition:
-            return version
-        (self.digests if self.measured(entry) else self.validation)(entry["task"])
-        if not earlier:
-            (rank, _), d = next(iter(version.shapes.values())), len(version.region.mean)
-            fixed = version.dynamics.fixed
-            day = self.manifest["versions"][0]["date"][:10]
-            made = {"targets": "all", "day": day, **version.config}
-            made |= {"rank": rank, "coord_dim": d, "fixed_coordinate": fixed}
-            for key, value in {**self.manifest["settings"], "day": self.day}.items():
-                if made.get(key) != value:
-                    raise Refused(f"{self.manifest_file}: settings: {key} {value}, not {made.get(key)}")
-        return version
-
-    @contextlib.contextmanager
-    def exclusive(self):
-        """Within this block no other process changes the run folder. The lock dies with its process. Refused:
-        it is taken, or see `read`. If nothing comes of the block, no empty folder is left."""
-        self.read()
-        with contextlib.ExitStack() as held:
-            self.lock(held)
-            self.read()  # as the other process may just have left it
-            self.held = True
-            held.callback(setattr, self, "held", False)
-            yield self
-
-    @first_alone
-    def lock(self, held):
-        """Take the lock of `exclusive`, until the stack `held` is closed. Refused: it is taken."""
-        made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        f = held.enter_context(open(self.folder / ".lock", "a"))
-        if fcntl:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Refused(f"{self.folder}: another process is at work on it; wait") from None
-        held.callback(self.leave, made)
-
-    def leave(self, made):
-        """If nothing came of it, remove the lock file and the folders that were made."""
-        if [p.name for p in self.folder.iterdir()] == [".lock"]:
-            (self.folder / ".lock").unlink()
-            with contextlib.suppress(OSError):
-                for folder in made:
-                    folder.rmdir()
-
-    @first_alone
-    def save(self, removed=()):
-        """Write the manifest, once it is seen that it can be read again; then remove files that it no longer
-        names, and tidy up after killed commands."""
-        self.check_manifest()
-        with atomic(self.manifest_file) as tmp:
-            tmp.write_text(json.dumps(self.manifest, indent=1), encoding="utf-8")
-        litter = [p for part in (".", "versions", "data") for p in (self.folder / part).glob(".*.niwf-tmp")]
-        for path in [*removed, *(p for p in litter if TEMPORARY.fullmatch(p.name))]:
-            if path.is_file() and not path.is_symlink():
-                path.unlink()
-        for path in self.unnamed([e["hash"] for e in self.entries]):
-            put_aside(path)
-
-    def unnamed(self, hashes):
-        """Version files that are not among `hashes`: a command was killed before the manifest could name
-        them, or after it no longer did."""
-        files = [p for p in (self.folder / "versions").glob("*.safetensors") if SHA.fullmatch(p.stem)]
-        return [p for p in files if p.stem not in hashes and p.is_file() and not p.is_symlink()]
-
-    def commit(self, version):
-        """Add a version: its file first, then the manifest that names it. A kill in between leaves an unnamed
-        file, which the same training writes again under the same name."""
-        version.save(self.folder / "versions")
-        listed = self.manifest["compositions" if isinstance(version, Composition) else "versions"]
-        date = time.strftime("%Y-%m-%d %H:%M:%S")
-        listed.append({"hash": version.hash, "task": version.task, "lock": version.lock, "date": date})
-        self.save()
-
-    # What a version answers.
-
-    def open_backbone(self, name, device, device_map=None):
-        """Load the backbone. -> (backbone, tokenizer). If it has another name than it had, the manifest
-        takes the new one; whoever holds the folder (`exclusive`) saves it. Raises Refused if the run folder
-        belongs to another backbone."""
-        backbone, tokenizer = load_backbone(name, device, device_map)
-        owner = self.manifest["backbone"]
-        if not owner:
-            self.manifest["backbone"] = {"name": place_of(name), "fingerprint": fingerprint(backbone)}
-        elif not is_backbone(backbone, owner["fingerprint"]):
-            raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")
-        elif owner["name"] not in (name, place_of(name)):
-            with contextlib.nullcontext() if (held := self.held) else self.exclusive():
-                self.manifest["backbone"]["name"] = place_of(name)
-                if not held:
-                    self.save()
-        return backbone, tokenizer
+    def routed(self, h_bar, outside="nearest"):
+        """Return the gating when the coordinate alone decides, and its Route. Rows of a batch may go to
+        different versions. outside: what a coordinate outside its region gets, the "nearest" version or the
+        bare "base"."""
+        z = self.versions[-1].dynamics(h_bar)
+        found = route(z, [v.region for v in self.versions])
+        asked = [self.speaker(i) for i in found.choice.tolist()]
+        layers, k = asked[0].field.layers, max(v.top_k for v in asked)
+        indices = torch.zeros(len(z), layers, k, dtype=torch.long, device=z.device)
+        weights = torch.zeros(len(z), layers, k, device=z.device)
+        for v in {id(v): v for v in asked}.values():
+            rows = [row for row, speaker in enumerate(asked) if speaker is v]
+            for whole, own in zip((indices, weights), v.gating(z[rows])):
+                whole[rows, :, : own.shape[-1]] = own
+        if outside == "base":  # weight 0: the low-rank update vanishes
+            weights = weights * found.at_home().to(z.device)[:, None, None]
+        return (indices, weights), found
 
     def open_model(self, backbone, tokenizer, targets=None):
-        """The backbone with a bank that holds what the run has committed. targets: what to adapt, in a run
-        that has no version yet; the others adapt what their first does."""
+        """Return the backbone with a bank that holds what the run has committed. targets: what to adapt, in a
+        run that has no version yet; the others adapt what their first does."""
         settings, versions = self.manifest["settings"], self.read_versions()
         if versions:
             targets = named_targets(backbone, {key.rpartition(".")[0] for key in versions[0].shapes})
@@ -610,7 +291,7 @@ class Run:
         return model
 
     def read_versions(self):
-        """All versions, in order. Refused: see `read_version`."""
+        """Read all versions, in order. Raises Refused as `read_version` does."""
         versions = []
         for entry in self.manifest["versions"]:
             versions.append(self.read_version(entry, versions))
@@ -628,87 +309,27 @@ class Run:
             v.dynamics.to(model.device)
         self.compositions = [self.read_version(e, self.versions) for e in self.manifest["compositions"]]
 
-    def speaker(self, i):
-        """The version whose field and bases answer for version i. This is all the difference that the locks
-        make to answers."""
-        return self.versions[-1 if self.shared else i]
-
-    def probe_gating(self):
-        """Gating of pass 1: off, or, with --probe adapted, what the last version has at z_0."""
-        last, adapted = self.versions[-1], self.manifest["settings"]["probe"] == "adapted"
-        return last.gating(last.dynamics.z0[None]) if adapted else None
-
-    def stored(self, i, h_bar):
-        """Gating of task i when it is *given* that task i is asked for: its own dynamics, as they were
-        committed, and what now lies at that address. Under the exact lock this cannot change."""
-        return self.speaker(i).gating(self.versions[i].dynamics(h_bar))
-
-    def routed(self, h_bar, outside="nearest"):
-        """Gating when the coordinate alone decides. -> (indices, weights), Route. Rows of a batch may go to
-        different versions. outside: what a coordinate outside its region gets, the "nearest" version or the
-        bare "base"."""
-        z = self.versions[-1].dynamics(h_bar)
-        found = route(z, [v.region for v in self.versions])
-        speakers = [self.speaker(i) for i in range(len(self.versions))]
-        layers, k = max(v.layers for v in speakers), max(v.top_k for v in speakers)
-        indices = torch.zeros(len(z), layers, k, dtype=torch.long, device=z.device)
-        weights = torch.zeros(len(z), layers, k, device=z.device)
-        asked = [speakers[i] for i in found.choice.tolist()]
-        for v in {id(v): v for v in asked}.values():
-            rows = [row for row, speaker in enumerate(asked) if speaker is v]
-            for whole, own in zip((indices, weights), v.gating(z[rows])):
-                whole[rows, :, : own.shape[-1]] = own.expand(-1, layers, -1)
-        if outside == "base":  # weight 0: the low-rank update vanishes
-            weights = weights * found.at_home().to(z.device)[:, None, None]
-        return (indices, weights), found
+    def read_version(self, entry, earlier):
+        """Read the version or composition of an entry, and see that its data files are whole. earlier: the
+        versions before it. Raises Refused if anything is damaged, or says other things than the manifest."""
+        path, kind = self.path(entry["hash"]), Composition if entry["lock"] == "composed" else Version
+        version = kind.load(path, earlier)
+        self.agree(entry, version.task, version.lock)
+        if kind is Composition:
+            return version
+        (self.digests if self.measured(entry) else self.validation)(entry["task"])
+        if not earlier:
+            (rank, _), d = next(iter(version.shapes.values())), len(version.region.mean)
+            day = self.manifest["versions"][0]["date"][:10]
+            made = {"targets": "all", "day": day, **version.config}
+            made |= {"rank": rank, "coord_dim": d}
+            for key, value in {**self.manifest["settings"], "day": self.day}.items():
+                if made.get(key) != value:
+                    raise Refused(f"{self.manifest_file}: settings: {key} {value}, not {made.get(key)}")
+        return version
 
 
-def latest_run(root="runs"):
-    """The run folder under `root` whose manifest was written last. Refused: there is none."""
-    manifests = sorted(pathlib.Path(root).glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
-    if not manifests:
-        raise Refused(f"no run folder under {root}/: start one with train.py, or name one with --run")
-    return manifests[-1].parent
-
-
-# ------------------------------------------------------------------------------- the rest is the command line
-
-
-def describe(run, entry):
-    """Everything a manifest and a version's header say about it, as a dict."""
-    path, head = run.path(entry["hash"]), run.head(entry)
-    readers = [e["hash"] for e in dependents(run, entry["hash"])]
-    about = {**head, **entry, "bytes": path.stat().st_size, "read_by": readers}
-    for row in run.manifest["results"]:
-        if row["version"] == entry["hash"]:
-            about["perplexity"] = {k: row[k][entry["task"]] for k in ("base", "stored", "routed")}
-    return about
-
-
-def dependents(run, digest):
-    """Entries that stand on a version: that read its bases, or were trained from its shared bank (soft lock
-    and none)."""
-    after = run.entries[[e["hash"] for e in run.entries].index(digest) + 1 :]
-    return [e for e in after if e["lock"] in ("soft", "none") or digest in run.head(e)["reads"]]
-
-
-def log(abouts):
-    """Lines of `python commit.py log`: newest first, as in git. abouts: what `describe` says of every
-    version."""
-    for about in sorted(abouts, key=lambda about: about["date"], reverse=True):
-        reads = [digest[:12] for digest in about["reads"]]
-        yield f"* version {about['hash'][:12]}  {about['task']}  (lock: {about['lock']})"
-        yield f"| Date:   {about['date']}"
-        if about["lock"] == "composed":
-            yield "|         " + " + ".join(f"{w:g} x {digest}" for digest, w in zip(reads, about["weights"]))
-        else:
-            yield f"|         writes {about['writes']} bases, reads {', '.join(reads) or 'nothing'}"
-            size = f"{about['n']} coordinates, tau {about['tau']:.2f}, {about['anchors']} anchors"
-            yield f"|         region of {size}"
-        if "perplexity" in about:
-            base, stored, routed = about["perplexity"].values()
-            yield f"|         perplexity {base:.3f} before, {stored:.3f} stored, {routed:.3f} routed"
-        yield "|"
+# -------------------------------------------------------------------------------------------- the commands
 
 
 def refuse_shared(run):
@@ -717,8 +338,8 @@ def refuse_shared(run):
 
 
 def verify(run):
-    """[(entry, what is wrong or "")]: each file as when it is loaded, and its field on every anchor, to the
-    bit."""
+    """Check each file as when it is loaded, and its field on every anchor, to the bit. -> [(entry, what is
+    wrong or "")]"""
     found, earlier = [], []
     for entry in run.entries:
         wrong = ""
@@ -737,7 +358,8 @@ def verify(run):
 
 
 def rollback(run, name, cascade=False):
-    """Take a version out, and those that stand on it if `cascade`. -> their entries. Refused: some do."""
+    """Take a version out, and those that stand on it if `cascade`. Return their entries. Raises Refused if
+    some do and `cascade` is not said."""
     gone = [run.find(name)]
     for entry in gone:
         gone += [e for e in dependents(run, entry["hash"]) if e not in gone]
@@ -746,24 +368,14 @@ def rollback(run, name, cascade=False):
         raise Refused(f"{gone[0]['task']} is read by {readers}; --cascade removes them too")
     hashes, tasks = {e["hash"] for e in gone}, {e["task"] for e in gone}
     files = [path for e in gone for path in run.files(e)]
-    manifest = copy.deepcopy(run.manifest)
-    for kind in ("versions", "compositions"):
-        manifest[kind] = [e for e in manifest[kind] if e["hash"] not in hashes]
-    manifest["results"] = [row for row in manifest["results"] if row["version"] not in hashes]
-    for row in manifest["results"]:
-        for column in (c for c in row.values() if isinstance(c, dict)):
-            for task in tasks & {*column}:
-                del column[task]
-    if not manifest["versions"]:
-        manifest["settings"] = {}
-    run.manifest = manifest
+    run.manifest = without(copy.deepcopy(run.manifest), hashes, tasks)
     run.save(removed=files)
     return gone
 
 
 def compose(run, names, weights, name):
-    """Commit a version that owns no bases: the gatings of several, weighed. -> its entry. Refused: it cannot
-    be."""
+    """Commit a version that owns no bases: the gatings of several, weighed. Return its entry. Raises Refused
+    if that cannot be."""
     entries = [run.find(n) for n in names]
     check_name("--name", name)
     if len(weights) != len(entries) or not any(weights):
@@ -779,8 +391,8 @@ def compose(run, names, weights, name):
 
 
 def merge(run, other):
-    """Take in the versions of another run that this one lacks. Returns their entries. Refused, with nothing
-    changed: the two have no first version in common, names clash, or the other one is not whole."""
+    """Take in the versions of another run that this one lacks. Return their entries. Raises Refused, with
+    nothing changed, if the two have no first version in common, names clash, or one is not whole."""
     ours, theirs = run.manifest, other.manifest
     if not theirs["versions"]:
         raise Refused(f"{other.folder}: no versions to merge")
@@ -815,10 +427,9 @@ def merge(run, other):
 
 
 def update_of(run, name):
-    """What a version adds to the backbone's weights, with its gating at its region's mean coordinate.
-    -> {target: (A [K r, d_in], B [K r, d_out])}, Delta W = B^T A: the chosen A_i stacked, and the chosen B_i,
-    times (alpha / r) w_i. A composition joins its versions'. Refused: there is no such version, or not
-    whole."""
+    """Return what a version adds to the backbone's weights, gated at its region's mean coordinate: {target:
+    (A [K r, d_in], B [K r, d_out])} with Delta W = B^T A. The chosen A_i are stacked, and the chosen B_i,
+    times (alpha / r) w_i. A composition joins its versions'. Raises Refused as `read_version` does."""
     entry, settings = run.find(name), run.manifest["settings"]
     refuse_shared(run)
     versions = run.read_versions()
@@ -832,10 +443,9 @@ def update_of(run, name):
     for v, share in parts:
         indices, weights = (g[0] for g in v.gating(torch.tanh(v.region.mean).float()[None]))  # [L, K]
         for target, layer in numbers.items():
-            chosen, w = indices[min(layer, len(indices) - 1)], weights[min(layer, len(indices) - 1)]
-            scale = share * settings["alpha"] / settings["rank"] * w
-            rows[f"{target}.A"].append(whole(f"{target}.A")[chosen].flatten(0, 1))
-            rows[f"{target}.B"].append((scale[:, None, None] * whole(f"{target}.B")[chosen]).flatten(0, 1))
+            scale = share * settings["alpha"] / settings["rank"] * weights[layer][:, None, None]
+            rows[f"{target}.A"].append(whole(f"{target}.A")[indices[layer]].flatten(0, 1))
+            rows[f"{target}.B"].append((scale * whole(f"{target}.B")[indices[layer]]).flatten(0, 1))
     return {t: (torch.cat(rows[f"{t}.A"]), torch.cat(rows[f"{t}.B"])) for t in numbers}
 
 
@@ -854,6 +464,9 @@ def export(run, name, folder, merged=False, backbone=None):
             about = write_adapter(update, backbone, run.template, title, tmp)
     rank = len(next(iter(update.values()))[0])
     return {"folder": str(folder), "merged": merged, "r": rank, "target_modules": sorted(update), **about}
+
+
+# ------------------------------------------------------------------------------------------- the command line
 
 
 def parse_options(argv=None):

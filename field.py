@@ -11,15 +11,18 @@ The coordinates of a learned task occupy a *region*. *Anchors* are points in it;
 the task's *snapshot*. Later inputs are *routed*: a coordinate belongs to the region under which it is most
 likely.
 
-Held here: sections 3.2-3.5, 4.2, 4.3 and Appendix B of the NIWF paper, Eqs. (6)-(8), (10)-(13). Departures:
-* The coordinate before the first update, which the paper does not name, is z_0 = 0.
-* h_bar is standardised. Mean hidden states of a language model share a large common part (anisotropy);
-  beside it inputs hardly differ, z hardly varies, and the field learns one constant gating.
-* A region's Gaussian is fitted to artanh(z), not to z: coordinates pile up at the ends of (-1, 1). Its
-  covariance is shrunk, and tau is a quantile of leave-one-out distances: it covers inputs not yet seen.
-* Routing compares *between* regions, as one region's own 95 % ellipsoid cannot tell tasks apart.
+This file covers sections 3.2-3.5, 4.2, 4.3 and Appendix B of the NIWF paper, Eqs. (6)-(8), (10)-(13). It
+departs from the paper in this, and why:
+* The GRU takes one step, from z_0 = 0: the paper does not name the coordinate before the first update, and
+  an input has one h_bar, so the cell never recurs.
+* h_bar is standardised. Mean hidden states of a language model share a large common part (anisotropy).
+  Beside it inputs hardly differ, z hardly varies, and the field learns one constant gating.
+* A region's Gaussian is fitted to artanh(z), not to z, because coordinates pile up at the ends of (-1, 1).
+  Its covariance is shrunk, and tau is a quantile of leave-one-out distances, so that it covers new inputs.
+* Routing compares regions with each other, because one region's own 95 % ellipsoid cannot tell tasks apart.
 
-Needs torch alone: python -c "import torch, field; print(field.WeightField(32, 16)(torch.zeros(1, 64)).shape)"
+It needs torch alone:
+    python -c "import torch, field; print(field.WeightField(32, 16)(torch.zeros(1, 64)).shape)"
 """
 
 import dataclasses
@@ -32,8 +35,7 @@ from torch import nn
 class WeightField(nn.Module):
     """Phi: coordinate -> gating logits (section 3.2).
 
-    layers: L rows of gating, 1 when all layers share one row. bases: N. coord_dim: d. hidden: 256 in the
-    paper.
+    layers: L rows of gating. bases: N. coord_dim: d. hidden: 256 in the paper.
     """
 
     def __init__(self, layers, bases, coord_dim=64, hidden=256):
@@ -53,7 +55,7 @@ class WeightField(nn.Module):
 
     @torch.no_grad()
     def grown(self, bases):
-        """The same field with logits for `bases` >= N bases: old rows are copied, new ones start fresh."""
+        """Return the same field with logits for `bases` >= N bases. Old rows are copied, new ones fresh."""
         new = WeightField(self.layers, bases, self.w1.in_features, self.w1.out_features).to(self.w3.weight)
         kept = {k: v for k, v in self.state_dict().items() if not k.startswith("w3")}
         new.load_state_dict(kept, strict=False)
@@ -63,35 +65,29 @@ class WeightField(nn.Module):
 
 
 class CoordinateDynamics(nn.Module):
-    """What the backbone saw -> coordinate (section 3.3).
+    """What the backbone saw -> coordinate (section 3.3). features: width of h_bar, the mean of the backbone's
+    last hidden states."""
 
-    features: width of h_bar, the mean of the backbone's last hidden states. fixed: the ablation of section
-    5.4, one random coordinate for every input.
-    """
-
-    def __init__(self, features, coord_dim=64, fixed=False):
+    def __init__(self, features, coord_dim=64):
         super().__init__()
-        self.fixed = fixed
         self.gru = nn.GRUCell(features, coord_dim)
         self.norm = nn.LayerNorm(coord_dim)
         self.w_z = nn.Linear(coord_dim, coord_dim)
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("deviation", torch.ones(features))
-        self.register_buffer("z0", torch.rand(coord_dim) * 2 - 1 if fixed else torch.zeros(coord_dim))
+        self.register_buffer("z0", torch.zeros(coord_dim))
 
     def standardise(self, h_bar):
-        """From now on every feature is taken relative to its mean and deviation over h_bar [n, features]:
-        those of the first task's training prompts. They are saved and frozen with the weights."""
+        """Take every feature relative to its mean and deviation over h_bar [n, features] from now on: those
+        of the first task's training prompts. They are saved and frozen with the weights."""
         self.mean.copy_(h_bar.mean(0))
         self.deviation.copy_(h_bar.std(0, correction=0).clamp(min=1e-6))
 
     def forward(self, h_bar):
         """h_bar [B, features], detached from the backbone -> z [B, d] in (-1, 1)."""
         z0 = self.z0.expand(len(h_bar), -1)
-        if self.fixed:
-            return z0
-        # Of length sqrt(d), as a feature is of size sqrt(d / features): the GRU's initial weights, of size
-        # 1/sqrt(d), expect that, and a wide backbone would saturate its gates, which blurs addresses.
+        # Scale h_bar to length sqrt(d), because the GRU's initial weights, of size 1/sqrt(d), expect that. A
+        # wide backbone would otherwise saturate its gates, which blurs addresses.
         h_bar = (len(self.z0) / len(self.mean)) ** 0.5 * (h_bar - self.mean) / self.deviation
         # NIWF Eq. (8): z' = tanh(W_z LN(GRU(h_bar, z)))
         return torch.tanh(self.w_z(self.norm(self.gru(h_bar, z0))))
@@ -104,19 +100,18 @@ def top_k_gating(logits, k):
     return top.indices, top.values.softmax(dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------- regions and
-# routing
+# ------------------------------------------------------------------------------------- regions and routing
 
 
 def unsquash(z):
-    """What Eq. (8) squashed: artanh(z). Before the tanh a Gaussian fits."""
+    """Undo the tanh of Eq. (8): artanh(z). A Gaussian fits what was squashed."""
     return torch.atanh(z.clamp(-1 + 1e-6, 1 - 1e-6))
 
 
 def shrinkage(x):
-    """How far the covariance of centred x [n, d] is to be drawn towards scale * I, scale its mean variance:
-    (share, scale), of least expected squared error (Ledoit and Wolf 2004). Nothing has to be chosen, and
-    Sigma is regular also with fewer coordinates than dimensions."""
+    """Return (share, scale): how far the covariance of centred x [n, d] is drawn towards scale * I, its mean
+    variance, for the least expected squared error (Ledoit and Wolf 2004). Nothing has to be chosen, and Sigma
+    is regular even with fewer coordinates than dimensions."""
     n, d = x.shape
     S = x.T @ x / n
     scale = S.diagonal().mean()
@@ -138,40 +133,44 @@ class Region:
 
     @classmethod
     def fit(cls, z, quantile=0.95):
-        """Gaussian fitted to coordinates z [n, d]; tau is the given quantile of the distances that each has
-        from a Gaussian fitted to the others. In-sample distances, the paper's, are too small: the fewer
-        coordinates to a dimension, the fewer unseen ones would lie within their quantile."""
+        """Fit a Gaussian to coordinates z [n, d]. tau is a quantile of the distances that each has from a
+        Gaussian fitted to the others. The paper's in-sample distances are too small: the fewer coordinates
+        to a dimension, the fewer unseen ones would lie within their quantile."""
         u = unsquash(z.cpu().double())
         mean, n, eye = u.mean(0), len(u), torch.eye(u.shape[1], dtype=u.dtype)
         x = u - mean
         share, scale = shrinkage(x)
-        # The last term: a fixed coordinate would leave Sigma singular.
-        scatter, ridge = (1 - share) * x.T @ x, (share * scale + 1e-10) * eye
+        scatter, ridge = (1 - share) * x.T @ x, (share * scale + 1e-10) * eye  # the last: if all z are alike
         region = cls(mean, scatter / max(n - 1, 1) + ridge, tau=0.0, n=n)
-        if n <= 2:  # none can be left out
-            squared = region.distance(z.cpu().double()).square()
-        else:
-            # Without x_i the mean is x_i / (n - 1) further away, and the scatter loses n / (n - 1) x_i x_i^T:
-            # the inverse of what is left follows from one inverse for all (Sherman and Morrison).
-            q = (x @ torch.linalg.inv(scatter / (n - 2) + ridge) * x).sum(1)
-            lost = (1 - share) * n / ((n - 1) * (n - 2))
-            squared = (n / (n - 1)) ** 2 * q / (1 - lost * q).clamp(min=1e-12)
+        # With two coordinates or fewer none can be left out.
+        squared = left_out(x, scatter, ridge, share) if n > 2 else region.distance(z.cpu().double()).square()
         region.tau = float(squared.clamp(min=1e-12).sqrt().quantile(quantile))
         return region
 
     @functools.cached_property
     def whiten(self):
-        """L^-1 [d, d] with Sigma = L L^T: d_M = |L^-1 (u - mu)|."""
+        """L^-1 [d, d] with Sigma = L L^T, so that d_M = |L^-1 (u - mu)|."""
         return torch.linalg.inv(torch.linalg.cholesky(self.cov))
 
     def distance(self, z):
-        """d_M(z; mu, Sigma) [B], differentiable in z [B, d]."""
+        """Return d_M(z; mu, Sigma) [B], differentiable in z [B, d]."""
         return mahalanobis(z, self.mean.to(z), self.whiten.to(z))
 
 
+def left_out(x, scatter, ridge, share):
+    """Return the squared distance [n] of every centred x_i [n, d] from a Gaussian fitted to the others.
+
+    Without x_i the mean is x_i / (n - 1) further away, and the scatter loses n / (n - 1) x_i x_i^T. So the
+    inverse of what is left follows from one inverse for all (Sherman and Morrison)."""
+    n = len(x)
+    q = (x @ torch.linalg.inv(scatter / (n - 2) + ridge) * x).sum(1)
+    lost = (1 - share) * n / ((n - 1) * (n - 2))
+    return (n / (n - 1)) ** 2 * q / (1 - lost * q).clamp(min=1e-12)
+
+
 def mahalanobis(z, mean, whiten):
-    """d_M [B] of z [B, d] from a Gaussian with mean [d] and whiten L^-1 [d, d]; or, from n of them with
-    [n, 1, d] and [n, d, d], [n, B]."""
+    """Return d_M [B] of z [B, d] from a Gaussian with mean [d] and whiten L^-1 [d, d]; or [n, B] from n of
+    them, with [n, 1, d] and [n, d, d]."""
     return ((unsquash(z) - mean) @ whiten.mT).square().sum(-1).clamp(min=1e-12).sqrt()
 
 
@@ -185,56 +184,48 @@ class Route:
     inside: torch.Tensor
 
     def at_home(self):
-        """[B]: is the coordinate inside the region that was chosen for it?"""
+        """Return whether each coordinate is inside the region that was chosen for it, [B]."""
         return self.inside.gather(1, self.choice[:, None])[:, 0]
 
 
 def route(z, regions):
     """Send coordinates z [B, d] to the region under whose Gaussian they are most likely (quadratic
     discriminant analysis). -> Route"""
-    # Of all regions at once: one after another, they would take the longer the more tasks there are.
+    # Ask all regions at once: one after another, routing would slow down with every task.
     whiten = torch.stack([r.whiten for r in regions])  # [regions, d, d]
     mean = torch.stack([r.mean for r in regions])[:, None]  # [regions, 1, d]
     distance = mahalanobis(z.cpu().double(), mean, whiten).T  # [B, regions]
-    # log N(z; mu, Sigma) without its constant; log |Sigma|^(-1/2) is the sum of the logarithms on L^-1's
-    # diagonal
+    # log N(z; mu, Sigma) without its constant: log |Sigma|^(-1/2) sums the logarithms of L^-1's diagonal.
     scores = whiten.diagonal(dim1=1, dim2=2).log().sum(1) - distance.square() / 2
     probability, choice = scores.softmax(1).max(1)
-    return Route(
-        choice, probability, distance <= torch.tensor([r.tau for r in regions], dtype=distance.dtype)
-    )
+    tau = torch.tensor([r.tau for r in regions], dtype=distance.dtype)
+    return Route(choice, probability, distance <= tau)
 
 
-# --------------------------------------------------------------------------- anchors, and the losses of the
-# soft lock
+# ------------------------------------------------------------- anchors, and the losses of the soft lock
 
 
-def sample_anchors(region, z, count, source, seed):
-    """`count` anchors a_j inside the region, [count, d] (Appendix B). source: "gaussian" draws from the
-    fitted Gaussian and rejects what falls outside; "empirical" takes a subsample of the coordinates z that
-    lie inside."""
+def sample_anchors(region, count, seed):
+    """Draw `count` anchors a_j [count, d] from the region's Gaussian, and reject those outside the region
+    (Appendix B)."""
     generator = torch.Generator().manual_seed(seed)
-    z = z.cpu().double()
-    if source == "empirical":
-        inside = z[region.distance(z) <= region.tau]
-        return inside[torch.randperm(len(inside), generator=generator)[:count]].float()
     scale, anchors = torch.linalg.cholesky(region.cov), torch.empty(0, len(region.mean))
     for _ in range(100):
-        draws = torch.randn(4 * count, len(region.mean), generator=generator, dtype=z.dtype) @ scale.T
+        noise = torch.randn(4 * count, len(region.mean), generator=generator, dtype=torch.float64)
+        draws = noise @ scale.T
         inside = torch.tanh(region.mean + draws).float()
         anchors = torch.cat([anchors, inside[region.distance(inside) <= region.tau]])[:count]
         if len(anchors) == count:
             return anchors
-    # tau can be so small that a Gaussian hardly ever falls inside (a fixed coordinate has tau = 0): pull
-    # draws in.
+    # tau can be so small that a draw hardly ever falls inside, if all coordinates are alike: pull draws in.
     shrink = region.tau / region.distance(torch.tanh(region.mean + draws))
     return torch.cat([anchors, torch.tanh(region.mean + shrink[:, None] * draws).float()])[:count]
 
 
 @torch.no_grad()
 def take_snapshot(field, anchors):
-    """NIWF Eq. (12): Phi(a_j) for every anchor, [count, L, N]. On the CPU, so that it can be recomputed
-    anywhere."""
+    """NIWF Eq. (12): Phi(a_j) for every anchor, [count, L, N]. It is computed on the CPU, so that it can be
+    recomputed anywhere."""
     device = field.w3.weight.device
     snapshot = field.cpu()(anchors.cpu())
     field.to(device)
@@ -248,13 +239,13 @@ def lock_loss(field, versions):
     total = torch.zeros((), device=field.w3.weight.device)
     for v in versions:
         now = field(v.anchors.to(total.device))
-        now = now[..., : v.snapshot.shape[-1]]  # a bank that grew has more logits
+        now = now[..., : v.snapshot.shape[-1]]  # a bank that has grown has more logits
         total = total + (now - v.snapshot.to(total.device)).square().sum((1, 2)).mean()
     return total
 
 
 def separation_loss(z, regions, margin):
-    """NIWF Eq. (10): sum over regions of mean(max(0, tau_R + margin - d_M(z; R))^2). Pushes z [B, d] out of
-    them."""
+    """NIWF Eq. (10): sum over regions of mean(max(0, tau_R + margin - d_M(z; R))^2). It pushes z [B, d] out
+    of them."""
     hinges = [(r.tau + margin - r.distance(z)).clamp(min=0) for r in regions]
     return sum((hinge.square().mean() for hinge in hinges), z.new_zeros(()))

@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import argparse
 import ast
 import collections
 import contextlib
@@ -34,6 +35,7 @@ import time
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 
 import commit
 import eval as evaluation
@@ -45,7 +47,10 @@ from commit import Run, Version
 from model import AdapterBank, attach, detach, NIWF, perplexity, response_logits, response_nll, sampler
 from plumbing import Refused
 from plumbing.backbone import TINY_FOLDER, fingerprint, from_shape, load_backbone, pick_device
+from plumbing.command import Parser, run_program
+from plumbing.files import atomic
 from plumbing.processes import ENDED
+from plumbing.records import read_records
 from plumbing.prompts import encode, end_token
 from plumbing.targets import find_targets, in_out
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
@@ -59,9 +64,10 @@ from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
 if hasattr(os, "register_at_fork"):  # a child makes PyTorch's thread pool anew: two threads at once may fail
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
@@ -102,12 +108,10 @@ def test_a_grown_field_keeps_its_old_logits():
     torch.testing.assert_close(phi.grown(9)(z)[..., :5], phi(z))
 
 
-def test_coordinates_are_bounded_and_a_fixed_one_ignores_its_input():
+def test_coordinates_are_bounded_and_depend_on_their_input():
     h = 50 * torch.randn(10, 6)
     z = CoordinateDynamics(6, 4)(h)
     assert z.abs().max() <= 1 and (z[0] != z[1]).any()
-    z = CoordinateDynamics(6, 4, fixed=True)(h)
-    assert (z == z[0]).all()
 
 
 def test_dynamics_are_equation_8_written_out():
@@ -205,25 +209,17 @@ def test_a_region_covers_inputs_that_were_not_fitted():
     assert (region.distance(unseen) <= in_sample).double().mean() < 0.85
 
 
-@pytest.mark.parametrize("source", ["gaussian", "empirical"])
-def test_anchors_lie_inside_their_region(source):
-    z = torch.tanh(torch.randn(400, 5))
-    region = Region.fit(z)
-    anchors = sample_anchors(region, z, 256, source, seed=3)
-    assert (
-        anchors.shape == (256, 5)
-        and anchors.abs().max() < 1
-        and (region.distance(anchors) <= region.tau).all()
-    )
-    assert torch.equal(anchors, sample_anchors(region, z, 256, source, seed=3))
-    if source == "empirical":
-        assert all((z == a).all(1).any() for a in anchors)
+def test_anchors_lie_inside_their_region():
+    region = Region.fit(torch.tanh(torch.randn(400, 5)))
+    anchors = sample_anchors(region, 256, seed=3)
+    assert anchors.shape == (256, 5) and anchors.abs().max() < 1
+    assert (region.distance(anchors) <= region.tau).all()
+    assert torch.equal(anchors, sample_anchors(region, 256, seed=3))
 
 
-def test_a_fixed_coordinate_still_makes_a_region():
-    z = torch.full((30, 4), 0.3)
-    region = Region.fit(z)
-    assert sample_anchors(region, z, 16, "gaussian", 0).isfinite().all()
+def test_coordinates_that_are_all_alike_still_make_a_region():
+    region = Region.fit(torch.full((30, 4), 0.3))
+    assert sample_anchors(region, 16, 0).isfinite().all()
 
 
 def test_routing_goes_to_the_likeliest_gaussian():
@@ -242,7 +238,7 @@ def test_lock_and_separation_losses_are_equations_13_and_10():
     torch.manual_seed(0)
     phi, z = WeightField(2, 5, 4, 7), torch.tanh(torch.randn(40, 4))
     region = Region.fit(z)
-    anchors = sample_anchors(region, z, 8, "gaussian", 0)
+    anchors = sample_anchors(region, 8, 0)
     old = a_version_of(phi, CoordinateDynamics(3, 4), region, anchors, {})
     assert field.lock_loss(phi, [old]) == 0 and field.lock_loss(phi, []) == 0
     torch.nn.init.normal_(phi.w3.bias)
@@ -610,7 +606,7 @@ def test_a_damaged_version_file_is_refused(tmp_path, damage):
 def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
     (tmp_path / "f").write_text("old")
     with pytest.raises(OSError):
-        with commit.atomic(tmp_path / "f") as tmp:
+        with atomic(tmp_path / "f") as tmp:
             tmp.write_text("half of the n")
             raise OSError("No space left on device")
     assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "old"
@@ -806,7 +802,7 @@ def test_what_is_exported_is_the_version_at_its_mean_coordinate(tmp_path, make, 
     wanted = model.logits(examples, gating)[0]
     alike = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5)
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    with commit.safe_open(tmp_path / "lora" / "adapter_model.safetensors", "pt") as f:
+    with safe_open(tmp_path / "lora" / "adapter_model.safetensors", "pt") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}
     twin = make(3584)
     for target, module in find_targets(twin).items():
@@ -836,13 +832,13 @@ def test_an_export_that_fails_or_is_killed_leaves_nothing_under_its_name(tmp_pat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m, pytest.raises(OSError, match="No space"):
-        m.setattr(commit.os, "fsync", full)
+        m.setattr(os, "fsync", full)
         commit.main(command)
     assert snapshot_of(tmp_path) == before and not list(tmp_path.glob(".*"))
     if hasattr(os, "fork"):
         child = os.fork()
         if child == 0:  # killed when all is written, and before it has its name
-            commit.pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
             commit.main(command)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL and not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
@@ -890,7 +886,7 @@ def test_show_log_and_names(two, tmp_path, capsys):
         commit.main(["log", "--run", str(tmp_path / "nowhere")])
 
 
-@pytest.mark.skipif(not commit.fcntl, reason="no fcntl here")
+@pytest.mark.skipif(not fcntl, reason="no fcntl here")
 def test_a_second_process_is_refused_and_the_lock_dies_with_the_first(micro, first, tmp_path):
     out = copy_of(first, tmp_path)
     holder = subprocess.Popen(
@@ -970,7 +966,7 @@ def test_the_drift_of_a_grown_bank_is_told_over_all_its_bases():
     torch.manual_seed(4)
     dynamics, then = CoordinateDynamics(3, 4), WeightField(1, 4, 4, 7)
     region = Region.fit(torch.tanh(torch.randn(40, 4)))
-    anchors = sample_anchors(region, torch.zeros(1, 4), 8, "gaussian", 0)
+    anchors = sample_anchors(region, 8, 0)
     old = a_version_of(then, dynamics, region, anchors, {})
     now = then.grown(6)
     now.w3.bias.data[4:] = torch.tensor([100.0, -100.0])
@@ -1254,7 +1250,7 @@ def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, tmp_path, capsys
 def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
     run = Run(first)
     args = train.parse_options(micro("code", first, "--lock"))
-    train.fill_in(args, run)
+    train.complete(args, run)
     model = run.open_model(*run.open_backbone(args.backbone, "cpu"))
     torch.manual_seed(0)
     h_bar = 3 * torch.randn(50, 32)
@@ -1310,33 +1306,13 @@ def test_without_the_exact_lock_one_bank_is_shared_and_task_one_moves(micro, fir
         train.main(micro("third", out, "--lock", "exact"))
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--probe", "adapted", "--pool", "sequence"],
-        ["--dense-gating"],
-        ["--fixed-coordinate"],
-        ["--shared-gating"],
-        ["--anchor-source", "empirical"],
-    ],
-)
-def test_every_setting_of_the_paper_runs_and_is_read_back(micro, tmp_path, more):
+def test_the_papers_own_setting_runs_and_is_read_back(micro, tmp_path):
     out = tmp_path / "run"
-    train.main(micro("alpaca", out, *more))
-    train.main(
-        micro(
-            "code",
-            out,
-            "--lock",
-            "soft",
-            *[m for m in more if m not in ("--probe", "adapted", "--pool", "sequence", "--fixed-coordinate")],
-        )
-    )
+    train.main(micro("alpaca", out, "--probe", "adapted", "--pool", "sequence"))
+    train.main(micro("code", out, "--lock", "soft"))
     run = Run(out)
     v, rows = run.read_version(run.manifest["versions"][-1], []), run.manifest["results"]
-    assert v.top_k == (len(v.index) if "--dense-gating" in more else 2)
-    assert v.field.layers == (1 if "--shared-gating" in more else 2)
-    assert v.dynamics.fixed == ("--fixed-coordinate" in more)
+    assert v.top_k == 2 and v.field.layers == 2
     evaluation.main(["--run", str(out), "--json", str(tmp_path / "e.json")])
     (again,) = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert again["R"]["stored"] == [
@@ -1408,15 +1384,6 @@ def test_checkpointing_changes_no_bit_and_a_training_may_go_on_with_it(
     monkeypatch.setattr(AdapterBank, "again", lambda bank: (calls.append(1), again(bank))[1])
     train.main(micro("code", out, "--lock", "--checkpointing"))
     assert outcome(out) == outcome(two) and calls
-
-
-def test_a_fixed_coordinate_resumes_too(micro, tmp_path, monkeypatch):
-    """Its dynamics learn nothing, so there are no moments of theirs to bring back."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train.main(micro("alpaca", whole, "--fixed-coordinate"))
-    break_off(micro("alpaca", broken, "--fixed-coordinate"), 4, monkeypatch)
-    train.main(micro("alpaca", broken, "--fixed-coordinate"))
-    assert outcome(broken) == outcome(whole)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -1585,10 +1552,10 @@ def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
     torch.manual_seed(3)
     dynamics, then, now = CoordinateDynamics(32, 4), WeightField(2, 6, 4, 7), WeightField(2, 6, 4, 7)
     region = Region.fit(torch.tanh(torch.randn(40, 4)))
-    anchors = sample_anchors(region, torch.zeros(1, 4), 8, "gaussian", 0)
+    anchors = sample_anchors(region, 8, 0)
     old = a_version_of(then, dynamics, region, anchors, {})
     learner = train.Learner(model=model, field=now, dynamics=dynamics, top_k=2, reads=[], protected=[old])
-    args = train.argparse.Namespace(lambda_lock=5.0, lambda_sep=0.5, lambda_budget=2.0, margin=3.0)
+    args = argparse.Namespace(lambda_lock=5.0, lambda_sep=0.5, margin=3.0)
     h_bar, tokens = model.probe([p for p, _ in examples]), sum(len(r) for _, r in examples)
     terms = [
         train.loss_terms(learner, examples[i:j], h_bar[i:j], args, (j - i) / 4, tokens)
@@ -1604,12 +1571,7 @@ def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
     separation = (
         sum(max(0.0, region.tau + 3.0 - float(region.distance(c[None]))) ** 2 for c in z.detach()) / 4
     )
-    wanted = {
-        "lm": nll / tokens,
-        "lock": 5 * lock,
-        "sep": torch.tensor(separation / 2),
-        "budget": torch.tensor(4 / 6),
-    }
+    wanted = {"lm": nll / tokens, "lock": 5 * lock, "sep": torch.tensor(separation / 2)}
     for name, value in wanted.items():
         torch.testing.assert_close(sum(t[name] for t in terms), value, atol=1e-4, rtol=1e-4)
         assert value > 0.01, name
@@ -1617,7 +1579,7 @@ def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
 
 @pytest.mark.parametrize("n, batch, grad_accum", [(100, 4, 2), (37, 3, 1), (5, 1, 16), (64, 16, 1)])
 def test_an_epoch_has_every_example_once_and_like_lengths_together(n, batch, grad_accum):
-    args = train.argparse.Namespace(batch=batch, grad_accum=grad_accum, seed=7)
+    args = argparse.Namespace(batch=batch, grad_accum=grad_accum, seed=7)
     lengths = torch.randperm(n).tolist()
     examples, steps = [([0] * length, [1]) for length in lengths], -(-n // (batch * grad_accum))
     epochs = [[train.micro_batches(examples, e * steps + s, args) for s in range(steps)] for e in range(2)]
@@ -1640,7 +1602,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "TINY_VALUES", dict(train.TINY_VALUES, examples=16, val_examples=4))
+    monkeypatch.setattr(train, "TINY", dict(train.TINY, examples=16, val_examples=4))
     command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
     stream.main(["1", *command])
     first = Run(tmp_path / "run").manifest["versions"]
@@ -1698,9 +1660,7 @@ def as_one_process(run, one):
     steps, expected = steps_of(run), steps_of(one)
     assert [line["step"] for line in steps] == [*range(1, len(expected) + 1)]
     for line, other in zip(steps, expected):
-        assert all(
-            line[key] == pytest.approx(other[key], abs=1e-4) for key in ("lm", "lock", "sep", "budget")
-        )
+        assert all(line[key] == pytest.approx(other[key], abs=1e-4) for key in ("lm", "lock", "sep"))
     (row,), (other,) = (Run(folder).manifest["results"] for folder in (run, one))
     for key in ("base", "stored", "routed"):
         assert row[key]["alpaca"] == pytest.approx(other[key]["alpaca"], rel=1e-3)
@@ -1725,7 +1685,7 @@ def train_in_two(argv, folder, rate=None, main=train.main):
                 (folder / f"{rank}.end").write_text("")
                 with open(folder / f"{rank}.out", "w") as out:
                     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                        commit.run_program(lambda: main(argv))
+                        run_program(lambda: main(argv))
                 code = 0
             except SystemExit as e:
                 (folder / f"{rank}.end").write_text(e.code if isinstance(e.code, str) else "")
@@ -1783,7 +1743,7 @@ def test_a_process_that_is_killed_or_stopped_ends_both_and_the_same_command_goes
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_two_processes_learn_a_stream(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "TINY_VALUES", dict(train.TINY_VALUES, examples=16, val_examples=20))
+    monkeypatch.setattr(train, "TINY", dict(train.TINY, examples=16, val_examples=20))
     command = ["2", "--out", str(tmp_path / "run"), "--device", "cpu"]
     assert train_in_two(command, tmp_path, main=stream.main)[1:] == (["", ""], [0, 0])
     run = Run(tmp_path / "run")
@@ -2688,7 +2648,7 @@ IN_MANIFEST = {
     "settings.coord_dim": [ABSENT, 0, "4", None],
     "settings.pool": [ABSENT, "all", 7, None],
     "settings.probe": [ABSENT, "none", 7, None],
-    "settings.fixed_coordinate": [ABSENT, "no", None, 2.5],
+    "settings.fixed_coordinate": [True, "no", None, 2.5],
     "settings.template": [ABSENT, "mine", 7, None],
     "settings.targets": ["", "q_proj,", "a b", 7, None],
     "settings.more": [1],
@@ -2757,7 +2717,6 @@ CONTRADICTIONS = {  # what only the version files tell
     "compositions.0.task": ["poems"],
     "settings.rank": [3, 10**12],
     "settings.coord_dim": [5, 10**12],
-    "settings.fixed_coordinate": [True],
     "settings.probe": ["adapted"],
     "settings.template": ["alpaca"],
     "settings.targets": ["q_proj"],
@@ -2802,7 +2761,7 @@ IN_HEAD = {  # of code, the second version, which reads the first
     "n": NO_SIZE,
     "tau": [ABSENT, NAN, INF, -INF, -1.0, "2", None, 10**400],
     "anchors": [ABSENT, 7, "8", None, -8],
-    "fixed": [ABSENT, True, "no", None],
+    "fixed": [True, "no", None],
     "config": [ABSENT, None, 7, "x", []],
     "more": [1],
 }
@@ -3513,8 +3472,8 @@ GROUPS = {
 @pytest.mark.parametrize("command", GROUPS)
 def test_help_explains_every_option_and_has_an_example(command, monkeypatch, capsys):
     program, *argv = command.split()
-    asked, show = [], commit.Parser.print_help
-    monkeypatch.setattr(commit.Parser, "print_help", lambda self: [asked.append(self), show(self)])
+    asked, show = [], Parser.print_help
+    monkeypatch.setattr(Parser, "print_help", lambda self: [asked.append(self), show(self)])
     with pytest.raises(SystemExit) as e:
         importlib.import_module(program if program in PROGRAMS else f"studies.{program}").main(
             [*argv, "--help"]
@@ -3595,11 +3554,11 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(base, world):
             folder.chmod(0o755)
 
 
-@pytest.mark.skipif(not commit.fcntl, reason="no fcntl here")
+@pytest.mark.skipif(not fcntl, reason="no fcntl here")
 def test_of_two_processes_the_second_is_told_to_wait(base, world):
     before = fuzz.snapshot(world)
     with open(world / "run" / ".lock", "a") as lock:
-        commit.fcntl.flock(lock, commit.fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         for command in ("rollback", "compose", "into", "train"):
             refuses(*argv_of(command, base, world, world / "run"), "another process")
         for command in ("log", "verify", "eval"):
@@ -3612,10 +3571,7 @@ def test_of_two_processes_the_second_is_told_to_wait(base, world):
 
 @pytest.mark.parametrize("task", ["alpaca", "code"])
 def test_embedded_sets_are_what_the_readme_says(task):
-    sets = {
-        side: commit.read_records(HERE / "assets" / "data" / f"{task}.{side}.json")
-        for side in ("train", "val")
-    }
+    sets = {side: read_records(HERE / "assets" / "data" / f"{task}.{side}.json") for side in ("train", "val")}
     prompts = {side: {(r["instruction"], r["input"]) for r in records} for side, records in sets.items()}
     assert (
         len(prompts["train"]) >= 4000 and len(prompts["val"]) >= 400 and not prompts["train"] & prompts["val"]

@@ -6,19 +6,18 @@
     python train.py --task synthetic               # the FTN experiments, see synthetic.py
     torchrun --nproc_per_node 2 train.py --task alpaca  # in two processes, each with a GPU, or on the CPU
 
-Of several processes each computes its share of every step and of the measuring, and the sums are those of one
-process; the first alone writes and prints. When one ends, all end, and the same command goes on.
+An example takes this path: encode -> probe (model.py) -> coordinate -> gating (field.py) -> logits (model.py)
+-> loss, Eq. (9). After the last step the task is committed (commit.py), every task is measured (eval.py), and
+the table is printed. The three locks share one loop: `writable` alone decides what a new task may write.
 
-The path of an example: read_records (plumbing) -> encode -> probe (model.py) -> coordinate -> gating
-(field.py) -> logits -> loss, Eq. (9). After the last step the task is committed (commit.py), every task is
-measured (eval.py), and the table is printed.
+Training can be killed at any moment: the same command goes on from `training.safetensors` and ends with the
+same bits. Of several processes each computes its share of every step and of the measuring, and their sums are
+those of one process. Only the first writes and prints. When one ends, all end, and the same command goes on.
 
-The three locks are one loop. What may be written is decided in one place, `writable`. Training can be killed
-at any moment: the same command goes on from `training.safetensors` and ends with the same bits.
-
-Held here: sections 3.4, 3.6 and 5.1 of the NIWF paper, Eq. (9). The learning rate is our choice, the paper's
-did not survive: 2e-4; 1e-3 for the tiny backbone, whose adapters are as small as it is. alpha is 128 in place
-of 16: the weights of Eq. (7) sum to 1, so that the paper's update is 1/K of that of a LoRA of rank K r.
+This file covers sections 3.4, 3.6 and 5.1 of the NIWF paper, Eq. (9). Departures: the paper's learning rate
+is not known, so we chose 2e-4, and 1e-3 for the tiny backbone, whose adapters are as small as it is. alpha is
+128 in place of 16, because the weights of Eq. (7) sum to 1, so that the paper's update is 1/K of that of a
+LoRA of rank K r. A new field starts with its own bases in front (`lead_with_own`), so that they are trained.
 """
 
 import os
@@ -27,7 +26,6 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\ntrain.py: stopped\n") and 130))
 
-import argparse
 import collections
 import copy
 import dataclasses
@@ -39,142 +37,27 @@ import re
 import sys
 import time
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-from commit import Run, Version
+from commit import Run, commit_task
 from eval import measure_last, probe_all, report
+from field import CoordinateDynamics, WeightField, lock_loss, separation_loss, top_k_gating
 from model import NIWF, response_nll
 from plumbing import Refused
 from plumbing.backbone import pick_device
-from plumbing.command import number, Parser, provenance, run_program
-from plumbing.files import atomic, check_name, put_aside, validate
+from plumbing.command import Parser, number, run_program
+from plumbing.files import check_name
+from plumbing.options import Option, add_options, column, fill_in
 from plumbing.passes import choose_targets, positions_of
-from plumbing.processes import any_process, first_alone, rank_and_size, sum_over_processes
-from plumbing.records import load_data
+from plumbing.processes import first_alone, rank_and_size
 from plumbing.prompts import asks_for_day
+from plumbing.records import load_data
 from plumbing.targets import describe_targets
-from field import CoordinateDynamics, Region, WeightField, lock_loss, sample_anchors, separation_loss
-from field import take_snapshot, top_k_gating
+from plumbing.training import Training, peak_memory
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
 
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 MISTRAL_BYTES = 24.7e9  # 23.3 GB by count for its second task (studies.memory), the rest for CUDA
 LENGTH_WINDOW = 4  # steps among whose examples those of like length are put together
-SAVE_EVERY = 20  # seconds between two saved states; more where saving takes over 5 % of the time
-
-# The paper's values (its table of hyperparameters), and what the tiny backbone changes.
-# fmt: off
-PAPER_VALUES = dict(examples=4000, val_examples=400, epochs=1, max_len=256, lr=2e-4, grad_accum=16, batch=1,
-                    rank=8, bases=16, top_k=8, alpha=128.0, coord_dim=64, field_hidden=256, anchors=256,
-                    quantile=0.95, lambda_lock=5.0, lambda_sep=0.01, margin=0.0, lambda_budget=0.001,
-                    pool="prompt", probe="bare", fixed_coordinate=False, template="alpaca", targets="all")
-TINY_VALUES = dict(epochs=2, lr=1e-3, grad_accum=1, batch=16)
-FIXED_BY_FIRST_TASK = "rank alpha coord_dim pool probe fixed_coordinate template targets".split()
-
-COUNT, SIZE = dict(type=number(int, 1)), dict(type=number(int, 1, 4096))
-WEIGHT, FLAG, TEXT = dict(type=number(float, 0, 1e6)), dict(action="store_true"), {}
-OPTIONS = {
-    "what to learn, from what, on what": {
-        "--task": ("name of the capability; alpaca and code bring their data, others need --data", TEXT),
-        "--data": ("JSON list or lines: Alpaca, TRL, chats, ...; of a chat the last answer is learned", TEXT),
-        "--val-data": ("the same, for validation; else part of the data is held out", TEXT),
-        "--template": ("of prompts; chat: the tokenizer's", dict(choices=["alpaca", "chat"])),
-        "--backbone": ("tiny, a Hub id, a folder, FILE.gguf, random:mistral-7b [Mistral-7B or tiny]", TEXT),
-        "--device": ("cpu, cuda, mps [what is there]", TEXT),
-        "--device-map": ("spread a backbone over all GPUs, then memory, then disk", dict(choices=["auto"])),
-        "--out": ("run folder [runs/<backbone>]", TEXT),
-        "--examples": ("training examples", COUNT),
-        "--val-examples": ("validation examples", COUNT)},
-    "optimisation": {
-        "--epochs": ("passes over the examples", COUNT),
-        "--max-len": ("tokens of prompt and response; longer are left out", dict(type=number(int, 8, 99999))),
-        "--lr": ("peak learning rate of AdamW", WEIGHT),
-        "--grad-accum": ("micro-batches per step", COUNT),
-        "--batch": ("sequences per micro-batch", COUNT),
-        "--checkpointing": ("keep the inputs of layers alone, compute the rest again: less memory", FLAG),
-        "--seed": ("of weights, data order and anchors", dict(type=number(int, 0, 2**31), default=0))},
-    "bank, field and coordinate (sections 3.1-3.3)": {
-        "--rank": ("r, rank of a basis", SIZE),
-        "--bases": ("N, bases that a task adds; with --lock soft or none, that the one bank holds", SIZE),
-        "--top-k": ("K, bases active in a layer", SIZE),
-        "--alpha": ("alpha of Eq. (2)", WEIGHT),
-        "--targets": ("last names of the linear modules to adapt, commas between them; all: every one in the "
-                      "layers of the text model, routers apart", TEXT),
-        "--coord-dim": ("d, dimension of z", SIZE),
-        "--field-hidden": ("hidden width of Phi", SIZE),
-        "--shared-gating": ("one row of gating for all layers", FLAG),
-        "--pool": ("tokens in the mean h_bar; the paper's: sequence", dict(choices=["prompt", "sequence"])),
-        "--probe": ("pass 1 bare or, the paper's, with adapters at z_0", dict(choices=["bare", "adapted"])),
-        "--dense-gating": ("ablation: K = N", FLAG),
-        "--fixed-coordinate": ("ablation: one random z for all inputs", FLAG)},
-    "commitment and locks (sections 3.4, 3.5)": {
-        "--lock": ("what protects committed tasks: exact (bare --lock), soft (the paper's); absent: nothing",
-                   dict(nargs="?", const="exact", default="none", choices=["exact", "soft"])),
-        "--anchors": ("anchors a_j per region", dict(type=number(int, 1, 10**6))),
-        "--anchor-source": ("draws or a sample", dict(choices=["gaussian", "empirical"], default="gaussian")),
-        "--quantile": ("of the training distances, gives tau, Eq. (11)", dict(type=number(float, 0.01, 1))),
-        "--lambda-lock": ("weight of L_lock, Eq. (13)", WEIGHT),
-        "--lambda-sep": ("weight of L_sep, Eq. (10)", WEIGHT),
-        "--margin": ("margin of L_sep", WEIGHT),
-        "--lambda-budget": ("weight of L_budget, a constant while K is fixed", WEIGHT)}}
-# fmt: on
-
-
-# ---------------------------------------------------------------------------------------------------- options
-
-
-def parse_options(argv=None):
-    about = ", ".join(f"{key} {value:g}" for key, value in TINY_VALUES.items())
-    epilog = (
-        "Defaults are the paper's, but for lr, alpha, margin, lambda-budget, pool, probe and template: ours. "
-    )
-    epilog += f"Tiny has {about}. {', '.join(FIXED_BY_FIRST_TASK)} are fixed by a run's first task."
-    p = Parser(__doc__, prog="train.py", epilog=epilog)
-    for title, options in OPTIONS.items():
-        group = p.add_argument_group(title)
-        for flag, (text, how) in options.items():
-            key = flag[2:].replace("-", "_")
-            if key in PAPER_VALUES:  # absent, so that `fill_in` knows what was said
-                text += f" [{PAPER_VALUES[key]}]" if how is not FLAG else ""
-                how = {**how, "default": argparse.SUPPRESS}
-            group.add_argument(flag, help=text, **how)
-    args = p.parse_args(argv)
-    if args.task is None:
-        p.error("say what to learn: --task NAME")
-    return args
-
-
-def fill_in(args, run):
-    """Fill in what was not said: the run's fixed settings, then the tiny preset, then the paper. Refused:
-    what cannot be."""
-    fixed = run.manifest["settings"] if run.tasks else {}
-    preset = TINY_VALUES if args.backbone == "tiny" else {}
-    for key, value in {**PAPER_VALUES, **preset, **fixed}.items():
-        given = getattr(args, key, value)
-        if key in fixed and given != value:
-            option = f"--{key.replace('_', '-')} {given}"
-            raise Refused(f"{option} does not fit {run.folder}: its first task fixed {value}")
-        setattr(args, key, given)
-    if args.lock == "exact" and args.probe == "adapted":
-        raise Refused("--lock exact needs --probe bare: an adapted probe moves when adapters are trained")
-    if args.top_k > args.bases:
-        raise Refused(f"--top-k {args.top_k} is more than --bases {args.bases}")
-    check_name("--task", args.task)
-    if args.task in [c["task"] for c in run.manifest["compositions"]]:
-        raise Refused(f"{run.folder} already has a composition called {args.task}")
-    later = {v["lock"] for v in run.manifest["versions"][1:]}
-    if later and (args.lock == "exact") != ("exact" in later):
-        raise Refused(
-            f"{run.folder} holds tasks trained with --lock {'/'.join(sorted(later))}, which cannot be mixed "
-            f"with --lock {args.lock}; use the same or choose another --out"
-        )
 
 
 # -------------------------------------------------------------------------------------- what a task may write
@@ -196,24 +79,23 @@ class Learner:
         return top_k_gating(self.field(z), self.top_k)
 
     def probe(self, examples, args, split=True):
-        """h_bar [n, features] of an adapted probe, the paper's own: pass 1 with the gating at z_0."""
+        """Return h_bar [n, features] of an adapted probe, the paper's own: pass 1 with the gating at z_0."""
         return probe_all(self.model, examples, args.pool, self.gating(self.dynamics.z0[None]), split)
 
     def weights(self):
-        """What training changes, by name. A fixed coordinate has nothing to learn."""
-        modules = {"field": self.field} | ({} if self.dynamics.fixed else {"dynamics": self.dynamics})
+        """Return what training changes, by name."""
         weights = {f"bank.{key}": p for key, p in self.model.bank.live.items()}
-        for name, module in modules.items():
+        for name, module in (("field", self.field), ("dynamics", self.dynamics)):
             weights |= {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}
         return weights
 
 
 def writable(run, model, h_bar, args):
-    """The difference between the locks, whole: what the new task may write. -> Learner
+    """Return what learns a new task, with what the lock lets it write. This is all that the locks differ in.
 
     exact: new bases and a new field over all bases; the bank's committed bases and the dynamics are read
     only. soft, none: the one bank, field and dynamics of the last version, all of it. h_bar [n, features]: of
-    the bare backbone for the task's examples. By those of the first task the dynamics standardise."""
+    the bare backbone for the task's examples. The dynamics standardise by those of the first task."""
     torch.manual_seed(args.seed + len(run.versions))
     bank = model.bank
     if run.versions and args.lock != "exact":
@@ -224,19 +106,18 @@ def writable(run, model, h_bar, args):
     else:
         old = len(bank)
         bank.add(args.bases)
-        layers = 1 if args.shared_gating else bank.layers
-        field = WeightField(layers, len(bank), args.coord_dim, args.field_hidden).to(model.device)
+        field = WeightField(bank.layers, len(bank), args.coord_dim, args.field_hidden).to(model.device)
         if run.versions:
             dynamics = run.versions[0].dynamics
             lead_with_own(field, old, args.top_k, dynamics(h_bar))
         else:
-            dynamics = CoordinateDynamics(model.features, args.coord_dim, args.fixed_coordinate)
+            dynamics = CoordinateDynamics(model.features, args.coord_dim)
             dynamics.to(model.device).standardise(h_bar)
     return Learner(
         model=model,
         field=field,
         dynamics=dynamics,
-        top_k=len(bank) if args.dense_gating else args.top_k,
+        top_k=args.top_k,
         reads=[v.hash for v in run.versions] if args.lock == "exact" else [],
         protected=run.versions if args.lock == "soft" else [],
     )
@@ -245,7 +126,8 @@ def writable(run, model, h_bar, args):
 @torch.no_grad()
 def lead_with_own(field, old, top_k, z):
     """Lift a new field's logits for its own bases, those after the `old` ones, until they are the top K at
-    all of the task's coordinates z [n, d]: of many bases, hardly one of a random top K could be trained."""
+    all of the task's coordinates z [n, d]. The top K of many bases would otherwise hold hardly one of them,
+    and only bases in the top K are trained."""
     logits = field(z)  # [n, L, N]
     behind = logits[..., :old].amax(-1) - logits[..., old:].topk(top_k).values[..., -1]
     lift = behind.amax(0) + 1e-3  # more than rounding takes away again
@@ -255,146 +137,9 @@ def lead_with_own(field, old, top_k, z):
 # ----------------------------------------------------------------------------------------------- the training
 
 
-def learning_rate(step, total, peak):
-    """Linear warm-up over the first 5 % of the steps, then cosine to zero (section 5.1)."""
-    warm = max(1, round(0.05 * total))
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-
-class Training:
-    """The state of a training: weights, moments and the number of steps done; and the file that can bring it
-    all back.
-
-    As a context it shows a bar, keeps `log.jsonl`, and turns an interrupt into a stop between two steps: in
-    the middle of an update it would tear it."""
-
-    def __init__(self, folder, weights, total, about, lr):
-        self.folder, self.path, self.total, self.about = folder, folder / "training.safetensors", total, about
-        self.weights, self.peak, self.step = weights, lr, 0
-        self.optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.01, fused=True)
-
-    @first_alone
-    def save(self):
-        """`about` identifies the training (task, options, data): a state is only taken up by the same one.
-        Refused, and an earlier state kept: the weights are not finite."""
-        tensors = {key: p.data for key, p in self.weights.items()}
-        if not all(t.isfinite().all() for t in tensors.values()):
-            done = f"weights are not finite after step {self.step} of {self.total}"
-            raise Refused(f"{done}: delete {self.path}, if it is there, and try a smaller --lr")
-        for key, p in self.weights.items():
-            tensors |= {f"{moment}.{key}": t for moment, t in self.optimizer.state[p].items()}
-        with atomic(self.path) as tmp:
-            save_file(tensors, tmp, {"about": json.dumps(self.about), "step": str(self.step)})
-
-    def resume(self):
-        """Continue from the file, if there is one. Refused: it belongs to another training, or is not
-        whole."""
-        if not self.path.exists():
-            return
-        shapes = {key: p.shape for key, p in self.weights.items()}
-        for key, p in self.weights.items():
-            shapes |= {f"step.{key}": torch.Size(), f"exp_avg.{key}": p.shape, f"exp_avg_sq.{key}": p.shape}
-        try:
-            with safe_open(self.path, "pt") as f:
-                about, step = json.loads(f.metadata()["about"]), int(f.metadata()["step"])
-                for key in sorted({*validate(about, dict, self.path), *self.about}):
-                    if about.get(key) != self.about.get(key):
-                        raise Refused(
-                            f"{self.path}: an unfinished training with {key} {about.get(key)}, not "
-                            f"{self.about.get(key)}; finish it as it was started, or delete that file"
-                        )
-                tensors = {key: f.get_tensor(key) for key in f.keys()}
-            for key in {*shapes, *tensors}:
-                t = tensors[key]
-                if t.shape != shapes[key] or t.dtype != torch.float32 or not t.isfinite().all():
-                    raise ValueError(f"{key} has another shape or type, or is not finite")
-                if key.startswith("step.") and t != step or key.startswith("exp_avg_sq.") and t.min() < 0:
-                    raise ValueError(f"{key} is not what AdamW has after {step} steps")
-            if not 0 < step <= self.total:
-                raise ValueError(f"step {step} of {self.total}")
-        except Refused:
-            raise
-        except Exception as e:  # safetensors raises its own error type, a KeyError or a ValueError
-            raise Refused(f"{self.path}: damaged training state ({e}); delete it to start anew") from e
-        self.step = step
-        for key, p in self.weights.items():
-            p.data.copy_(tensors[key])
-            moments = {moment: tensors[f"{moment}.{key}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {moment: t.to(p.device) for moment, t in moments.items()}
-
-    def __enter__(self):
-        rank, size = rank_and_size()
-        self.log = open(os.devnull if rank else self.folder / "log.jsonl", "a", buffering=1)
-        about = {"task": self.about["task"], "start": self.step, "options": self.about, "processes": size}
-        self.log.write(json.dumps({**about, **provenance()}) + "\n")
-        self.stop = []
-        handler = lambda *_: self.stop.append(1)
-        self.before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-        bar = dict(total=self.total, initial=self.step, desc=self.about["task"], unit="step")
-        self.bar = tqdm(**bar, disable=None)  # None: not where there is no terminal
-        self.began = self.saved = time.time()
-        self.tokens, self.save_time, self.average = 0, 0, None
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-        self.log.close()
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-    def add_up(self, losses):
-        """What the processes computed of a step adds up to it: to its gradients, and to its losses, which are
-        returned."""
-        total = torch.tensor([*losses.values()], dtype=torch.float64)
-        sum_over_processes(total)
-        for p in self.weights.values():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # where no example was left for it
-        sum_over_processes(*(p.grad for p in self.weights.values()))
-        return dict(zip(losses, total.tolist()))
-
-    def update(self, losses):
-        """One step of AdamW with the gradients that are there. Refused, with the state before it saved: they
-        are not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
-        if not math.isfinite(norm) or not math.isfinite(sum(losses.values())):
-            if self.step:
-                self.save()
-            raise Refused(
-                f"loss or gradient is not finite at step {self.step + 1} of {self.total}; the state before "
-                f"it is kept in {self.path}: delete that, and try a smaller --lr"
-            )
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.step, self.total, self.peak)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-
-    def after_step(self, losses, tokens):
-        """Say how it goes, and keep the state now and then. Raises KeyboardInterrupt, with all saved, when
-        asked to stop."""
-        lm, self.tokens = losses["lm"], self.tokens + tokens
-        self.average = lm if self.average is None else 0.9 * self.average + 0.1 * lm
-        speed = self.tokens / (time.time() - self.began)
-        self.bar.update()
-        self.bar.set_postfix_str(f"loss {self.average:.3f}, {speed:.0f} tok/s")
-        if self.step % max(1, self.total // 10) == 0 or self.step == self.total:
-            penalties = "".join(f"  {name} {losses[name]:.1e}" for name in ("lock", "sep") if losses[name])
-            tqdm.write(f"step {self.step}/{self.total}  loss {self.average:.4f}{penalties} {speed:.0f} tok/s")
-        self.log.write(json.dumps({"step": self.step, "tok/s": round(speed), **losses}) + "\n")
-        due = time.time() - self.saved > max(SAVE_EVERY, 20 * self.save_time)
-        if save := any_process(self.stop or due or self.step == self.total):
-            self.saved = time.time()
-            self.save()
-            self.save_time = time.time() - self.saved
-        if save and any_process(self.stop):
-            done = f"stopped and saved at step {self.step} of {self.total}"
-            raise KeyboardInterrupt(f"{done}; the same command goes on from there")
-
-
 def loss_terms(learner, batch, h_bar, args, share, responses):
-    """NIWF Eq. (9): L = L_LM + lambda_lock L_lock + lambda_sep L_sep + lambda_budget L_budget, its four terms
-    by name.
+    """NIWF Eq. (9): L = L_LM + lambda_lock L_lock + lambda_sep L_sep + lambda_budget L_budget, its terms by
+    name. L_budget = K / N is left out: it is a constant at fixed K, and has no gradient.
 
     batch: B examples of a step, h_bar [B, features]. share: B over the examples of the step; responses:
     response tokens of the step. So the terms of a step's micro-batches add up to those of the step."""
@@ -405,12 +150,19 @@ def loss_terms(learner, batch, h_bar, args, share, responses):
         "lm": response_nll(logits, labels).sum().to(z.device) / responses,
         "lock": args.lambda_lock * share * lock_loss(learner.field, learner.protected),
         "sep": args.lambda_sep * share * separation_loss(z, regions, args.margin),
-        "budget": z.new_tensor(args.lambda_budget * share * learner.top_k / len(learner.model.bank)),
     }
 
 
+def learning_rate(step, total, peak):
+    """Linear warm-up over the first 5 % of the steps, then cosine to zero (section 5.1)."""
+    warm = max(1, round(0.05 * total))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
 def micro_batches(examples, step, args):
-    """Indices of the examples of a step, in lists of `--batch`, the same whenever it is asked.
+    """Return the indices of a step's examples, in lists of `--batch`, the same whenever it is asked.
 
     Padding costs what text costs, so like lengths come together: the shuffled examples of LENGTH_WINDOW steps
     are sorted by length and cut into micro-batches, which are shuffled again."""
@@ -427,8 +179,8 @@ def micro_batches(examples, step, args):
 
 
 def take_share(micros, batch):
-    """This process's share of a step, in micro-batches of its own: of N processes each takes every N-th
-    example."""
+    """Return this process's share of a step, in micro-batches of its own: of N processes each takes every
+    N-th example."""
     rank, size = rank_and_size()
     if size == 1:
         return micros
@@ -441,7 +193,8 @@ def learn(run, learner, examples, h_bar, val, args):
     probe does not use it. Raises KeyboardInterrupt, with everything saved, when asked to stop."""
     total = args.epochs * math.ceil(len(examples) / (args.batch * args.grad_accum))
     about = describe_training(examples, args)
-    training = Training(run.folder, learner.weights(), total, about, args.lr)
+    rate = lambda step: learning_rate(step, total, args.lr)
+    training = Training(run.folder, learner.weights(), total, about, rate)
     training.resume()
     run.save()  # from here on this is a run folder
     with training:
@@ -451,7 +204,7 @@ def learn(run, learner, examples, h_bar, val, args):
             chosen = [examples[i] for micro in micros for i in micro]
             responses = sum(len(r) for _, r in chosen)
             # Forward and backward: the gradients of the micro-batches add up, over all processes.
-            losses = collections.Counter(dict.fromkeys(("lm", "lock", "sep", "budget"), 0.0))
+            losses = collections.Counter(dict.fromkeys(("lm", "lock", "sep"), 0.0))
             for micro in take_share(micros, args.batch):
                 batch = [examples[i] for i in micro]
                 h = learner.probe(batch, args, split=False) if args.probe == "adapted" else h_bar[micro]
@@ -465,14 +218,16 @@ def learn(run, learner, examples, h_bar, val, args):
             # Report, save the state, stop if asked to.
             training.after_step(losses, sum(len(p) + len(r) for p, r in chosen))
     h_bar = learner.probe(examples, args) if args.probe == "adapted" else h_bar
-    commit_task(run, learner, h_bar, val, about, args)
+    run.keep_validation(args.task, val)
+    region = dict(quantile=args.quantile, count=args.anchors, seed=args.seed)
+    commit_task(run, learner, h_bar, args.task, args.lock, about, **region)
     first_alone(training.path.unlink)()
 
 
 def describe_training(examples, args):
-    """What identifies a training, and is kept in its version: the options and a digest of the data."""
+    """Return what identifies a training, and is kept in its version: the options and a digest of the data."""
     apart = ("data", "val_data", "val_examples", "backbone", "device", "device_map", "out")
-    apart += ("checkpointing",)  # the same bits, with it or without
+    apart += ("checkpointing",)  # it changes no bit
     about = {k: v for k, v in sorted(vars(args).items()) if k not in apart}
     if about["targets"] == "all":  # as in the versions of older run folders, which have no such option
         del about["targets"]
@@ -480,95 +235,142 @@ def describe_training(examples, args):
     return about | {"examples": len(examples), "data": digest}
 
 
-@torch.no_grad()
-def commit_task(run, learner, h_bar, val, about, args):
-    """Section 3.5: collect the task's coordinates, fit its region, take the snapshot, write the version."""
-    bank, z = learner.model.bank, learner.dynamics(h_bar)
-    region = Region.fit(z, args.quantile)
-    anchors = sample_anchors(region, z, args.anchors, args.anchor_source, args.seed)
-    tensors = {"anchors": anchors, "snapshot": take_snapshot(learner.field, anchors)}
-    tensors |= {f"field.{key}": t for key, t in learner.field.state_dict().items()}
-    tensors |= {f"bank.{key}": p.data for key, p in bank.live.items()}
-    version = Version(
-        task=args.task,
-        lock=args.lock if run.versions else "first",
-        reads=learner.reads,
-        top_k=learner.top_k,
-        dynamics=learner.dynamics,
-        region=region,
-        source=tensors,
-        shapes=bank.basis_shapes(),
-        writes=bank.sizes()[-1],
-        layers=learner.field.layers,
-        index=torch.arange(len(bank)),
-        config=about,
-    )
-    keep_records(run.data_file(args.task, "val"), json.dumps(val))
-    run.commit(version)
+# ---------------------------------------------------------------------------------------------------- options
+
+COUNT, SIZE = dict(type=number(int, 1)), dict(type=number(int, 1, 4096))
+WEIGHT, FLAG, TEXT = dict(type=number(float, 0, 1e6)), dict(action="store_true"), {}
+one_of = lambda *names: dict(choices=[*names])
+
+# fmt: off
+OPTIONS = {  # what it takes; what it is; its default; the tiny backbone's; does a run's first task fix it?
+    "what to learn, from what, on what": {
+        "--task": Option(TEXT, "name of the capability; alpaca and code bring data, others need --data"),
+        "--data": Option(TEXT, "JSON list or lines: Alpaca, TRL, chats, ...; of chats the last answer"),
+        "--val-data": Option(TEXT, "the same, for validation; else part of the data is held out"),
+        "--template": Option(one_of("alpaca", "chat"), "of prompts; chat: the model's", "alpaca", fixed=True),
+        "--backbone": Option(TEXT, "tiny, a Hub id, a folder, FILE.gguf, random:... [Mistral-7B or tiny]"),
+        "--device": Option(TEXT, "cpu, cuda, mps [what is there]"),
+        "--device-map": Option(one_of("auto"), "spread a backbone over all GPUs, then memory, then disk"),
+        "--out": Option(TEXT, "run folder [runs/<backbone>]"),
+        "--examples": Option(COUNT, "training examples", 4000),
+        "--val-examples": Option(COUNT, "validation examples", 400)},
+    "optimisation": {
+        "--epochs": Option(COUNT, "passes over the examples", 1, 2),
+        "--max-len": Option(dict(type=number(int, 8, 99999)),
+                            "tokens of prompt and response; longer are left out", 256),
+        "--lr": Option(WEIGHT, "peak learning rate of AdamW", 2e-4, 1e-3),
+        "--grad-accum": Option(COUNT, "micro-batches per step", 16, 1),
+        "--batch": Option(COUNT, "sequences per micro-batch", 1, 16),
+        "--checkpointing": Option(FLAG, "keep inputs of layers alone, compute the rest again: less memory"),
+        "--seed": Option(dict(type=number(int, 0, 2**31)), "of weights, data order and anchors", 0)},
+    "bank, field and coordinate (sections 3.1-3.3)": {
+        "--rank": Option(SIZE, "r, rank of a basis", 8, fixed=True),
+        "--bases": Option(SIZE, "N, bases that a task adds; without --lock exact, in the whole bank", 16),
+        "--top-k": Option(SIZE, "K, bases active in a layer", 8),
+        "--alpha": Option(WEIGHT, "alpha of Eq. (2)", 128.0, fixed=True),
+        "--targets": Option(TEXT, "last names of the linear modules to adapt, commas between; all: those "
+                            "in the layers of the text model, routers apart", "all", fixed=True),
+        "--coord-dim": Option(SIZE, "d, dimension of z", 64, fixed=True),
+        "--field-hidden": Option(SIZE, "hidden width of Phi", 256),
+        "--pool": Option(one_of("prompt", "sequence"), "tokens in the mean h_bar; the paper's: sequence",
+                         "prompt", fixed=True),
+        "--probe": Option(one_of("bare", "adapted"), "pass 1 bare or, the paper's, with adapters at z_0",
+                          "bare", fixed=True)},
+    "commitment and locks (sections 3.4, 3.5)": {
+        "--lock": Option(dict(nargs="?", const="exact", default="none", choices=["exact", "soft"]),
+                         "what protects older tasks: exact (bare --lock) or soft, the paper's [nothing]"),
+        "--anchors": Option(dict(type=number(int, 1, 10**6)), "anchors a_j per region", 256),
+        "--quantile": Option(dict(type=number(float, 0.01, 1)),
+                             "of the training distances, gives tau, Eq. (11)", 0.95),
+        "--lambda-lock": Option(WEIGHT, "weight of L_lock, Eq. (13)", 5.0),
+        "--lambda-sep": Option(WEIGHT, "weight of L_sep, Eq. (10)", 0.01),
+        "--margin": Option(WEIGHT, "margin of L_sep", 0.0)}}
+# fmt: on
+DEFAULTS, TINY, FIXED = (column(OPTIONS, field) for field in ("default", "preset", "fixed"))
 
 
-@first_alone
-def keep_records(path, text):
-    """Write a task's validation records; what is in their place is put aside."""
-    if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
-        put_aside(path)
-    with atomic(path) as tmp:
-        tmp.write_text(text)
+def parse_options(argv=None):
+    epilog = "Defaults are the paper's, but for lr, alpha, margin, pool, probe and template: ours. Tiny has "
+    epilog += ", ".join(f"{key} {value:g}" for key, value in TINY.items())
+    epilog += f". {', '.join(FIXED)} are fixed by a run's first task."
+    p = Parser(__doc__, prog="train.py", epilog=epilog)
+    add_options(p, OPTIONS)
+    args = p.parse_args(argv)
+    if args.task is None:
+        p.error("say what to learn: --task NAME")
+    return args
+
+
+def complete(args, run):
+    """Fill in what was not said, see `fill_in`. Raises Refused if options contradict each other or the
+    run."""
+    preset = TINY if args.backbone == "tiny" else {}
+    fill_in(args, DEFAULTS, preset, run.manifest["settings"] if run.tasks else {}, run.folder)
+    if args.lock == "exact" and args.probe == "adapted":
+        raise Refused("--lock exact needs --probe bare: an adapted probe moves when adapters are trained")
+    if args.top_k > args.bases:
+        raise Refused(f"--top-k {args.top_k} is more than --bases {args.bases}")
+    check_name("--task", args.task)
+    if args.task in [c["task"] for c in run.manifest["compositions"]]:
+        raise Refused(f"{run.folder} already has a composition called {args.task}")
+    later = {v["lock"] for v in run.manifest["versions"][1:]}
+    if later and (args.lock == "exact") != ("exact" in later):
+        raise Refused(
+            f"{run.folder} holds tasks trained with --lock {'/'.join(sorted(later))}, which cannot be mixed "
+            f"with --lock {args.lock}; use the same or choose another --out"
+        )
 
 
 # ------------------------------------------------------------------------------------------- the command line
 
 
-def peak_memory(device):
-    if device.startswith("cuda"):
-        peaks = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]
-        return f"{max(peaks) / 2**30:.2f} GiB on the GPU, the fullest if there are more"
-    if not resource:
-        return "not known here"
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
-
-
 def run_task(run, args):
     """Train the task, unless that has been done, and measure everything that the run then knows."""
-    # On a CPU they are deterministic anyway, and slower when told so.
+    # On a CPU all operations are deterministic anyway, and slower if they are told to be.
     torch.use_deterministic_algorithms(args.device.startswith("cuda"), warn_only=True)
     args.backbone = args.backbone or (run.manifest["backbone"] or {"name": "tiny"})["name"]
     if args.task not in run.tasks:
-        fill_in(args, run)
+        complete(args, run)
     backbone, tokenizer = run.open_backbone(args.backbone, args.device, args.device_map)
     size = sum(p.numel() for p in backbone.parameters())
     print(f"backbone  {args.backbone} on {args.device}, {size:,} frozen parameters")
     if args.task in run.tasks:
-        print(f"{args.task} is already committed in {run.folder}: nothing to train")
-        config = run.head(run.find(args.task))["config"]
-        said = {key: value for key, value in vars(args).items() if key in PAPER_VALUES}
-        if other := [f"{key} {config[key]}" for key in said if said[key] != config.get(key, said[key])]:
-            print(
-                f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out"
-            )
-        run.save()  # where the backbone lies now
+        say_known(run, args)
     else:
-        targets = None if run.tasks else choose_targets(backbone, tokenizer, args.targets)
-        args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)
-        if asks_for_day(tokenizer, args.template):  # else it is no setting: two days give the same bits
-            args.day = run.day
-        examples, val = load_data(args, tokenizer)
-        if run.tasks:
-            measure_last(run, backbone, tokenizer)
-        fixed = (*FIXED_BY_FIRST_TASK, "day")
-        run.manifest["settings"] = {key: getattr(args, key) for key in fixed if hasattr(args, key)}
-        model = run.open_model(backbone, tokenizer, targets)
-        print(f"adapts    {describe_targets(backbone, model.bank.shapes)}")
-        if args.checkpointing:
-            model.checkpoint()
-        # A bare probe never changes, so it is asked once; an adapted one needs it for standardising alone.
-        asked = args.probe == "bare" or not run.tasks
-        h_bar = probe_all(model, examples, args.pool) if asked else None
-        learn(run, writable(run, model, h_bar, args), examples, h_bar, val, args)
-        model.detach()
-        del model  # its memory, before the same is read back from disk: what is measured is what was saved
+        train_task(run, args, backbone, tokenizer)
     measure_last(run, backbone, tokenizer)
+
+
+def say_known(run, args):
+    """Say that a task is committed already, and which options it was trained with if others were said."""
+    print(f"{args.task} is already committed in {run.folder}: nothing to train")
+    config = run.head(run.find(args.task))["config"]
+    said = {key: value for key, value in vars(args).items() if key in DEFAULTS}
+    if other := [f"{key} {config[key]}" for key in said if said[key] != config.get(key, said[key])]:
+        print(f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out")
+    run.save()  # where the backbone lies now
+
+
+def train_task(run, args, backbone, tokenizer):
+    """Read the data, find h_bar of every example, train what the lock lets the task write, and commit it."""
+    targets = None if run.tasks else choose_targets(backbone, tokenizer, args.targets)
+    args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)
+    if asks_for_day(tokenizer, args.template):  # if not, it is no setting: two days give the same bits
+        args.day = run.day
+    examples, val = load_data(args, tokenizer)
+    if run.tasks:
+        measure_last(run, backbone, tokenizer)
+    run.manifest["settings"] = {key: getattr(args, key) for key in (*FIXED, "day") if hasattr(args, key)}
+    model = run.open_model(backbone, tokenizer, targets)
+    print(f"adapts    {describe_targets(backbone, model.bank.shapes)}")
+    if args.checkpointing:
+        model.checkpoint()
+    # A bare probe never changes, so it is asked once. An adapted one is asked in every step, and here only to
+    # standardise h_bar.
+    asked = args.probe == "bare" or not run.tasks
+    h_bar = probe_all(model, examples, args.pool) if asked else None
+    learn(run, writable(run, model, h_bar, args), examples, h_bar, val, args)
+    model.detach()
 
 
 def main(argv=None):

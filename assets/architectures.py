@@ -27,7 +27,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no trace
 
 import collections
 import contextlib
-import io
 import json
 import multiprocessing
 import pathlib
@@ -46,7 +45,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import commit
 import train
 from eval import open_run
-from model import decode, pad_left
+from model import decode
 from plumbing import Refused
 from plumbing.backbone import find_targets, TINY_FOLDER
 from plumbing.command import output_file, Parser, run_program, write_results

@@ -14,9 +14,9 @@ NAME, SHA = re.compile(r"\w[\w.-]{0,63}"), re.compile(r"[0-9a-f]{64}")
 
 
 def validate(value, form, where):
-    """The value. Refused, naming the field, unless it has this form: a type, pattern, range, test or
-    constant; [form] for a list; {key: form} for these keys, {pattern: form} for keys like it; (form, ...) for
-    one of them."""
+    """Return the value. Raises Refused, naming the field, unless it has this form: a type, pattern, range,
+    test or constant; [form] for a list; {key: form} for these keys, where "key?" may be absent; {pattern:
+    form} for keys like it; (form, ...) for one of them."""
     if isinstance(form, tuple):
         for option in form[:-1]:
             with contextlib.suppress(Refused):
@@ -24,6 +24,8 @@ def validate(value, form, where):
         return validate(value, form[-1], where)
     if isinstance(form, dict) and isinstance(value, dict):
         likeness = next((key for key in form if isinstance(key, re.Pattern)), None)
+        if not likeness:
+            form = {key.rstrip("?"): f for key, f in form.items() if key[-1] != "?" or key[:-1] in value}
         for key in value if likeness else dict.fromkeys((*form, *value)):
             if likeness is None and (key not in form or key not in value):
                 raise Refused(f"{where}: {key!r} is {'missing' if key in form else 'unknown'}")
@@ -141,13 +143,3 @@ def atomic_folder(folder):
         with contextlib.suppress(OSError):  # Those of a folder that was written are not empty.
             for parent in made:
                 parent.rmdir()
-
-
-def put_aside(path):
-    """Move a file of ours that nothing names to `orphans` beside it."""
-    folder, number = path.parent / "orphans", 0
-    folder.mkdir(exist_ok=True)
-    while (target := folder / (path.name + f".{number}" * (number > 0))).exists():
-        number += 1
-    path.rename(target)
-    print(f"{path} is named by no manifest: moved to {target}")

@@ -49,7 +49,7 @@ from plumbing.prompts import encode, pad_of
 from plumbing.records import read_records
 from plumbing.records import DATA
 from plumbing.targets import find_targets
-from train import peak_memory, resource
+from plumbing.training import peak_memory, resource
 from field import CoordinateDynamics, WeightField, top_k_gating
 from ftn import SmoothKWTA
 from studies import styles

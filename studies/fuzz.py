@@ -41,6 +41,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import commit
+from plumbing.command import Parser
 import eval as evaluation
 import synthetic
 import train
@@ -678,7 +679,7 @@ def kills(n, seed, folder, epochs=60):
 
 
 def main(argv=None):
-    p = commit.Parser(__doc__, prog="fuzz.py")
+    p = Parser(__doc__, prog="fuzz.py")
     p.add_argument("what", nargs="?", default="2000", help="how many run folders to damage [2000], or: kills")
     p.add_argument("count", nargs="?", type=int, default=60, help="how many kills")
     p.add_argument("--seed", type=int, default=0, help="of what is damaged, and when it is killed")

@@ -40,6 +40,7 @@ import unittest.mock
 
 import torch
 
+import commit
 import train
 from commit import Run
 from eval import batches, open_run, validation_set, what_is_published
@@ -48,9 +49,10 @@ from plumbing.backbone import load_backbone, pick_device
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.files import atomic
 from plumbing.prompts import encode, pad_of
-from field import CoordinateDynamics, WeightField
+from field import CoordinateDynamics, Region, WeightField
 from studies.stream import learn_stream
 from studies.report import one_task, transfer, two_tasks
+from plumbing.records import DATA
 from plumbing.rows import read_sealed, sealed
 
 rms = lambda x: float(x.square().mean().sqrt())
@@ -92,7 +94,8 @@ def random_dynamics(self):
 
 
 WEIGHTS, LOSSES, INIT = train.Learner.weights, train.loss_terms, WeightField.__init__
-UPDATE = train.Training.update
+UPDATE, WRITABLE = train.Training.update, train.writable
+FORWARD, FIT = WeightField.forward, Region.fit
 
 
 def balanced(learner, batch, h_bar, args, share, responses):
@@ -135,7 +138,43 @@ def own_alone(field, old, top_k, z):
         field.w3.bias.view(field.layers, -1)[:, old:] += 1e4
 
 
+def fixed_coordinate(self, h_bar):
+    """One random z for all inputs, the paper's ablation of section 5.4."""
+    z = torch.rand(len(self.z0), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return z.to(h_bar).expand(len(h_bar), -1)
+
+
+def dense(*args):
+    """K = N: every basis that may be read is active."""
+    learner = WRITABLE(*args)
+    learner.top_k = learner.field.bases
+    return learner
+
+
+def shared_rows(self, z):
+    """The logits of the first layer, for all layers."""
+    return FORWARD(self, z)[:, :1].expand(-1, self.layers, -1)
+
+
+def fit_and_keep(z, *args):
+    """A region that remembers the coordinates that it was fitted to."""
+    region = FIT(z, *args)
+    region.fitted = z.cpu().double()
+    return region
+
+
+def sampled(region, count, seed):
+    """Anchors that are a subsample of the task's own coordinates, of those that lie inside."""
+    inside = region.fitted[region.distance(region.fitted) <= region.tau]
+    order = torch.randperm(len(inside), generator=torch.Generator().manual_seed(seed))
+    return inside[order[:count]].float()
+
+
 PATCHES = {
+    "fixed coordinate": {(CoordinateDynamics, "forward"): fixed_coordinate},
+    "dense gating": {(train, "writable"): dense},
+    "shared gating": {(WeightField, "forward"): shared_rows},
+    "anchors a sample": {(Region, "fit"): fit_and_keep, (commit, "sample_anchors"): sampled},
     "not standardised": {(CoordinateDynamics, "standardise"): not_standardised},
     "centred only": {(CoordinateDynamics, "standardise"): centred},
     "all but the top": {
@@ -173,15 +212,15 @@ class Variant:
 
 LORA = "--bases 1 --top-k 1 --rank 64"
 LARGE_LORA = "--bases 1 --top-k 1 --rank 128 --alpha 256"
-DENSE = "--dense-gating --alpha 256"
+TWICE = "--alpha 256"  # where 16 bases are active in place of 8, so that the update has the same size
 PAPER = "--pool sequence --probe adapted --alpha 16"
 EXACT, SOFT, NONE = "--lock exact", "--lock soft", ""
 WORTH = {
     "LoRA r 64: same active rank": Variant(LORA),
     "LoRA r 128: same stored size": Variant(LARGE_LORA),
-    "fixed z, N = K = 8": Variant("--fixed-coordinate --bases 8"),
-    "fixed z, N 16, K 8": Variant("--fixed-coordinate"),
-    "fixed z, N = K = 16": Variant("--fixed-coordinate " + DENSE),
+    "fixed z, N = K = 8": Variant("--bases 8", patch="fixed coordinate"),
+    "fixed z, N 16, K 8": Variant(patch="fixed coordinate"),
+    "fixed z, N = K = 16": Variant("--top-k 16 " + TWICE, patch="fixed coordinate"),
     "NIWF, N 16, K 8": Variant(),
     "NIWF, N = K = 8": Variant("--bases 8"),
     "not standardised": Variant(patch="not standardised"),
@@ -209,7 +248,7 @@ CHOICES = {
     "d 128": Variant("--coord-dim 128"),
     "N 32, K 8": Variant("--bases 32"),
     "N 16, K 4": Variant("--top-k 4"),
-    "shared gating": Variant("--shared-gating"),
+    "shared gating": Variant(patch="shared gating"),
     "full fine-tuning, lr 1e-5": Variant(lr=1e-5),
     "full fine-tuning, lr 3e-5": Variant(lr=3e-5),
     "full fine-tuning, lr 1e-4": Variant(lr=1e-4),
@@ -230,16 +269,16 @@ BASELINES = {
 ABLATIONS = {
     "exact lock": Variant("", EXACT),
     "older bases are not read": Variant("", EXACT, later="own bases alone"),
-    "fixed coordinate": Variant("--fixed-coordinate", EXACT),
-    "dense gating": Variant(DENSE, EXACT),
-    "shared gating": Variant("--shared-gating", EXACT),
+    "fixed coordinate": Variant("", EXACT, patch="fixed coordinate"),
+    "dense gating": Variant(TWICE, EXACT, patch="dense gating"),
+    "shared gating": Variant("", EXACT, patch="shared gating"),
     "not standardised": Variant("", EXACT, patch="not standardised"),
     "pool: whole sequence": Variant("--pool sequence", EXACT),
     "no lock": Variant("", NONE),
     "soft lock": Variant("", SOFT),
     "soft, adapted probe": Variant("--probe adapted", SOFT),
     "soft, no separation": Variant("", SOFT + " --lambda-sep 0"),
-    "soft, anchors a sample": Variant("--anchor-source empirical", SOFT),
+    "soft, anchors a sample": Variant("", SOFT, patch="anchors a sample"),
 }
 FROZEN = [name for name in PATCHES if name.endswith("frozen")]
 SOFT_LOCK = {"nothing frozen": Variant("", SOFT)} | {name: Variant("", SOFT, later=name) for name in FROZEN}
@@ -261,7 +300,7 @@ def said(task, folder, seed, args):
     if args.data:
         return [*options, "--data", args.data[0 if task == "alpaca" else -1]]
     if args.table == "choose":
-        data = train.DATA / task
+        data = DATA / task
         options += ["--data", f"{data}.train.json", "--val-data", f"{data}.choose.json"]
         options += ["--val-examples", "200"]
     return options
@@ -338,7 +377,7 @@ def fine_tune(variant, seed, args, rest):
     sets, R = {}, []
     for task in ("alpaca", "code"):
         options = train.parse_options([*said(task, path, seed, args), *rest])
-        train.fill_in(options, Run(path))
+        train.complete(options, Run(path))
         examples, records = train.load_data(options, tokenizer)
         held_out = sorted(
             (encode(r, tokenizer, options.template) for r in records), key=lambda e: len(e[0]) + len(e[1])

@@ -11,13 +11,14 @@ import shutil
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 
-import commit
 import train
 from commit import Run, Version
 from field import CoordinateDynamics, Region, WeightField, sample_anchors, take_snapshot, top_k_gating
 from model import NIWF
 from plumbing.backbone import TINY_FOLDER
+from plumbing.files import atomic
 
 HERE = pathlib.Path(__file__).parent.parent
 
@@ -181,9 +182,7 @@ def outcome(run):
 
 
 def tensors_of(run, i):
-    return commit.safe_open(
-        run / "versions" / f"{Run(run).manifest['versions'][i]['hash']}.safetensors", "pt"
-    )
+    return safe_open(run / "versions" / f"{Run(run).manifest['versions'][i]['hash']}.safetensors", "pt")
 
 
 def opened(folder, backbone=None):
@@ -211,7 +210,6 @@ def a_version_of(phi, dynamics, region, anchors, bases, **more):
                 source=tensors,
                 shapes={key: (*t.shape[1:],) for key, t in bases.items()},
                 writes=len(next(iter(bases.values()), ())),
-                layers=phi.layers,
                 config={"seed": 1},
                 index=torch.arange(phi.bases),
             ),
@@ -223,7 +221,7 @@ def a_version_of(phi, dynamics, region, anchors, bases, **more):
 def a_version(tmp_path):
     phi, z = WeightField(2, 3, 4, 7), torch.tanh(torch.randn(40, 4))
     region = Region.fit(z)
-    anchors = sample_anchors(region, z, 8, "gaussian", 0)
+    anchors = sample_anchors(region, 8, 0)
     bases = {f"layers.{i}.m.{part}": torch.randn(3, 2, 6) for i in range(2) for part in "AB"}
     v = a_version_of(phi, CoordinateDynamics(5, 4), region, anchors, bases)
     v.save(tmp_path)
@@ -241,20 +239,19 @@ def fake_commit(folder, task, seed, reads_all=True, backbone=None):
     dynamics = run.versions[0].dynamics if run.versions else CoordinateDynamics(model.features, 6)
     z = torch.tanh(torch.randn(40, 6) + torch.randn(6))
     region = Region.fit(z)
-    anchors = sample_anchors(region, z, 8, "empirical", 0)
+    anchors = sample_anchors(region, 8, 0)
     settings = {
         "rank": 2,
         "alpha": 16.0,
         "coord_dim": 6,
         "probe": "bare",
         "pool": "prompt",
-        "fixed_coordinate": False,
         "template": "alpaca",
     }
     run.manifest |= {"settings": settings, "backbone": {"name": "micro", "fingerprint": "0" * 64}}
     run.folder.mkdir(exist_ok=True)
     for kind, content in (("val", [RECORD]), ("logits", ["0" * 16])):
-        with commit.atomic(run.data_file(task, kind)) as tmp:
+        with atomic(run.data_file(task, kind)) as tmp:
             tmp.write_text(json.dumps(content))
     about = dict(task=task, reads=reads, config=settings, lock="exact" if run.versions else "first")
     run.commit(a_version_of(field.requires_grad_(False), dynamics, region, anchors, bases, **about))

@@ -10,7 +10,6 @@ import re
 import pytest
 import transformers
 
-import commit
 import train
 from plumbing import Refused
 from plumbing.backbone import TINY_FOLDER
@@ -83,11 +82,11 @@ def test_records_of_all_forms_come_in_a_list_or_in_lines(tmp_path, name):
     if name in ("list.json", "within"):
         text = "\n" + json.dumps(rows if name == "list.json" else {"version": 1, "data": rows})
     (tmp_path / name).write_bytes(text.encode())
-    found = commit.read_records(tmp_path / name, "chat")
+    found = read_records(tmp_path / name, "chat")
     for (row, plain), one in zip(FORMS, found, strict=True):
         assert one == plain, row
     (tmp_path / "again.json").write_text(json.dumps(found))  # as a run folder keeps them
-    assert commit.read_records(tmp_path / "again.json", "chat", own=True) == found
+    assert read_records(tmp_path / "again.json", "chat", own=True) == found
 
 
 # fmt: off

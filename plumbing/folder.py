@@ -1,0 +1,261 @@
+"""A run folder on disk: its manifest, its lock, its files, and what must not be there.
+
+It holds `manifest.json`, `versions/<sha256>.safetensors` (named by content, as in git), for every task
+`data/<task>.val.json` and `data/<task>.logits.json`, `training.safetensors` while a task is being trained,
+and `log.jsonl`. It trusts nobody: what is read is validated whole before it is used, no symbolic link is
+followed, and nothing is removed but what the manifest named and the temporary files of a killed command.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import time
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from plumbing import Refused
+from plumbing.files import SHA, atomic, read_json, validate
+from plumbing.processes import first_alone
+from plumbing.prompts import today
+from plumbing.records import read_records
+from plumbing.backbone import fingerprint, is_backbone, load_backbone, place_of
+from plumbing.manifest import MANIFEST, contradictions
+from plumbing.versionfile import read_version_file
+
+FOLDERS = ("versions", "versions/orphans", "data", "data/orphans")
+FILES = ("manifest.json", "log.jsonl", "training.safetensors", ".lock")
+KINDS = r"manifest\.json|training\.safetensors|[0-9a-f]{64}\.safetensors|\w[\w.-]*\.(val|logits)\.json"
+TEMPORARY = re.compile(rf"\.({KINDS})\.\d+\.niwf-tmp")  # what a killed command of ours can leave
+
+
+class Folder:
+    """A run folder: one backbone, the settings fixed by its first task, and its versions in the order of
+    commitment. `manifest` says all of that; `held` is true within `exclusive`."""
+
+    def __init__(self, folder):
+        """Raises Refused as `read` does."""
+        self.folder, self.held = pathlib.Path(folder), False  # held: within `exclusive`
+        self.read()
+
+    def read(self):
+        """Take the manifest from disk. Raises Refused if the folder is not ours, holds a symbolic link where
+        a file of ours belongs, or a manifest that is not whole."""
+        self.manifest = {"format": 1, "backbone": None, "settings": {}}
+        self.manifest |= {"versions": [], "results": [], "compositions": []}
+        for name in FOLDERS + FILES:
+            path = self.folder / name
+            plain = path.is_dir if name in FOLDERS else path.is_file
+            if (
+                path.is_symlink() or path.exists() and not plain()
+            ):  # in this order, as it may be made between the two
+                raise Refused(f"{path}: a link, or no plain {'folder' if name in FOLDERS else 'file'}")
+        path = self.manifest_file
+        if path.exists():
+            self.manifest = read_json(path)
+            self.check_manifest()
+            if self.manifest["settings"]:
+                self.manifest["settings"].setdefault("targets", "all")
+                self.manifest["settings"].pop("fixed_coordinate", None)
+            if not self.tasks and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
+                raise Refused(
+                    f"{path}: names no version, but versions/ holds some: restore it, or move them away"
+                )
+        elif self.folder.exists() and (not self.folder.is_dir() or {*os.listdir(self.folder)} - {".lock"}):
+            raise Refused(f"{self.folder}: not a run folder (no manifest.json); nothing is written there")
+
+    def check_manifest(self):
+        """Raise Refused if the manifest has not the form of one, or its parts contradict each other."""
+        validate(self.manifest, MANIFEST, self.manifest_file)
+        for why, found in contradictions(self.manifest).items():
+            if found:
+                raise Refused(f"{self.manifest_file}: {why}")
+
+    @property
+    def manifest_file(self):
+        return self.folder / "manifest.json"
+
+    @property
+    def tasks(self):
+        """The names of the committed tasks, in order."""
+        return [v["task"] for v in self.manifest["versions"]]
+
+    @property
+    def entries(self):
+        """The manifest's entries of all versions and compositions."""
+        return self.manifest["versions"] + self.manifest["compositions"]
+
+    @property
+    def template(self):
+        """How prompts are written, see `prompt_of`."""
+        return self.manifest["settings"]["template"]
+
+    @property
+    def day(self):
+        """The day that a chat template is told if it asks, on whatever day that is: when the run's first task
+        began or, in an older run folder, was committed."""
+        first = self.manifest["versions"][0]["date"][:10] if self.tasks else today()
+        return self.manifest["settings"].get("day", first)
+
+    def path(self, digest):
+        """Return the file of a version."""
+        return self.folder / "versions" / f"{digest}.safetensors"
+
+    def measured(self, entry):
+        """Return whether there is a row of results for a version."""
+        return any(row["version"] == entry["hash"] for row in self.manifest["results"])
+
+    def data_file(self, task, kind):
+        """Return a file of a task. kind "val": the validation records that it is measured on, now and after
+        every later task. "logits": digests of the logits that each had when the task was committed."""
+        return self.folder / "data" / f"{task}.{kind}.json"
+
+    def files(self, entry):
+        """Return the files that a version or composition has."""
+        data = [self.data_file(entry["task"], kind) for kind in ("val", "logits")]
+        return [self.path(entry["hash"])] + data * (entry["lock"] != "composed")
+
+    def validation(self, task):
+        """Read a task's validation records. Raises Refused if they are not there, or not whole."""
+        return read_records(self.data_file(task, "val"), self.template, own=True)
+
+    @first_alone
+    def keep_validation(self, task, records):
+        """Write a task's validation records. What is in their place is put aside."""
+        path, text = self.data_file(task, "val"), json.dumps(records)
+        if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
+            put_aside(path)
+        with atomic(path) as tmp:
+            tmp.write_text(text)
+
+    def digests(self, task):
+        """Read a task's digests. Raises Refused if they are not there, or not one for each record."""
+        path = self.data_file(task, "logits")
+        digests = validate(read_json(path), [re.compile("[0-9a-f]{16}")], path)
+        if len(digests) != (records := len(self.validation(task))):
+            raise Refused(f"{path}: {len(digests)} digests for {records} validation records")
+        return digests
+
+    def find(self, name):
+        """Return the manifest's entry for a task name or the start of a hash, as in git. Raises Refused if
+        there is none, or more than one."""
+        by_name = [e for e in self.entries if e["task"] == name]
+        found = by_name or [e for e in self.entries if len(name) >= 4 and e["hash"].startswith(name.lower())]
+        if len(found) != 1:
+            which = "no version is" if not found else "more than one version is"
+            raise Refused(f"{self.folder}: {which} called {name!r}; see `python commit.py log`")
+        return found[0]
+
+    def head(self, entry):
+        """Read what the file of an entry says of itself. Raises Refused as `read_version_file` does, and if
+        the manifest says otherwise."""
+        head, _ = read_version_file(self.path(entry["hash"]))
+        self.agree(entry, head["task"], head["lock"])
+        return head
+
+    def agree(self, entry, task, lock):
+        """Raise Refused if a version's file is of another task or lock than the manifest's entry says."""
+        if (task, lock) != (entry["task"], entry["lock"]):
+            said = f"{entry['task']} with lock {entry['lock']}"
+            raise Refused(f"{self.manifest_file}: {said}, but its file is {task} with {lock}")
+
+    @contextlib.contextmanager
+    def exclusive(self):
+        """Within this block no other process changes the run folder. The lock dies with its process. If
+        nothing comes of the block, no empty folder is left. Raises Refused if it is taken, and as `read`."""
+        self.read()
+        with contextlib.ExitStack() as held:
+            self.lock(held)
+            self.read()  # as the other process may just have left it
+            self.held = True
+            held.callback(setattr, self, "held", False)
+            yield self
+
+    @first_alone
+    def lock(self, held):
+        """Take the lock of `exclusive`, until the stack `held` is closed. Raises Refused if it is taken."""
+        made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        f = held.enter_context(open(self.folder / ".lock", "a"))
+        if fcntl:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(f"{self.folder}: another process is at work on it; wait") from None
+        held.callback(self.leave, made)
+
+    def leave(self, made):
+        """Remove the lock file and the folders that were made, if nothing else is in them."""
+        if [p.name for p in self.folder.iterdir()] == [".lock"]:
+            (self.folder / ".lock").unlink()
+            with contextlib.suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+
+    @first_alone
+    def save(self, removed=()):
+        """Write the manifest, once it is seen that it can be read again; then remove files that it no longer
+        names, and tidy up after killed commands."""
+        self.check_manifest()
+        with atomic(self.manifest_file) as tmp:
+            tmp.write_text(json.dumps(self.manifest, indent=1), encoding="utf-8")
+        litter = [p for part in (".", "versions", "data") for p in (self.folder / part).glob(".*.niwf-tmp")]
+        for path in [*removed, *(p for p in litter if TEMPORARY.fullmatch(p.name))]:
+            if path.is_file() and not path.is_symlink():
+                path.unlink()
+        for path in self.unnamed([e["hash"] for e in self.entries]):
+            put_aside(path)
+
+    def unnamed(self, hashes):
+        """Return version files that are not among `hashes`: a command was killed before the manifest could
+        name them, or after it no longer did."""
+        files = [p for p in (self.folder / "versions").glob("*.safetensors") if SHA.fullmatch(p.stem)]
+        return [p for p in files if p.stem not in hashes and p.is_file() and not p.is_symlink()]
+
+    def commit(self, version):
+        """Add a version: its file first, then the manifest that names it. A kill in between leaves an unnamed
+        file, which the same training writes again under the same name."""
+        version.save(self.folder / "versions")
+        listed = self.manifest["compositions" if version.lock == "composed" else "versions"]
+        date = time.strftime("%Y-%m-%d %H:%M:%S")
+        listed.append({"hash": version.hash, "task": version.task, "lock": version.lock, "date": date})
+        self.save()
+
+    def open_backbone(self, name, device, device_map=None):
+        """Load the backbone. Return (backbone, tokenizer). If it has another name than it had, the manifest
+        takes the new one; whoever holds the folder (`exclusive`) saves it. Raises Refused if the run folder
+        belongs to another backbone."""
+        backbone, tokenizer = load_backbone(name, device, device_map)
+        owner = self.manifest["backbone"]
+        if not owner:
+            self.manifest["backbone"] = {"name": place_of(name), "fingerprint": fingerprint(backbone)}
+        elif not is_backbone(backbone, owner["fingerprint"]):
+            raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")
+        elif owner["name"] not in (name, place_of(name)):
+            with contextlib.nullcontext() if (held := self.held) else self.exclusive():
+                self.manifest["backbone"]["name"] = place_of(name)
+                if not held:
+                    self.save()
+        return backbone, tokenizer
+
+
+def put_aside(path):
+    """Move a file of ours that nothing names to `orphans` beside it."""
+    folder, number = path.parent / "orphans", 0
+    folder.mkdir(exist_ok=True)
+    while (target := folder / (path.name + f".{number}" * (number > 0))).exists():
+        number += 1
+    path.rename(target)
+    print(f"{path} is named by no manifest: moved to {target}")
+
+
+def latest_run(root="runs"):
+    """Return the run folder under `root` whose manifest was written last. Raises Refused if there is none."""
+    manifests = sorted(pathlib.Path(root).glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
+    if not manifests:
+        raise Refused(f"no run folder under {root}/: start one with train.py, or name one with --run")
+    return manifests[-1].parent

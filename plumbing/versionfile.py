@@ -1,0 +1,97 @@
+"""A version on disk: a safetensors file that is named by the hash of its contents and is never changed."""
+
+import hashlib
+import json
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from plumbing import Refused
+from plumbing.files import NAME, SHA, atomic, refuse_constant, validate
+from plumbing.targets import layer_numbers
+
+COUNT = range(1, 2**31)
+POSITIVE = lambda x: type(x) in (int, float) and 0 < x < 1e300
+NOT_NEGATIVE = lambda x: x == 0 and type(x) in (int, float) or POSITIVE(x)
+LOCKS = ("first", "exact", "soft", "none")  # of a version; the first had nothing to protect
+# fmt: off
+VERSION = {"task": NAME, "lock": LOCKS, "reads": [SHA], "writes": COUNT, "top_k": COUNT, "n": COUNT,
+           "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed?": False, "config": {NAME: (None, bool, float, str)}}
+COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
+# fmt: on
+
+
+def write_version(folder, head, tensors):
+    """Write a version file under the hash of its contents. Return the hash."""
+    # One metadata key: safetensors does not promise an order, and the bytes are the name.
+    tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    data = save(tensors, {"version": json.dumps(head, sort_keys=True)})
+    digest = hashlib.sha256(data).hexdigest()
+    with atomic(folder / f"{digest}.safetensors") as tmp:
+        tmp.write_bytes(data)
+    return digest
+
+
+def map_tensors(path):
+    """Map the tensors of a safetensors file into memory: those that are not used take none."""
+    with safe_open(path, "pt") as f:
+        return {key: f.get_tensor(key) for key in f.keys()}
+
+
+def read_version_file(path, tensors=False):
+    """Return a version file's header, and its tensors if asked; then its hash is checked first. Raises
+    Refused if it is missing, its contents no longer have the hash that is its name, or its header has not the
+    form of one."""
+    if not path.is_file() or path.is_symlink():
+        raise Refused(f"{path}: this version is listed in the manifest, but its file is missing")
+    try:
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest() if tensors else path.stem
+        if digest != path.stem:
+            raise ValueError(f"its contents hash to {digest[:12]}")
+        with safe_open(path, "pt") as f:
+            head = json.loads(f.metadata()["version"], parse_constant=refuse_constant)
+        found = map_tensors(path) if tensors else {}
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
+        raise Refused(f"{path}: corrupted version file ({e}); restore it from a copy") from None
+    form = COMPOSITION if isinstance(head, dict) and head.get("lock") == "composed" else VERSION
+    return validate(head, form, path), found
+
+
+def part_of(tensors, part):
+    """Return the tensors whose keys begin with a part's name, keyed by the rest."""
+    found = [(key.partition("."), t) for key, t in tensors.items()]
+    return {rest: t for (name, _, rest), t in found if name == part}
+
+
+def check_tensors(head, tensors, parts, bases, first):
+    """Raise ValueError if the tensors of a version file, by key and by part, do not fit its header, each
+    other, N = `bases` (those that it writes and reads) or the run's first version. Field and dynamics check
+    their own shapes when they are loaded."""
+    wanted = {"bank", "field", "region", "anchors", "snapshot", *(() if head["reads"] else ["dynamics"])}
+    modules = {key[:-2] for key in parts["bank"]}
+    keys = {"bank": {f"{m}.{p}" for m in modules for p in "AB"}, "region": {"mean", "cov"}}
+    keys |= {"anchors": {""}, "snapshot": {""}}
+    if {*parts} != wanted or any({*parts[part]} != known for part, known in keys.items()):
+        raise ValueError("some are missing, or unknown")
+    (_, layers, _), (hidden, d) = tensors["snapshot"].shape, parts["field"]["w1.weight"].shape
+    shapes = {"snapshot": (head["anchors"], layers, bases), "anchors": (head["anchors"], d)}
+    shapes |= {"region.mean": (d,), "region.cov": (d, d), "field.w3.weight": (layers * bases, hidden)}
+    one_basis = {key: t.shape[1:] for key, t in parts["bank"].items()}
+    rank = min(shape[0] for shape in one_basis.values())
+    of_first = first.shapes if first else {key: (rank, *shape[1:]) for key, shape in one_basis.items()}
+    shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in of_first.items()}
+    for key in sorted({*shapes, *tensors}):
+        t, kind = tensors[key], torch.float64 if key.startswith("region.") else torch.float32
+        if t.dtype != kind or t.shape != shapes.get(key, t.shape) or not t.numel() or not t.isfinite().all():
+            raise ValueError(f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {shapes.get(key, '')} or finite")
+    cov = tensors["region.cov"]
+    if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1]:
+        raise ValueError("region.cov is no covariance")
+    if tensors["anchors"].abs().max() > 1:
+        raise ValueError("anchors lie outside [-1, 1]")
+    if "dynamics.deviation" in tensors and tensors["dynamics.deviation"].min() <= 0:
+        raise ValueError("dynamics.deviation is not positive")
+    if layers != len({*layer_numbers(modules).values()}) or head["top_k"] > bases:
+        raise ValueError(f"snapshot has {layers} layers, or top_k is more than {bases}")
