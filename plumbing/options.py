@@ -25,11 +25,8 @@ def key_of(flag):
 def column(table, field):
     """Return {name: value} of one field of all options that have one."""
     lines = [(flag, option) for options in table.values() for flag, option in options.items()]
-    return {
-        key_of(flag): getattr(option, field)
-        for flag, option in lines
-        if getattr(option, field) not in (None, False)
-    }
+    found = {key_of(flag): getattr(option, field) for flag, option in lines}
+    return {key: value for key, value in found.items() if value is not None and value is not False}
 
 
 def add_options(parser, table):
