@@ -191,7 +191,7 @@ def fill_in(args, run):
 # ------------------------------------------------------------------------------------------------------- data
 
 
-def take_usable(records, tokenizer, count, max_len, template, day):
+def take_usable(records, tokenizer, count, max_len, template, day=None):
     """The first `count` usable records, their encoding, and what was passed over: (records, examples,
     note)."""
     kept, examples, empty, long = [], [], 0, 0
