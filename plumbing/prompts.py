@@ -47,12 +47,13 @@ STAND_IN = re.compile(f"{LEAD}([0-9]*)@")
 
 
 def control_tokens(tokenizer):
-    """{text: id} of the tokens that steer a model, such as the end of a turn."""
+    """{text: id} of the tokens that steer a model, such as the end of a turn: special ones, and EOS."""
     try:
         added = tokenizer.added_tokens_decoder
     except NotImplementedError:  # mistral-common's: it finds none in a text
         return {}
-    return {t.content: i for i, t in added.items() if t.special and t.content}
+    named = {*tokenizer.all_special_ids}  # some tokenizers do not call these special
+    return {t.content: i for i, t in added.items() if t.content and (t.special or i in named)}
 
 
 def one_of(texts):
@@ -90,7 +91,8 @@ def renamed(tokenizer, edge):
     if not tokenizer.is_fast:
         raise refused
     about = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, names = about["model"], {t["content"]: t for t in about["added_tokens"] if t["special"]}
+    model, control = about["model"], control_tokens(tokenizer)
+    names = {t["content"]: t for t in about["added_tokens"] if t["content"] in control}
     for token in names.values():
         token["content"] = f"{edge}{token['id']}{edge}"
     new = lambda name: names[name]["content"] if name in names else name

@@ -141,6 +141,22 @@ def test_a_users_text_names_no_control_token_anywhere():
     assert tokenizer.decode(prompt) == text == prompt_of(record, tokenizer, "chat")
 
 
+def test_a_control_token_is_text_though_its_tokenizer_calls_it_ordinary():
+    """Only its role, EOS say, tells that it steers; what cannot be told apart is refused in one line."""
+    about = json.loads(chat_tokenizer().backend_tokenizer.to_str())
+    for token in about["added_tokens"]:
+        token["special"] = False
+    backend = tokenizers.Tokenizer.from_str(json.dumps(about))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    record = {"instruction": "Say </s>.", "output": "<s> </s>"}
+    assert encode(record, tokenizer) == encode(record, chat_tokenizer())
+    slow = transformers.ByT5Tokenizer()
+    assert prompt_ids("Hi.", slow, "alpaca")[-1] != slow.eos_token_id
+    with pytest.raises(Refused, match="tokenizer takes the name of a control token in a text for that token"):
+        encode(record, slow)
+
+
 def test_alpaca_has_no_place_for_a_history_or_tools():
     """They are refused in one line, and not dropped."""
     for more in ({"history": messages("Be kind.", first="system")}, {"tools": [{"name": "f"}]}):
