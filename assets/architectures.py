@@ -46,9 +46,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import commit
 import train
 from eval import open_run
-from model import decode, pad_left
+from model import decode
 from plumbing import Refused
-from plumbing.backbone import find_targets, TINY_FOLDER
+from plumbing.backbone import TINY_FOLDER
 from plumbing.command import output_file, Parser, run_program, write_results
 from plumbing.prompts import encode
 
@@ -181,11 +181,18 @@ def build(family, folder):
     size = sum(p.numel() for p in backbone.parameters())
     if size > 2e7:
         raise ValueError(f"{size:,} parameters: not small")
-    with torch.no_grad():
-        backbone(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
     backbone.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return size
+    return size, does_not_run(backbone)
+
+
+@torch.no_grad()
+def does_not_run(backbone):
+    """Why a pass over plain text fails, or None."""
+    try:
+        backbone(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+    except Exception as e:
+        return one_line(e)
 
 
 # -------------------------------------------------------------------------------------------------- the checks
@@ -259,12 +266,12 @@ def check_exports(folder, run, rows, wanted, scratch):
     return found
 
 
-def share_adapted(backbone):
-    """The share of the weights between embeddings and head that a target holds."""
+def share_adapted(backbone, targets):
+    """The share of the weights between embeddings and head that the targets hold."""
     outside = {id(m.weight) for m in (backbone.get_input_embeddings(), backbone.get_output_embeddings()) if m}
     outside |= {id(m.weight) for m in backbone.modules() if isinstance(m, torch.nn.Embedding)}
     inside = [p for p in backbone.parameters() if p.ndim > 1 and id(p) not in outside]
-    adapted = {id(m.weight) for m in find_targets(backbone).values()}
+    adapted = {id(backbone.get_submodule(name).weight) for name in targets}
     return sum(p.numel() for p in inside if id(p) in adapted) / sum(p.numel() for p in inside)
 
 
@@ -279,7 +286,7 @@ def check(folder, scratch):
     gating = version.gating(torch.tanh(version.region.mean).float()[None])
     examples = [encode(r, tokenizer) for r in opened.validation("t")][:3]
     rows = [p + r for p, r in examples]
-    row = {"share": share_adapted(model.backbone), "padded": check_padded(model, examples, gating)}
+    row = {"share": share_adapted(model.backbone, model.bank.shapes), "padded": check_padded(model, examples, gating)}
     row |= check_decoding(model, [p for p, _ in examples], gating)
     with model.gated(gating):
         wanted = [plain(model.backbone, r) for r in rows]
@@ -293,7 +300,7 @@ def judge(family):
     with tempfile.TemporaryDirectory() as tmp:
         folder, scratch = pathlib.Path(tmp, "backbone"), pathlib.Path(tmp, "scratch")
         try:
-            row["parameters"] = build(family, folder)
+            row["parameters"], row["plain pass"] = build(family, folder)
         except Exception as e:
             return row | {"verdict": "not built", "why": one_line(e)}
         scratch.mkdir()
