@@ -2816,7 +2816,7 @@ IN_MANIFEST = {
     "settings.probe": [ABSENT, "none", 7, None],
     "settings.fixed_coordinate": [ABSENT, "no", None, 2.5],
     "settings.template": ["mine", 7, None],
-    "settings.targets": ["q_proj", 7, None],
+    "settings.targets": [7, None, []],
     "settings.more": [1],
     "versions": NO_LIST,
     "versions.1": [None, 7, "x", [], {}],

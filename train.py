@@ -377,10 +377,11 @@ class Training:
             with safe_open(self.path, "pt") as f:
                 about, step = json.loads(f.metadata()["about"]), int(f.metadata()["step"])
                 for key in sorted({*validate(about, dict, self.path), *self.about}):
-                    if about.get(key) != self.about.get(key):
+                    before, now = (known.get(key, "unsaid") for known in (about, self.about))
+                    if before != now:
                         raise Refused(
-                            f"{self.path}: an unfinished training with {key} {about.get(key)}, not "
-                            f"{self.about.get(key)}; finish it as it was started, or delete that file"
+                            f"{self.path}: an unfinished training with {key} {before}, not {now}; finish it "
+                            "as it was started, or delete that file"
                         )
                 tensors = {key: f.get_tensor(key) for key in f.keys()}
             for key in {*shapes, *tensors}:

@@ -223,6 +223,10 @@ def test_targets_are_named_at_the_first_task_and_then_stay(on_folder, tmp_path, 
     assert "2 of 4 kinds" in text and "bit-identical on 4 of 4" in text and text.count(" ok") == 2
     names = {key.rpartition(".")[0] for key in Run(out).read_versions()[1].shapes}
     assert {kind_of(n) for n in names} == {"self_attn.o_proj", "mlp.down_proj"}
+    manifest = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(manifest.replace("self_attn.o_proj,down_proj", "all"))
+    with pytest.raises(Refused, match="settings: targets all, not self_attn.o_proj,down_proj"):
+        evaluation.main(["--run", str(out), "--device", "cpu"])
 
 
 def test_a_run_older_than_targets_adapts_what_its_version_does(on_folder, tmp_path, capsys):
