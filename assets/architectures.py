@@ -59,6 +59,7 @@ from plumbing import Refused
 from plumbing.backbone import TINY_FOLDER
 from plumbing.command import output_file, Parser, run_program, write_results
 from plumbing.prompts import encode
+from plumbing.targets import text_layers
 
 TOLERANCE = 2**10 * torch.finfo(torch.float32).eps  # of the largest logit: a thousand roundings
 CHECKS = ("padded", "decode", "generate", "causal", "adapter", "merged")
@@ -139,13 +140,13 @@ EXCEPTIONS = {  # what a family needs besides
 
 
 def families():
-    """{model type: class} of all causal language models; a class that has several types counts once."""
+    """Model types, one for each class of causal language models. This imports them all."""
     found = {}
     for name, architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         config = getattr(transformers, architecture).config_class
         if architecture not in found or config.model_type == name:
             found[architecture] = name
-    return {name: architecture for architecture, name in found.items()}
+    return sorted(found.values())
 
 
 def few_layers(config, count):
@@ -181,7 +182,7 @@ def shrunk(config, vocab, more):
 def build(family, folder):
     """A micro model of a family with random weights and tiny's tokenizer, saved to a folder."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    model = getattr(transformers, families()[family])
+    model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
     kind = model.config_class
     # Some families have a tokenizer of their own, which reads tiny's file and adds a token or two to it.
     changes = shrunk(kind(), len(tokenizer) + 16, EXCEPTIONS.get(family, {}))
@@ -277,32 +278,27 @@ def check_exports(folder, run, rows, wanted, scratch):
 
 
 def share_adapted(backbone, targets):
-    """The share of the weights between embeddings and head that the targets hold."""
-    outside = {id(m.weight) for m in (backbone.get_input_embeddings(), backbone.get_output_embeddings()) if m}
-    outside |= {id(m.weight) for m in backbone.modules() if isinstance(m, torch.nn.Embedding)}
-    inside = [p for p in backbone.parameters() if p.ndim > 1 and id(p) not in outside]
+    """The share of the weights in the text model's layers that the targets hold. Vectors do not count."""
+    parts = [m.parameters(recurse=False) for m in text_layers(backbone).values()]
+    weights = {id(p): p.numel() for part in parts for p in part if p.dim() > 1}
     adapted = {id(backbone.get_submodule(name).weight) for name in targets}
-    return sum(p.numel() for p in inside if id(p) in adapted) / sum(p.numel() for p in inside)
+    return sum(size for key, size in weights.items() if key in adapted) / sum(weights.values())
 
 
 @torch.no_grad()
 def check(folder, scratch):
     """Train, decode and export. -> {check: figure}. Raises Refused as the programs do."""
     run = scratch / "run"
+    where = ["--task", "t", "--data", DATA, "--backbone", folder, "--out", run]
     with torch.enable_grad():
-        train.main(
-            ["--task", "t", "--data", str(DATA), "--backbone", str(folder), "--out", str(run)]
-            + TRAINING.split()
-        )
+        train.main([*map(str, where), *TRAINING.split()])
     opened, model, tokenizer = open_run(run, "cpu")
     version = opened.versions[0]
     gating = version.gating(torch.tanh(version.region.mean).float()[None])
     examples = [encode(r, tokenizer) for r in opened.validation("t")][:3]
     rows = [p + r for p, r in examples]
-    row = {
-        "share": share_adapted(model.backbone, model.bank.shapes),
-        "padded": check_padded(model, examples, gating),
-    }
+    row = {"share": share_adapted(model.backbone, model.bank.shapes)}
+    row["padded"] = check_padded(model, examples, gating)
     row |= check_decoding(model, [p for p, _ in examples], gating)
     with model.gated(gating):
         wanted = [plain(model.backbone, r) for r in rows]
@@ -310,23 +306,20 @@ def check(folder, scratch):
     return row | check_exports(folder, run, rows, wanted, scratch)
 
 
-def judge(family):
+def judge(family, scratch):
     """One family, from its configuration to its verdict. -> its row"""
-    row = {"family": family}
-    with tempfile.TemporaryDirectory() as tmp:
-        folder, scratch = pathlib.Path(tmp, "backbone"), pathlib.Path(tmp, "scratch")
-        try:
-            row["parameters"], row["plain pass"] = build(family, folder)
-        except Exception as e:
-            return row | {"verdict": "not built", "why": one_line(e)}
-        scratch.mkdir()
-        try:
-            row |= check(folder, scratch)
-        except Refused as e:
-            early = not (scratch / "run").exists()
-            return row | {"verdict": "refused" if early else "wrong", "why": one_line(e)}
-        except Exception as e:
-            return row | {"verdict": "wrong", "why": one_line(e), "trace": traceback.format_exc()}
+    row, folder = {"family": family}, scratch / "backbone"
+    try:
+        row["parameters"], row["plain pass"] = build(family, folder)
+    except Exception as e:
+        return row | {"verdict": "not built", "why": one_line(e)}
+    try:
+        row |= check(folder, scratch)
+    except Refused as e:
+        early = not (scratch / "run").exists()
+        return row | {"verdict": "refused" if early else "wrong", "why": one_line(e)}
+    except Exception as e:
+        return row | {"verdict": "wrong", "why": one_line(e), "trace": traceback.format_exc()}
     failed = {name: f"{name}: {row[name]}" for name in CHECKS if isinstance(row[name], str)}
     refused = [why for name, why in failed.items() if row[name].startswith("Refused: ")]
     bad = [failed.get(name, name) for name in CHECKS if name in failed or not row[name] <= 1]
@@ -336,6 +329,7 @@ def judge(family):
 
 
 def one_line(e):
+    """What went wrong, and, if it was not meant to, where."""
     where = traceback.extract_tb(e.__traceback__)[-1]
     place = "" if isinstance(e, Refused) else f" ({pathlib.Path(where.filename).name}:{where.lineno})"
     return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}{place}"
@@ -344,31 +338,32 @@ def one_line(e):
 # ------------------------------------------------------------------------------------------- the command line
 
 
+def work(family, folder, pipe):
+    """Judge a family without a word, and send its row."""
+    torch.set_num_threads(1)  # after a fork more of them could wait for each other for ever
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        pipe.send(judge(family, folder))
+
+
 def alone(family):
     """`judge` in a process of its own, which may crash or hang."""
     context, started = multiprocessing.get_context("fork"), time.time()
     here, there = context.Pipe(duplex=False)
-
-    def work():
-        with (
-            open(os.devnull, "w") as null,
-            contextlib.redirect_stdout(null),
-            contextlib.redirect_stderr(null),
-        ):
-            there.send(judge(family))
-
-    process = context.Process(target=work)
-    process.start()
-    there.close()
     row = {"family": family, "verdict": "wrong", "why": f"no end after {PATIENCE} s"}
-    if here.poll(PATIENCE):
-        try:
-            row = here.recv()
-        except EOFError:
-            process.join()
-            row["why"] = f"the process ended with {process.exitcode}"
-    process.kill()
-    process.join()
+    with tempfile.TemporaryDirectory() as tmp:
+        process = context.Process(target=work, args=(family, pathlib.Path(tmp), there))
+        process.start()
+        there.close()
+        if here.poll(PATIENCE):
+            try:
+                row = here.recv()
+            except EOFError:
+                process.join()
+                row["why"] = f"the process ended with {process.exitcode}"
+        process.kill()
+        process.join()
     return row | {"seconds": round(time.time() - started, 1)}
 
 
@@ -384,19 +379,15 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these model types [all]")
     parser.add_argument("--json", type=output_file, help="write the table to this file")
     args = parser.parse_args(argv)
-    names = args.only or sorted(families())
-    if unknown := [name for name in names if name not in families()]:
+    if unknown := [name for name in args.only or () if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]:
         parser.error(f"--only: no causal language model of transformers is called {unknown[0]!r}")
     if not importlib.util.find_spec("peft"):
         raise Refused("what loads the exported adapters is peft: `pip install peft`")
     importlib.import_module("peft")  # once, and not in every process
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
     heads = " ".join(f"{name:>8}" for name in ("share", "effect", *CHECKS))
     print(f"{'family':24} {'verdict':9} {heads} {'s':>6}  why", flush=True)
     rows = []
-    for name in names:
+    for name in args.only or families():
         rows.append(alone(name))
         print(line_of(rows[-1]), flush=True)
     counts = collections.Counter(row["verdict"] for row in rows)
