@@ -77,8 +77,7 @@ HIDDEN, HEADS, HEAD = 64, 4, 16
 # A value, and the attributes of configurations that are set to it. Lists of one item a layer: `few_layers`.
 SMALL = f"""
 {HIDDEN} hidden_size d_model n_embd dim emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width
-{HIDDEN} input_embedding_size output_embedding_size attention_hidden_size backbone_hidden_size
-{HIDDEN} hidden_size_global
+{HIDDEN} input_embedding_size output_embedding_size attention_hidden_size hidden_size_global
 64 intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size n_inner d_inner dff dim_ff
 64 moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size feed_forward_size
 64 shared_experts_intermediate_size intermediate_size_mlp expert_ffn_hidden_size dense_intermediate_size
