@@ -94,7 +94,7 @@ SMALL = f"""
 16 sliding_window sliding_window_size attention_window_size window_size local_attention
 16 q_lora_rank kv_lora_rank mamba_d_state state_size ssm_state_size index_n_heads index_head_dim index_topk
 8 qk_rope_head_dim rotary_dim chunk_size mamba_chunk_size hidden_size_per_layer_input laurel_rank
-1 n_group topk_group num_expert_group n_shared_experts num_shared_experts
+1 n_group topk_group num_expert_group n_shared_experts num_shared_experts first_k_dense_replace
 512 max_position_embeddings n_positions n_ctx max_seq_len context_length max_source_positions
 512 max_target_positions model_max_length original_max_position_embeddings
 0.2 initializer_range init_std
