@@ -229,6 +229,8 @@ def response_logits(backbone, pad_id, examples):
     # Columns by number: unlike a slice they are copied out, and their logits are one product, not B.
     keep = torch.arange(width - 1 - longest, width - 1)
     out = run_padded(backbone, ids, mask, use_cache=False, logits_to_keep=keep).logits
+    if out.shape[1] == width:  # a few backbones, Whisper's decoder among them, give them all
+        out = out[:, keep.to(out.device)]
     is_response = torch.tensor([[i >= longest - len(r) for i in range(longest)] for _, r in examples])
     labels = ids[:, -longest:].masked_fill(~is_response.to(ids.device), -100)
     return out, labels.to(out.device)

@@ -59,7 +59,8 @@ from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, g
 HERE = pathlib.Path(__file__).parent
 from plumbing import rows as kept
 from plumbing.tables import spread
-from studies import baselines, bench, fuzz, memory, neurons, report, stream, styles, tables, variants
+from studies import architectures, baselines, bench, fuzz, memory, neurons, report, stream, styles, tables
+from studies import variants
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
 
@@ -3620,6 +3621,17 @@ def test_figures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys)
     report.main(["--figures", "--to", "all"])
     drawn = {path.stem for path in pathlib.Path("all").iterdir()}
     assert drawn == {path.stem for path in (HERE / "assets").glob("*.png")} == {*report.PICTURES}
+
+
+def test_the_table_of_architectures_judges_each_family(tmp_path, capsys):
+    """One that works, one that is refused as it takes no mask, and a name that is none."""
+    pytest.importorskip("peft")
+    architectures.main(["--only", "gpt2", "rwkv", "--json", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["verdict"] for row in rows] == ["right", "refused"], rows
+    assert rows[0]["share"] == 1 and all(rows[0][name] <= 1 for name in architectures.CHECKS)
+    assert "1 right, 0 in part, 1 refused, 0 wrong, 0 not built" in capsys.readouterr().out
+    assert "no causal language model" in run_quietly(architectures.main, ["--only", "gpt5"], capsys)
 
 
 def test_the_losses_of_a_training_that_was_stopped_are_those_of_the_one_that_went_on(tmp_path):
