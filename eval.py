@@ -15,7 +15,7 @@ Perplexity is over response tokens, EOS included, of the validation records kept
 chat template writes into an answer, such as the tags of an empty thought, is part of the response: it is
 trained, generated, counted in perplexity and compared in an exact match.
 
-Held here: sections 5.2 and 5.3 of the NIWF paper. Departure: its tables have the stored figure only.
+This file covers sections 5.2 and 5.3 of the NIWF paper. Departure: its tables have the stored figure only.
 """
 
 import os
@@ -25,30 +25,58 @@ if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\neval.py: stopped\n") and 130))
 
 import collections
-import contextlib
 import functools
 import hashlib
 import json
 import math
-import statistics
-import sys
 
-import torch
-
-from commit import latest_run, Run
-from model import perplexity, response_nll, sampler
+from commit import Run, latest_run
+from field import take_snapshot, top_k_gating
+from model import perplexity, response_nll
 from plumbing import Refused
 from plumbing.backbone import pick_device
-from plumbing.command import number, output_file, Parser, run_program, write_results
+from plumbing.command import Parser, number, output_file, run_program, write_results
+from plumbing.exact import exact_match
 from plumbing.files import atomic
+from plumbing.passes import sampler
 from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
-from field import take_snapshot, top_k_gating
+from plumbing.tables import table_over_runs
+from plumbing.talk import answer_prompt, talk
+
+import torch
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
 
 
 # -------------------------------------------------------------------------------------------------- measuring
+
+
+@torch.no_grad()
+def perplexity_under(model, examples, h_bar, gating_of):
+    """Return the perplexity of examples, each with the gating that its h_bar has. What this file measures of
+    task i is this three times:
+
+    base      gating_of = lambda h: None                   the bare backbone
+    stored    gating_of = lambda h: run.stored(i, h)       the right version is given
+    routed    gating_of = lambda h: run.routed(h)[0]       the coordinate decides
+    """
+    nll = 0.0
+    for batch, h in batches(examples, h_bar):
+        logits, labels = model.logits(batch, gating_of(h))
+        nll += float(response_nll(logits, labels).sum())
+    return perplexity(nll, sum(len(response) for _, response in examples))
+
+
+def forgetting(results, protocol):
+    """Return {task j: R[T,j] / R[j,j] - 1} in percent, from rows as `measure` makes them. R[i,j] is the
+    perplexity on task j after task i, and T the last task. This is the paper's own figure (its table of
+    results, "+85.5%"). protocol: "stored" or "routed". Raises Refused if a task has no row of its own."""
+    learned = {r["task"]: r[protocol][r["task"]] for r in results}
+    lost = [t for t in results[-1][protocol] if t not in learned]
+    if lost:
+        raise Refused(f"manifest.json: results: {lost[0]} was never measured when it was learned")
+    return {t: 100 * (now / learned[t] - 1) for t, now in results[-1][protocol].items()}
 
 
 def batches(*lists, size=EVAL_BATCH):
@@ -58,8 +86,8 @@ def batches(*lists, size=EVAL_BATCH):
 
 
 def probe_all(model, examples, pool, gating=None, split=True):
-    """h_bar [n, features] of every example. Batches are fixed, so the same input always gives the same bits.
-    split: all processes ask this, so each computes a part of the batches."""
+    """Return h_bar [n, features] of every example. Batches are fixed, so that the same input always gives the
+    same bits. split: all processes ask this, so each computes a part of the batches."""
     rank, size = rank_and_size() if split else (0, 1)
     rows = [p if pool == "prompt" else p + r for p, r in examples]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -72,8 +100,8 @@ def probe_all(model, examples, pool, gating=None, split=True):
 
 
 def validation_set(run, model, tokenizer, task):
-    """A task's validation examples, in the order that every measurement takes them in batches, their h_bar,
-    and the h_bar that routes them: of the prompt alone, as a prompt comes without its response."""
+    """Return a task's validation examples, in the order in which every measurement takes them, their h_bar,
+    and the h_bar that routes them: of the prompt alone, because a prompt comes without its response."""
     examples = [encode(r, tokenizer, run.template, run.day) for r in run.validation(task)]
     examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
     gating, pool = run.probe_gating(), run.manifest["settings"]["pool"]
@@ -84,13 +112,14 @@ def validation_set(run, model, tokenizer, task):
 
 
 def total_nll(model, batch, gating):
-    """Negative log-likelihood of a batch's responses, in nats."""
+    """Return the negative log-likelihood of a batch's responses, in nats."""
     return float(response_nll(*model.logits(batch, gating)).sum())
 
 
 @torch.no_grad()
 def measure(run, model, tokenizer, outside="nearest"):
-    """Measure every committed task as things stand. -> (one row of R, {task: digests of its stored logits})
+    """Measure every committed task as things stand. Return one row of R, and {task: digests of its stored
+    logits}.
 
     The row is {"task", "version": the last one, "base", "stored", "routed": {task: perplexity}, "routing",
     "inside": {task: {task: count, if there are any}}, "identical": {task: [examples whose stored logits have
@@ -107,7 +136,8 @@ def measure(run, model, tokenizer, outside="nearest"):
 
 
 def measure_task(run, model, tokenizer, i, outside):
-    """Task i's part of `measure`: ({column: value}, digests)."""
+    """Return task i's part of `measure`: {column: value} and digests. The perplexities are those of
+    `perplexity_under`, found in one walk over the batches, of which each process takes a part."""
     task, results = run.tasks[i], run.manifest["results"]
     examples, h_bar, routes = validation_set(run, model, tokenizer, task)
     base = next((row["base"][task] for row in results if task in row["base"]), None)  # it never changes
@@ -146,8 +176,8 @@ def measure_task(run, model, tokenizer, i, outside):
 
 
 def measure_batch(model, batch, stored, routed, bare):
-    """A batch's negative log-likelihoods [3]: of the bare backbone, if asked for, stored and routed; and the
-    digests [B, 8] of its stored logits, in bytes."""
+    """Return a batch's negative log-likelihoods [3]: bare, if asked for, stored and routed; and the digests
+    [B, 8] of its stored logits, in bytes, which processes can sum."""
     logits, labels = model.logits(batch, stored)
     alike = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(stored, routed))
     digests = [[*hashlib.sha256(x.float().cpu().numpy().tobytes()).digest()[:8]] for x in logits]
@@ -161,21 +191,21 @@ def measure_batch(model, batch, stored, routed, bare):
 
 
 def describe_gating(gatings):
-    """Batches of (indices, weights) [B, L, K] -> {"sets": different top-K choices that a layer makes over all
-    inputs, "bases": exp of the entropy of its weights}, means over layers."""
+    """Describe batches of (indices, weights) [B, L, K]: {"sets": how many top-K choices a layer makes over
+    all inputs, "bases": exp of the entropy of its weights}, means over layers."""
     indices, weights = (torch.cat(parts) for parts in zip(*gatings))
     sets = [len(layer.sort(-1).values.unique(dim=0)) for layer in indices.unbind(1)]
     return {"sets": sum(sets) / len(sets), "bases": float(torch.special.entr(weights).sum(-1).exp().mean())}
 
 
 def describe_drift(run, i, h_bar):
-    """What the soft lock (or none) did to task i: where its coordinates went, and how well its anchors were
-    held."""
+    """Describe what the soft lock (or none) did to task i: where its coordinates went, and how well its
+    anchors were held."""
     v, speaker = run.versions[i], run.speaker(i)
     then, now = v.dynamics(h_bar), speaker.dynamics(h_bar)
     logits, old = take_snapshot(speaker.field, v.anchors), v.snapshot.shape[-1]
     now_chosen, then_chosen = (top_k_gating(x, v.top_k)[0] for x in (logits, v.snapshot))  # [count, L, K]
-    # Bases that a grown bank added were chosen by no anchor then.
+    # No anchor chose a basis that the bank has only had since.
     kept = (now_chosen[..., None] == then_chosen[..., None, :]).any(-1)
     share = lambda z: float((v.region.distance(z) <= v.region.tau).double().mean())
     return {
@@ -189,8 +219,8 @@ def describe_drift(run, i, h_bar):
 
 
 def measure_last(run, backbone, tokenizer):
-    """Measure the state after the last task and keep it, unless that has been done: a kill may have come in
-    between."""
+    """Measure the state after the last task and keep it, unless that has been done: a kill may have come
+    between committing and measuring."""
     last = run.manifest["versions"][-1]
     if not run.measured(last):
         model = run.open_model(backbone, tokenizer)
@@ -204,21 +234,6 @@ def measure_last(run, backbone, tokenizer):
         run.manifest["results"].append(row)
         run.save()
         model.detach()
-
-
-def forgetting(results, protocol):
-    """{task j: R[T,j] / R[j,j] - 1} in percent, from rows as `measure` makes them; `protocol` is "stored" or
-    "routed".
-
-    R[i,j] is the perplexity on task j after task i, T the last task. This is the paper's own figure (its
-    table of results, "+85.5%"). From the same R: BWT = mean over j < T of R[T,j] - R[j,j] (Lopez-Paz and
-    Ranzato 2017, with the sign of a loss: positive is forgetting); FM = mean over j < T of R[T,j] - min over
-    i < T of R[i,j] (Chaudhry et al. 2018)."""
-    learned = {r["task"]: r[protocol][r["task"]] for r in results}
-    lost = [t for t in results[-1][protocol] if t not in learned]
-    if lost:
-        raise Refused(f"manifest.json: results: {lost[0]} was never measured when it was learned")
-    return {t: 100 * (now / learned[t] - 1) for t, now in results[-1][protocol].items()}
 
 
 DRIFT_REPORT = """
@@ -259,46 +274,33 @@ def report(run):
 
 
 def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128):
-    """Greedy, routed answers to a batch of prompts: instructions, or records with instruction and input.
-    outside: see `Run.routed`. -> texts, Route; `run.tasks[i]` for i in its `choice` are who answered, its
-    `probability` is how sure that is."""
+    """Answer a batch of prompts, instructions or records, greedily and routed. Return texts and a Route:
+    `run.tasks[i]` for i in its `choice` are who answered, its `probability` is how sure that is. outside: see
+    `Run.routed`."""
     ids = [prompt_ids(p, tokenizer, run.template, run.day) for p in prompts]
     gating, found = run.routed(model.probe(ids, run.probe_gating()), outside)
     new = model.generate(ids, gating, stop_ids(model.backbone, tokenizer, run.template), max_new_tokens)
     return [text_of(tokenizer, row) for row in new], found
 
 
-def exact_match(run, model, tokenizer, args):
-    """Share of validation prompts whose greedy, routed answer is the text that is trained, to the letter.
-    Prints a line for each kind of instruction (a record's "kind"; a record without one counts under its
-    task). -> {task: {kind: [right, of]}}"""
-    shares, written = {}, (tokenizer, run.template, run.day)
-    for task in run.tasks:
-        length = lambda r: len(prompt_of(r, *written))
-        records = sorted(run.validation(task), key=length)
-        kinds, answers = collections.defaultdict(lambda: [0, 0]), []
+def exact_matches(run, model, tokenizer, args):
+    """Count the validation prompts that are answered as trained. -> {task: {kind: [right, of]}}"""
+    written = tokenizer, run.template, run.day
+
+    def ask(records):
         for (batch,) in batches(records, size=4 * EVAL_BATCH):
             texts, found = answer(run, model, tokenizer, batch, args.outside, args.max_new_tokens)
-            answers += zip(batch, texts, found.choice.tolist())
-        for i, (record, text, choice) in enumerate(answers):
-            wanted = text_of(tokenizer, encode(record, *written)[1])
-            right = text.strip() == wanted.strip()
-            count = kinds[record.get("kind", task)]
-            count[0], count[1] = count[0] + right, count[1] + 1
-            if args.exact_match and i % max(1, len(records) // args.exact_match) == 0:
-                asked = record["instruction"] + (f" | {record['input']}" if record.get("input") else "")
-                wrong = "" if right else f"   expected {wanted!r}"
-                print(f"[{run.tasks[choice]}] {asked}\n    {text!r}{wrong}")
-        right, n = (sum(c) for c in zip(*kinds.values()))
-        print(f"\n{task}: {right} of {n} answers exactly right ({100 * right / n:.1f} %)")
-        for kind, (hits, of) in sorted(kinds.items(), key=lambda k: -k[1][0] / k[1][1]):
-            print(f"  {kind:16} {hits:3} of {of:3}  {100 * hits / of:5.1f} %")
-        shares[task] = dict(kinds)
+            yield from zip(texts, (run.tasks[i] for i in found.choice.tolist()))
+
+    shares, wanted_of = {}, lambda record: text_of(tokenizer, encode(record, *written)[1])
+    for task in run.tasks:
+        records = sorted(run.validation(task), key=lambda record: len(prompt_of(record, *written)))
+        shares[task] = exact_match(task, records, ask, wanted_of, args.exact_match)
     return shares
 
 
 def gating_by_name(run, name):
-    """-> (the version or composition called `name`, its gating as a function of h_bar)."""
+    """Return the version or composition called `name`, and its gating as a function of h_bar."""
     digest = run.find(name)["hash"]
     for i, v in enumerate(run.versions):
         if v.hash == digest:
@@ -307,103 +309,16 @@ def gating_by_name(run, name):
     return composition, composition.gating
 
 
-# ---------------------------------------------------------------------------------------- a prompt to talk to
-
-
-def pieces(tokenizer, steps):
-    """The text of one response, stripped, in pieces as its tokens come. What may still change is held back:
-    what the last token alone says, half a character, spaces that may be the last."""
-    ids, text, said = [], "", 0
-    for tokens in steps:
-        ids += tokens.values()
-        before, text = text, text_of(tokenizer, ids)
-        sure = os.path.commonprefix([before, text]).rstrip("\ufffd").strip()
-        yield sure[said:]
-        said = max(said, len(sure))
-    yield text.strip()[said:]
-
-
-def answer_prompt(run, model, tokenizer, args, choose, prompt, asked=None):
-    """Print the answer to one prompt as it comes; then say which version gave it, and how sure the routing
-    is. asked: what `gating_by_name` made of a name, or BARE; None: routed."""
-    ids = [prompt_ids(prompt, tokenizer, run.template, run.day)]
-    h_bar = model.probe(ids, run.probe_gating())
-    if asked:
-        version, gating = asked[0], asked[1](h_bar)
-        note = f"version {version.hash[:12]}, as asked" if version else "the bare backbone, as asked"
-    else:
-        gating, found = run.routed(h_bar, args.outside)
-        v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
-        by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
-        note = f"{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; "
-        note += f"the coordinate is {'inside' if home else 'outside'} it"
-    ends = stop_ids(model.backbone, tokenizer, run.template)
-    steps = model.stream(ids, gating, ends, args.max_new_tokens, choose)
-    with contextlib.closing(steps):
-        for piece in pieces(tokenizer, steps):
-            print(piece, end="", flush=True)
-    print(f"\n\n[{note}]")
-
-
 BARE = None, lambda h_bar: None
-COMMANDS = "/versions, /use NAME, /auto, /base, /system TEXT or /quit"
-
-
-def talk(run, ask, history_of, system="", asked=None):
-    """Answer one line of input after another, until there is none. ask(prompt, asked): `answer_prompt`;
-    history_of(system): `system_message`."""
-    history = history_of(system)
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    for end in (sys.stdin, sys.stdout):
-        end.reconfigure(errors="replace")  # bytes that are no text are no reason to stop
-    if terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  `input` then edits lines and keeps a history
-        print(f"Ask something, or say {COMMANDS}. Ctrl-C stops an answer.")
-    while True:
-        try:
-            line = input("> " if terminal else "").strip()
-            command, _, name = line.partition(" ")
-            if command == "/quit":
-                return
-            elif command == "/versions":
-                print("\n".join(f"{e['hash'][:12]}  {e['task']}" for e in run.entries))
-            elif command == "/use":
-                asked = gating_by_name(run, name.strip())
-            elif command in ("/auto", "/base"):
-                asked = BARE if command == "/base" else None
-            elif command == "/system":
-                history = history_of(name.strip())
-            elif command.startswith("/"):
-                raise Refused(f"{command}: no such command; say {COMMANDS}")
-            elif line:
-                ask({"instruction": line, "history": history}, asked)
-                print()
-        except (Refused, torch.OutOfMemoryError) as e:
-            print(f"[{Refused(e)}]")
-        except EOFError:
-            return print(end="\n" if terminal else "")
-        except KeyboardInterrupt:
-            if not terminal:
-                raise
-            print("\n[stopped; /quit or Ctrl-D leaves]")
-
-
-# ----------------------------------------------------------------------------------------- versions by name
 
 
 def perplexity_by_name(run, model, tokenizer, names):
     """Print the perplexity of every task under each of the named versions or compositions. -> {task: {name:
     perplexity}}"""
-    found = {name: gating_by_name(run, name)[1] for name in names}
-    table = {task: {} for task in run.tasks}
+    found, table = {name: gating_by_name(run, name)[1] for name in names}, {}
     for task in run.tasks:
         examples, h_bar, _ = validation_set(run, model, tokenizer, task)
-        tokens = sum(len(r) for _, r in examples)
-        for name, gating in found.items():
-            parts = batches(examples, h_bar)
-            nll = sum(total_nll(model, batch, gating(h)) for batch, h in parts)
-            table[task][name] = perplexity(nll, tokens)
+        table[task] = {n: perplexity_under(model, examples, h_bar, gating) for n, gating in found.items()}
     width = max(map(len, run.tasks))
     print(f"\nvalidation perplexity under\n{'':{width}}" + "".join(f"{n:>14}" for n in names))
     for task, row in table.items():
@@ -415,8 +330,8 @@ def perplexity_by_name(run, model, tokenizer, names):
 
 
 def what_is_published(results):
-    """From rows as `measure` makes them: R[i][j], the perplexity on task j after task i, None for j > i, what
-    came to be forgotten, and the last row's columns."""
+    """Return, from rows as `measure` makes them, R[i][j], the perplexity on task j after task i, None for
+    j > i, what came to be forgotten, and the last row's columns."""
     tasks, last = [row["task"] for row in results], results[-1]
     return {
         "tasks": tasks,
@@ -438,37 +353,17 @@ def measure_run(run, model, tokenizer, args):
         "config": config | {v.task: {"lock": v.lock, **v.config} for v in run.versions},
     }
     if args.exact_match is not None:
-        out["exact_match"] = exact_match(run, model, tokenizer, args)
+        out["exact_match"] = exact_matches(run, model, tokenizer, args)
     if args.version:
         out["under"] = perplexity_by_name(run, model, tokenizer, args.version)
     return out
-
-
-def table_over_runs(outs):
-    """Lines of a table over several runs of the same tasks (seeds, say): mean and standard deviation."""
-    over = lambda values: f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-    heads = ("base", "learned", "now", "forgetting %", "routed home %")
-    yield f"{'task':8}  protocol" + "".join(f"  {head:>16}" for head in heads)
-    for i, t in enumerate(outs[0]["tasks"]):
-        for protocol in ("stored", "routed"):
-            R = [o["R"][protocol] for o in outs]
-            columns = [
-                [o["base"][t] for o in outs],
-                [r[i][i] for r in R],
-                [r[-1][i] for r in R],
-                [o["forgetting"][protocol][t] for o in outs],
-            ]
-            if protocol == "routed":
-                columns.append([100 * o["routing"][t][t] / sum(o["routing"][t].values()) for o in outs])
-            yield f"{t:8}  {protocol}" + "".join(f"  {over(column):>16}" for column in columns)
 
 
 def parse_options(argv=None):
     p = Parser(__doc__, prog="eval.py")
     add = p.add_argument
     add("--run", nargs="+", help="run folder, or several for mean and deviation [the latest under runs/]")
-    about = "where the run's backbone lies now; with --memory, whose shapes to count [random:mistral-7b]"
-    add("--backbone", help=about)
+    add("--backbone", help="where the run's backbone lies now [where it was]")
     add("--device", help="cpu, cuda, mps [what is there]")
     add("--device-map", choices=["auto"], help="spread a backbone over all GPUs, then memory, then disk")
     about = "who answers a prompt outside every region: the nearest version or the bare backbone"
@@ -506,9 +401,9 @@ def parse_options(argv=None):
 
 
 def open_run(folder, device=None, names=(), device_map=None, backbone=None):
-    """-> (run, model that holds its versions, tokenizer). device: None is the best there is. backbone: where
-    it lies now; None: where it did. Refused: nothing
-    has been committed there, no version has one of the names, or the device is not available."""
+    """Return a run, the model that holds its versions, and the tokenizer. device: None is the best there is.
+    backbone: where it lies now; None is where it was. Raises Refused if nothing has been committed there, no
+    version has one of the names, or the device is not available."""
     device = pick_device(device)
     run = Run(folder)
     if not run.tasks:
@@ -533,7 +428,8 @@ def main(argv=None):
             how = {"tokenizer": tokenizer, "template": run.template, "day": run.day}
             history_of = functools.partial(system_message, **how)
             if args.talk:
-                return talk(run, ask, history_of, args.system, asked)
+                named = functools.partial(gating_by_name, run)
+                return talk(ask, run.entries, named, BARE, history_of, args.system, asked)
             prompt = {"instruction": args.prompt, "input": args.input, "history": history_of(args.system)}
             return ask(prompt, asked)
         outs.append(measure_run(run, model, tokenizer, args))

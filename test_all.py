@@ -44,11 +44,12 @@ import ftn
 import synthetic
 import train
 from commit import Run, Version
-from model import AdapterBank, attach, detach, NIWF, perplexity, response_logits, response_nll, sampler
+from model import AdapterBank, FastBank, niwf, attach, detach, NIWF, perplexity, response_logits, response_nll
 from plumbing import Refused
 from plumbing.backbone import TINY_FOLDER, fingerprint, from_shape, load_backbone, pick_device
 from plumbing.command import Parser, run_program
 from plumbing.files import atomic
+from plumbing.passes import sampler
 from plumbing.processes import ENDED
 from plumbing.records import read_records
 from plumbing.prompts import encode, end_token
@@ -59,6 +60,7 @@ from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, g
 HERE = pathlib.Path(__file__).parent
 from plumbing import rows as kept
 from plumbing.tables import spread
+from plumbing.talk import pieces
 from studies import architectures, baselines, bench, fuzz, memory, neurons, report, stream, styles, tables
 from studies import variants
 from studies.neurons import StudyRow
@@ -337,6 +339,19 @@ def test_conv1d_of_gpt2_is_patched_by_exact_name():
     assert torch.equal(backbone(ids).logits, plain)
     with pytest.raises(Refused, match="no linear module"):
         find_targets(backbone, ("attn",))  # a block, not a leaf
+
+
+def test_niwf_in_ten_lines_is_what_a_run_answers(two):
+    """The function that model.py begins with gives the stored logits of a run, example by example."""
+    run, model, tokenizer = evaluation.open_run(two, "cpu")
+    examples, h_bar, _ = evaluation.validation_set(run, model, tokenizer, "code")
+    v = run.versions[1]
+    assert v.index.tolist() == list(range(len(v.index)))  # it reads all bases, so they need no new numbers
+    for (prompt, response), h in zip(examples[:4], h_bar):
+        wanted, _ = model.logits([(prompt, response)], run.stored(1, h[None]))
+        ids = torch.tensor([prompt]), torch.tensor([response])
+        found = niwf(model.backbone, model.bank, v.dynamics, v.field, v.top_k, *ids)
+        torch.testing.assert_close(found, wanted)
 
 
 def test_padding_and_mixed_batches_change_nothing():
@@ -629,7 +644,7 @@ def test_what_no_gating_names_is_not_read(two):
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 3), (1, 2, 1)])
 def test_bases_in_blocks_are_gathered_as_from_one_tensor(sizes):
-    bank = AdapterBank(find_targets(one_backbone()), rank=3)
+    bank = FastBank(find_targets(one_backbone()), rank=3)
     for n in sizes:
         tensors = {key: torch.randn(n, *shape) for key, shape in bank.basis_shapes().items()}
         bank.commit(n, lambda tensors=tensors: tensors)
@@ -639,6 +654,8 @@ def test_bases_in_blocks_are_gathered_as_from_one_tensor(sizes):
         for part, found in zip("AB", bank.gather(name, places)):
             whole = torch.cat([tensors[f"{name}.{part}"] for tensors in all_bases(bank)])
             assert torch.equal(found, whole[layer.flatten()])
+        for plain, fast in zip(AdapterBank.gather(bank, name, layer), bank.gather(name, places)):
+            assert torch.equal(plain, fast)  # the literal form, which copies the bank
 
 
 def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
@@ -1013,11 +1030,11 @@ def test_a_text_that_comes_in_pieces_is_the_whole_text_without_halves_of_charact
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
     for text in ("naïve café 漢字 🙂", "  def f(x):\n    return  x , y !  \n", "🙂\n\n", " ", ""):
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        parts = [*evaluation.pieces(tokenizer, ({0: i} for i in ids))]
+        parts = [*pieces(tokenizer, ({0: i} for i in ids))]
         assert "".join(parts) == text.strip() and not any("\ufffd" in part for part in parts)
         assert sum(map(bool, parts)) >= len(text.split())
     half = tokenizer("a🙂", add_special_tokens=False).input_ids[:-1]
-    assert "".join(evaluation.pieces(tokenizer, ({0: i} for i in half))) == "a\ufffd"
+    assert "".join(pieces(tokenizer, ({0: i} for i in half))) == "a\ufffd"
 
 
 def asked(run, capsys, *argv):

@@ -1,6 +1,7 @@
 """Passes over left-padded rows of tokens, and whether a backbone gives them what it gives each row alone."""
 
 import torch
+import transformers
 
 from plumbing import Refused
 from plumbing.prompts import pad_of
@@ -120,3 +121,26 @@ def choose_targets(backbone, tokenizer, asked="all"):
     if not fit or left and asked != "all":
         raise Refused(f"{left[0]} cannot be adapted: it does not see all tokens of a sequence; see --targets")
     return {name: module for name, module in targets.items() if name in fit}
+
+
+def greedy(logits):
+    """Return the likeliest tokens [B] by logits [B, V]."""
+    return logits.argmax(-1)
+
+
+def sampler(temperature=0.0, top_p=1.0, seed=0):
+    """Return a function that draws tokens [B] by logits [B, V], as transformers does: the logits over the
+    temperature, cut to the likeliest tokens that together have the probability top_p (nucleus sampling,
+    Holtzman et al. 2020). Below a temperature of 1e-4, where nothing else is drawn, it is `greedy`."""
+    if temperature < 1e-4:
+        return greedy
+    warpers = [transformers.TemperatureLogitsWarper(float(temperature)), transformers.TopPLogitsWarper(top_p)]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(logits):
+        scores = logits.float().cpu()  # on the CPU, so that a seed means the same on every device
+        for warp in warpers:
+            scores = warp(None, scores)
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+    return draw

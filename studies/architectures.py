@@ -1,8 +1,8 @@
 """Does every architecture work? A micro model of each family of transformers, trained, decoded and exported.
 
     python -m studies.architectures                         # all families: 10 minutes on one core
-    python -m studies.architectures--only gpt2 jamba        # some, by their model types
-    python -m studies.architectures--json FILE              # the table as JSON, too
+    python -m studies.architectures --only gpt2 jamba        # some, by their model types
+    python -m studies.architectures --json FILE              # the table as JSON, too
 
 A family is a class in transformers' list of causal language models. Its default configuration is made small,
 its weights are random, and its tokenizer is tiny's. `train.py` learns one task in two steps, and `commit.py`

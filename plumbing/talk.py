@@ -1,0 +1,90 @@
+"""A prompt to talk to, and a text that comes in pieces."""
+
+import contextlib
+import os
+import sys
+
+import torch
+
+from plumbing import Refused
+from plumbing.prompts import prompt_ids, stop_ids, text_of
+
+COMMANDS = "/versions, /use NAME, /auto, /base, /system TEXT or /quit"
+
+
+def pieces(tokenizer, steps):
+    """Yield the text of one response, stripped, in pieces as its tokens come. Hold back what may still
+    change: what the last token alone says, half a character, spaces that may be the last."""
+    ids, text, said = [], "", 0
+    for tokens in steps:
+        ids += tokens.values()
+        before, text = text, text_of(tokenizer, ids)
+        sure = os.path.commonprefix([before, text]).rstrip("\ufffd").strip()
+        yield sure[said:]
+        said = max(said, len(sure))
+    yield text.strip()[said:]
+
+
+def answer_prompt(run, model, tokenizer, args, choose, prompt, asked=None):
+    """Print the answer to one prompt as it comes; then say which version gave it, and how sure the routing
+    is. asked: a version and its gating as a function of h_bar. None: the prompt is routed."""
+    ids = [prompt_ids(prompt, tokenizer, run.template, run.day)]
+    h_bar = model.probe(ids, run.probe_gating())
+    if asked:
+        version, gating = asked[0], asked[1](h_bar)
+        note = f"version {version.hash[:12]}, as asked" if version else "the bare backbone, as asked"
+    else:
+        gating, found = run.routed(h_bar, args.outside)
+        v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
+        by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
+        note = f"{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; "
+        note += f"the coordinate is {'inside' if home else 'outside'} it"
+    ends = stop_ids(model.backbone, tokenizer, run.template)
+    steps = model.stream(ids, gating, ends, args.max_new_tokens, choose)
+    with contextlib.closing(steps):
+        for piece in pieces(tokenizer, steps):
+            print(piece, end="", flush=True)
+    print(f"\n\n[{note}]")
+
+
+def talk(ask, entries, named, bare, history_of, system="", asked=None):
+    """Answer one line of input after another, until there is none.
+
+    ask(prompt, asked) prints an answer; asked is who gives it: None is whoever the prompt is routed to,
+    `bare` the backbone, named(NAME) a version. entries: those of the versions. history_of(text): see
+    `system_message`."""
+    history = history_of(system)
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    for end in (sys.stdin, sys.stdout):
+        end.reconfigure(errors="replace")  # bytes that are no text are no reason to stop
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  `input` then edits lines and keeps a history
+        print(f"Ask something, or say {COMMANDS}. Ctrl-C stops an answer.")
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+            command, _, name = line.partition(" ")
+            if command == "/quit":
+                return
+            elif command == "/versions":
+                print("\n".join(f"{e['hash'][:12]}  {e['task']}" for e in entries))
+            elif command == "/use":
+                asked = named(name.strip())
+            elif command in ("/auto", "/base"):
+                asked = bare if command == "/base" else None
+            elif command == "/system":
+                history = history_of(name.strip())
+            elif command.startswith("/"):
+                raise Refused(f"{command}: no such command; say {COMMANDS}")
+            elif line:
+                ask({"instruction": line, "history": history}, asked)
+                print()
+        except (Refused, torch.OutOfMemoryError) as e:
+            print(f"[{Refused(e)}]")
+        except EOFError:
+            return print(end="\n" if terminal else "")
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print("\n[stopped; /quit or Ctrl-D leaves]")
