@@ -69,7 +69,7 @@ def own_record(record, where, template):
     """Return a record of a run folder: a plain one. Raises Refused if it is not one."""
     if not isinstance(record, dict):
         raise Refused(f"{where} is not a JSON object")
-    plain = {key: record[key] for key in PLAIN if record.get(key) is not None}
+    plain = {key: record[key] for key in PLAIN if record.get(key) not in (None, [])}
     if "history" in plain:
         plain["history"] = chat_of(plain["history"], f"{where}: history", set())
     if "tools" in plain:
@@ -79,7 +79,7 @@ def own_record(record, where, template):
 
 def names_of(rest):
     """Return the keys under which a record has its question and its answer, or should have them."""
-    asked = next((key for key in (*ASKED, "input") if key in rest), ASKED[0])
+    asked = next((key for key in ASKED if key in rest), "input" if rest.get("input") else ASKED[0])
     return asked, next((key for key in SAID if key in rest), "completion" if asked == "prompt" else SAID[0])
 
 
@@ -105,12 +105,10 @@ def from_texts(rest, where, ignored):
             hint = f" (it has {', '.join(map(ascii, rest))[:80]})" if key not in rest and rest else ""
             raise Refused(f"{where} has no text under {key!r}{hint}")
     plain = {"instruction": rest.pop(asked), "output": rest.pop(said)}
-    if given := next(
-        (key for key in GIVEN if rest.get(key)), next((key for key in GIVEN if key in rest), None)
-    ):
-        plain["input"] = rest.pop(given)
+    for key in sorted((key for key in GIVEN if key in rest), key=lambda key: not rest[key])[:1]:
+        plain["input"] = rest.pop(key)  # the first that says something
         if not isinstance(plain["input"], str):
-            raise Refused(f"{where} has something other than text under {given!r}")
+            raise Refused(f"{where} has something other than text under {key!r}")
     if before := rest.pop("history", None):
         plain["history"] = chat_of(spread(before), f"{where}: history", ignored)
     return plain

@@ -94,6 +94,7 @@ BAD_RECORDS = [
     ({"prompt": "x"}, "has no text under 'completion'"),
     ({"text": "x", "id": 3}, "has no text under 'instruction' .it has 'text', 'id'"),
     ({**RECORD, "output": None}, "has no text under 'output'"),
+    ({**RECORD, "instruction": None}, "has no text under 'instruction'"),
     ({**RECORD, "output": ["a", "b"]}, r"instruction and output\[1\]: 'a' is not a message"),
     ({"prompt": ["x"], "completion": "y"}, r"prompt and completion\[0\]: 'x' is not a message"),
     ({"prompt": "x", "completion": "y", "kind": 3}, "something other than text under 'kind'"),
@@ -356,6 +357,8 @@ def test_the_validation_of_a_run_folder_is_read_strictly(tmp_path):
         (tmp_path / "x.json").write_text(json.dumps([row]))
         with pytest.raises(Refused, match=message):
             read_records(tmp_path / "x.json", "chat", own=True)
+    (tmp_path / "x.json").write_text(json.dumps([{**RECORD, "history": []}]))  # as earlier versions wrote it
+    assert read_records(tmp_path / "x.json", own=True) == [RECORD]
 
 
 __all__ = [name for name in globals() if name.startswith("test_")]
