@@ -148,7 +148,7 @@ class AdapterBank:
         return [whole(f"{name}.{part}")[places.flatten().to(self.device[name])] for part in "AB"]
 
     def factors(self, name):
-        """Gather a module's A [B, K r, d_in] and B [B, K r, d_out]; return them and (alpha / r) w [B, 1, K r]."""
+        """Gather A [B, K r, d_in] and B [B, K r, d_out] of a module. Return both, and (alpha / r) w."""
         places, weights = self.gating[self.layer[name]]
         A, B = self.gather(name, places)
         # The bank is float32. What is multiplied, and kept for the backward pass, has the backbone's type: at
