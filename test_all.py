@@ -1376,7 +1376,7 @@ def break_off(argv, last, monkeypatch):
         return schedule(step, *rest)
 
     with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="pulled the plug"):
-        broken.setattr(plumbing.training, "SAVE_EVERY", 0)
+        broken.setattr("plumbing.training.SAVE_EVERY", 0)
         broken.setattr(train, "learning_rate", pull)
         train.main(argv)
 
@@ -1408,7 +1408,7 @@ def test_checkpointing_changes_no_bit_and_a_training_may_go_on_with_it(
 def test_sigkill_at_random_moments_changes_nothing(micro, first, tmp_path, monkeypatch):
     """Some kills come after a saved state, so that resuming is what is tried."""
     whole, killed = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "killed")
-    monkeypatch.setattr(plumbing.training, "SAVE_EVERY", 0)
+    monkeypatch.setattr("plumbing.training.SAVE_EVERY", 0)
 
     def start(out):
         child = os.fork()
@@ -1732,7 +1732,7 @@ def test_a_process_that_is_killed_or_stopped_ends_both_and_the_same_command_goes
 ):
     whole, broken = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "broken")
     before, schedule = len(steps_of(first)), train.learning_rate
-    monkeypatch.setattr(plumbing.training, "SAVE_EVERY", 0)
+    monkeypatch.setattr("plumbing.training.SAVE_EVERY", 0)
     assert train_in_two(micro("code", whole, "--lock"), tmp_path)[2] == [0, 0]
 
     def disturb(rank, step, *rest, which, at, by):

@@ -56,6 +56,7 @@ from plumbing import Refused
 from plumbing.backbone import TINY_FOLDER
 from plumbing.command import output_file, Parser, run_program, write_results
 from plumbing.prompts import encode
+from plumbing.records import DATA
 from plumbing.targets import text_layers
 
 TOLERANCE = 2**10 * torch.finfo(torch.float32).eps  # of the largest logit: a thousand roundings
@@ -63,7 +64,7 @@ CHECKS = ("padded", "decode", "generate", "causal", "adapter", "merged")
 VERDICTS = ("right", "in part", "refused", "wrong", "not built")
 PATIENCE = 120  # seconds for one family
 NEW_TOKENS = 6
-DATA = pathlib.Path(__file__).parent / "data" / "alpaca.val.json"
+EXAMPLES = DATA / "alpaca.val.json"
 TRAINING = "--device cpu --examples 16 --val-examples 4 --batch 2 --grad-accum 4 --epochs 1 --lr 0.02"
 TRAINING += " --rank 2 --bases 4 --top-k 2 --field-hidden 16 --coord-dim 8 --anchors 16"
 
@@ -285,7 +286,7 @@ def share_adapted(backbone, targets):
 def check(folder, scratch):
     """Train, decode and export. -> {check: figure}. Raises Refused as the programs do."""
     run = scratch / "run"
-    where = ["--task", "t", "--data", DATA, "--backbone", folder, "--out", run]
+    where = ["--task", "t", "--data", EXAMPLES, "--backbone", folder, "--out", run]
     with torch.enable_grad():
         train.main([*map(str, where), *TRAINING.split()])
     opened, model, tokenizer = open_run(run, "cpu")

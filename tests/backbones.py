@@ -450,13 +450,13 @@ def test_a_run_trained_in_bfloat16_is_opened_in_float32(first, tmp_path, monkeyp
 
     name = Run(first).manifest["backbone"]["name"]
     with monkeypatch.context() as m:
-        m.setattr(commit, "load_backbone", in_bfloat16)
+        m.setattr("plumbing.folder.load_backbone", in_bfloat16)
         run = Run(tmp_path / "run")
         run.open_backbone(name, "cpu")
     out = copy_of(first, tmp_path, "copy")
     assert Run(out).manifest["backbone"] == run.manifest["backbone"]
     with monkeypatch.context() as m:
-        m.setattr(commit, "load_backbone", in_bfloat16)
+        m.setattr("plumbing.folder.load_backbone", in_bfloat16)
         evaluation.main(["--run", str(out), "--device", "cpu"])
     assert "alpaca" in capsys.readouterr().out
 
