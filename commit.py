@@ -32,13 +32,11 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\ncommit.py: stopped\n") and 130))
 
-import argparse
 import copy
 import dataclasses
 import functools
 import json
 import pathlib
-import shutil
 import sys
 
 from plumbing import Refused  # first: it sets what torch and the Hub's client read when imported
@@ -47,13 +45,13 @@ import torch
 
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
 from model import NIWF
-from plumbing.command import Parser, number, run_program
-from plumbing.export import write_adapter, write_merged
-from plumbing.files import atomic, atomic_folder, check_name
-from plumbing.folder import Folder, latest_run
-from plumbing.log import dependents, describe, log, without
+from plumbing.command import run_program
+from plumbing.export import export
+from plumbing.files import latest_run, check_name
+from plumbing.folder import Folder
+from plumbing.log import dependents, describe, log, parse_command, without
 from plumbing.prompts import pad_of
-from plumbing.targets import layer_numbers, named_targets
+from plumbing.targets import named_targets
 from plumbing.versionfile import COMPOSITION, check_tensors, map_tensors, part_of, read_version_file
 from plumbing.versionfile import write_version
 
@@ -242,11 +240,6 @@ class Run(Folder):
         super().read()
         self.versions, self.compositions = [], []
 
-    @property
-    def shared(self):
-        """Whether all versions share one live bank, field and dynamics."""
-        return bool(self.manifest["versions"]) and self.manifest["versions"][-1]["lock"] in ("soft", "none")
-
     def speaker(self, i):
         """Return the version whose field and bases answer for version i. The locks make no other difference
         to answers."""
@@ -320,21 +313,11 @@ class Run(Folder):
         (self.digests if self.measured(entry) else self.validation)(entry["task"])
         if not earlier:
             (rank, _), d = next(iter(version.shapes.values())), len(version.region.mean)
-            day = self.manifest["versions"][0]["date"][:10]
-            made = {"targets": "all", "day": day, **version.config}
-            made |= {"rank": rank, "coord_dim": d}
-            for key, value in {**self.manifest["settings"], "day": self.day}.items():
-                if made.get(key) != value:
-                    raise Refused(f"{self.manifest_file}: settings: {key} {value}, not {made.get(key)}")
+            self.check_settings({**version.config, "rank": rank, "coord_dim": d})
         return version
 
 
 # -------------------------------------------------------------------------------------------- the commands
-
-
-def refuse_shared(run):
-    if run.shared:
-        raise Refused(f"{run.folder}: its versions, not of the exact lock, do not stand for themselves")
 
 
 def verify(run):
@@ -380,7 +363,7 @@ def compose(run, names, weights, name):
     check_name("--name", name)
     if len(weights) != len(entries) or not any(weights):
         raise Refused(f"--weights: {len(entries)} versions and {len(weights)} weights, or all are 0")
-    refuse_shared(run)
+    run.refuse_shared()
     for e in entries:
         if run.head(e)["lock"] == "composed":
             raise Refused(f"{e['task']} is a composition itself: compose its versions")
@@ -400,8 +383,8 @@ def merge(run, other):
         raise Refused(f"{run.folder} and {other.folder} have no common first version, so no coordinates")
     if ours["backbone"]["fingerprint"] != theirs["backbone"]["fingerprint"]:
         raise Refused(f"{other.folder} belongs to another backbone than {run.folder}")
-    refuse_shared(run)
-    refuse_shared(other)
+    run.refuse_shared()
+    other.refuse_shared()
     known, names = {e["hash"] for e in run.entries}, {e["task"] for e in run.entries}
     new = [e for e in other.entries if e["hash"] not in known]
     for entry in new:
@@ -411,97 +394,18 @@ def merge(run, other):
             raise Refused(f"{other.manifest_file}: {entry['task']} is not measured: train.py does")
     for wrong in [wrong for folder in (run, other) for _, wrong in verify(folder) if wrong]:
         raise Refused(wrong)
-    copies = {source: target for e in new for source, target in zip(other.files(e), run.files(e))}
-    for source, target in copies.items():
-        if target.exists() and target.read_bytes() != source.read_bytes():
-            raise Refused(f"{target}: another file is in the way; move it")
-    for source, target in copies.items():
-        with atomic(target) as tmp:
-            shutil.copyfile(source, tmp)
-    ours["versions"] += [e for e in new if e["lock"] != "composed"]
-    ours["compositions"] += [e for e in new if e["lock"] == "composed"]
-    ours["results"] += [row for row in theirs["results"] if row["version"] in {e["hash"] for e in new}]
-    if new:
-        run.save()
+    run.take(other, new)
     return new
-
-
-def update_of(run, name):
-    """Return what a version adds to the backbone's weights, gated at its region's mean coordinate: {target:
-    (A [K r, d_in], B [K r, d_out])} with Delta W = B^T A. The chosen A_i are stacked, and the chosen B_i,
-    times (alpha / r) w_i. A composition joins its versions'. Raises Refused as `read_version` does."""
-    entry, settings = run.find(name), run.manifest["settings"]
-    refuse_shared(run)
-    versions = run.read_versions()
-    parts = [(v, 1.0) for v in versions if v.hash == entry["hash"]]
-    if not parts:
-        composition = run.read_version(entry, versions)
-        parts = zip(composition.versions, composition.weights)
-    whole = lambda key: torch.cat([v.bases[key] for v in versions])  # one at a time: together they are large
-    rows = {key: [] for key in versions[0].shapes}
-    numbers = layer_numbers({key.rpartition(".")[0]: None for key in rows})
-    for v, share in parts:
-        indices, weights = (g[0] for g in v.gating(torch.tanh(v.region.mean).float()[None]))  # [L, K]
-        for target, layer in numbers.items():
-            scale = share * settings["alpha"] / settings["rank"] * weights[layer][:, None, None]
-            rows[f"{target}.A"].append(whole(f"{target}.A")[indices[layer]].flatten(0, 1))
-            rows[f"{target}.B"].append((scale * whole(f"{target}.B")[indices[layer]]).flatten(0, 1))
-    return {t: (torch.cat(rows[f"{t}.A"]), torch.cat(rows[f"{t}.B"])) for t in numbers}
-
-
-def export(run, name, folder, merged=False, backbone=None):
-    """Write a version to a new or empty folder: an adapter in PEFT's format, or a checkpoint that any program
-    of transformers loads. Return what was written, as a dict. backbone: where it lies now, if not where it
-    was. Raises Refused if the folder holds something; see `update_of`, `write_adapter` and `write_merged`."""
-    if backbone:
-        run.open_backbone(backbone, "cpu")  # it is verified, and remembered
-    backbone = backbone or run.manifest["backbone"]["name"]
-    with atomic_folder(folder) as tmp:
-        update, title = update_of(run, name), f"{name} of {run.folder.name}"
-        if merged:
-            about = write_merged(update, *run.open_backbone(backbone, "cpu"), run.template, title, tmp)
-        else:
-            about = write_adapter(update, backbone, run.template, title, tmp)
-    rank = len(next(iter(update.values()))[0])
-    return {"folder": str(folder), "merged": merged, "r": rank, "target_modules": sorted(update), **about}
 
 
 # ------------------------------------------------------------------------------------------- the command line
 
 
-def parse_options(argv=None):
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--run", help="run folder [the latest under runs/]")
-    common.add_argument("--json", action="store_true", help="print JSON")
-    parser = Parser(__doc__, prog="commit.py")
-    commands = parser.add_subparsers(dest="command", required=True, help="each has a --help of its own:")
-
-    def command(name, help, version=False):
-        p = commands.add_parser(name, help=help, doc=__doc__, description=help, parents=[common])
-        if version:
-            p.add_argument("version", help="a task, or the start of a hash")
-        return p.add_argument
-
-    command("log", "the versions, newest first")
-    command("show", "everything about one version", version=True)
-    command("verify", "recompute every hash and every anchor")
-    add = command("rollback", "take a version out", version=True)
-    add("--cascade", action="store_true", help="and those that stand on it")
-    add = command("compose", "a gating over several versions")
-    add("versions", nargs="+", help="tasks, or starts of hashes")
-    add("--weights", nargs="+", type=number(float, -1e6, 1e6), required=True, help="one for each of them")
-    add("--name", required=True, help="what the composition is called")
-    add = command("merge", "take in another run's versions")
-    add("other", metavar="OTHER_RUN", help="its run folder")
-    add = command("export", "write a LoRA adapter in PEFT's format", version=True)
-    add("--to", required=True, metavar="DIR", help="a new or an empty folder")
-    add("--merged", action="store_true", help="a whole checkpoint in place of an adapter; loads the backbone")
-    add("--backbone", help="where the backbone lies now [where it was]")
-    return parser.parse_args(argv)
+parse_options = functools.partial(parse_command, __doc__)
 
 
 def change(run, args):
-    """The commands that change a run folder. -> (what they did as JSON, and as text)"""
+    """Run a command that changes a run folder. -> (what it did as JSON, and as text)"""
     short = lambda entries: ", ".join(f"{e['task']} {e['hash'][:12]}" for e in entries)
     with run.exclusive():
         if args.command != "compose" and (run.folder / "training.safetensors").exists():
@@ -534,10 +438,8 @@ def main(argv=None):
         text = "\n".join(f"{e['hash'][:12]}  {e['task']}  {wrong or 'ok'}" for e, wrong in found)
     elif args.command == "export":
         result = export(run, args.version, args.to, args.merged, args.backbone)
-        ends = f"answers end with {result['end']!r}, token {result['end_id']}"
-        text = (
-            f"wrote {result['folder']}: {result['what']} in {len(result['target_modules'])} modules; {ends}"
-        )
+        text = f"wrote {result['folder']}: {result['what']} in {len(result['target_modules'])} modules; "
+        text += f"answers end with {result['end']!r}, token {result['end_id']}"
         text += "" if result["tried"] else "; not tried with peft, which is not installed"
     else:
         result, text = change(run, args)

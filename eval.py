@@ -30,14 +30,14 @@ import hashlib
 import json
 import math
 
-from commit import Run, latest_run
+from commit import Run
 from field import take_snapshot, top_k_gating
 from model import perplexity, response_nll
 from plumbing import Refused
 from plumbing.backbone import pick_device
 from plumbing.command import Parser, number, output_file, run_program, write_results
 from plumbing.exact import exact_match
-from plumbing.files import atomic
+from plumbing.files import atomic, latest_run
 from plumbing.passes import sampler
 from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of

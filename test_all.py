@@ -1398,8 +1398,8 @@ def test_checkpointing_changes_no_bit_and_a_training_may_go_on_with_it(
 ):
     out = copy_of(first, tmp_path)
     break_off(micro("code", out, "--lock"), 4, monkeypatch)
-    again, calls = AdapterBank.again, []
-    monkeypatch.setattr(AdapterBank, "again", lambda bank: (calls.append(1), again(bank))[1])
+    again, calls = FastBank.again, []
+    monkeypatch.setattr(FastBank, "again", lambda bank: (calls.append(1), again(bank))[1])
     train.main(micro("code", out, "--lock", "--checkpointing"))
     assert outcome(out) == outcome(two) and calls
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from plumbing import Refused
 from plumbing.backbone import find_backbone, fingerprint, from_shape, load_backbone, load_tokenizer
-from plumbing.targets import in_out
+from plumbing.files import atomic_folder
+from plumbing.targets import in_out, layer_numbers
 from plumbing.prompts import end_token, prompt_ids, prompt_of
 
 EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # what peft knows an expert's parts by
@@ -178,3 +179,46 @@ def write_readme(folder, title, what, how, tokenizer, template):
     lines += [f"    model.generate(..., eos_token_id={end})\n"]
     (folder / "README.md").write_text("\n\n".join(lines), encoding="utf-8")
     return {"end": text, "end_id": end}
+
+
+# ---------------------------------------------------------------------------------------- a version of a run
+
+
+def update_of(run, name):
+    """Return what a version adds to the backbone's weights, gated at its region's mean coordinate: {target:
+    (A [K r, d_in], B [K r, d_out])} with Delta W = B^T A. The chosen A_i are stacked, and the chosen B_i,
+    times (alpha / r) w_i. A composition joins its versions'. Raises Refused as `read_version` does."""
+    entry, settings = run.find(name), run.manifest["settings"]
+    run.refuse_shared()
+    versions = run.read_versions()
+    parts = [(v, 1.0) for v in versions if v.hash == entry["hash"]]
+    if not parts:
+        composition = run.read_version(entry, versions)
+        parts = zip(composition.versions, composition.weights)
+    whole = lambda key: torch.cat([v.bases[key] for v in versions])  # one at a time: together they are large
+    rows = {key: [] for key in versions[0].shapes}
+    numbers = layer_numbers({key.rpartition(".")[0]: None for key in rows})
+    for v, share in parts:
+        indices, weights = (g[0] for g in v.gating(torch.tanh(v.region.mean).float()[None]))  # [L, K]
+        for target, layer in numbers.items():
+            scale = share * settings["alpha"] / settings["rank"] * weights[layer][:, None, None]
+            rows[f"{target}.A"].append(whole(f"{target}.A")[indices[layer]].flatten(0, 1))
+            rows[f"{target}.B"].append((scale * whole(f"{target}.B")[indices[layer]]).flatten(0, 1))
+    return {t: (torch.cat(rows[f"{t}.A"]), torch.cat(rows[f"{t}.B"])) for t in numbers}
+
+
+def export(run, name, folder, merged=False, backbone=None):
+    """Write a version to a new or empty folder: an adapter in PEFT's format, or a checkpoint that any program
+    of transformers loads. Return what was written, as a dict. backbone: where it lies now, if not where it
+    was. Raises Refused if the folder holds something; see `update_of`, `write_adapter` and `write_merged`."""
+    if backbone:
+        run.open_backbone(backbone, "cpu")  # it is verified, and remembered
+    backbone = backbone or run.manifest["backbone"]["name"]
+    with atomic_folder(folder) as tmp:
+        update, title = update_of(run, name), f"{name} of {run.folder.name}"
+        if merged:
+            about = write_merged(update, *run.open_backbone(backbone, "cpu"), run.template, title, tmp)
+        else:
+            about = write_adapter(update, backbone, run.template, title, tmp)
+    rank = len(next(iter(update.values()))[0])
+    return {"folder": str(folder), "merged": merged, "r": rank, "target_modules": sorted(update), **about}

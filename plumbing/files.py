@@ -143,3 +143,21 @@ def atomic_folder(folder):
         with contextlib.suppress(OSError):  # Those of a folder that was written are not empty.
             for parent in made:
                 parent.rmdir()
+
+
+def put_aside(path):
+    """Move a file of ours that nothing names to `orphans` beside it."""
+    folder, number = path.parent / "orphans", 0
+    folder.mkdir(exist_ok=True)
+    while (target := folder / (path.name + f".{number}" * (number > 0))).exists():
+        number += 1
+    path.rename(target)
+    print(f"{path} is named by no manifest: moved to {target}")
+
+
+def latest_run(root="runs"):
+    """Return the run folder under `root` whose manifest was written last. Raises Refused if there is none."""
+    manifests = sorted(pathlib.Path(root).glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
+    if not manifests:
+        raise Refused(f"no run folder under {root}/: start one with train.py, or name one with --run")
+    return manifests[-1].parent

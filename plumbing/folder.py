@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import time
 
 try:
@@ -19,7 +20,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from plumbing import Refused
-from plumbing.files import SHA, atomic, read_json, validate
+from plumbing.files import SHA, atomic, put_aside, read_json, validate
 from plumbing.processes import first_alone
 from plumbing.prompts import today
 from plumbing.records import read_records
@@ -88,6 +89,16 @@ class Folder:
     def entries(self):
         """The manifest's entries of all versions and compositions."""
         return self.manifest["versions"] + self.manifest["compositions"]
+
+    @property
+    def shared(self):
+        """Whether all versions share one live bank, field and dynamics."""
+        return bool(self.manifest["versions"]) and self.manifest["versions"][-1]["lock"] in ("soft", "none")
+
+    def refuse_shared(self):
+        """Raise Refused if versions are of another lock than the exact one."""
+        if self.shared:
+            raise Refused(f"{self.folder}: its versions, not of the exact lock, do not stand for themselves")
 
     @property
     def template(self):
@@ -163,6 +174,13 @@ class Folder:
             said = f"{entry['task']} with lock {entry['lock']}"
             raise Refused(f"{self.manifest_file}: {said}, but its file is {task} with {lock}")
 
+    def check_settings(self, made):
+        """Raise Refused if the first version was made with other settings than the manifest says."""
+        made = {"targets": "all", "day": self.manifest["versions"][0]["date"][:10], **made}
+        for key, value in {**self.manifest["settings"], "day": self.day}.items():
+            if made.get(key) != value:
+                raise Refused(f"{self.manifest_file}: settings: {key} {value}, not {made.get(key)}")
+
     @contextlib.contextmanager
     def exclusive(self):
         """Within this block no other process changes the run folder. The lock dies with its process. If
@@ -210,6 +228,23 @@ class Folder:
         for path in self.unnamed([e["hash"] for e in self.entries]):
             put_aside(path)
 
+    def take(self, other, entries):
+        """Take in entries of another run folder, with their files and results. Raises Refused, with nothing
+        changed, if another file is in the way."""
+        copies = {source: target for e in entries for source, target in zip(other.files(e), self.files(e))}
+        for source, target in copies.items():
+            if target.exists() and target.read_bytes() != source.read_bytes():
+                raise Refused(f"{target}: another file is in the way; move it")
+        for source, target in copies.items():
+            with atomic(target) as tmp:
+                shutil.copyfile(source, tmp)
+        for e in entries:
+            self.manifest["compositions" if e["lock"] == "composed" else "versions"].append(e)
+        hashes = {e["hash"] for e in entries}
+        self.manifest["results"] += [r for r in other.manifest["results"] if r["version"] in hashes]
+        if entries:
+            self.save()
+
     def unnamed(self, hashes):
         """Return version files that are not among `hashes`: a command was killed before the manifest could
         name them, or after it no longer did."""
@@ -241,21 +276,3 @@ class Folder:
                 if not held:
                     self.save()
         return backbone, tokenizer
-
-
-def put_aside(path):
-    """Move a file of ours that nothing names to `orphans` beside it."""
-    folder, number = path.parent / "orphans", 0
-    folder.mkdir(exist_ok=True)
-    while (target := folder / (path.name + f".{number}" * (number > 0))).exists():
-        number += 1
-    path.rename(target)
-    print(f"{path} is named by no manifest: moved to {target}")
-
-
-def latest_run(root="runs"):
-    """Return the run folder under `root` whose manifest was written last. Raises Refused if there is none."""
-    manifests = sorted(pathlib.Path(root).glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
-    if not manifests:
-        raise Refused(f"no run folder under {root}/: start one with train.py, or name one with --run")
-    return manifests[-1].parent

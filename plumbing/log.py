@@ -1,4 +1,9 @@
-"""What a run folder's manifest says of its versions: about one, in a log, and without some."""
+"""What a run folder's manifest says of its versions, about one, in a log, and without some; and what may be
+asked of them on a command line."""
+
+import argparse
+
+from plumbing.command import Parser, number
 
 
 def describe(run, entry):
@@ -50,3 +55,35 @@ def without(manifest, hashes, tasks):
     if not manifest["versions"]:
         manifest["settings"] = {}
     return manifest
+
+
+def parse_command(doc, argv=None):
+    """Parse a command of commit.py, whose docstring is `doc`."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--run", help="run folder [the latest under runs/]")
+    common.add_argument("--json", action="store_true", help="print JSON")
+    parser = Parser(doc, prog="commit.py")
+    commands = parser.add_subparsers(dest="command", required=True, help="each has a --help of its own:")
+
+    def command(name, help, version=False):
+        p = commands.add_parser(name, help=help, doc=doc, description=help, parents=[common])
+        if version:
+            p.add_argument("version", help="a task, or the start of a hash")
+        return p.add_argument
+
+    command("log", "the versions, newest first")
+    command("show", "everything about one version", version=True)
+    command("verify", "recompute every hash and every anchor")
+    add = command("rollback", "take a version out", version=True)
+    add("--cascade", action="store_true", help="and those that stand on it")
+    add = command("compose", "a gating over several versions")
+    add("versions", nargs="+", help="tasks, or starts of hashes")
+    add("--weights", nargs="+", type=number(float, -1e6, 1e6), required=True, help="one for each of them")
+    add("--name", required=True, help="what the composition is called")
+    add = command("merge", "take in another run's versions")
+    add("other", metavar="OTHER_RUN", help="its run folder")
+    add = command("export", "write a LoRA adapter in PEFT's format", version=True)
+    add("--to", required=True, metavar="DIR", help="a new or an empty folder")
+    add("--merged", action="store_true", help="a whole checkpoint in place of an adapter; loads the backbone")
+    add("--backbone", help="where the backbone lies now [where it was]")
+    return parser.parse_args(argv)
