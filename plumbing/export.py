@@ -78,10 +78,15 @@ def base_of(name):
 def short_names(update, backbone):
     """Return `target_modules`: the last part of a name where it means our modules alone, as most programs
     expect; else the full names."""
-    ends = lambda names: {end: {n for n in names if n.rpartition(".")[2] == end} for end in lasts}
-    lasts = {name.rpartition(".")[2] for name in update}
-    ours, there = ends(update), ends(name for name, _ in backbone.named_modules())
-    return sorted(n for end in lasts for n in ([end] if ours[end] == there[end] else ours[end]))
+
+    def named(end, names):
+        return {name for name in names if name.rpartition(".")[2] == end}
+
+    there, short = [name for name, _ in backbone.named_modules()], []
+    for end in {name.rpartition(".")[2] for name in update}:
+        ours = named(end, update)
+        short += [end] if ours == named(end, there) else ours
+    return sorted(short)
 
 
 def try_adapter(folder, backbone, tensors):
