@@ -48,7 +48,7 @@ def write_adapter(update, name, template, title, folder):
     for target, (A, B) in update.items():
         start = f"base_model.model.{target}.lora"
         tensors |= {f"{start}_A.weight": A.contiguous(), f"{start}_B.weight": B.T.contiguous()}
-    base, options = base_of(name)
+    base, file = base_of(name)
     rank = len(next(iter(update.values()))[0])
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     config |= {"target_modules": short_names(update, backbone), "r": rank, "lora_alpha": rank}
@@ -58,21 +58,19 @@ def write_adapter(update, name, template, title, folder):
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tried = try_adapter(folder, backbone, tensors)
-    what = f"a LoRA adapter of rank {rank} for {base}"
-    how = f"peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER{options})"
+    what = f"a LoRA adapter of rank {rank} for {os.path.join(base, file) if file else base}"
+    more = f", gguf_file={file!r}" if file else ""
+    how = f"peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER{more})"
     return {"what": what, "tried": tried, **write_readme(folder, title, what, how, tokenizer, template)}
 
 
 def base_of(name):
-    """Return what `base_model_name_or_path` says of a backbone, and the options with which peft opens it.
-
-    A folder is named by its absolute path, so that the adapter opens from any working directory. Of a GGUF
-    file it is the folder that has to be named, and `gguf_file` says which file."""
+    """Return what `base_model_name_or_path` says of a backbone: the absolute path of a folder, so that the
+    adapter opens from any working directory. And the name of a GGUF file in it, which peft is told apart."""
     if name.startswith("random:"):
         return name, ""
     path, options = find_backbone(name)
-    more = f", gguf_file={options['gguf_file']!r}" if "gguf_file" in options else ""
-    return os.path.abspath(path) if os.path.isdir(path) else path, more
+    return os.path.abspath(path) if os.path.isdir(path) else path, options.get("gguf_file", "")
 
 
 def short_names(update, backbone):
