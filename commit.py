@@ -46,6 +46,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -66,8 +67,9 @@ from safetensors.torch import save
 
 from field import CoordinateDynamics, Region, WeightField, route, take_snapshot, top_k_gating
 from model import NIWF
-from plumbing.backbone import fingerprint, layer_numbers, load_backbone
+from plumbing.backbone import fingerprint, is_backbone, load_backbone, place_of
 from plumbing.export import write_adapter, write_merged
+from plumbing.targets import layer_numbers, named_targets
 from plumbing.processes import first_alone
 from plumbing.command import Parser, number, run_program
 from plumbing.files import NAME, SHA, atomic, atomic_folder, check_name, put_aside, read_json, refuse_constant
@@ -85,8 +87,10 @@ NOT_NEGATIVE = lambda x: x == 0 and type(x) in (int, float) or POSITIVE(x)
 # fmt: off
 SETTINGS = {"rank": COUNT, "alpha": NOT_NEGATIVE, "coord_dim": COUNT, "pool": ("prompt", "sequence"),
             "probe": ("bare", "adapted"), "fixed_coordinate": bool,
-            "template": ("alpaca", "chat")}  # options that a run's first task fixes
-OLD_SETTINGS = {key: form for key, form in SETTINGS.items() if key != "template"}  # alpaca it was
+            "template": ("alpaca", "chat"), "targets": str}  # options that a run's first task fixes
+LATER = {"template": "alpaca", "targets": "all"}  # settings that older run folders lack, and what they were
+LACKING = [lacking for n in range(1, len(LATER) + 1) for lacking in itertools.combinations(LATER, n)]
+OLD_SETTINGS = [{k: form for k, form in SETTINGS.items() if k not in lacking} for lacking in LACKING]
 ENTRY = {"hash": SHA, "task": NAME, "lock": ("first", "exact", "soft", "none"), "date": DATE}
 DRIFT = ("inside_at_commit", "inside_now", "moved", "spread", "lock_loss", "top_k_kept")
 PERPLEXITIES, COUNTS = {NAME: POSITIVE}, {NAME: {NAME: COUNT_OR_0}}
@@ -95,7 +99,7 @@ RESULT = {"task": NAME, "version": SHA, "base": PERPLEXITIES, "stored": PERPLEXI
           "gating": {NAME: {"sets": POSITIVE, "bases": POSITIVE}},
           "drift": {NAME: dict.fromkeys(DRIFT, NOT_NEGATIVE)}}
 MANIFEST = {"format": 1, "backbone": (None, {"name": str, "fingerprint": SHA}),
-            "settings": ({}, OLD_SETTINGS, SETTINGS), "versions": [ENTRY], "results": [RESULT],
+            "settings": ({}, *OLD_SETTINGS, SETTINGS), "versions": [ENTRY], "results": [RESULT],
             "compositions": [{**ENTRY, "lock": "composed"}]}
 VERSION = {"task": NAME, "lock": ENTRY["lock"], "reads": [SHA], "writes": COUNT, "top_k": COUNT, "n": COUNT,
            "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed": bool, "config": {NAME: (None, bool, float, str)}}
@@ -346,7 +350,7 @@ class Run:
 
     def __init__(self, folder):
         """Refused: see `read`."""
-        self.folder = pathlib.Path(folder)
+        self.folder, self.held = pathlib.Path(folder), False  # held: within `exclusive`
         self.read()
 
     def read(self):
@@ -365,7 +369,8 @@ class Run:
             self.manifest = read_json(path)
             self.check_manifest()
             if self.manifest["settings"]:
-                self.manifest["settings"].setdefault("template", "alpaca")
+                for key, value in LATER.items():
+                    self.manifest["settings"].setdefault(key, value)
             if not self.tasks and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
                 raise Refused(
                     f"{path}: names no version, but versions/ holds some: restore it, or move them away"
@@ -500,7 +505,7 @@ class Run:
         if not earlier:
             (rank, _), d = next(iter(version.shapes.values())), len(version.region.mean)
             fixed = version.dynamics.fixed
-            made = {"template": "alpaca", **version.config}
+            made = LATER | version.config
             made |= {"rank": rank, "coord_dim": d, "fixed_coordinate": fixed}
             for key, value in self.manifest["settings"].items():
                 if made.get(key) != value:
@@ -515,6 +520,8 @@ class Run:
         with contextlib.ExitStack() as held:
             self.lock(held)
             self.read()  # as the other process may just have left it
+            self.held = True
+            held.callback(setattr, self, "held", False)
             yield self
 
     @first_alone
@@ -570,19 +577,30 @@ class Run:
     # What a version answers.
 
     def open_backbone(self, name, device, device_map=None):
-        """-> (backbone, tokenizer). Refused: the run folder belongs to another backbone."""
+        """Load the backbone. -> (backbone, tokenizer). If it has another name than it had, the manifest
+        takes the new one; whoever holds the folder (`exclusive`) saves it. Raises Refused if the run folder
+        belongs to another backbone."""
         backbone, tokenizer = load_backbone(name, device, device_map)
-        about, owner = {"name": name, "fingerprint": fingerprint(backbone)}, self.manifest["backbone"]
-        if owner and owner["fingerprint"] != about["fingerprint"]:
+        owner = self.manifest["backbone"]
+        if not owner:
+            self.manifest["backbone"] = {"name": place_of(name), "fingerprint": fingerprint(backbone)}
+        elif not is_backbone(backbone, owner["fingerprint"]):
             raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")
-        self.manifest["backbone"] = owner or about
+        elif owner["name"] not in (name, place_of(name)):
+            with contextlib.nullcontext() if (held := self.held) else self.exclusive():
+                self.manifest["backbone"]["name"] = place_of(name)
+                if not held:
+                    self.save()
         return backbone, tokenizer
 
-    def open_model(self, backbone, tokenizer):
-        """The backbone with a bank that holds what the run has committed."""
-        settings = self.manifest["settings"]
-        model = NIWF(backbone, pad_of(tokenizer), settings["rank"], settings["alpha"])
-        self.load(model)
+    def open_model(self, backbone, tokenizer, targets=None):
+        """The backbone with a bank that holds what the run has committed. targets: what to adapt, in a run
+        that has no version yet; the others adapt what their first does."""
+        settings, versions = self.manifest["settings"], self.read_versions()
+        if versions:
+            targets = named_targets(backbone, {key.rpartition(".")[0] for key in versions[0].shapes})
+        model = NIWF(backbone, pad_of(tokenizer), settings["rank"], settings["alpha"], targets)
+        self.load(model, versions)
         return model
 
     def read_versions(self):
@@ -592,9 +610,10 @@ class Run:
             versions.append(self.read_version(entry, versions))
         return versions
 
-    def load(self, model):
-        """Read all versions and put their bases, read-only, into the model's empty bank."""
-        self.versions, self.compositions = self.read_versions(), []
+    def load(self, model, versions=None):
+        """Put the bases of all versions, which are read unless given, read-only into the model's empty
+        bank."""
+        self.versions, self.compositions = versions or self.read_versions(), []
         for i, v in enumerate(self.versions):
             if self.speaker(i) is v:
                 if v.shapes != model.bank.basis_shapes() or v.dynamics.gru.input_size != model.features:
@@ -814,11 +833,11 @@ def update_of(run, name):
     return {t: (torch.cat(rows[f"{t}.A"]), torch.cat(rows[f"{t}.B"])) for t in numbers}
 
 
-def export(run, name, folder, merged=False, backbone=None):
+def export(run, name, folder, merged=False):
     """Write a version to a new or empty folder: an adapter in PEFT's format, or a checkpoint that any program
-    of transformers loads. Return what was written, as a dict. backbone: where it lies now, if not where it
-    was. Raises Refused if the folder holds something; see `update_of`, `write_adapter` and `write_merged`."""
-    backbone = backbone or run.manifest["backbone"]["name"]
+    of transformers loads. Return what was written, as a dict. Raises Refused if the folder holds something;
+    see `update_of`, `write_adapter` and `write_merged`."""
+    backbone = run.manifest["backbone"]["name"]
     with atomic_folder(folder) as tmp:
         update, title = update_of(run, name), f"{name} of {run.folder.name}"
         if merged:
@@ -893,7 +912,9 @@ def main(argv=None):
         result = [{"version": e["hash"], "task": e["task"], "wrong": wrong} for e, wrong in found]
         text = "\n".join(f"{e['hash'][:12]}  {e['task']}  {wrong or 'ok'}" for e, wrong in found)
     elif args.command == "export":
-        result = export(run, args.version, args.to, args.merged, args.backbone)
+        if args.backbone:
+            run.open_backbone(args.backbone, "cpu")
+        result = export(run, args.version, args.to, args.merged)
         ends = f"answers end with {result['end']!r}, token {result['end_id']}"
         text = (
             f"wrote {result['folder']}: {result['what']} in {len(result['target_modules'])} modules; {ends}"

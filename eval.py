@@ -42,11 +42,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from commit import export, latest_run, Run
 from model import detach, NIWF, perplexity, response_logits, response_nll, sampler
 from plumbing import Refused
-from plumbing.backbone import find_layers, from_shape, pick_device
+from plumbing.backbone import from_shape, pick_device
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.files import atomic
 from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import text_of, encode, end_token, prompt_ids, prompt_of
+from plumbing.targets import find_layers
 from field import CoordinateDynamics, WeightField, take_snapshot, top_k_gating
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
@@ -616,6 +617,8 @@ def parse_options(argv=None):
     p = Parser(__doc__, prog="eval.py")
     add = p.add_argument
     add("--run", nargs="+", help="run folder, or several for mean and deviation [the latest under runs/]")
+    about = "where the run's backbone lies now; with --memory, whose shapes to count [random:mistral-7b]"
+    add("--backbone", help=about)
     add("--device", help="cpu, cuda, mps [what is there]")
     add("--device-map", choices=["auto"], help="spread a backbone over all GPUs, then memory, then disk")
     about = "who answers a prompt outside every region: the nearest version or the bare backbone"
@@ -627,7 +630,6 @@ def parse_options(argv=None):
     about = "count the validation prompts that are answered exactly right; print SHOW of each task"
     add("--exact-match", nargs="?", type=number(int, 0), const=0, metavar="SHOW", help=about)
     add("--memory", action="store_true", help="no run folder: what training takes, counted from the shapes")
-    add("--backbone", help="whose shapes --memory counts; random:llama-70b is one, too [random:mistral-7b]")
     add = p.add_argument_group("answers").add_argument
     add("--prompt", help="an instruction to answer, instead of measuring")
     add("--input", default="", help="the input that goes with --prompt")
@@ -648,16 +650,15 @@ def parse_options(argv=None):
         p.error("--temperature goes with --prompt or --talk: what is measured is greedy")
     if args.top_p < 1 and not args.temperature:
         p.error("--top-p goes with a --temperature")
-    if args.backbone and not args.memory:
-        p.error("--backbone goes with --memory: a run folder names its own")
     said = {key for key, value in vars(args).items() if value != p.get_default(key)}
     if args.memory and said - {"memory", "backbone", "json"}:
         p.error("--memory goes with --backbone and --json alone")
     return args
 
 
-def open_run(folder, device=None, names=(), device_map=None):
-    """-> (run, model that holds its versions, tokenizer). device: None is the best there is. Refused: nothing
+def open_run(folder, device=None, names=(), device_map=None, backbone=None):
+    """-> (run, model that holds its versions, tokenizer). device: None is the best there is. backbone: where
+    it lies now; None: where it did. Refused: nothing
     has been committed there, no version has one of the names, or the device is not available."""
     device = pick_device(device)
     run = Run(folder)
@@ -665,7 +666,8 @@ def open_run(folder, device=None, names=(), device_map=None):
         raise Refused(f"{run.folder}: nothing has been committed there yet")
     for name in names:
         run.find(name)
-    backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], device, device_map)
+    name = backbone or run.manifest["backbone"]["name"]
+    backbone, tokenizer = run.open_backbone(name, device, device_map)
     return run, run.open_model(backbone, tokenizer), tokenizer
 
 
@@ -675,8 +677,9 @@ def main(argv=None):
     if args.memory:
         outs = report_memory(args.backbone or "random:mistral-7b")
         return args.json and write_results(args.json, "eval.py", argv, indent=1, rows=outs)
+    where = args.device_map, args.backbone
     for folder in args.run or [latest_run()]:
-        run, model, tokenizer = open_run(folder, args.device, args.version or (), args.device_map)
+        run, model, tokenizer = open_run(folder, args.device, args.version or (), *where)
         if args.talk or args.prompt is not None:
             choose = sampler(args.temperature, args.top_p, args.seed)
             ask = functools.partial(answer_prompt, run, model, tokenizer, args, choose)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing import Refused
-from plumbing.backbone import in_out
+from plumbing.targets import in_out
 
 ALL = ...  # every neuron or component; the gradient of this index, unlike that of a slice, is not copied
 

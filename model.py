@@ -34,7 +34,8 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.backbone import device_of, find_layers, find_targets, in_out, layer_numbers
+from plumbing.passes import body_of, features_of, last_logits, pad_left, positions_of, run_padded
+from plumbing.targets import device_of, find_layers, find_targets, in_out, layer_numbers
 
 FOLDED_PARAMETERS = 2**28  # at most 1 GiB of gathered bases while a text is generated
 
@@ -187,18 +188,22 @@ class AdapterBank:
         return A, B, weights.to(self.device[name])
 
     def update(self, name, x, y):
-        """The hook: x [B, T, d_in], y = W x [B, T, d_out] -> y plus the gated update, NIWF Eq. (2)."""
+        """The hook: x [B, T, d_in], y = W x [B, T, d_out] -> y plus the gated update, NIWF Eq. (2). Some
+        modules see all tokens of a batch in one list, x [B T, d_in]."""
         if self.gating is None:
             return y
         # Section 3.1: one gating per sequence. What is gathered is [B, K r, d], never [B, T, K r, d].
         A, B, weights = self.folded[name] if self.folded else self.factors(name)
+        given = y.shape
+        x, y = (t if t.dim() == 3 else t.reshape(len(A), -1, t.shape[-1]) for t in (x, y))
         # fmt: off
         h = x @ A.mT                          # NIWF Eq. (3): h_k = A_{i_k} x, side by side: [B, T, K r]
         if weights is not None:
             h = (h * weights).to(x.dtype)     # NIWF Eq. (4): times (alpha / r) w_k
         B = B.expand(len(x), -1, -1)          # an adapted probe has one gating for all sequences
-        return torch.baddbmm(y, h, B)         # NIWF Eq. (5): y + sum_k B_{i_k} h_k
+        y = torch.baddbmm(y, h, B)            # NIWF Eq. (5): y + sum_k B_{i_k} h_k
         # fmt: on
+        return y.view(given)
 
     @torch.no_grad()
     def fold(self):
@@ -216,25 +221,10 @@ class AdapterBank:
 # --------------------------------------------------------------------------------------- prompts and the loss
 
 
-def pad_left(rows, pad_id, device):
-    """Token lists -> ids [B, T] and mask [B, T], padded on the left: every row ends at the same column, so
-    responses line up for the loss, and generation continues all rows at once."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(r)) + r for r in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    return ids, mask
-
-
-def run_padded(body, ids, mask, **kwargs):
-    """One pass over left-padded ids. Positions count real tokens, so padding does not shift them."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return body(input_ids=ids, attention_mask=mask, position_ids=positions, **kwargs)
-
-
 def response_logits(backbone, pad_id, examples):
     """B pairs (prompt ids, response ids) -> logits [B, R, V] that predict labels [B, R], R the longest
     response; -100 is padding."""
-    ids, mask = pad_left([p + r for p, r in examples], pad_id, device_of(backbone.get_input_embeddings()))
+    ids, mask = pad_left([p + r for p, r in examples], pad_id, backbone)
     longest, width = max(len(r) for _, r in examples), ids.shape[1]
     # Columns by number: unlike a slice they are copied out, and their logits are one product, not B.
     keep = torch.arange(width - 1 - longest, width - 1)
@@ -271,14 +261,15 @@ def sampler(temperature=0.0, top_p=1.0, seed=0):
 def decode(backbone, pad_id, prompts, eos_id, max_new_tokens, choose=greedy):
     """Continue B prompts (token lists); `choose` makes tokens [B] of logits [B, V]. After each pass, one over
     the prompts and then one a token, yields {row: token} of the rows that have not come to `eos_id`."""
-    ids, mask = pad_left(prompts, pad_id, device_of(backbone.get_input_embeddings()))
-    cache, open_rows = None, torch.ones(len(prompts), dtype=torch.bool)
+    ids, mask = pad_left(prompts, pad_id, backbone)
+    cache, open_rows, room = None, torch.ones(len(prompts), dtype=torch.bool), positions_of(backbone)
+    if room:  # where positions have an end, so have answers
+        max_new_tokens = min(max_new_tokens, room - ids.shape[1] + 1)
     for _ in range(max_new_tokens):
-        cached = {"past_key_values": cache, "use_cache": True}
-        out = run_padded(backbone, ids, mask, logits_to_keep=1, **cached)
-        cache, ids = out.past_key_values, choose(out.logits[:, -1]).to(mask.device)[:, None]  # ids [B, 1]
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        tokens = ids[:, 0].cpu()
+        logits, cache = last_logits(backbone, ids, mask, cache)
+        new = choose(logits).to(mask.device)[:, None]  # [B, 1]
+        ids, mask = torch.cat([ids, new], dim=1), torch.cat([mask, torch.ones_like(new)], dim=1)
+        tokens = new[:, 0].cpu()
         open_rows &= tokens != eos_id
         if not open_rows.any():
             return
@@ -303,15 +294,15 @@ def perplexity(nll, tokens):
 class NIWF:
     """A frozen backbone, its bank, the two passes. An example is (prompt ids, response ids with EOS)."""
 
-    def __init__(self, backbone, pad_id, rank=8, alpha=16):
+    def __init__(self, backbone, pad_id, rank=8, alpha=16, targets=None):
         self.backbone = backbone.requires_grad_(False).eval()
         self.pad_id = pad_id
-        targets = find_targets(backbone)
+        targets = targets or find_targets(backbone)
         self.bank = AdapterBank(targets, rank, alpha)
         self.handles = attach(targets, self.bank.update)
         self.checkpointed = []
         self.device = device_of(backbone.get_input_embeddings())
-        self.features = backbone.config.get_text_config().hidden_size
+        self.features = features_of(backbone)
 
     def detach(self):
         """Take the hooks off the backbone."""
@@ -345,9 +336,9 @@ class NIWF:
     @torch.no_grad()
     def probe(self, rows, gating=None):
         """Pass 1. Token lists -> h_bar [B, features], float32: mean over tokens of the last hidden states."""
-        ids, mask = pad_left(rows, self.pad_id, self.device)
+        ids, mask = pad_left(rows, self.pad_id, self.backbone)
         with self.gated(gating):
-            hidden = run_padded(self.backbone.base_model, ids, mask, use_cache=False).last_hidden_state
+            hidden = run_padded(body_of(self.backbone), ids, mask, use_cache=False).last_hidden_state
         mask = mask[:, :, None].to(hidden.device)
         # where, not a product: whatever a padding position holds must not reach the mean.
         return (torch.where(mask > 0, hidden.float(), 0.0).sum(1) / mask.sum(1)).to(self.device)

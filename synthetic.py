@@ -51,11 +51,12 @@ from tqdm import tqdm
 
 from model import attach, response_logits, response_nll
 from plumbing import Refused
-from plumbing.backbone import find_targets, load_backbone, TINY_FOLDER
+from plumbing.backbone import load_backbone, TINY_FOLDER
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.files import atomic
 from plumbing.processes import rank_and_size
 from plumbing.prompts import pad_of
+from plumbing.targets import find_targets
 from ftn import ALL, FastGrid, LoRAPool, SmoothKWTA, commit_mask, grow, unpack
 
 HERE = pathlib.Path(__file__).parent

@@ -44,9 +44,10 @@ import train
 from commit import Run, Version
 from model import AdapterBank, attach, detach, NIWF, perplexity, response_logits, response_nll, sampler
 from plumbing import Refused
-from plumbing.backbone import find_targets, fingerprint, from_shape, load_backbone, pick_device, TINY_FOLDER
+from plumbing.backbone import fingerprint, from_shape, load_backbone, pick_device, TINY_FOLDER
 from plumbing.processes import ENDED
 from plumbing.prompts import encode, end_token
+from plumbing.targets import find_targets
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
 from ftn import ALL, FastGrid, LoRAPool, PrivateMLPs, SmoothKWTA, commit_mask, grow, k_winners, smooth, unpack
 
@@ -2719,6 +2720,7 @@ IN_MANIFEST = {
     "settings.probe": [ABSENT, "none", 7, None],
     "settings.fixed_coordinate": [ABSENT, "no", None, 2.5],
     "settings.template": ["mine", 7, None],
+    "settings.targets": [7, None, []],
     "settings.more": [1],
     "versions": NO_LIST,
     "versions.1": [None, 7, "x", [], {}],
@@ -3175,6 +3177,7 @@ BAD_NUMBERS = {
     "--lock": ["maybe", ""],
     "--pool": ["all"],
     "--template": ["alpaca", "mine"],
+    "--targets": ["q_proj", "x", "q_proj,x", ","],
     "--probe": ["adapted"],
     "--device": ["cpu:x", "cpu:", "tpu", "meta", "cuda:x", "cuda:99", ":0", "a b"],
 }

@@ -55,9 +55,11 @@ from plumbing import Refused
 from plumbing.backbone import hub_or_cache, pick_device
 from plumbing.command import number, Parser, provenance, run_program
 from plumbing.files import atomic, check_name, put_aside, validate
+from plumbing.passes import choose_targets, positions_of
 from plumbing.processes import any_process, first_alone, rank_and_size, sum_over_processes
 from plumbing.prompts import encode
 from plumbing.records import read_records
+from plumbing.targets import describe_targets
 from field import CoordinateDynamics, Region, WeightField, lock_loss, sample_anchors, separation_loss
 from field import take_snapshot, top_k_gating
 
@@ -82,9 +84,9 @@ SAVE_EVERY = 20  # seconds between two saved states; more where saving takes ove
 PAPER_VALUES = dict(examples=4000, val_examples=400, epochs=1, max_len=256, lr=2e-4, grad_accum=16, batch=1,
                     rank=8, bases=16, top_k=8, alpha=128.0, coord_dim=64, field_hidden=256, anchors=256,
                     quantile=0.95, lambda_lock=5.0, lambda_sep=0.01, margin=0.0, lambda_budget=0.001,
-                    pool="prompt", probe="bare", fixed_coordinate=False, template="alpaca")
+                    pool="prompt", probe="bare", fixed_coordinate=False, template="alpaca", targets="all")
 TINY_VALUES = dict(epochs=2, lr=1e-3, grad_accum=1, batch=16)
-FIXED_BY_FIRST_TASK = ("rank", "alpha", "coord_dim", "pool", "probe", "fixed_coordinate", "template")
+FIXED_BY_FIRST_TASK = "rank alpha coord_dim pool probe fixed_coordinate template targets".split()
 
 COUNT, SIZE = dict(type=number(int, 1)), dict(type=number(int, 1, 4096))
 WEIGHT, FLAG, TEXT = dict(type=number(float, 0, 1e6)), dict(action="store_true"), {}
@@ -114,6 +116,8 @@ OPTIONS = {
         "--bases": ("N, bases that a task adds; with --lock soft or none, that the one bank holds", SIZE),
         "--top-k": ("K, bases active in a layer", SIZE),
         "--alpha": ("alpha of Eq. (2)", WEIGHT),
+        "--targets": ("last names of the linear modules to adapt, commas between them; all: every one in the "
+                      "layers of the text model, routers apart", TEXT),
         "--coord-dim": ("d, dimension of z", SIZE),
         "--field-hidden": ("hidden width of Phi", SIZE),
         "--shared-gating": ("one row of gating for all layers", FLAG),
@@ -372,11 +376,12 @@ class Training:
         try:
             with safe_open(self.path, "pt") as f:
                 about, step = json.loads(f.metadata()["about"]), int(f.metadata()["step"])
-                for key in self.about:
-                    if validate(about, dict, self.path).get(key) != self.about[key]:
+                for key in sorted({*validate(about, dict, self.path), *self.about}):
+                    before, now = (known.get(key, "unsaid") for known in (about, self.about))
+                    if before != now:
                         raise Refused(
-                            f"{self.path}: an unfinished training with {key} {about.get(key)}, not "
-                            f"{self.about[key]}; finish it as it was started, or delete that file"
+                            f"{self.path}: an unfinished training with {key} {before}, not {now}; finish it "
+                            "as it was started, or delete that file"
                         )
                 tensors = {key: f.get_tensor(key) for key in f.keys()}
             for key in {*shapes, *tensors}:
@@ -547,6 +552,8 @@ def describe_training(examples, args):
     apart = ("data", "val_data", "val_examples", "backbone", "device", "device_map", "out", "stream")
     apart += ("checkpointing",)  # the same bits, with it or without
     about = {k: v for k, v in sorted(vars(args).items()) if k not in apart}
+    if about["targets"] == "all":  # as in the versions of older run folders, which have no such option
+        del about["targets"]
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
     return about | {"examples": len(examples), "data": digest}
 
@@ -618,12 +625,16 @@ def run_task(run, args):
             print(
                 f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out"
             )
+        run.save()  # where the backbone lies now
     else:
+        targets = None if run.tasks else choose_targets(backbone, tokenizer, args.targets)
+        args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)
         examples, val = load_data(args, tokenizer)
         if run.tasks:
             measure_last(run, backbone, tokenizer)
         run.manifest["settings"] = {key: getattr(args, key) for key in FIXED_BY_FIRST_TASK}
-        model = run.open_model(backbone, tokenizer)
+        model = run.open_model(backbone, tokenizer, targets)
+        print(f"adapts    {describe_targets(backbone, model.bank.shapes)}")
         if args.checkpointing:
             model.checkpoint()
         # A bare probe never changes, so it is asked once; an adapted one needs it for standardising alone.

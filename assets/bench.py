@@ -45,10 +45,11 @@ from commit import Run
 from eval import answer, count_memory, forgetting, open_run, PARTS, TOKENS, validation_set
 from model import attach, decode, NIWF, response_logits, response_nll
 from plumbing import Refused
-from plumbing.backbone import find_targets, from_shape, load_backbone
+from plumbing.backbone import from_shape, load_backbone
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.prompts import encode, pad_of
 from plumbing.records import read_records
+from plumbing.targets import find_targets
 from train import peak_memory, resource
 from field import CoordinateDynamics, WeightField, top_k_gating
 from ftn import SmoothKWTA

@@ -1,32 +1,31 @@
-"""Load a frozen language model, name its parts, and tell one from another."""
+"""Load a frozen language model, and tell one from another."""
 
 import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
-import re
 import socket
 import urllib.parse
 import urllib.request
 
 import huggingface_hub
+import tokenizers
 import torch
 import transformers
-from torch import nn
 from transformers.utils import find_adapter_config_file
 
 from plumbing import Refused
 from plumbing.processes import rank_and_size
+from plumbing.targets import offloaded
 
 # MKL's vector functions find out which CPU this is in the first call of any of them, and not under a lock:
 # two threads that make it together (in the rotary embedding's cosine) may take different kernels, whose last
 # bits differ. So one thread makes it.
 torch.ones(1).cos()
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TARGETS += ("c_attn", "c_proj", "c_fc")
 RANDOM = {  # shapes to be had with random weights, for memory and speed
     "random:mistral-7b": dict(model_type="mistral"),  # its defaults are Mistral-7B-v0.1
     "random:llama-70b": dict(
@@ -38,56 +37,17 @@ RANDOM = {  # shapes to be had with random weights, for memory and speed
         num_key_value_heads=8,
     ),
 }
+SAMPLE = 2**16  # a fingerprint sees at least a third as many values of a weight, or all
 TINY_FOLDER = str(pathlib.Path(__file__).parent.parent / "assets" / "tiny")
-
-
-def find_targets(backbone, names=TARGETS):
-    """{full name: module} of the leaf projections whose last name is in `names`. Refused: there are none."""
-    linear = nn.Linear, transformers.Conv1D
-    leaves = {full: m for full, m in backbone.named_modules() if isinstance(m, linear)}
-    found = {full: m for full, m in leaves.items() if full.rpartition(".")[2] in names}
-    if not found:
-        raise Refused(f"the backbone has no linear module named {', '.join(names)}")
-    return found
-
-
-def layer_numbers(targets):
-    """{full name: number of its layer, counted from 0}. The layer is the first number in a name."""
-    numbers = {name: int((re.findall(r"\.(\d+)\.", name) or [0])[0]) for name in targets}
-    order = sorted(set(numbers.values()))
-    return {name: order.index(n) for name, n in numbers.items()}
-
-
-def in_out(module):
-    """(d_in, d_out) of a target. Conv1D is a linear layer whose weight is stored transposed."""
-    linear = isinstance(module, nn.Linear)
-    return (module.in_features, module.out_features) if linear else tuple(module.weight.shape)
-
-
-def find_layers(backbone):
-    """The layers of the backbone, in order: what can be computed again as a whole."""
-    return [m for m in backbone.modules() if isinstance(m, transformers.GradientCheckpointingLayer)]
-
-
-def offloaded(module):
-    """accelerate's hook, if it keeps the module's weights elsewhere and brings them when they are used."""
-    hook = getattr(module, "_hf_hook", None)
-    return hook if getattr(hook, "offload", False) else None
-
-
-def device_of(module):
-    """Where a module computes."""
-    hook = offloaded(module)
-    return torch.device(hook.execution_device) if hook else module.weight.device
 
 
 def pick_device(wanted):
     """The device asked for, or the best there is; of several processes each gets a GPU of its own. Refused:
     it is not available."""
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = (wanted or found).partition(":")
+    kind, colon, index = (wanted or found).partition(":")
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in ("cpu", found) or index and not (index.isdecimal() and int(index) < count):
+    if kind not in ("cpu", found) or colon and index not in map(str, range(count)):
         raise Refused(f"--device {wanted} is not available here; {found} is")
     if kind == "cuda" and rank_and_size()[1] > 1:
         own = int(os.environ["LOCAL_RANK"])
@@ -144,13 +104,6 @@ def find_backbone(name):
     return path, options
 
 
-def load_tokenizer(name):
-    """Return the tokenizer of a backbone, see `load_backbone`. Raises Refused if it cannot be had."""
-    path, options = (TINY_FOLDER, {}) if name in RANDOM else find_backbone(name)
-    with loading(name):
-        return transformers.AutoTokenizer.from_pretrained(path, **options)
-
-
 def from_shape(name, dtype, layers=None):
     """A backbone of this shape with random weights, and with so many layers if that is said. No weights are
     read. Refused: there is no such shape."""
@@ -165,6 +118,32 @@ def from_shape(name, dtype, layers=None):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+def forget_tokens(tokenizer, size):
+    """Make a tokenizer forget added tokens from this id on. Where a GGUF file's vocabulary has no
+    `<|endoftext|>`, transformers adds one that the model knows nothing of: it then is text as any other."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
+    tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def load_tokenizer(name, size):
+    """Return the tokenizer of a backbone that has `size` embeddings, see `load_backbone`. Raises Refused if
+    it cannot be had, or does not fit."""
+    path, options = (TINY_FOLDER, {}) if name in RANDOM else find_backbone(name)
+    with loading(name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        if "gguf_file" in options and len(tokenizer) > size:
+            forget_tokens(tokenizer, size)
+        if tokenizer.eos_token_id is None or len(tokenizer) > size:
+            raise ValueError("its tokenizer has no end-of-sequence token, or more tokens than the model")
+    return tokenizer
+
+
+def size_of(backbone):
+    """Return how many embeddings a backbone has."""
+    return backbone.get_input_embeddings().num_embeddings
+
+
 def load_backbone(name, device, device_map=None):
     """name: "tiny" (embedded), one of RANDOM (a shape, random weights), FILE.gguf, a Hub id or a local
     folder. device_map: "auto" spreads it over all GPUs, then the CPU's memory, then the disk (accelerate).
@@ -173,7 +152,7 @@ def load_backbone(name, device, device_map=None):
     No code that comes with a model is run and nothing is unpickled: safetensors or GGUF, or nothing."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    dtype = torch.float32 if device == "cpu" or name == "tiny" else torch.bfloat16
+    dtype = torch.float32 if torch.device(device).type == "cpu" or name == "tiny" else torch.bfloat16
     if device_map and name in RANDOM:
         raise Refused(f"--device-map spreads weights that are read, and {name} has none to read")
     if device_map and not importlib.util.find_spec("accelerate"):
@@ -182,25 +161,57 @@ def load_backbone(name, device, device_map=None):
         torch.manual_seed(0)
         with torch.device(device):
             backbone = from_shape(name, dtype)
-        return backbone, load_tokenizer(name)
-    (path, options), tokenizer = find_backbone(name), load_tokenizer(name)
+        return backbone, load_tokenizer(name, size_of(backbone))
+    path, options = find_backbone(name)
     weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "device_map": device_map}
     with loading(name):
         backbone, about = transformers.AutoModelForCausalLM.from_pretrained(path, **weights, **options)
         if about["missing_keys"]:
             raise ValueError(f"weights are missing: {min(about['missing_keys'])}")
-        if tokenizer.eos_token_id is None or len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
-            raise ValueError("its tokenizer has no end-of-sequence token, or more tokens than the model")
-        return backbone if device_map else backbone.to(device), tokenizer
+    tokenizer = load_tokenizer(name, size_of(backbone))
+    return backbone if device_map else backbone.to(device), tokenizer
 
 
-def fingerprint(backbone):
-    """sha256 over name, shape and 64 values of every weight: do adapters for one backbone fit this one?"""
-    digest = hashlib.sha256()
+def weights_of(backbone):
+    """Yield (name, values) of every weight, wherever it is kept."""
     for name, p in backbone.named_parameters():
         owner, _, own = name.rpartition(".")
         hook = offloaded(backbone.get_submodule(owner))
-        flat = (hook.weights_map[own] if hook else p.detach()).flatten()
-        digest.update(f"{name}{tuple(p.shape)}".encode())
-        digest.update(flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
+        yield name, (hook.weights_map[own] if hook else p.detach())
+
+
+def fingerprint(backbone):
+    """Return a sha256 over name, shape and values of every weight: do adapters for one backbone fit this one?
+
+    Values are rounded to bfloat16, so it is the same in whatever type they are held; and of a large weight
+    they are some 100,000 at equal distances, enough that a slight tuning shows in spite of the rounding. The
+    distance is odd: a power of two would see few columns. A tied weight counts once."""
+    digest, tied = hashlib.sha256(), backbone.all_tied_weights_keys
+    for name, values in weights_of(backbone):
+        if name not in tied:
+            digest.update(f"{name}{tuple(values.shape)}".encode())
+            sample = values.flatten()[:: values.numel() // SAMPLE | 1].to(torch.bfloat16)
+            digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def old_fingerprints(backbone):
+    """Yield what older run folders have as their fingerprint: 64 values a weight, in the type that they were
+    trained in, which was this one or bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        digest = hashlib.sha256()
+        for name, values in weights_of(backbone):
+            digest.update(f"{name}{tuple(values.shape)}".encode())
+            sample = values.flatten()[:: max(1, values.numel() // 64)][:64].to(dtype).float()
+            digest.update(sample.cpu().numpy().tobytes())
+        yield digest.hexdigest()
+
+
+def is_backbone(backbone, digest):
+    """Is it the one that has this fingerprint?"""
+    return digest == fingerprint(backbone) or digest in old_fingerprints(backbone)
+
+
+def place_of(name):
+    """Return the name under which a backbone is found from everywhere: of a file or folder its whole path."""
+    return os.path.abspath(name) if name != "tiny" and os.path.exists(name) else name

@@ -17,8 +17,9 @@ import train
 from commit import Run
 from model import response_logits
 from plumbing import Refused
-from plumbing.backbone import find_targets, fingerprint, load_backbone, TINY_FOLDER
+from plumbing.backbone import fingerprint, load_backbone, TINY_FOLDER
 from plumbing.export import base_of, short_names
+from plumbing.targets import find_targets
 from tests.builders import END, fake_commit, micro_backbone, micro_gpt2, opened, random_examples, snapshot_of
 
 SMALL = dict(

@@ -1,0 +1,122 @@
+"""Passes over left-padded rows of tokens, and whether a backbone gives them what it gives each row alone."""
+
+import torch
+
+from plumbing import Refused
+from plumbing.prompts import pad_of
+from plumbing.targets import asked_targets, device_of
+
+TEXT = "Below is a line of text that a model of language can read, from its first word to its last: 1 2 3."
+LIMITS = "max_position_embeddings", "max_seq_len", "max_target_positions"  # names of one number
+
+
+def body_of(backbone):
+    """Return the part of a language model that ends with the last hidden states."""
+    body = backbone.base_model
+    return getattr(backbone, "model", body) if body is backbone else body
+
+
+def features_of(backbone):
+    """Return how wide the last hidden states are. OPT-350m projects them before its head."""
+    config = backbone.config.get_text_config()
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+
+def positions_of(backbone):
+    """Return how many positions a backbone has a number for, or None if it has no last one: rotary
+    embeddings are computed for any."""
+    config = backbone.config.get_text_config()
+    found = [getattr(config, key, None) or 0 for key in LIMITS]
+    return None if getattr(config, "rope_parameters", None) or max(found) <= 0 else max(found)
+
+
+def pad_left(rows, pad_id, backbone):
+    """Token lists -> ids [B, T] and mask [B, T], padded on the left: every row ends at the same column, so
+    responses line up for the loss, and generation continues all rows at once. Raises Refused if a row is
+    longer than the backbone's positions."""
+    width, limit = max(map(len, rows)), positions_of(backbone)
+    if limit and width > limit:
+        raise Refused(f"{width} tokens in one row are more than the {limit} positions of this backbone")
+    device = device_of(backbone.get_input_embeddings())
+    ids = torch.tensor([[pad_id] * (width - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask
+
+
+def run_padded(body, ids, mask, **kwargs):
+    """One pass over left-padded ids. Positions count real tokens, so padding does not shift them."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return body(input_ids=ids, attention_mask=mask, position_ids=positions, **kwargs)
+
+
+def last_logits(backbone, ids, mask, cache=None):
+    """Return logits [B, V] after the last column of ids [B, T], and the cache with which the next pass reads
+    its new column alone: None, if the backbone keeps none."""
+    new = ids if cache is None else ids[:, -1:]
+    out = run_padded(backbone, new, mask, logits_to_keep=1, past_key_values=cache, use_cache=True)
+    return out.logits[:, -1], getattr(out, "past_key_values", None)
+
+
+def per_sequence(x, y, rows, columns):
+    """Does a module that makes y of x see the tokens of all rows in their order, [B, T, d] or [B T, d]? An
+    expert sees those alone that a router sends it, so it cannot tell whose they are."""
+    if not isinstance(y, torch.Tensor) or y.shape[:-1] != x.shape[:-1]:
+        return False
+    return x.dim() > 2 and len(x) == rows or x.dim() == 2 and len(x) == rows * columns
+
+
+def difference(found, wanted):
+    """Return how far logits [T, V] are from those that are wanted, a figure for each of T: 1 is as far as
+    equal probabilities are."""
+    a, b = (logits.float().log_softmax(-1).clamp(min=-100).cpu() for logits in (found, wanted))
+    return (a - b).norm(dim=-1) / (b - b.mean(-1, keepdim=True)).norm(dim=-1)
+
+
+@torch.no_grad()
+def try_passes(backbone, pad_id, rows, targets):
+    """Run left-padded rows, then their last tokens with what is cached, and each row plainly. -> ({what: how
+    far it is from the plain pass}, names of the targets that see all tokens)"""
+    backbone.eval()
+    plain = [backbone(input_ids=pad_left([r], pad_id, backbone)[0], use_cache=False).logits[0] for r in rows]
+    ids, mask = pad_left([row[:-1] for row in rows], pad_id, backbone)
+    seen, handles = {name: [] for name in targets}, []
+    for name, module in targets.items():
+        look = lambda _, x, y, name=name: seen[name].append(len(x) > 0 and per_sequence(x[0], y, *ids.shape))
+        handles.append(module.register_forward_hook(look))
+    hidden = run_padded(body_of(backbone), ids, mask, use_cache=False).last_hidden_state
+    if hidden.shape[-1] != features_of(backbone):
+        raise ValueError(f"its last hidden states are {hidden.shape[-1]} wide, not {features_of(backbone)}")
+    padded = run_padded(backbone, ids, mask, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    _, cache = last_logits(backbone, ids, mask)
+    ids = torch.cat([ids, ids.new_tensor([row[-1:] for row in rows])], 1)
+    step, _ = last_logits(backbone, ids, torch.cat([mask, mask[:, -1:]], 1), cache)
+    parts = [(x[1 - len(p) :], p[:-1]) for x, p in zip(padded, plain)]
+    found = {"a left-padded batch with position_ids": parts}
+    found["a decoding step with what is cached"] = [(x[None], p[-1:]) for x, p in zip(step, plain)]
+    apart = {what: torch.cat([difference(*pair) for pair in pairs]) for what, pairs in found.items()}
+    return apart, [name for name, fits in seen.items() if fits and all(fits)]
+
+
+def choose_targets(backbone, tokenizer, asked="all"):
+    """Return {full name: module} of what is to be adapted, once it is seen that the backbone can be used:
+    padded rows, and decoding with what is cached, must give what each row gives alone. asked: see
+    `asked_targets`. Raises Refused if they do not, or if a module that is asked for by name sees tokens
+    without their sequence."""
+    targets = asked_targets(backbone, asked)
+    ids = (tokenizer(TEXT, add_special_tokens=False).input_ids or [0]) * 21
+    try:
+        apart, fit = try_passes(backbone, pad_of(tokenizer), [ids[:9], ids[9:14], ids[14:21]], targets)
+    except Exception as e:  # a forward raises what it likes
+        raise Refused(f"this backbone cannot be used ({type(e).__name__}: {str(e)[:200]})") from e
+    # In bfloat16 a token may go to another expert, so that one of several differs.
+    exact = backbone.dtype == torch.float32
+    for what, figures in apart.items():
+        worst = float(figures.max() if exact else figures.median())
+        if not worst <= (0.01 if exact else 0.1):
+            raise Refused(f"this backbone cannot be used: {what} gives other logits than each row alone")
+    left = [name for name in targets if name not in fit]
+    if not fit or left and asked != "all":
+        raise Refused(f"{left[0]} cannot be adapted: it does not see all tokens of a sequence; see --targets")
+    return {name: module for name, module in targets.items() if name in fit}

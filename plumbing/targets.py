@@ -1,0 +1,109 @@
+"""Which linear modules of a language model are adapted, what they are called, and where they compute."""
+
+import re
+
+import torch
+import transformers
+from torch import nn
+
+from plumbing import Refused
+
+LINEAR = nn.Linear, transformers.Conv1D
+ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)(\.|$)")  # these choose between experts
+
+
+def text_layers(backbone):
+    """Return {full name: module} of all that lies in a numbered layer of the text model. Embeddings and head
+    lie in none, and a vision or audio tower is no part of the text model."""
+    decoder = backbone.get_decoder()
+    part = decoder if list(decoder.children()) else backbone  # some call their head a decoder
+    inside = {id(m) for m in part.modules()}
+    return {n: m for n, m in backbone.named_modules() if id(m) in inside and re.search(r"\.\d+\.", n)}
+
+
+def find_targets(backbone, names=None):
+    """Return {full name: module} of the linear modules in the layers of the text model, or of those with one
+    of these last names. A router is left out unless it is named: a small change of it sends tokens to other
+    experts. Raises Refused if there are none."""
+    found = {n: m for n, m in text_layers(backbone).items() if isinstance(m, LINEAR)}
+    if names is None:
+        found = {n: m for n, m in found.items() if not ROUTER.search(n)}
+    else:
+        found = {n: m for n, m in found.items() if any(f".{n}".endswith(f".{name}") for name in names)}
+    if not found:
+        raise Refused(f"the backbone's layers have no linear module named {', '.join(names or ['anything'])}")
+    return found
+
+
+def named_targets(backbone, names):
+    """Return {full name: module} of the modules with these full names, in the backbone's order."""
+    return {n: m for n, m in backbone.named_modules() if n in names and isinstance(m, LINEAR)}
+
+
+def asked_targets(backbone, text):
+    """Return what `find_targets` finds for the option --targets: "all", or names with commas between them.
+    Raises Refused if a name is none of the backbone's."""
+    if text == "all":
+        return find_targets(backbone)
+    names, linear = text.split(","), [n for n, m in text_layers(backbone).items() if isinstance(m, LINEAR)]
+    for name in names:
+        if not any(f".{n}".endswith(f".{name}") for n in linear):
+            known = ", ".join(sorted({n.rpartition(".")[2] for n in linear}))
+            raise Refused(f"--targets {name}: the backbone's layers have no such linear module, but {known}")
+    return find_targets(backbone, names)
+
+
+def kind_of(name):
+    """Return the name of a module or weight without its layer and other numbers: "mlp.experts.down_proj"."""
+    own = re.split(r"\.\d+\.", name, maxsplit=1)[-1]
+    return ".".join(part for part in own.split(".") if not part.isdigit())
+
+
+def describe_targets(backbone, names):
+    """Return one line: how many kinds of weights in the layers are adapted, what share of their numbers,
+    and which are not. Vectors, as of norms, do not count."""
+    weights, stack = {}, lambda name: re.split(r"\.\d+\.", name, maxsplit=1)[0]
+    stacks = {stack(name) for name in names}  # others, such as a tower's, are not of the text model
+    for full, module in text_layers(backbone).items():
+        if stack(full) not in stacks:
+            continue
+        for own, p in module.named_parameters(recurse=False):
+            if p.dim() > 1:
+                weights[full if own == "weight" else f"{full}.{own}"] = p.numel()
+    kinds = {kind_of(name) for name in weights}
+    adapted = {kind_of(name) for name in names}
+    share = sum(size for name, size in weights.items() if name in names) / sum(weights.values())
+    left = ", ".join(sorted(kinds - adapted))
+    line = f"{len(adapted)} of {len(kinds)} kinds of projection, {100 * share:.1f} % of the layers' weights"
+    return f"{line} (not: {left})" if left else line
+
+
+def layer_numbers(targets):
+    """Return {full name: number of its layer, counted from 0}. The layer is the first number in a name."""
+    numbers = {name: int((re.findall(r"\.(\d+)\.", name) or [0])[0]) for name in targets}
+    order = sorted(set(numbers.values()))
+    return {name: order.index(n) for name, n in numbers.items()}
+
+
+def in_out(module):
+    """Return (d_in, d_out) of a target. Conv1D is a linear layer whose weight is stored transposed."""
+    linear = isinstance(module, nn.Linear)
+    return (module.in_features, module.out_features) if linear else tuple(module.weight.shape)
+
+
+def find_layers(backbone):
+    """Return the layers of the backbone, in order: what can be computed again as a whole."""
+    return [m for m in backbone.modules() if isinstance(m, transformers.GradientCheckpointingLayer)]
+
+
+def offloaded(module):
+    """Return accelerate's hook, if it keeps the module's weights elsewhere and brings them when they are
+    used."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook if getattr(hook, "offload", False) else None
+
+
+def device_of(module):
+    """Return where a module computes."""
+    hook = offloaded(module)
+    return torch.device(hook.execution_device) if hook else module.weight.device
