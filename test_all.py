@@ -787,95 +787,6 @@ def test_verify_finds_a_flipped_bit_and_a_moved_field(two, tmp_path, capsys):
     assert "8 of 8 anchors" in commit.verify(Run(out))[0][1]
 
 
-def exportable(folder, make):
-    """A run folder with versions root, late and their composition mix, on a backbone that is beside it."""
-    backbone, tokenizer = make(3584), transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    for part in (backbone, tokenizer):
-        part.save_pretrained(folder / "backbone")
-    fake_commit(folder / "run", "root", 0, backbone=backbone)
-    fake_commit(folder / "run", "late", 1, backbone=backbone)
-    run = Run(folder / "run")
-    run.manifest["backbone"] = {"name": str(folder / "backbone"), "fingerprint": fingerprint(backbone)}
-    run.save()
-    commit.main(
-        ["compose", "root", "late", "--weights", "0.3", "0.7", "--name", "mix", "--run", str(run.folder)]
-    )
-    return run.folder, backbone
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["root", "late", "mix"])
-@pytest.mark.parametrize("make", ["micro_backbone", "micro_gpt2"])
-def test_what_is_exported_is_the_version_at_its_mean_coordinate(tmp_path, make, name):
-    make = globals()[make]
-    (folder, backbone), examples = exportable(tmp_path, make), random_examples(3)
-    before = snapshot_of(tmp_path / "backbone")
-    for where, more in (("lora", []), ("merged", ["--merged"])):
-        commit.main(["export", name, "--to", str(tmp_path / where), "--run", str(folder), *more])
-    run, model = opened(folder, backbone)
-    versions = {v.task: v for v in run.versions}
-    parts = [(versions["root"], 0.3), (versions["late"], 0.7)] if name == "mix" else [(versions[name], 1.0)]
-    gatings = [(v.gating(torch.tanh(v.region.mean).float()[None].expand(3, -1)), w) for v, w in parts]
-    gating = torch.cat([g[0] for g, _ in gatings], -1), torch.cat([w * g[1] for g, w in gatings], -1)
-    wanted = model.logits(examples, gating)[0]
-    alike = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5)
-    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    with safe_open(tmp_path / "lora" / "adapter_model.safetensors", "pt") as f:
-        tensors = {k: f.get_tensor(k) for k in f.keys()}
-    twin = make(3584)
-    for target, module in find_targets(twin).items():
-        A, B = (tensors[f"base_model.model.{target}.lora_{p}.weight"] for p in "AB")
-        assert len(A) == config["r"] == (8 if name == "mix" else 4)
-        added = config["lora_alpha"] / config["r"] * B @ A
-        module.weight += added if isinstance(module, torch.nn.Linear) else added.T
-    alike(response_logits(twin, 0, examples)[0], wanted)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert merged.dtype == torch.float32 and snapshot_of(tmp_path / "backbone") == before
-    alike(response_logits(merged, 0, examples)[0], wanted)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")("Hello.").input_ids
-    with pytest.raises(Refused, match="not empty"):
-        commit.main(["export", name, "--to", str(tmp_path / "lora"), "--run", str(folder)])
-    peft = pytest.importorskip("peft")
-    adapted = peft.PeftModel.from_pretrained(make(3584), tmp_path / "lora")
-    alike(response_logits(adapted.base_model.model, 0, examples)[0], wanted)
-
-
-@pytest.mark.parametrize("more", [[], ["--merged"]])
-def test_an_export_that_fails_or_is_killed_leaves_nothing_under_its_name(tmp_path, monkeypatch, more):
-    folder, _ = exportable(tmp_path, micro_backbone)
-    command = ["export", "late", "--to", str(tmp_path / "out"), "--run", str(folder), *more]
-    before = snapshot_of(tmp_path)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as m, pytest.raises(OSError, match="No space"):
-        m.setattr(os, "fsync", full)
-        commit.main(command)
-    assert snapshot_of(tmp_path) == before and not list(tmp_path.glob(".*"))
-    if hasattr(os, "fork"):
-        child = os.fork()
-        if child == 0:  # killed when all is written, and before it has its name
-            pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-            commit.main(command)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL and not (tmp_path / "out").exists()
-    (tmp_path / "out").mkdir()
-    commit.main(command)
-    assert {p.suffix for p in (tmp_path / "out").iterdir()} >= {".json", ".safetensors"}
-
-
-def test_a_merged_export_needs_the_backbone_of_its_run(tmp_path):
-    folder, _ = exportable(tmp_path, micro_backbone)
-    command = ["export", "root", "--to", str(tmp_path / "new" / "out"), "--run", str(folder), "--merged"]
-    micro_backbone(3584, layers=1).save_pretrained(tmp_path / "backbone")
-    with pytest.raises(Refused, match="another backbone"):
-        commit.main(command)
-    shutil.rmtree(tmp_path / "backbone")
-    with fuzz.offline(), pytest.raises(Refused, match="cannot be loaded"):
-        commit.main(command)
-    assert not (tmp_path / "new").exists()
-
-
 def test_show_log_and_names(two, tmp_path, capsys):
     out = copy_of(two, tmp_path)
     commit.main(["compose", "alpaca", "code", "--weights", ".5", ".5", "--name", "AB", "--run", str(out)])
@@ -1928,13 +1839,6 @@ def test_a_grown_grid_answers_committed_masks_with_the_same_bits():
     assert larger.respond(x, index[winners]).equal(before)
     assert larger.free.sum() == 36 - 4 and not larger.free[index[winners]].any()
     assert [(i // 6, i % 6) for i in index[winners].tolist()] == [(i // 4, i % 4) for i in winners.tolist()]
-
-
-def micro_gpt2(vocab=300):
-    """distilgpt2's shape, narrower: c_attn is a Conv1D."""
-    torch.manual_seed(8)
-    shape = transformers.GPT2Config(vocab_size=vocab, n_embd=24, n_layer=2, n_head=2, n_positions=64)
-    return transformers.GPT2LMHeadModel(shape).eval()
 
 
 def pool_on(backbone, names, components=9, b_std=0.1):

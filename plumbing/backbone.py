@@ -104,13 +104,6 @@ def find_backbone(name):
     return path, options
 
 
-def load_tokenizer(name):
-    """Return the tokenizer of a backbone, see `load_backbone`. Raises Refused if it cannot be had."""
-    path, options = (TINY_FOLDER, {}) if name in RANDOM else find_backbone(name)
-    with loading(name):
-        return transformers.AutoTokenizer.from_pretrained(path, **options)
-
-
 def from_shape(name, dtype, layers=None):
     """A backbone of this shape with random weights, and with so many layers if that is said. No weights are
     read. Refused: there is no such shape."""
@@ -133,6 +126,24 @@ def forget_tokens(tokenizer, size):
     tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
+def load_tokenizer(name, size):
+    """Return the tokenizer of a backbone that has `size` embeddings, see `load_backbone`. Raises Refused if
+    it cannot be had, or does not fit."""
+    path, options = (TINY_FOLDER, {}) if name in RANDOM else find_backbone(name)
+    with loading(name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        if "gguf_file" in options and len(tokenizer) > size:
+            forget_tokens(tokenizer, size)
+        if tokenizer.eos_token_id is None or len(tokenizer) > size:
+            raise ValueError("its tokenizer has no end-of-sequence token, or more tokens than the model")
+    return tokenizer
+
+
+def size_of(backbone):
+    """Return how many embeddings a backbone has."""
+    return backbone.get_input_embeddings().num_embeddings
+
+
 def load_backbone(name, device, device_map=None):
     """name: "tiny" (embedded), one of RANDOM (a shape, random weights), FILE.gguf, a Hub id or a local
     folder. device_map: "auto" spreads it over all GPUs, then the CPU's memory, then the disk (accelerate).
@@ -150,19 +161,15 @@ def load_backbone(name, device, device_map=None):
         torch.manual_seed(0)
         with torch.device(device):
             backbone = from_shape(name, dtype)
-        return backbone, load_tokenizer(name)
-    (path, options), tokenizer = find_backbone(name), load_tokenizer(name)
+        return backbone, load_tokenizer(name, size_of(backbone))
+    path, options = find_backbone(name)
     weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "device_map": device_map}
     with loading(name):
         backbone, about = transformers.AutoModelForCausalLM.from_pretrained(path, **weights, **options)
         if about["missing_keys"]:
             raise ValueError(f"weights are missing: {min(about['missing_keys'])}")
-        size = backbone.get_input_embeddings().num_embeddings
-        if "gguf_file" in options and len(tokenizer) > size:
-            forget_tokens(tokenizer, size)
-        if tokenizer.eos_token_id is None or len(tokenizer) > size:
-            raise ValueError("its tokenizer has no end-of-sequence token, or more tokens than the model")
-        return backbone if device_map else backbone.to(device), tokenizer
+    tokenizer = load_tokenizer(name, size_of(backbone))
+    return backbone if device_map else backbone.to(device), tokenizer
 
 
 def weights_of(backbone):

@@ -8,15 +8,14 @@ import warnings
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import nn
 
 from plumbing import Refused
-from plumbing.backbone import find_backbone, fingerprint, from_shape, load_backbone, load_tokenizer
+from plumbing.backbone import find_backbone, from_shape, load_backbone, load_tokenizer, size_of
 from plumbing.files import atomic_folder
-from plumbing.targets import in_out, layer_numbers
 from plumbing.prompts import end_token, prompt_ids, prompt_of
+from plumbing.targets import LINEAR, in_out, layer_numbers
 
-EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # what peft knows an expert's parts by
+EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # what peft knows an expert's parts by
 MERGE = "`--merged` writes a whole model in place of an adapter"
 
 
@@ -24,10 +23,10 @@ def targets_of(update, backbone):
     """Return {name: module} for the modules that an update is made for.
 
     Raises Refused if the backbone lacks one of them, or has it in another size or in quantised form."""
-    modules, linear = dict(backbone.named_modules()), (nn.Linear, transformers.Conv1D)
+    modules = dict(backbone.named_modules())
     for name, (A, B) in update.items():
         module, sizes = modules.get(name), (A.shape[1], B.shape[1])
-        if not isinstance(module, linear) or in_out(module) != sizes:
+        if not isinstance(module, LINEAR) or in_out(module) != sizes:
             raise Refused(f"the version was made for another backbone: this one has no {name} of {sizes}")
         if module.weight.dtype != torch.float32 or module.weight.numel() != sizes[0] * sizes[1]:
             raise Refused(f"{name} of the backbone is quantised, so nothing can be added to it")
@@ -45,12 +44,12 @@ def write_adapter(update, name, template, title, folder):
     if the backbone is not there, has other modules, or has modules that peft would take for others."""
     with torch.device("meta"):
         backbone = from_shape(name, torch.float32)
-    targets, tokenizer = targets_of(update, backbone), load_tokenizer(name)
+    targets, tokenizer = targets_of(update, backbone), load_tokenizer(name, size_of(backbone))
     tensors = {}
     for target, (A, B) in update.items():
         start = f"base_model.model.{target}.lora"
         tensors |= {f"{start}_A.weight": A.contiguous(), f"{start}_B.weight": B.T.contiguous()}
-    base, options = base_of(name)
+    base, file = base_of(name)
     rank = len(next(iter(update.values()))[0])
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     config |= {"target_modules": short_names(update, backbone), "r": rank, "lora_alpha": rank}
@@ -60,30 +59,33 @@ def write_adapter(update, name, template, title, folder):
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tried = try_adapter(folder, backbone, tensors)
-    what = f"a LoRA adapter of rank {rank} for {base}"
-    how = f"peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER{options})"
+    what = f"a LoRA adapter of rank {rank} for {os.path.join(base, file) if file else base}"
+    more = f", gguf_file={file!r}" if file else ""
+    how = f"peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER{more})"
     return {"what": what, "tried": tried, **write_readme(folder, title, what, how, tokenizer, template)}
 
 
 def base_of(name):
-    """Return what `base_model_name_or_path` says of a backbone, and the options with which peft opens it.
-
-    A folder is named by its absolute path, so that the adapter opens from any working directory. Of a GGUF
-    file it is the folder that has to be named, and `gguf_file` says which file."""
+    """Return what `base_model_name_or_path` says of a backbone: the absolute path of a folder, so that the
+    adapter opens from any working directory. And the name of a GGUF file in it, which peft is told apart."""
     if name.startswith("random:"):
         return name, ""
     path, options = find_backbone(name)
-    more = f", gguf_file={options['gguf_file']!r}" if "gguf_file" in options else ""
-    return os.path.abspath(path) if os.path.isdir(path) else path, more
+    return os.path.abspath(path) if os.path.isdir(path) else path, options.get("gguf_file", "")
 
 
 def short_names(update, backbone):
     """Return `target_modules`: the last part of a name where it means our modules alone, as most programs
     expect; else the full names."""
-    ends = lambda names: {end: {n for n in names if n.rpartition(".")[2] == end} for end in lasts}
-    lasts = {name.rpartition(".")[2] for name in update}
-    ours, there = ends(update), ends(name for name, _ in backbone.named_modules())
-    return sorted(n for end in lasts for n in ([end] if ours[end] == there[end] else ours[end]))
+
+    def named(end, names):
+        return {name for name in names if name.rpartition(".")[2] == end}
+
+    there, short = [name for name, _ in backbone.named_modules()], []
+    for end in {name.rpartition(".")[2] for name in update}:
+        ours = named(end, update)
+        short += [end] if ours == named(end, there) else ours
+    return sorted(short)
 
 
 def try_adapter(folder, backbone, tensors):
@@ -125,31 +127,38 @@ def write_merged(update, backbone, tokenizer, template, title, folder):
 
     Raises Refused if the backbone has other modules, or if what was saved is not the same again."""
     targets = targets_of(update, backbone)
+    if len({id(module.weight) for module in targets.values()}) < len(targets):
+        raise Refused("several layers share one weight, which cannot hold an update for each; an adapter can")
     for name, (A, B) in update.items():
         added = B.T @ A  # [d_out, d_in]
         targets[name].weight += added.T if isinstance(targets[name], transformers.Conv1D) else added
     if quantizer := getattr(backbone, "hf_quantizer", None):  # a GGUF file's: the weights are plain already
         quantizer.remove_quantization_config(backbone)
-    sample = torch.tensor([prompt_ids("Say hello.", tokenizer, template)])
-    wanted, logits = fingerprint(backbone), backbone(sample).logits
+    values, asked, logits = trace(backbone, tokenizer, template)
     for part in (backbone, tokenizer):
         part.save_pretrained(folder)
-    end = end_token(tokenizer, template)
-    stop_at(end, folder / "generation_config.json")
+    stop_at(end_token(tokenizer, template), folder / "generation_config.json")
     backbone.to("meta")  # Free its memory for what is read back.
     try:
-        saved, saved_tokenizer = load_backbone(str(folder), "cpu")
-        same = fingerprint(saved) == wanted and end_token(saved_tokenizer, template) == end
-        same = same and prompt_ids("Say hello.", saved_tokenizer, template) == sample[0].tolist()
-        same = same and (saved(sample).logits - logits).abs().max() <= 1e-4 * logits.abs().max()
+        saved = trace(*load_backbone(str(folder), "cpu"), template)
     except Refused as e:
         raise Refused(f"the checkpoint cannot be opened once it is saved: {e}") from e
-    if not same:
+    same = saved[1] == asked and saved[0].keys() == values.keys()
+    same = same and all(saved[0][name].equal(t) for name, t in values.items())
+    if not (same and (saved[2] - logits).abs().max() <= 1e-4 * logits.abs().max()):  # or nan
         raise Refused("the checkpoint is not the same once it is saved: transformers does not save it whole")
     rank = len(next(iter(update.values()))[0])
     what = f"the backbone in float32 with an update of rank {rank}"
     how = "transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
     return {"what": what, "tried": True, **write_readme(folder, title, what, how, tokenizer, template)}
+
+
+def trace(backbone, tokenizer, template):
+    """Return what tells one checkpoint from another: some 100,000 values of every weight, or all; the tokens
+    of a prompt and the one that ends an answer; and the logits of that prompt."""
+    values = {n: p.flatten()[:: p.numel() // 2**16 | 1].clone() for n, p in backbone.named_parameters()}
+    ids = prompt_ids("Say hello.", tokenizer, template)
+    return values, (ids, end_token(tokenizer, template)), backbone(torch.tensor([ids])).logits
 
 
 def stop_at(end, path):

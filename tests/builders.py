@@ -40,6 +40,13 @@ def micro_backbone(vocab=300, layers=2):
     ).eval()
 
 
+def micro_gpt2(vocab=300):
+    """distilgpt2's shape, narrower: c_attn is a Conv1D."""
+    torch.manual_seed(8)
+    shape = transformers.GPT2Config(vocab_size=vocab, n_embd=24, n_layer=2, n_head=2, n_positions=64)
+    return transformers.GPT2LMHeadModel(shape).eval()
+
+
 one_backbone = functools.cache(micro_backbone)  # for those that take their hooks off again
 
 
