@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 
 import commit
-import fuzz
+from studies import fuzz
 import train
 from commit import Run
 from model import response_logits
