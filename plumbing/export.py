@@ -16,14 +16,6 @@ from plumbing.prompts import end_token, prompt_ids, prompt_of
 from plumbing.targets import LINEAR, in_out, layer_numbers
 
 EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # as peft calls parts of experts
-    "gate",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "w1",
-    "w2",
-    "w3",
-}  # what peft knows an expert's parts by
 MERGE = "`--merged` writes a whole model in place of an adapter"
 
 
