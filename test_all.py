@@ -112,9 +112,10 @@ def test_a_grown_field_keeps_its_old_logits():
 
 
 def test_coordinates_are_bounded_and_depend_on_their_input():
+    torch.manual_seed(0)
     h = 50 * torch.randn(10, 6)
     z = CoordinateDynamics(6, 4)(h)
-    assert z.abs().max() <= 1 and (z[0] != z[1]).any()
+    assert z.abs().max() <= 1 and (z != z[0]).any()
 
 
 def test_dynamics_are_equation_8_written_out():
@@ -136,19 +137,34 @@ def test_dynamics_are_equation_8_written_out():
         torch.testing.assert_close(z_new, torch.tanh(dynamics.w_z.weight @ g + dynamics.w_z.bias))
 
 
-def test_without_standardising_the_gating_collapses(tmp_path, monkeypatch):
-    """On the embedded backbone, with the paper's alpha: beside the common part of h_bar its differences are
-    small, and training soon finds one gating for all inputs."""
+def test_without_standardising_the_gating_collapses(double):
+    """What inputs share is taken out of h_bar. Left in, as printed, it moves their coordinates together, by
+    as much as it is larger than what tells them apart: in the end one gating serves all of them."""
+    torch.manual_seed(0)
+    dynamics, phi = CoordinateDynamics(32, 8), WeightField(3, 16, 8, 32)
+    for bias in (phi.w1.bias, phi.w2.bias, phi.w3.bias):
+        bias.data.zero_()  # it would favour the same bases everywhere
+    own, common = torch.randn(100, 32), torch.randn(32)
 
-    def choices(name):
-        options = "--task alpaca --examples 600 --val-examples 100 --epochs 1 --alpha 16 --lr 2e-3"
-        train.main([*options.split(), "--device", "cpu", "--out", str(tmp_path / name)])
-        return Run(tmp_path / name).manifest["results"][0]["gating"]["alpaca"]["sets"]
+    def coordinates(size, mean, deviation):
+        h_bar = own + size * common
+        dynamics.mean.copy_(mean(h_bar)), dynamics.deviation.copy_(deviation(h_bar))
+        with torch.no_grad():
+            z = dynamics(h_bar)
+            return z, evaluation.describe_gating([top_k_gating(phi(z), 8)])["sets"]
 
-    awake = choices("awake")
-    rms = lambda self, h_bar: self.deviation.fill_(float(h_bar.square().mean().sqrt()))
-    monkeypatch.setattr(CoordinateDynamics, "standardise", rms)
-    assert awake > 15 and choices("asleep") < 4
+    centre = lambda h_bar: h_bar.mean(0)
+    as_it_is = lambda h_bar: torch.zeros(32), lambda h_bar: h_bar.square().mean().sqrt().expand(32)
+    dynamics.standardise(own)
+    with torch.no_grad():
+        z = dynamics(own)
+    for size in (1.0, 1e3, 1e6):
+        ours, sets = coordinates(size, centre, lambda h_bar: h_bar.std(0, correction=0))
+        torch.testing.assert_close(ours, z)
+        assert sets > 25
+    (near, _), (nearer, sets) = (coordinates(size, *as_it_is) for size in (1e3, 1e6))
+    spread = lambda z: (z - z.mean(0)).norm()
+    assert spread(nearer) / spread(near) == pytest.approx(1e-3, rel=0.1) and sets == 1
 
 
 def test_region_distance_is_mahalanobis():
@@ -160,7 +176,8 @@ def test_region_distance_is_mahalanobis():
         for x in field.unsquash(z)
     ]
     torch.testing.assert_close(region.distance(z), torch.tensor(d, dtype=torch.double))
-    assert region.tau > sorted(d)[475], "the quantile of distances from a Gaussian fitted to the others"
+    inside = torch.tensor(d, dtype=torch.double).quantile(0.95)  # leaving one out moves it further away
+    assert region.tau > inside, "the quantile of distances from a Gaussian fitted to the others"
     share, scale = field.shrinkage(field.unsquash(z) - region.mean)
     cov = (1 - share) * torch.cov(field.unsquash(z).T) + share * scale * torch.eye(6)
     torch.testing.assert_close(region.cov, cov)
@@ -202,21 +219,25 @@ def test_shrinkage_is_ledoit_and_wolf():
 
 def test_a_region_covers_inputs_that_were_not_fitted():
     """As many dimensions as SmolLM2's coordinates had, and few examples: in-sample distances would give a
-    tau that covers about half."""
+    tau that covers about half. The quantile of 280 has a deviation of 0.013, the mean of 16 a quarter."""
     torch.manual_seed(0)
-    mix = torch.randn(64, 64, dtype=torch.double) / 30
-    fitted, unseen = (torch.tanh(torch.randn(n, 64, dtype=torch.double) @ mix) for n in (280, 2000))
-    region = Region.fit(fitted)
-    in_sample = float(region.distance(fitted).quantile(0.95))
-    assert 0.92 < (region.distance(unseen) <= region.tau).double().mean() < 0.98
-    assert (region.distance(unseen) <= in_sample).double().mean() < 0.85
+    covered = torch.zeros(2, dtype=torch.double)
+    for _ in range(16):
+        mix = torch.randn(64, 64, dtype=torch.double) / 30
+        fitted, unseen = (torch.tanh(torch.randn(n, 64, dtype=torch.double) @ mix) for n in (280, 1000))
+        region = Region.fit(fitted)
+        taus = torch.tensor([[region.tau], [float(region.distance(fitted).quantile(0.95))]])
+        covered += (region.distance(unseen) <= taus).double().mean(1) / 16
+    assert 0.93 < covered[0] < 0.97 and covered[1] < 0.85
 
 
 def test_anchors_lie_inside_their_region():
+    torch.manual_seed(0)
     region = Region.fit(torch.tanh(torch.randn(400, 5)))
     anchors = sample_anchors(region, 256, seed=3)
     assert anchors.shape == (256, 5) and anchors.abs().max() < 1
-    assert (region.distance(anchors) <= region.tau).all()
+    # Measured again, in another batch and more precisely: on the edge the last digit of a float32 differs.
+    assert (region.distance(anchors.double()) <= region.tau * (1 + 1e-5)).all()
     assert torch.equal(anchors, sample_anchors(region, 256, seed=3))
 
 
@@ -237,7 +258,7 @@ def test_routing_goes_to_the_likeliest_gaussian():
         assert float(p) == pytest.approx(max(likelihood) / sum(likelihood))
 
 
-def test_lock_and_separation_losses_are_equations_13_and_10():
+def test_lock_and_separation_losses_are_equations_13_and_10(double):
     torch.manual_seed(0)
     phi, z = WeightField(2, 5, 4, 7), torch.tanh(torch.randn(40, 4))
     region = Region.fit(z)
@@ -430,16 +451,26 @@ def test_the_probe_reads_the_prompt_only_and_no_adapter():
     torch.testing.assert_close(evaluation.probe_all(model, [(p, r)], "sequence")[0], whole.mean(0))
 
 
+def clear_model():
+    """A micro model in double precision whose logits are 1000 times as large: no likeliest token is a matter
+    of rounding. -> model, prompts, a gating of each"""
+    model = micro_model(dtype=torch.float64)
+    model.backbone.lm_head.weight.data *= 1000
+    return model, [p for p, _ in random_examples(5)], random_gating(5, 2, 6)
+
+
 def test_generation_with_a_cache_is_greedy_decoding_without_one():
-    model, prompts = micro_model(), [p for p, _ in random_examples(5)]
-    gating = random_gating(5, 2, 6)
+    model, prompts, gating = clear_model()
     for i, (prompt, new) in enumerate(
         zip(prompts, model.generate(prompts, gating, eos_id=2, max_new_tokens=12))
     ):
         ids = list(prompt)
         with model.gated(tuple(g[i : i + 1] for g in gating)):
             while len(ids) < len(prompt) + 12:
-                ids.append(int(model.backbone(torch.tensor([ids])).logits[0, -1].argmax()))
+                logits = model.backbone(torch.tensor([ids])).logits[0, -1]
+                first, second = logits.topk(2).values
+                assert first - second > 1e-3, "not a tie: rounding is below 1e-6"
+                ids.append(int(logits.argmax()))
                 if ids[-1] == 2:
                     ids.pop()
                     break
@@ -447,12 +478,14 @@ def test_generation_with_a_cache_is_greedy_decoding_without_one():
 
 
 def test_sampling_that_has_no_choice_is_greedy_decoding():
-    model, prompts = micro_model(), [p for p, _ in random_examples(5)]
-    gating = random_gating(5, 2, 6)
+    """At a temperature of 1e-4 a lead of 0.01 is one of 100: the other token has a chance of e^-100."""
+    model, prompts, gating = clear_model()
     sampled = lambda *how: model.generate(prompts, gating, 2, 12, sampler(*how))
-    likeliest = model.generate(prompts, gating, 2, 12)
+    leads, choose = [], lambda logits: (leads.append(logits.topk(2).values.diff()), logits.argmax(-1))[1]
+    likeliest = model.generate(prompts, gating, 2, 12, choose)
+    assert max(torch.cat(leads)) < -0.01 and likeliest == model.generate(prompts, gating, 2, 12)
     assert sampled(0.0) == sampled(1.001e-4) == sampled(2.0, 1e-9) == sampled(2.0, 0.0) == likeliest
-    assert sampled(2.0, 1.0, 3) == sampled(2.0, 1.0, 3) != sampled(2.0, 1.0, 4) != likeliest
+    assert sampled(2e3, 1.0, 3) == sampled(2e3, 1.0, 3) != sampled(2e3, 1.0, 4) != likeliest
     alone = [model.generate([p], tuple(g[i : i + 1] for g in gating), 2, 12) for i, p in enumerate(prompts)]
     assert [new for (new,) in alone] == likeliest
 
@@ -466,7 +499,7 @@ def test_tokens_are_drawn_with_the_temperature_and_from_the_nucleus():
         if sum(p[j] for j in order) < top_p:
             order.append(i)
     wanted[order] = p[order] / p[order].sum()
-    drawn = sampler(temperature, top_p, 5)(logits.expand(n, -1)).bincount(minlength=8) / n
+    drawn = sampler(temperature, top_p, 5)(logits.expand(n, -1)).bincount(minlength=8) / n  # to 4 deviations
     assert 1 < len(order) < 8 and not drawn[wanted == 0].any()
     torch.testing.assert_close(drawn, wanted, rtol=0, atol=4 * 0.5 / n**0.5)
 
@@ -659,18 +692,18 @@ def test_bases_in_blocks_are_gathered_as_from_one_tensor(sizes):
 
 
 def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
-    r, backbone, examples = random.Random(0), micro_backbone(), random_examples(3)
+    r, backbone, examples = random.Random(0), micro_backbone(layers=1), random_examples(3)
     folder, count = tmp_path / "run", iter(range(10**6))
-    fake_commit(folder, "root", 0)
+    fake_commit(folder, "root", 0, backbone=backbone)
     seen = answers(folder, backbone, examples)
     done = dict.fromkeys(("commit", "rollback", "compose", "merge"), 0)
     for step in range(200):
         run, n = Run(folder), next(count)
         entries = run.manifest["versions"] + run.manifest["compositions"]
         growing, full = ["commit", "compose", "merge"], ["rollback", "rollback", "compose", "merge"]
-        kind = r.choice(full if len(entries) > 5 else growing)
+        kind = r.choice(full if len(entries) > 4 else growing)
         if kind == "commit":
-            fake_commit(folder, f"t{n}", n, reads_all=r.random() < 0.4)
+            fake_commit(folder, f"t{n}", n, r.random() < 0.4, backbone)
         elif kind == "compose":
             versions = run.manifest["versions"]
             picked = [e["hash"][:16] for e in r.sample(versions, min(2, len(versions)))]
@@ -681,7 +714,7 @@ def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
             shutil.rmtree(branch, ignore_errors=True)
             shutil.copytree(folder, branch)
             for i in range(r.randint(1, 2)):
-                fake_commit(branch, f"b{n}.{i}", 1000 + n + i, reads_all=r.random() < 0.4)
+                fake_commit(branch, f"b{n}.{i}", 1000 + n + i, r.random() < 0.4, backbone)
             for e in Run(branch).manifest["versions"][-1:]:
                 seen[e["hash"]] = answers(branch, backbone, examples)[e["hash"]]
             commit.main(["merge", str(branch), "--run", str(folder)])
@@ -891,14 +924,17 @@ def test_sigkill_at_any_moment_leaves_the_state_before_or_after(tmp_path):
 
 @torch.no_grad()
 def test_the_drift_of_a_grown_bank_is_told_over_all_its_bases():
-    """Half of the new field's choices at the anchors fall on bases that were not there at commit."""
+    """Half of the new field's choices at the anchors fall on bases that were not there at commit. Its logits
+    are what its biases are, so no order of summation has a say."""
     torch.manual_seed(4)
     dynamics, then = CoordinateDynamics(3, 4), WeightField(1, 4, 4, 7)
     region = Region.fit(torch.tanh(torch.randn(40, 4)))
     anchors = sample_anchors(region, 8, 0)
+    then.w3.weight.zero_()
     old = a_version_of(then, dynamics, region, anchors, {})
     now = then.grown(6)
-    now.w3.bias.data[4:] = torch.tensor([100.0, -100.0])
+    now.w3.weight.zero_()
+    now.w3.bias[4:] = torch.tensor([100.0, -100.0])
     run = Run("nowhere")
     run.manifest["versions"] = [{"lock": "first"}, {"lock": "soft"}]
     run.versions = [old, a_version_of(now, dynamics, region, anchors, {})]
@@ -957,8 +993,12 @@ def asked(run, capsys, *argv):
 
 
 def test_the_lines_of_python_in_the_readme_answer_as_the_program_does(two, tmp_path, monkeypatch, capsys):
+    """An answer is the same alone and in a batch. In double precision, where no likeliest token is as near
+    to the next as rounding."""
     (tmp_path / "runs").mkdir()
-    out = copy_of(two, tmp_path / "runs", "tiny")
+    out, load = copy_of(two, tmp_path / "runs", "tiny"), commit.load_backbone
+    precise = lambda backbone, tokenizer: (backbone.double(), tokenizer)
+    monkeypatch.setattr(commit, "load_backbone", lambda *where: precise(*load(*where)))
     monkeypatch.chdir(tmp_path)
     (lines,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     exec(lines, said := {})
@@ -966,7 +1006,8 @@ def test_the_lines_of_python_in_the_readme_answer_as_the_program_does(two, tmp_p
         said["texts"], said["names"], said["sure"], re.findall('"([A-Z].*?)"', lines)
     ):
         shown, note = asked(out, capsys, "--prompt", prompt)
-        assert shown == text.strip() and f"nearest region: {name}, {100 * sure:.1f} % sure" in note
+        percent = float(re.search(rf"nearest region: {name}, (.*) % sure", note)[1])
+        assert shown == text.strip() and percent == pytest.approx(100 * float(sure), abs=0.06)
     assert len(said["texts"]) == 2 and (tmp_path / "lora" / "adapter_model.safetensors").exists()
     run, model, tokenizer = evaluation.open_run(out)
     records = run.validation("alpaca") + run.validation("code")
@@ -997,7 +1038,7 @@ def test_prompts_that_are_piped_in_get_an_answer_each_and_nothing_ends_the_talk(
     lines += [b"/use code", b"Hi.", b"/base", b"Hi.", b"/auto", b"Name three fruits."]
     command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(two)]
     command += ["--device", "cpu", "--max-new-tokens", "5"]
-    process = subprocess.run(command, input=b"\n".join(lines), capture_output=True, timeout=300)
+    process = subprocess.run(command, input=b"\n".join(lines), capture_output=True, timeout=600)
     assert process.returncode == 0 and not process.stderr and b"\r" not in process.stdout
     out, entries = process.stdout.decode(), Run(two).entries
     few, code = ("--max-new-tokens", "5"), entries[1]["hash"][:12]
@@ -1010,14 +1051,15 @@ def test_prompts_that_are_piped_in_get_an_answer_each_and_nothing_ends_the_talk(
     assert f"[version {code}, as asked]" in out and "[the bare backbone, as asked]" in out
 
 
-def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(two):
+def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(chat):
+    """The version says Hello; the bare backbone does not end, so there is time to stop it."""
     fcntl, termios, select = map(pytest.importorskip, ("fcntl", "termios", "select"))
     ours, its = os.openpty()
     how = termios.tcgetattr(its)
     how[3] |= termios.NOFLSH  # or Ctrl-C drops what was printed and not yet read, the next prompt, too
     termios.tcsetattr(its, termios.TCSANOW, how)
-    command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(two)]
-    command += ["--device", "cpu", "--max-new-tokens", "100"]
+    command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(chat)]
+    command += ["--device", "cpu", "--max-new-tokens", "100000"]
     process = subprocess.Popen(
         command,
         **dict.fromkeys(("stdin", "stdout", "stderr"), its),
@@ -1027,59 +1069,57 @@ def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(two):
     )
     os.close(its)
 
-    def say(text, enough=lambda said: said.endswith(b"\r\n> ")):
-        """What the program prints in return, until that is enough; else to its next prompt."""
+    def say(text, *parts, patience=600):
+        """What the program prints in return, until all parts of it are there. Say it again if that takes
+        longer than `patience` seconds."""
         os.write(ours, text)
         said = b""
-        while not enough(said):
-            assert select.select([ours], [], [], 60)[0], said
-            said += os.read(ours, 1000)
+        while not all(part.encode() in said for part in parts):
+            if select.select([ours], [], [], patience)[0]:
+                said += os.read(ours, 1000)
+            else:
+                assert patience < 600, said
+                os.write(ours, text)
         return said.decode(errors="replace")
 
-    hashes = [e["hash"][:12] for e in Run(two).entries]
-    # A backbone of random weights may answer with nothing: the prompt to be stopped at has a long answer.
-    prompts = ["Hi.", "Name three fruits.", "Tell me a story.", "Write a function that adds numbers."]
-    prompts += ["List all colours, animals and countries.", "Why?", "Sort a list of words by their length."]
-    answers = evaluation.answer(*evaluation.open_run(two, "cpu"), prompts, max_new_tokens=100)[0]
-    longest = max(zip(map(len, answers), prompts))[1].encode() + b"\n"
+    (digest,) = (e["hash"][:12] for e in Run(chat).entries)
     try:
-        assert "/quit" in say(b"")
-        assert all(digest in say(b"/versions\n") for digest in hashes)
-        assert "% sure; the coordinate is" in say(b"Name three fruits.\n")
-        say(b"/use alpaca\n")
-        assert f"[version {hashes[0]}, as asked]" in say(b"Name three fruits.\n")
-        say(b"/auto\n")
-        begun = say(longest, lambda said: len(said) > len(longest) + 10)  # the echo, and first pieces
-        stopped = say(b"\x03")
-        assert "[version" not in begun + stopped and "[stopped; /quit or Ctrl-D leaves]" in stopped
-        say(b"half a line", lambda said: said.endswith(b"line"))
-        time.sleep(0.3)  # readline sees a signal only while it waits for a key
-        assert "Ctrl-D leaves" in say(b"\x03")
-        assert "% sure; the coordinate is" in say(b"Hi.\n")
+        say(b"", "/quit", "\r\n> ")
+        say(b"/versions\n", f"{digest}  chats", "\r\n> ")
+        say(b"Name three fruits.\n", "Hello.", "% sure; the coordinate is", "\r\n> ")
+        say(b"/use chats\n", "\r\n> ")
+        say(b"Name three fruits.\n", "Hello.", f"[version {digest}, as asked]", "\r\n> ")
+        say(b"/base\n", "\r\n> ")
+        begun = say(b"Hi.\n", " x x x")
+        stopped = say(b"\x03", "[stopped; /quit or Ctrl-D leaves]", "\r\n> ")
+        assert "as asked" not in begun + stopped
+        say(b"half a line", "line")
+        # readline sees a signal only while it waits for a key, which may be a little later.
+        say(b"\x03", "Ctrl-D leaves", "\r\n> ", patience=5)
+        say(b"/auto\n", "\r\n> ")
+        say(b"Hi.\n", "Hello.", "% sure; the coordinate is")
         os.write(ours, b"/quit\n")
-        assert process.wait(20) == 0
+        assert process.wait(600) == 0
     finally:
         process.kill()
         os.close(ours)
 
 
 def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp_path, capsys):
+    def composed(out):
+        only = ["compose", "alpaca", "code", "--weights", "1", "0", "--name", "onlyA", "--run", str(out)]
+        commit.main(only)
+        names = ["--version", "alpaca", "code", "onlyA", "--json", str(tmp_path / "u.json")]
+        evaluation.main(["--run", str(out), *names])
+        return json.loads((tmp_path / "u.json").read_text())["rows"][0]["under"]
+
     out = copy_of(two, tmp_path)
-    commit.main(["compose", "alpaca", "code", "--weights", "1", "0", "--name", "onlyA", "--run", str(out)])
-    evaluation.main(
-        ["--run", str(out), "--version", "alpaca", "code", "onlyA", "--json", str(tmp_path / "u.json")]
-    )
-    evaluation.main(
-        ["--run", str(out), "--version", "onlyA", "--prompt", "Name a fruit.", "--max-new-tokens", "3"]
-    )
-    table = json.loads((tmp_path / "u.json").read_text())["rows"][0]["under"]
-    stored = Run(two).manifest["results"][-1]["stored"]
-    for task in ("alpaca", "code"):
-        assert table[task][task] == pytest.approx(stored[task], rel=1e-6)
-        assert table[task]["onlyA"] == pytest.approx(
-            table[task]["alpaca"], rel=1e-5
-        )  # weight 0 takes code out again
+    table, stored = composed(out), Run(two).manifest["results"][-1]["stored"]
+    evaluation.main(["--run", str(out), "--version", "onlyA", "--prompt", "Hi.", "--max-new-tokens", "3"])
     assert "as asked" in capsys.readouterr().out
+    for task, row in table.items():
+        assert row[task] == pytest.approx(stored[task], rel=1e-6)
+        assert row["onlyA"] == pytest.approx(row["alpaca"], rel=1e-5)  # weight 0 takes code out again
 
 
 def by_row(rows):
@@ -1167,9 +1207,13 @@ def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, tmp_path, capsys
         assert {f.get_slice(k).get_shape()[0] for k in f.keys() if k.startswith("bank.")} == {4}
         moved = [k for k in f.keys() if k.endswith(".B") and f.get_tensor(k).any()]
     assert moved, "the second task must have learned something"
-    # A batch may mix prompts that go to different versions: as each would be answered alone.
-    h_bar = torch.randn(12, model.features)
-    (indices, weights), found = run.routed(h_bar)
+    # A batch may mix prompts that go to different versions: as each would be answered alone. In double
+    # precision, where no choice is as near as rounding.
+    for module in (run.versions[0].dynamics, *(v.field for v in run.versions)):
+        module.double()
+    h_bar = torch.randn(12, model.features, dtype=torch.double)
+    with in_double():
+        (indices, weights), found = run.routed(h_bar)
     for i in range(12):
         alone = run.stored(int(found.choice[i]), h_bar[i : i + 1])
         assert torch.equal(indices[i], alone[0][0])
@@ -1226,8 +1270,8 @@ def test_without_the_exact_lock_one_bank_is_shared_and_task_one_moves(micro, fir
     run = Run(out)
     row = run.manifest["results"][-1]
     assert row["identical"]["alpaca"][0] < 32 and row["identical"]["code"] == [32, 32]
-    drift = row["drift"]["alpaca"]
-    assert drift["moved"] > 0 and (drift["lock_loss"] < 1e-2) == (lock == "soft")
+    assert row["drift"]["alpaca"]["moved"] > 0 and row["drift"]["alpaca"]["lock_loss"] > 0
+    assert [line["lock"] > 0 for line in steps_of(out)[-11:]] == [lock == "soft"] * 11  # all but its first
     with tensors_of(out, 0) as old, tensors_of(out, 1) as new:
         assert {*old.keys()} == {*new.keys()}
         assert not torch.equal(old.get_tensor("dynamics.w_z.weight"), new.get_tensor("dynamics.w_z.weight"))
@@ -1317,17 +1361,21 @@ def test_checkpointing_changes_no_bit_and_a_training_may_go_on_with_it(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_sigkill_at_random_moments_changes_nothing(micro, first, tmp_path, monkeypatch):
-    """Some kills come after a saved state, so that resuming is what is tried."""
+    """The first kill comes in the fourth step, and the state is saved after the first: so resuming is what is
+    tried, whenever the others come."""
     whole, killed = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "killed")
+    schedule, argv = train.learning_rate, ["--lock", "--epochs", 4]
     monkeypatch.setattr("plumbing.training.SAVE_EVERY", 0)
 
-    def start(out):
+    def start(out, last=math.inf):
         child = os.fork()
         if child == 0:
             code = 1
+            kill = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step > last else None
+            train.learning_rate = lambda step, *rest: (kill(step), schedule(step, *rest))[1]
             try:
                 with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-                    train.main(micro("code", out, "--lock", "--epochs", 6))
+                    train.main(micro("code", out, *argv))
                 code = 0
             finally:
                 os._exit(code)
@@ -1336,7 +1384,8 @@ def test_sigkill_at_random_moments_changes_nothing(micro, first, tmp_path, monke
     began = time.time()
     assert os.waitpid(start(whole), 0)[1] == 0
     seconds, moments = time.time() - began, random.Random(0)
-    for _ in range(4):
+    assert os.waitpid(start(killed, 2), 0)[1] == signal.SIGKILL
+    for _ in range(3):
         child = start(killed)
         time.sleep(seconds * moments.uniform(0.2, 0.6))
         os.kill(child, signal.SIGKILL)
@@ -1462,7 +1511,7 @@ def test_a_chat_is_learned_and_asked_in_the_chat_template_until_its_turn_ends(ch
     evaluation.main(["--run", str(chat), "--exact-match"])
     assert "chats: 6 of 6 answers exactly right" in capsys.readouterr().out
     out, backbone = copy_of(chat, tmp_path), run.manifest["backbone"]["name"]
-    more = "--lock", "--backbone", backbone, "--rank", 8, "--examples", 16
+    more = "--lock", "--backbone", backbone, "--rank", 7, "--examples", 16
     with pytest.raises(Refused, match="--template alpaca does not fit .* fixed chat"):
         train.main(micro("code", out, *more, "--template", "alpaca"))
     train.main(micro("code", out, *more))  # and without a word it is the run's
@@ -1536,7 +1585,9 @@ def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, m
     stream.main(["1", *command])
     first = Run(tmp_path / "run").manifest["versions"]
     stream.main(["2", *command])
-    found = tmp_path / "s.json"
+    found, context = tmp_path / "s.json", bench.multiprocessing.get_context
+    # A fork imports nothing anew.
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda _: context("fork"))
     bench.main(["growth", "--run", str(tmp_path / "run"), "--repeats", "1", "--json", str(found)])
     run, lines = Run(tmp_path / "run"), json.loads(found.read_text())["rows"]
     versions, row = run.manifest["versions"], run.manifest["results"][-1]
@@ -1629,8 +1680,11 @@ def train_in_two(argv, folder, rate=None, main=train.main):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("more", ["--epochs 3", "--probe adapted --pool sequence --batch 1 --grad-accum 3"])
-def test_two_processes_learn_what_one_learns(micro, tmp_path, more):
-    one, two, more = tmp_path / "one", tmp_path / "two", ["--lr", "2e-3", "--epochs", "1", *more.split()]
+def test_two_processes_learn_what_one_learns(micro, tmp_path, monkeypatch, more):
+    """Two sums of the same numbers. Rounding stays rounding: plain steps in place of AdamW's, which makes a
+    step of any gradient however near to zero, and no choice of bases, which could be a near tie."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, **_: torch.optim.SGD(weights, lr))
+    one, two, more = tmp_path / "one", tmp_path / "two", ["--dense-gating", "--epochs", "1", *more.split()]
     train.main(micro("alpaca", one, *more))
     (out, silent), _, codes = train_in_two(micro("alpaca", two, *more), tmp_path)
     as_one_process(two, one)
@@ -1685,7 +1739,7 @@ def test_processes_that_torchrun_starts_speak_and_write_as_one(micro, first):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [HERE / "train.py", *micro("alpaca", first)]
     before, env = snapshot_of(first), dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert (done.returncode, done.stderr, snapshot_of(first)) == (0, "", before)
     assert done.stdout.count("nothing to train") == done.stdout.count("in all, peak memory") == 1
 
@@ -1702,7 +1756,8 @@ def test_a_committed_task_that_is_asked_for_with_other_options_says_what_it_was_
 
 
 def test_the_literal_forms_that_benchmarks_run_still_give_the_same(micro, capsys):
-    bench.bench_ftn("clf", 1, steps=1)
+    with in_double():  # where no sign of a gradient is a matter of rounding
+        bench.bench_ftn("clf", 1, steps=1)
     assert "same mask in 2 of 2 batches" in capsys.readouterr().out
     bench.bench_lora_ftn(micro("alpaca", "unused")[3], 1)
     assert "the two masks share 100.0%" in capsys.readouterr().out
@@ -1724,14 +1779,6 @@ def test_on_a_gpu_the_exact_lock_holds_too(micro, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- ftn.py
-
-
-@pytest.fixture
-def double():
-    """Double precision, so that two orders of summation agree to far below any gradient."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def small_grid(**more):
@@ -2096,7 +2143,7 @@ def test_a_full_grid_says_what_to_do_and_a_larger_one_goes_on():
     assert not any(out["parameters_moved"] + out["outputs_moved"])
 
 
-def test_ewc_adds_the_gradient_of_its_penalty():
+def test_ewc_adds_the_gradient_of_its_penalty(double):
     learner = learner_of(synthetic.Row("reg", "ewc", 0, **SMALL))
     world, rng = learner.row.world(), synthetic.generator("ewc")
     learner.begin(0)
@@ -2126,7 +2173,7 @@ def test_ewc_adds_the_gradient_of_its_penalty():
         torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-6)
 
 
-def test_a_supermask_is_learned_straight_through_and_never_moves_again():
+def test_a_supermask_is_learned_straight_through_and_never_moves_again(double):
     learner = learner_of(synthetic.Row("clf", "supsup-wide", 0, dropout=0.0, **SMALL))
     frozen = [w.clone() for w in learner.weights]
     for W, b in zip(*unpack(frozen[0], learner.grid.shapes)):
@@ -2288,7 +2335,7 @@ def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
             if b"row" in said and not started:
                 os.killpg(process.pid, signal.SIGINT)
     os.close(ours)
-    assert process.wait(60) == 1 and b"Traceback" not in said
+    assert process.wait(600) == 1 and b"Traceback" not in said
     said = said.decode()
     assert said.strip().splitlines()[-1].startswith("synthetic.py: stopped; finished rows are kept")
     with pytest.raises(ProcessLookupError):
@@ -3331,19 +3378,24 @@ def says_in_one_line(code, err, match):
 
 @pytest.mark.parametrize("program", ["commit", "train", "eval", "synthetic"])
 def test_ctrl_c_while_torch_is_imported_is_one_line(program, tmp_path):
-    silent = dict(cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([sys.executable, str(HERE / f"{program}.py"), "--help"], **silent)
-    time.sleep(0.4)
+    """A module in torch's place says when its import has begun, and does not end."""
+    (tmp_path / "torch.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)")
+    how = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    how["env"] = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, str(HERE / f"{program}.py"), "--help"], **how)
+    assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=6000)[1]
     says_in_one_line(process.returncode, err, f"{program}.py: stopped")
 
 
 def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(two):
     command = [sys.executable, str(HERE / "commit.py"), "log", "--run", str(two)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.close()
-        assert (process.stderr.read(), process.wait(60)) == ("", 1)
+    ours, its = os.pipe()
+    os.close(ours)
+    process = subprocess.run(command, stdout=its, stderr=subprocess.PIPE, text=True, timeout=6000)
+    os.close(its)
+    assert (process.stderr, process.returncode) == ("", 1)
 
 
 @pytest.mark.parametrize("program", ["train", "synthetic"])
@@ -3416,7 +3468,7 @@ def test_help_explains_every_option_and_has_an_example(command, monkeypatch, cap
 
 def test_make_tiny_explains_itself_too():
     command = [sys.executable, "-m", "studies.make_tiny", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=HERE).stdout
+    text = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=HERE).stdout
     assert "python -m studies.make_tiny --data-only" in text
 
 
@@ -3429,7 +3481,7 @@ def train_limited(argv, limit, value):
 
     env = {k: v for k, v in os.environ.items() if k not in ("HOME", "HF_HOME", "XDG_CACHE_HOME")}
     env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    how = dict(preexec_fn=limit_it, env=env, capture_output=True, text=True, timeout=60)
+    how = dict(preexec_fn=limit_it, env=env, capture_output=True, text=True, timeout=600)
     return subprocess.run([sys.executable, str(HERE / "train.py"), *argv], **how)
 
 
@@ -3637,7 +3689,7 @@ def test_rows_that_do_not_belong_together_are_not_drawn(tmp_path, capsys):
         assert [p.name for p in tmp_path.iterdir()] == ["lie.json"]
 
 
-FEW_EXAMPLES = ["--examples", 40, "--val-examples", 16, "--batch", 8, "--lr", 0.02, "--device", "cpu"]
+FEW_EXAMPLES = "--examples 40 --val-examples 16 --batch 8 --grad-accum 1 --lr 0.02 --device cpu".split()
 
 
 def run_variants(table, rows, micro, tmp_path, data):
@@ -3660,7 +3712,12 @@ def test_every_variant_is_another_training(micro, tmp_path, capsys):
 
 
 def test_two_task_rows_keep_or_lose_what_they_must(micro, tmp_path):
-    data = [HERE / "assets" / "data" / f"{task}.choose.json" for task in ("alpaca", "code")]
+    """Every record of a task has the same answer, so what is learned of one is learned of all."""
+    data = []
+    for task, answer in (("alpaca", "Hello."), ("code", "Bye.")):
+        records = commit.read_records(HERE / "assets" / "data" / f"{task}.choose.json")[:100]
+        data.append(tmp_path / f"{task}.json")
+        data[-1].write_text(json.dumps([r | {"output": answer} for r in records]))
     rows = ["LoRA r 64, one", "full fine-tuning", "LoRA r 64, one a task", "NIWF, exact lock"]
     found = {name: made[0] for name, made in run_variants("baselines", rows, micro, tmp_path, data).items()}
     for name in rows:
