@@ -87,9 +87,6 @@ def commit_task(run, learner, h_bar, task, lock, config, quantile=0.95, count=25
     return version
 
 
-# --------------------------------------------------------------------------------------------------- versions
-
-
 @dataclasses.dataclass
 class Version:
     """One committed capability. The bank of a run holds the bases of its versions in order of commitment.

@@ -33,15 +33,13 @@ import dataclasses
 import functools
 import math
 
-from plumbing import Refused  # first: it sets what torch and the Hub's client read when imported
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from field import top_k_gating
 from plumbing.passes import body_of, features_of, greedy, last_logits, pad_left, positions_of, run_padded
-from plumbing.targets import device_of, find_layers, find_targets, in_out, layer_numbers
+from plumbing.targets import compute_again, device_of, find_targets, in_out, layer_numbers
 
 FOLDED_PARAMETERS = 2**28  # at most 1 GiB of gathered bases while a text is generated
 
@@ -253,16 +251,8 @@ class NIWF:
         self.checkpointed = []
 
     def checkpoint(self):
-        """Let autograd keep the input of a layer alone from now on, and compute the layer again in the
-        backward pass (Chen et al. 2016): the gradients are the same, to the bit. Weights that are brought
-        from memory or disk are let go after every layer, too. transformers has a switch for this, but it
-        works in training mode only, which brings dropout. Raises Refused if there are no such layers."""
-        self.checkpointed = find_layers(self.backbone)
-        if not self.checkpointed:
-            raise Refused("--checkpointing: this backbone has no layers that can be computed again")
-        how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self.bank.again}
-        for layer in self.checkpointed:
-            layer.forward = functools.partial(checkpoint, layer.forward, **how)
+        """Keep the inputs of layers alone for the backward pass from now on, see `compute_again`."""
+        self.checkpointed = compute_again(self.backbone, self.bank.again)
 
     @contextlib.contextmanager
     def gated(self, gating):

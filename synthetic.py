@@ -244,9 +244,6 @@ class LockedMask(SearchedMask):
         commit_mask(learner.components, learner.stored[t])
 
 
-# ------------------------------------------------------------------------------------------ the learners
-
-
 class Learner:
     """What a stream asks of a method. From `stored[t]`, a mask, the *handle*, it answers task t.
 
@@ -342,9 +339,6 @@ METHODS = {
     "kwta": (Neurons, SearchedMask(kernel=1, rounds=0)),
     "nomask": (Neurons, NoMask()),
 }
-
-
-# --------------------------------------------------------------------------------------- what a row says
 
 
 def run_row(row, how):

@@ -1,10 +1,12 @@
 """Which linear modules of a language model are adapted, what they are called, and where they compute."""
 
+import functools
 import re
 
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from plumbing import Refused
 
@@ -94,6 +96,23 @@ def in_out(module):
 def find_layers(backbone):
     """Return the layers of the backbone, in order: what can be computed again as a whole."""
     return [m for m in backbone.modules() if isinstance(m, transformers.GradientCheckpointingLayer)]
+
+
+def compute_again(backbone, contexts):
+    """Let autograd keep the input of a layer alone, and compute the layer again in the backward pass (Chen et
+    al. 2016). The gradients are the same, to the bit. Weights that are brought from memory or disk are let go
+    after every layer, too. contexts() gives those of both passes. Return the layers: the first argument of
+    their new `forward` is the old one.
+
+    transformers has a switch for this, but it works in training mode only, which brings dropout. Raises
+    Refused if the backbone has no such layers."""
+    layers = find_layers(backbone)
+    if not layers:
+        raise Refused("--checkpointing: this backbone has no layers that can be computed again")
+    how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, **how)
+    return layers
 
 
 def offloaded(module):

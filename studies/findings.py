@@ -166,6 +166,19 @@ def halves(lines):
     return lines[: len(lines) // 2], lines[len(lines) // 2 :]
 
 
+def families_say(read):
+    rows = read("architectures")
+    count = lambda verdict: sum(row["verdict"] == verdict for row in rows)
+    built = len(rows) - count("not built")
+    return f"""
+Of {built} families that can be built without a network {count("right")} are right throughout: padded and
+cached passes, `generate`, and both exports give the version's logits. {count("in part")} are right, too, but
+one of their exports is refused in one line, most often as peft would take their modules for experts.
+{count("refused")} are refused in one line before anything is trained, most often as padding on the left
+changes what they say. {count("wrong")} {"is" if count("wrong") == 1 else "are"} wrong.
+"""
+
+
 def memory_says(read):
     count, bench = read("memory-count"), read("memory-bench")
     one = [row for row in count if row["devices"] == 1]
@@ -404,6 +417,7 @@ FINDINGS = {
     "Answers to the letter": exact_match_says,
     "Compositions": compositions_say,
     "Seventy-six tasks in a row": stream_says,
+    "Families of models": families_say,
     "Memory": memory_says,
     "A real language model": real_says,
     "Speed beside peft": speed_says,

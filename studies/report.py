@@ -46,6 +46,7 @@ from plumbing.files import atomic
 from studies.findings import FINDINGS, GENERATORS, HIDDEN, ONE_FOR_ALL, not_as_printed, shared_and_lost, table
 from plumbing.tables import spread
 from studies import neurons, styles
+from studies.architectures import VERDICTS
 from studies.memory import PARTS, TABLE_2, memory_lines
 from studies.neurons import StudyRow
 from studies.styles import Adapters, StyleRow
@@ -590,6 +591,17 @@ def measured(content):
     )
 
 
+def families(content):
+    """rows of studies.architectures: which families of transformers came to each verdict, and how many."""
+    rows, lines = content["rows"], []
+    for verdict in VERDICTS:
+        names = sorted(row["family"] for row in rows if row["verdict"] == verdict)
+        lines.append([verdict, str(len(names)), ", ".join(names)])
+    if sum(int(count) for _, count, _ in lines) != len(rows):
+        raise KeyError("verdict")
+    return table(["verdict", "families", "which"], lines)
+
+
 def timings(content):
     """rows {what: {side: {"seconds", "peak memory"}}} of bench.py."""
     rows = {
@@ -778,6 +790,8 @@ SECTIONS = [  # files of results, their table, the title where a section begins,
     ("tiny-compose", compositions, "Compositions", "Two versions, weighted."),
     ("stream", growth, "Seventy-six tasks in a row", "Kinds of instruction, exact lock."),
     ("stream-transfer", transfer, "", "The same stream, and one whose versions never choose an older basis:"),
+    ("architectures", families, "Families of models", "A micro model of each causal language model family of "
+     "transformers, with random weights, is trained in two steps, decoded and exported."),
     ("memory-count", counted, "Memory", "Of one training step, from the shapes: 1 x 256 tokens, bfloat16."),
     ("memory-count-70b", counted, "", "A model of 70 B parameters, its layers spread evenly over devices:"),
     ("memory-bench", measured, "", "The count beside a process that does the step, on the CPU:"),
