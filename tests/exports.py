@@ -21,6 +21,7 @@ from plumbing import Refused
 from plumbing.backbone import fingerprint, load_backbone, TINY_FOLDER
 from plumbing.export import base_of, short_names
 from plumbing.targets import find_targets
+from tests.backbones import byte_level_tokenizer, write_gguf
 from tests.builders import END, fake_commit, micro_backbone, micro_gpt2, opened, random_examples, snapshot_of
 
 SMALL = dict(
@@ -33,7 +34,7 @@ EXPERTS = dict(num_experts=4, moe_intermediate_size=16, decoder_sparse_step=1, n
 def micro_of(model_type, **more):
     """A backbone of another architecture, with random weights."""
     torch.manual_seed(9)
-    config = transformers.AutoConfig.for_model(model_type, **SMALL, **more)
+    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **more})
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
@@ -87,7 +88,8 @@ class Alike:
     a thousandth of it is allowed."""
 
     def __init__(self, folder, backbone, name):
-        self.examples = random_examples(3)
+        size, fit = backbone.get_input_embeddings().num_embeddings, lambda ids: [i % size for i in ids]
+        self.examples = [(fit(prompt), fit(response)) for prompt, response in random_examples(3)]
         bare, self.wanted = logits_of(folder, backbone, name, self.examples)
         self.allowed = float((self.wanted - bare).abs().max()) / 1000
         assert self.allowed > 1e-5 * float(self.wanted.abs().max())
@@ -208,6 +210,18 @@ def test_a_merged_export_is_opened_again_before_it_has_its_name(tmp_path, monkey
         assert snapshot_of(tmp_path) == before and not (tmp_path / "new").exists()
 
 
+def test_a_merged_export_that_would_answer_otherwise_is_refused(tmp_path):
+    """Mamba reads the weights of dt_proj and does not call it: added there, an update would do what it does
+    not do in the version. Nor does peft adapt Mamba."""
+    folder = exportable(tmp_path, micro_of("mamba"))
+    with pytest.raises(Refused, match="would not answer as the version"):
+        export(folder, "late", tmp_path / "new" / "out", "--merged")
+    pytest.importorskip("peft")
+    with pytest.raises(Refused, match="peft cannot open"):
+        export(folder, "late", tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_checkpoint_in_parts_and_in_bfloat16_is_merged_in_float32(tmp_path, capsys):
     """A sharded checkpoint merges; what comes out is float32, in its config, and said."""
     backbone = micro_backbone(3584).bfloat16()
@@ -269,6 +283,31 @@ def test_generate_stops_where_a_chat_was_trained_to_end(chat, tmp_path, capsys):
     ids = torch.tensor([tokenizer("Hi").input_ids])
     out = model.generate(ids, max_new_tokens=9, prefix_allowed_tokens_fn=lambda *_: [end])
     assert out.shape[1] == ids.shape[1] + 1
+
+
+def test_a_gguf_file_exports_as_any_backbone_does(tmp_path, monkeypatch):
+    """Merged it is an ordinary checkpoint, with no trace of GGUF in its config, and a tokenizer that opens.
+    And peft opens an adapter for it when it is told the file."""
+    pytest.importorskip("accelerate")
+    vocabulary = byte_level_tokenizer()
+    sizes = {"vocab_size": vocabulary.get_vocab_size(), "rope_parameters": None, "bos_token_id": 0}
+    write_gguf(tmp_path / "model.gguf", micro_of("llama", **sizes, eos_token_id=1), vocabulary)
+    monkeypatch.chdir(tmp_path)
+    backbone, tokenizer = load_backbone("model.gguf", "cpu")
+    folder = a_run_on(backbone, "model.gguf", tmp_path / "run")
+    alike = Alike(folder, backbone, "mix")
+    merged = export(folder, "mix", tmp_path / "merged", "--merged")
+    lora = export(folder, "mix", tmp_path / "lora")
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+    alike(transformers.AutoModelForCausalLM.from_pretrained(merged))
+    for where in (merged, lora):
+        saved = transformers.AutoTokenizer.from_pretrained(where)
+        assert saved("Hello<|endoftext|>").input_ids == tokenizer("Hello<|endoftext|>").input_ids
+    monkeypatch.chdir(tmp_path / "run")
+    assert "gguf_file='model.gguf'" in (lora / "README.md").read_text()
+    peft = pytest.importorskip("peft")
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(lora, gguf_file="model.gguf", dtype=torch.float32)
+    alike(adapted.base_model.model)
 
 
 @pytest.mark.parametrize("with_peft", [True, False])
