@@ -361,7 +361,8 @@ def alone(family):
                 row["why"] = f"the process ended with {process.exitcode}"
         process.kill()
         process.join()
-    return row | {"seconds": round(time.time() - started, 1)}
+    why = row["why"].replace(f"{tmp}{os.sep}", "")  # the folder has another name every time
+    return row | {"why": why, "seconds": round(time.time() - started, 1)}
 
 
 def line_of(row):
