@@ -110,6 +110,8 @@ from studies import variants
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
 
+fuzz.SECONDS = 300  # on a machine that does other things besides, a command may take longer than ten
+
 try:
     import fcntl
     import resource
@@ -1799,9 +1801,10 @@ def test_a_committed_task_that_is_asked_for_with_other_options_says_what_it_was_
     assert snapshot_of(first) == before
 
 
-def test_the_literal_forms_that_benchmarks_run_still_give_the_same(micro, capsys):
-    with in_double():  # where no sign of a gradient is a matter of rounding
-        bench.bench_ftn("clf", 1, steps=1)
+def test_the_literal_forms_that_benchmarks_run_still_give_the_same(double, micro, monkeypatch, capsys):
+    """In double precision: a search goes by signs of gradients, which are none of rounding there."""
+    load_in_double(monkeypatch)
+    bench.bench_ftn("clf", 1, steps=1)
     assert "same mask in 2 of 2 batches" in capsys.readouterr().out
     bench.bench_lora_ftn(micro("alpaca", "unused")[3], 1)
     assert "the two masks share 100.0%" in capsys.readouterr().out
@@ -1913,7 +1916,7 @@ def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bia
 
 
 def test_a_search_of_one_step_sees_signs_of_gradients_and_no_sizes():
-    torch.manual_seed(10)  # no tie among the votes decides which eight win
+    torch.manual_seed(10)  # the eighth vote leads the ninth by 0.04, as an Adam step is a sign to 1e-4
     g, sizes = torch.randn(64), 10 ** torch.randn(64)
     search = SmoothKWTA(k=8, rounds=4)  # S = 1, eta = 1, as in classification
     votes, sized = (search.configure(lambda m, g=g: (g * m).sum(), 8).tolist() for g in (g.sign(), g * sizes))
@@ -1961,7 +1964,8 @@ def test_the_pool_adds_equation_1_and_nothing_when_off(make, names):
 
 
 def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient():
-    """Silent components are left out by `loss_of_mask`; the literal search runs all of them."""
+    """Silent components are left out by `loss_of_mask`; the literal search runs all of them. Nothing is
+    smoothed: on 3 x 3 neurons a kernel of 3 makes all alike, and what then wins is rounding."""
     backbone = micro_backbone()
     targets, pool = pool_on(backbone, ("q_proj", "k_proj", "v_proj"), b_std=0.0)
     torch.manual_seed(9)
@@ -1980,7 +1984,7 @@ def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient()
         with pool.applied(full, mask):
             return loss()
 
-    search = SmoothKWTA(k=4, kernel=3, rounds=1, steps=5, lr=0.5)
+    search = SmoothKWTA(k=4, kernel=1, rounds=0, steps=5, lr=0.5)
     masks = []
     for f in (pool.loss_of_mask(loss), literal):
         m = torch.full((9,), 0.3, requires_grad=True)

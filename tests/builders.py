@@ -108,6 +108,13 @@ def double():
         yield
 
 
+def load_in_double(monkeypatch):
+    """Whatever its files say, a backbone is loaded in double precision until the test ends."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    precise = lambda *where, **how: load(*where, **how | {"dtype": torch.float64})
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", precise)
+
+
 RECORD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
 
