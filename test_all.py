@@ -1042,9 +1042,8 @@ def test_the_lines_of_python_in_the_readme_answer_as_the_program_does(two, tmp_p
     """An answer is the same alone and in a batch. In double precision, where no likeliest token is as near
     to the next as rounding."""
     (tmp_path / "runs").mkdir()
-    out, load = copy_of(two, tmp_path / "runs", "tiny"), load_backbone
-    precise = lambda backbone, tokenizer: (backbone.double(), tokenizer)
-    monkeypatch.setattr("plumbing.folder.load_backbone", lambda *where: precise(*load(*where)))
+    out = copy_of(two, tmp_path / "runs", "tiny")
+    load_in_double(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (lines,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     exec(lines, said := {})
