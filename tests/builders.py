@@ -109,10 +109,10 @@ def double():
 
 
 def load_in_double(monkeypatch):
-    """Let run folders open their backbones in double precision: no likeliest token is then a near tie."""
-    load = plumbing.folder.load_backbone
-    precise = lambda backbone, tokenizer: (backbone.double(), tokenizer)
-    monkeypatch.setattr("plumbing.folder.load_backbone", lambda *where: precise(*load(*where)))
+    """Load backbones in double precision until the test ends, whatever their files say."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    precise = lambda *where, **how: load(*where, **how | {"dtype": torch.float64})
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", precise)
 
 
 RECORD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
