@@ -14,10 +14,14 @@ import torch
 import transformers
 from safetensors import safe_open
 
+import commit
+import eval as evaluation
+import synthetic
 import train
 from commit import Run, Version
 from field import CoordinateDynamics, Region, WeightField, sample_anchors, take_snapshot, top_k_gating
 from model import NIWF
+from plumbing import Refused
 from plumbing.backbone import TINY_FOLDER
 from plumbing.files import atomic
 from plumbing.prompts import encode
@@ -345,3 +349,15 @@ def answers(folder, backbone, examples):
     out |= {c.hash: model.logits(examples, c.gating(h_bar))[0] for c in run.compositions}
     model.detach()
     return out
+
+
+PROGRAMS = {"train": train, "eval": evaluation, "commit": commit, "synthetic": synthetic}
+
+
+def run_quietly(main, argv, capsys):
+    """The line with which a program refuses."""
+    with pytest.raises((Refused, SystemExit)) as e:
+        main(argv)
+    line = str(e.value) if e.type is Refused else capsys.readouterr().err.strip()
+    assert line and "\n" not in line and "Traceback" not in line
+    return line

@@ -1,0 +1,290 @@
+"""Measuring and answering: what is printed, what is asked, and what a talk survives."""
+
+import os
+import contextlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import commit
+import eval as evaluation
+import train
+from commit import Run
+from model import NIWF
+from plumbing import Refused
+from plumbing.backbone import TINY_FOLDER, from_shape
+from field import CoordinateDynamics, Region, WeightField, sample_anchors
+
+HERE = pathlib.Path(__file__).parent.parent
+from plumbing.talk import pieces
+from studies import memory
+from tests.builders import a_version_of, copy_of, load_in_double, run_quietly
+
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
+
+@torch.no_grad()
+def test_the_drift_of_a_grown_bank_is_told_over_all_its_bases():
+    """Half of the new field's choices at the anchors fall on bases that were not there at commit. Its logits
+    are what its biases are, so no order of summation has a say."""
+    torch.manual_seed(4)
+    dynamics, then = CoordinateDynamics(3, 4), WeightField(1, 4, 4, 7)
+    region = Region.fit(torch.tanh(torch.randn(40, 4)))
+    anchors = sample_anchors(region, 8, 0)
+    then.w3.weight.zero_()
+    old = a_version_of(then, dynamics, region, anchors, {})
+    now = then.grown(6)
+    now.w3.weight.zero_()
+    now.w3.bias[4:] = torch.tensor([100.0, -100.0])
+    run = Run("nowhere")
+    run.manifest["versions"] = [{"lock": "first"}, {"lock": "soft"}]
+    run.versions = [old, a_version_of(now, dynamics, region, anchors, {})]
+    drift = evaluation.describe_drift(run, 0, torch.randn(5, 3))
+    assert drift["lock_loss"] == 0 and drift["top_k_kept"] == 0.5 and drift["moved"] == 0
+
+
+def test_forgetting_is_relative_to_the_perplexity_when_learned():
+    rows = [{"task": "a", "stored": {"a": 4.0}}, {"task": "b", "stored": {"a": 5.0, "b": 2.0}}]
+    assert evaluation.forgetting(rows, "stored") == {"a": 25.0, "b": 0.0}
+
+
+def test_prompt_and_exact_match_and_log(first, tmp_path, capsys):
+    evaluation.main(["--run", str(first), "--prompt", "Name three fruits.", "--max-new-tokens", "5"])
+    assert (
+        f"[version {Run(first).manifest['versions'][0]['hash'][:12]}; nearest region: alpaca, 100.0 % sure"
+        in capsys.readouterr().out
+    )
+    evaluation.main(
+        [
+            "--run",
+            str(first),
+            "--exact-match",
+            "3",
+            "--max-new-tokens",
+            "3",
+            "--json",
+            str(tmp_path / "e.json"),
+        ]
+    )
+    counts = json.loads((tmp_path / "e.json").read_text())["rows"][0]["exact_match"]["alpaca"]
+    assert (
+        sum(n for _, n in counts.values()) == 32 and "of 32 answers exactly right" in capsys.readouterr().out
+    )
+    run = Run(first)
+    assert "(lock: first)" in "\n".join(commit.log([commit.describe(run, e) for e in run.entries]))
+
+
+def test_a_text_that_comes_in_pieces_is_the_whole_text_without_halves_of_characters():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    for text in ("naïve café 漢字 🙂", "  def f(x):\n    return  x , y !  \n", "🙂\n\n", " ", ""):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        parts = [*pieces(tokenizer, ({0: i} for i in ids))]
+        assert "".join(parts) == text.strip() and not any("\ufffd" in part for part in parts)
+        assert sum(map(bool, parts)) >= len(text.split())
+    half = tokenizer("a🙂", add_special_tokens=False).input_ids[:-1]
+    assert "".join(pieces(tokenizer, ({0: i} for i in half))) == "a\ufffd"
+
+
+def asked(run, capsys, *argv):
+    """What eval.py prints: the text of an answer, and who gave it."""
+    capsys.readouterr()
+    evaluation.main(["--run", str(run), "--device", "cpu", *argv])
+    text, _, note = capsys.readouterr().out.rstrip("\n").rpartition("\n\n")
+    return text, note
+
+
+def test_the_lines_of_python_in_the_readme_answer_as_the_program_does(two, tmp_path, monkeypatch, capsys):
+    """An answer is the same alone and in a batch. In double precision, where no likeliest token is as near
+    to the next as rounding."""
+    (tmp_path / "runs").mkdir()
+    out = copy_of(two, tmp_path / "runs", "tiny")
+    load_in_double(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (lines,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    exec(lines, said := {})
+    for text, name, sure, prompt in zip(
+        said["texts"], said["names"], said["sure"], re.findall('"([A-Z].*?)"', lines)
+    ):
+        shown, note = asked(out, capsys, "--prompt", prompt)
+        percent = float(re.search(rf"nearest region: {name}, (.*) % sure", note)[1])
+        assert shown == text.strip() and percent == pytest.approx(100 * float(sure), abs=0.06)
+    assert len(said["texts"]) == 2 and (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    run, model, tokenizer = evaluation.open_run(out)
+    records = run.validation("alpaca") + run.validation("code")
+    texts, route = evaluation.answer(run, model, tokenizer, records, max_new_tokens=5)
+    for i in (route.choice.tolist().index(0), route.choice.tolist().index(1)):  # a batch for both versions
+        more = ("--input", records[i].get("input", ""), "--max-new-tokens", "5")
+        shown, note = asked(out, capsys, "--prompt", records[i]["instruction"], *more)
+        assert shown == texts[i].strip() and f"region: {run.tasks[route.choice[i]]}," in note
+
+
+def test_a_sampled_answer_is_the_same_with_the_same_seed(first, capsys):
+    argv = ["--prompt", "Name a fruit.", *"--max-new-tokens 8 --temperature 1 --top-p 0.9 --seed".split()]
+    text, note = asked(first, capsys, *argv, "0")
+    assert asked(first, capsys, *argv, "0") == (text, note) and asked(first, capsys, *argv, "1")[0] != text
+    for wrong in (["--temperature", "1"], ["--prompt", "x", "--top-p", ".5"], ["--talk", "--prompt", "x"]):
+        run_quietly(evaluation.main, [*wrong, "--run", str(first)], capsys)
+
+
+def test_prompts_that_are_piped_in_get_an_answer_each_and_nothing_ends_the_talk(two, capsys):
+    lines = [
+        b"Name three fruits.",
+        b"",
+        b"/use nobody",
+        b"/frob \x1b",
+        b"\xff\xed\xa0\x80\0 \x1b na\xc3\xafve",
+        b"/versions",
+    ]
+    lines += [b"/use code", b"Hi.", b"/base", b"Hi.", b"/auto", b"Name three fruits."]
+    command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(two)]
+    command += ["--device", "cpu", "--max-new-tokens", "5"]
+    process = subprocess.run(command, input=b"\n".join(lines), capture_output=True, timeout=600)
+    assert process.returncode == 0 and not process.stderr and b"\r" not in process.stdout
+    out, entries = process.stdout.decode(), Run(two).entries
+    few, code = ("--max-new-tokens", "5"), entries[1]["hash"][:12]
+    routed = "{}\n\n{}\n\n".format(*asked(two, capsys, "--prompt", "Name three fruits.", *few))
+    assert out.startswith(routed) and out.endswith(routed)
+    assert len(re.findall(r"\n\n\[(?:version|the)", out)) == 5
+    assert "no version is called 'nobody'" in out and "/frob: no such command" in out and "\x1b" not in out
+    assert "".join(f"{e['hash'][:12]}  {e['task']}\n" for e in entries) in out
+    assert "{}\n\n{}\n\n".format(*asked(two, capsys, "--prompt", "Hi.", "--version", "code", *few)) in out
+    assert f"[version {code}, as asked]" in out and "[the bare backbone, as asked]" in out
+
+
+def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(chat):
+    """The version says Hello; the bare backbone does not end, so there is time to stop it."""
+    fcntl, termios, select = map(pytest.importorskip, ("fcntl", "termios", "select"))
+    ours, its = os.openpty()
+    how = termios.tcgetattr(its)
+    how[3] |= termios.NOFLSH  # or Ctrl-C drops what was printed and not yet read, the next prompt, too
+    termios.tcsetattr(its, termios.TCSANOW, how)
+    command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(chat)]
+    command += ["--device", "cpu", "--max-new-tokens", "100000"]
+    process = subprocess.Popen(
+        command,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), its),
+        env=os.environ | {"TERM": "dumb"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+    )
+    os.close(its)
+
+    def say(text, *parts, patience=600):
+        """What the program prints in return, until all parts of it are there. Say it again if that takes
+        longer than `patience` seconds."""
+        os.write(ours, text)
+        said = b""
+        while not all(part.encode() in said for part in parts):
+            if select.select([ours], [], [], patience)[0]:
+                said += os.read(ours, 1000)
+            else:
+                assert patience < 600, said
+                os.write(ours, text)
+        return said.decode(errors="replace")
+
+    (digest,) = (e["hash"][:12] for e in Run(chat).entries)
+    try:
+        say(b"", "/quit", "\r\n> ")
+        say(b"/versions\n", f"{digest}  chats", "\r\n> ")
+        say(b"Name three fruits.\n", "Hello.", "% sure; the coordinate is", "\r\n> ")
+        say(b"/use chats\n", "\r\n> ")
+        say(b"Name three fruits.\n", "Hello.", f"[version {digest}, as asked]", "\r\n> ")
+        say(b"/base\n", "\r\n> ")
+        begun = say(b"Hi.\n", " x x x")
+        stopped = say(b"\x03", "[stopped; /quit or Ctrl-D leaves]", "\r\n> ")
+        assert "as asked" not in begun + stopped
+        say(b"half a line", "line")
+        # readline sees a signal only while it waits for a key, which may be a little later.
+        say(b"\x03", "Ctrl-D leaves", "\r\n> ", patience=5)
+        say(b"/auto\n", "\r\n> ")
+        say(b"Hi.\n", "Hello.", "% sure; the coordinate is")
+        os.write(ours, b"/quit\n")
+        assert process.wait(600) == 0
+    finally:
+        process.kill()
+        os.close(ours)
+
+
+def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp_path, capsys):
+    def composed(out):
+        only = ["compose", "alpaca", "code", "--weights", "1", "0", "--name", "onlyA", "--run", str(out)]
+        commit.main(only)
+        names = ["--version", "alpaca", "code", "onlyA", "--json", str(tmp_path / "u.json")]
+        evaluation.main(["--run", str(out), *names])
+        return json.loads((tmp_path / "u.json").read_text())["rows"][0]["under"]
+
+    out = copy_of(two, tmp_path)
+    table, stored = composed(out), Run(two).manifest["results"][-1]["stored"]
+    evaluation.main(["--run", str(out), "--version", "onlyA", "--prompt", "Hi.", "--max-new-tokens", "3"])
+    assert "as asked" in capsys.readouterr().out
+    for task, row in table.items():
+        assert row[task] == pytest.approx(stored[task], rel=1e-6)
+        assert row["onlyA"] == pytest.approx(row["alpaca"], rel=1e-5)  # weight 0 takes code out again
+
+
+def by_row(rows):
+    """{(task, checkpointing, devices, device): the parts of the count, in bytes}"""
+    key = lambda row: (row["task"], row["checkpointing"], row["devices"], row["device"])
+    return {key(row): [row[part] for part in memory.PARTS] for row in rows}
+
+
+def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
+    """From two depths: a layer more adds the same, however many there are."""
+    shallow, deep = (by_row(memory.count_memory("random:mistral-7b", depth)) for depth in (2, 4))
+    whole = {
+        key: [a + 15 * (b - a) for a, b in zip(shallow[key], deep[key])]
+        for key in shallow
+        if key[2:] == (1, 0)
+    }
+    parts = dict(zip(memory.PARTS, whole[2, False, 1, 0]))
+    assert parts["backbone"] == 2 * 7_241_732_096 and parts["bases written"] == 4 * 335_544_320
+    assert parts["bases read"] == parts["bases written"] and parts["moments"] == 2 * parts["gradients"]
+    total = {key[:2]: sum(sizes) for key, sizes in whole.items()}
+    assert total[1, False] < total[2, False] < 23 * 2**30
+    assert total[2, False] + 1e9 <= train.MISTRAL_BYTES < 25.3e9  # what a card of 24 GiB reports
+    assert 1.5e9 < total[2, False] - total[2, True] < 2e9
+    for key in shallow:  # each device has its share, and the devices together have what one has
+        if key[2:] == (4, 0):
+            together = [sum(sizes) for sizes in zip(*(deep[*key[:3], i] for i in range(4)))]
+            assert together[:-1] == deep[*key[:2], 1, 0][:-1]
+            assert max(sum(deep[*key[:3], i]) for i in range(4)) < 0.4 * sum(deep[*key[:2], 1, 0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_count_of_memory_is_what_autograd_keeps_of_a_real_pass(checkpointing):
+    """The same function counts tensors that have memory, and such that have none: of these, transformers
+    cannot see that a single sequence needs no mask."""
+    counts = {}
+    for mode in (contextlib.nullcontext(), memory.FakeTensorMode()):
+        with mode:
+            model = NIWF(from_shape("tiny", torch.bfloat16, 2), pad_id=0)
+            model.bank.add(16)
+            parts = WeightField(2, 16), CoordinateDynamics(model.features)
+            if checkpointing:
+                model.checkpoint()
+            counts[type(mode)] = memory.count_kept(model, *parts)
+    real, counted = counts.values()
+    assert all(0 <= b - a < 2.1 * 2 * memory.TOKENS**2 for a, b in zip(real, counted))
+    assert real[-1] == counted[-1] and 0 < real[0] < real[1] or checkpointing
+
+
+def test_memory_is_counted_without_a_run_folder(tmp_path, capsys):
+    memory.main(["--backbone", "tiny", "--json", str(tmp_path / "m.json")])
+    lines = capsys.readouterr().out.splitlines()
+    rows = json.loads((tmp_path / "m.json").read_text())["rows"]
+    assert len(rows) == 4 * (1 + 2 + 4) and all(row["activations"] > 0 for row in rows)
+    assert sum(any(line.startswith(part) for part in memory.PARTS) for line in lines) == 7
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(Refused, match="cannot be loaded"):
+        memory.main(["--backbone", str(tmp_path)])

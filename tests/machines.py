@@ -1,0 +1,195 @@
+"""The environment: help, signals, little memory, full disks, folders that cannot be written."""
+
+import os
+import importlib.util
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from plumbing.command import Parser
+
+HERE = pathlib.Path(__file__).parent.parent
+from studies import fuzz
+from tests.builders import PROGRAMS
+from tests.hostile import argv_of, refuses, unchanged, works
+
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
+
+def says_in_one_line(code, err, match):
+    """A program that ended badly has printed one line, apart from its progress."""
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
+    assert code != 0 and "Traceback" not in err and len(lines) == 1 and re.search(match, lines[0]), err
+
+
+@pytest.mark.parametrize("program", ["commit", "train", "eval", "synthetic"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(program, tmp_path):
+    """A module in torch's place says when its import has begun, and does not end."""
+    (tmp_path / "torch.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)")
+    how = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    how["env"] = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, str(HERE / f"{program}.py"), "--help"], **how)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=6000)[1]
+    says_in_one_line(process.returncode, err, f"{program}.py: stopped")
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(two):
+    command = [sys.executable, str(HERE / "commit.py"), "log", "--run", str(two)]
+    ours, its = os.pipe()
+    os.close(ours)
+    process = subprocess.run(command, stdout=its, stderr=subprocess.PIPE, text=True, timeout=6000)
+    os.close(its)
+    assert (process.stderr, process.returncode) == ("", 1)
+
+
+@pytest.mark.parametrize("program", ["train", "synthetic"])
+def test_where_there_is_no_terminal_a_report_is_a_line_and_no_bar_is_drawn(
+    program, micro, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    few = ("--examples", "32", "--val-examples", "8", "--epochs", "1")
+    argv, report = {
+        "train": (micro("alpaca", "run", *few), r"^step 2/2 "),
+        "synthetic": (
+            "--variant clf --methods fixedmask --tasks 2 --steps 5".split(),
+            "^clf fixedmask seed 0 ",
+        ),
+    }[program]
+    ours, its = os.pipe()
+    with open(its, "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        importlib.import_module(program).main(argv)
+    with open(ours, newline="") as pipe:
+        err, out = pipe.read(), capsys.readouterr().out
+    assert "\r" not in err + out and not re.search(r"/s\]|%\|", err)
+    assert len(re.findall(report, out, re.MULTILINE)) == 1
+
+
+GROUPS = {
+    "train": ["optimisation", "bank, field and coordinate (sections 3.1-3.3)", "commitment and locks"],
+    "eval": ["options", "what is measured", "answers"],
+    "synthetic": ["options"],
+    "neurons": ["options"],
+    "memory": ["options"],
+    "stream": ["positional arguments", "options"],
+    "compose": ["options"],
+    "styles": ["options"],
+    "report": ["options"],
+    "variants": ["positional arguments", "options"],
+    "fuzz": ["positional arguments", "options"],
+    **dict.fromkeys(
+        ["commit", *(f"commit {c}" for c in "show rollback compose merge export".split())],
+        ["positional arguments", "options"],
+    ),
+    **dict.fromkeys(["commit log", "commit verify"], ["options"]),
+    "bench": ["positional arguments", "options"],
+    **dict.fromkeys([f"bench {c}" for c in "niwf decode gather ftn lora-ftn".split()], ["options"]),
+}
+
+
+@pytest.mark.parametrize("command", GROUPS)
+def test_help_explains_every_option_and_has_an_example(command, monkeypatch, capsys):
+    program, *argv = command.split()
+    asked, show = [], Parser.print_help
+    monkeypatch.setattr(Parser, "print_help", lambda self: [asked.append(self), show(self)])
+    with pytest.raises(SystemExit) as e:
+        importlib.import_module(program if program in PROGRAMS else f"studies.{program}").main(
+            [*argv, "--help"]
+        )
+    text = capsys.readouterr().out
+    assert e.value.code == 0 and "\x1b" not in text
+    for group in GROUPS[command]:
+        assert re.search(rf"^{re.escape(group)}.*:$", text, re.MULTILINE), group
+    examples = text.partition("\nexamples:\n")[2].splitlines()
+    assert examples and all(
+        re.match(rf"    python (-m studies\.)?{program}(\.py)?( |$)", line) for line in examples
+    )
+    for action in asked[0]._actions:
+        assert action.help and (not action.option_strings or action.option_strings[0] in text), action
+        if type(action.default) in (int, float):
+            assert re.search(r"\[.+\]$", asked[0]._get_formatter()._expand_help(action)), action
+
+
+def test_make_tiny_explains_itself_too():
+    command = [sys.executable, "-m", "studies.make_tiny", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=HERE).stdout
+    assert "python -m studies.make_tiny --data-only" in text
+
+
+def train_limited(argv, limit, value):
+    """Train in a process that has no HOME and may not go beyond a limit."""
+
+    def limit_it():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(limit, (value, value))
+
+    env = {k: v for k, v in os.environ.items() if k not in ("HOME", "HF_HOME", "XDG_CACHE_HOME")}
+    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    how = dict(preexec_fn=limit_it, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run([sys.executable, str(HERE / "train.py"), *argv], **how)
+
+
+@pytest.mark.skipif(not resource, reason="no limits here")
+def test_a_full_disk_is_one_line_and_the_training_goes_on_later(base, world):
+    """No file may be as large as a version or the state of a training. There is no HOME either."""
+    command, before = fuzz.options(base, "code", world / "first", "--lock"), fuzz.snapshot(world)
+    process = train_limited(command, resource.RLIMIT_FSIZE, 20_000)
+    says_in_one_line(process.returncode, process.stderr, "train.py: .*(large|space)")
+    after = fuzz.snapshot(world)
+    assert fuzz.entries_of(after, "first") == fuzz.entries_of(before, "first")
+    assert all(
+        after.get(k) == v for k, v in before.items() if k not in ("first/log.jsonl", "first/manifest.json")
+    )
+    assert not [k for k in after if k.endswith(".niwf-tmp") and k not in before]
+    works("train", command)
+    assert fuzz.outcome_of(world / "first") == fuzz.outcome_of(world / "run")
+
+
+@pytest.mark.skipif(not resource, reason="no limits here")
+def test_little_memory_is_one_line(base, world):
+    before = fuzz.snapshot(world)
+    command = fuzz.options(base, "third", world / "new", *"--rank 4096 --bases 4096 --top-k 1".split())
+    process = train_limited(command, resource.RLIMIT_DATA, 2**31)
+    says_in_one_line(process.returncode, process.stderr, "train.py: not enough memory")
+    unchanged(world, before)
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(base, world):
+    folders = [world / "run" / part for part in (".", "versions", "data")]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        if os.access(folders[0], os.W_OK):
+            pytest.skip("root writes everywhere")
+        before = fuzz.snapshot(world)
+        for command in ("rollback", "compose", "into", "train"):
+            refuses(*argv_of(command, base, world, world / "run"), "denied|read-only|cannot", system=True)
+        unchanged(world, before)
+        for command in ("log", "verify", "eval"):
+            works(*argv_of(command, base, world, world / "run"))
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+@pytest.mark.skipif(not fcntl, reason="no fcntl here")
+def test_of_two_processes_the_second_is_told_to_wait(base, world):
+    before = fuzz.snapshot(world)
+    with open(world / "run" / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in ("rollback", "compose", "into", "train"):
+            refuses(*argv_of(command, base, world, world / "run"), "another process")
+        for command in ("log", "verify", "eval"):
+            works(*argv_of(command, base, world, world / "run"))
+    unchanged(world, before)

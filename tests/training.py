@@ -1,0 +1,647 @@
+"""Training: what a lock lets a task write, resuming to the same bits, several processes."""
+
+import os
+import argparse
+import contextlib
+import functools
+import json
+import math
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import commit
+import eval as evaluation
+import train
+from commit import Run
+from model import FastBank, perplexity
+from plumbing import Refused
+from plumbing.backbone import pick_device
+from plumbing.command import run_program
+from plumbing.processes import ENDED
+from field import CoordinateDynamics, Region, WeightField, sample_anchors, top_k_gating
+
+HERE = pathlib.Path(__file__).parent.parent
+from studies import bench, stream
+from tests.builders import (
+    RECORD,
+    a_version_of,
+    copy_of,
+    in_double,
+    load_in_double,
+    micro_model,
+    outcome,
+    random_examples,
+    snapshot_of,
+    tensors_of,
+)
+
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
+
+def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, tmp_path, capsys):
+    out = copy_of(first, tmp_path)
+    before = {p.name: p.read_bytes() for p in (out / "versions").iterdir()}
+    train.main(micro("code", out, "--lock"))
+    row = Run(out).manifest["results"][-1]
+    assert row["identical"] == {"alpaca": [32, 32], "code": [32, 32]}
+    assert evaluation.forgetting(Run(out).manifest["results"], "stored") == {"alpaca": 0.0, "code": 0.0}
+    assert all((out / "versions" / name).read_bytes() == data for name, data in before.items())
+    assert "+0.00 %  logits bit-identical on 32 of 32" in capsys.readouterr().out
+    run = Run(out)
+    model = run.open_model(*run.open_backbone(run.manifest["backbone"]["name"], "cpu"))
+    assert (
+        len(model.bank) == 8
+        and run.versions[1].index.tolist() == list(range(8))
+        and run.versions[0].index.tolist() == list(range(4))
+    )
+    assert (
+        run.versions[1].reads == [run.versions[0].hash]
+        and run.versions[1].dynamics is run.versions[0].dynamics
+    )
+    with tensors_of(out, 1) as f:
+        assert not any(k.startswith("dynamics") for k in f.keys())
+        assert {f.get_slice(k).get_shape()[0] for k in f.keys() if k.startswith("bank.")} == {4}
+        moved = [k for k in f.keys() if k.endswith(".B") and f.get_tensor(k).any()]
+    assert moved, "the second task must have learned something"
+    # A batch may mix prompts that go to different versions: as each would be answered alone. In double
+    # precision, where no choice is as near as rounding.
+    for module in (run.versions[0].dynamics, *(v.field for v in run.versions)):
+        module.double()
+    h_bar = torch.randn(12, model.features, dtype=torch.double)
+    with in_double():
+        (indices, weights), found = run.routed(h_bar)
+    for i in range(12):
+        alone = run.stored(int(found.choice[i]), h_bar[i : i + 1])
+        assert torch.equal(indices[i], alone[0][0])
+        torch.testing.assert_close(weights[i], alone[1][0])
+
+
+def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
+    run = Run(first)
+    args = train.parse_options(micro("code", first, "--lock"))
+    train.complete(args, run)
+    model = run.open_model(*run.open_backbone(args.backbone, "cpu"))
+    torch.manual_seed(0)
+    h_bar = 3 * torch.randn(50, 32)
+    learner = train.writable(run, model, h_bar, args)
+    weights = learner.weights()
+    assert {k.split(".")[0] for k in weights} == {"bank", "field"} and learner.reads == [run.versions[0].hash]
+    assert {len(p) for k, p in weights.items() if k.startswith("bank")} == {4} and len(model.bank) == 8
+    assert not any(
+        p.requires_grad for v in run.versions for m in (v.field, v.dynamics) for p in m.parameters()
+    )
+    logits = learner.field(learner.dynamics(h_bar))  # [50, L, 8]
+    # Its own two lead at the start, at all of its coordinates. It may read the next.
+    indices, weights = top_k_gating(logits, 3)
+    assert (indices[..., :2] >= 4).all() and (indices[..., 2] < 4).any()
+    assert weights.min() > 0.25
+
+
+def test_a_third_task_reads_both_and_moves_neither(micro, first, tmp_path):
+    out = copy_of(first, tmp_path)
+    train.main(micro("code", out, "--lock"))
+    train.main(micro("third", out, "--lock", "--data", HERE / "assets" / "data" / "alpaca.val.json"))
+    run = Run(out)
+    assert run.manifest["results"][-1]["identical"] == {
+        "alpaca": [32, 32],
+        "code": [32, 32],
+        "third": [32, 32],
+    }
+    assert set(evaluation.forgetting(run.manifest["results"], "stored").values()) == {0.0}
+    with tensors_of(out, 2) as f:
+        assert json.loads(f.metadata()["version"])["reads"] == [
+            v["hash"] for v in run.manifest["versions"][:2]
+        ]
+        assert f.get_slice("snapshot").get_shape() == [
+            32,
+            2,
+            12,
+        ]  # logits over its own 4 bases and the 8 that it reads
+
+
+@pytest.mark.parametrize("lock", ["soft", "none"])
+def test_without_the_exact_lock_one_bank_is_shared_and_task_one_moves(micro, first, tmp_path, lock):
+    out = copy_of(first, tmp_path)
+    train.main(micro("code", out, *(["--lock", "soft"] if lock == "soft" else [])))
+    run = Run(out)
+    row = run.manifest["results"][-1]
+    assert row["identical"]["alpaca"][0] < 32 and row["identical"]["code"] == [32, 32]
+    assert row["drift"]["alpaca"]["moved"] > 0 and row["drift"]["alpaca"]["lock_loss"] > 0
+    assert [line["lock"] > 0 for line in steps_of(out)[-11:]] == [lock == "soft"] * 11  # all but its first
+    with tensors_of(out, 0) as old, tensors_of(out, 1) as new:
+        assert {*old.keys()} == {*new.keys()}
+        assert not torch.equal(old.get_tensor("dynamics.w_z.weight"), new.get_tensor("dynamics.w_z.weight"))
+    with pytest.raises(Refused, match="cannot be mixed"):
+        train.main(micro("third", out, "--lock", "exact"))
+
+
+def test_the_papers_own_setting_runs_and_is_read_back(micro, tmp_path):
+    out = tmp_path / "run"
+    train.main(micro("alpaca", out, "--probe", "adapted", "--pool", "sequence"))
+    train.main(micro("code", out, "--lock", "soft"))
+    run = Run(out)
+    v, rows = run.read_version(run.manifest["versions"][-1], []), run.manifest["results"]
+    assert v.top_k == 2 and v.field.layers == 2
+    evaluation.main(["--run", str(out), "--json", str(tmp_path / "e.json")])
+    (again,) = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert again["R"]["stored"] == [
+        [rows[0]["stored"]["alpaca"], None],
+        [rows[1]["stored"][t] for t in ("alpaca", "code")],
+    ]
+    assert (
+        again["R"]["routed"][1] == [rows[1]["routed"][t] for t in ("alpaca", "code")]
+        and again["routing"] == rows[1]["routing"]
+    )
+
+
+def test_routing_is_measured_on_what_there_is_when_a_prompt_is_asked(micro, tmp_path):
+    """Pooling over prompt and response is the paper's, but an answer has to be routed before it is there."""
+    out = tmp_path / "run"
+    train.main(micro("alpaca", out, "--pool", "sequence"))
+    train.main(micro("code", out, "--lock"))
+    run = Run(out)
+    backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], "cpu")
+    model = run.open_model(backbone, tokenizer)
+    for task in run.tasks:
+        examples, h_bar, routes = evaluation.validation_set(run, model, tokenizer, task)
+        torch.testing.assert_close(routes, model.probe([p for p, _ in examples]))
+        torch.testing.assert_close(h_bar, model.probe([p + r for p, r in examples]))
+        choice = run.routed(routes)[1].choice.tolist()
+        counts = {t: choice.count(i) for i, t in enumerate(run.tasks)}
+        assert counts == run.manifest["results"][-1]["routing"][task]
+        nll = sum(
+            evaluation.total_nll(model, batch, run.routed(asked)[0])
+            for batch, asked in evaluation.batches(examples, routes)
+        )
+        routed = perplexity(nll, sum(len(r) for _, r in examples))
+        assert routed == pytest.approx(run.manifest["results"][-1]["routed"][task])
+
+
+def break_off(argv, last, monkeypatch):
+    """Train, with the state saved after every step, until the plug is pulled in the one after step `last`."""
+    schedule = train.learning_rate
+
+    def pull(step, *rest):
+        if step > last:
+            raise RuntimeError("pulled the plug")
+        return schedule(step, *rest)
+
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="pulled the plug"):
+        broken.setattr("plumbing.training.SAVE_EVERY", 0)
+        broken.setattr(train, "learning_rate", pull)
+        train.main(argv)
+
+
+def test_a_training_that_stops_anywhere_resumes_to_the_same_bits(micro, first, tmp_path, monkeypatch):
+    whole, broken = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "broken")
+    train.main(micro("code", whole, "--lock"))
+    for last in (0, 3, 4, 9, 10):
+        break_off(micro("code", broken, "--lock"), last, monkeypatch)
+    assert (broken / "training.safetensors").exists()
+    with pytest.raises(Refused, match="unfinished training"):
+        train.main(micro("code", broken, "--lock", "--seed", "5"))
+    train.main(micro("code", broken, "--lock"))
+    assert outcome(broken) == outcome(whole) and not (broken / "training.safetensors").exists()
+
+
+def test_checkpointing_changes_no_bit_and_a_training_may_go_on_with_it(
+    micro, two, first, tmp_path, monkeypatch
+):
+    out = copy_of(first, tmp_path)
+    break_off(micro("code", out, "--lock"), 4, monkeypatch)
+    again, calls = FastBank.again, []
+    monkeypatch.setattr(FastBank, "again", lambda bank: (calls.append(1), again(bank))[1])
+    train.main(micro("code", out, "--lock", "--checkpointing"))
+    assert outcome(out) == outcome(two) and calls
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_sigkill_at_random_moments_changes_nothing(micro, first, tmp_path, monkeypatch):
+    """The first kill comes in the fourth step, and the state is saved after the first: so resuming is what is
+    tried, whenever the others come."""
+    whole, killed = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "killed")
+    schedule, argv = train.learning_rate, ["--lock", "--epochs", 4]
+    monkeypatch.setattr("plumbing.training.SAVE_EVERY", 0)
+
+    def start(out, last=math.inf):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            kill = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step > last else None
+            train.learning_rate = lambda step, *rest: (kill(step), schedule(step, *rest))[1]
+            try:
+                with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+                    train.main(micro("code", out, *argv))
+                code = 0
+            finally:
+                os._exit(code)
+        return child
+
+    began = time.time()
+    assert os.waitpid(start(whole), 0)[1] == 0
+    seconds, moments = time.time() - began, random.Random(0)
+    assert os.waitpid(start(killed, 2), 0)[1] == signal.SIGKILL
+    for _ in range(3):
+        child = start(killed)
+        time.sleep(seconds * moments.uniform(0.2, 0.6))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert os.waitpid(start(killed), 0)[1] == 0
+    assert outcome(killed) == outcome(whole)
+    starts = [json.loads(line) for line in (killed / "log.jsonl").read_text().splitlines() if "start" in line]
+    assert any(line["start"] > 0 for line in starts)
+
+
+def test_a_kill_between_commit_and_measuring_is_made_good(micro, first, tmp_path, monkeypatch):
+    out, seen = copy_of(first, tmp_path), Run(first).manifest["results"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "results": []}))
+    train.main(micro("code", out, "--lock"))
+    assert Run(out).manifest["results"][0] == seen[0] and len(Run(out).manifest["results"]) == 2
+    train.main(micro("alpaca", out))  # nothing left to do: the report again, whatever the options
+    assert len(Run(out).manifest["results"]) == 2
+
+
+def test_an_interrupt_saves_and_says_how_to_go_on(micro, first, tmp_path, monkeypatch):
+    whole, out = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "interrupted")
+    train.main(micro("code", whole, "--lock"))
+    schedule = train.learning_rate
+    monkeypatch.setattr(
+        train,
+        "learning_rate",
+        lambda s, *a: (signal.raise_signal(signal.SIGINT) if s == 5 else None, schedule(s, *a))[1],
+    )
+    with pytest.raises(KeyboardInterrupt, match="step 6 of 12; the same command goes on"):
+        train.main(micro("code", out, "--lock"))
+    monkeypatch.setattr(train, "learning_rate", schedule)
+    train.main(micro("code", out, "--lock"))
+    assert outcome(out) == outcome(whole)
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("[{", "not readable as JSON"),
+        ("{}", "record 1 (line 1) has no text under 'instruction'"),
+        ("[]", "expected a JSON list"),
+        (json.dumps([RECORD, {"instruction": "x"}]), "record 2 has no text under 'output'"),
+        (json.dumps([RECORD, {**RECORD, "output": 3}]), "record 2 has no text under 'output'"),
+        (json.dumps([{**RECORD, "input": []}]), "record 1 has something other than text under 'input'"),
+        (json.dumps([{**RECORD, "output": " "}] * 3), "no usable records"),
+    ],
+)
+def test_bad_data_gets_one_line_and_loses_nothing(micro, first, tmp_path, content, message):
+    out, bad = copy_of(first, tmp_path), tmp_path / "bad.json"
+    bad.write_text(content)
+    before = snapshot_of(out)
+    with pytest.raises(Refused) as e:
+        train.main(micro("mine", out, "--lock", "--data", bad))
+    assert message in str(e.value) and "bad.json" in str(e.value) and "\n" not in str(e.value)
+    assert snapshot_of(out) == before
+
+
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (["--rank", 5], "its first task fixed 2"),
+        (["--probe", "adapted"], "its first task fixed bare"),
+        (["--template", "chat"], "its first task fixed alpaca"),
+        (["--top-k", 99], "more than --bases 4"),
+        (["--backbone", "tiny"], "belongs to another backbone"),
+        (["--backbone", "/no/such/folder"], "cannot be loaded"),
+        (["--backbone", "/no/such.gguf"], "such.gguf"),
+        (["--data", "/no/such.json"], "no such file"),
+        (["--device", "tpu"], "not available"),
+        (["--task", "../x"], "use letters"),
+    ],
+)
+def test_options_that_cannot_be_get_one_line_and_lose_nothing(micro, first, tmp_path, more, message):
+    out = copy_of(first, tmp_path)
+    before = snapshot_of(out)
+    with pytest.raises(Refused) as e:
+        train.main(micro("code", out, "--lock", *more))
+    assert message in str(e.value) and "\n" not in str(e.value)
+    assert snapshot_of(out) == before
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        (["--task", "x", "--quantile", "2"], "out of range"),
+        (["--task", "x", "--batch", "0"], "out of range"),
+        (["--lr", "1"], "--task"),
+        (["--task", "x", "--lock", "hard"], "invalid choice"),
+        (["--task", "x", "--lr", "fast"], "not a number"),
+    ],
+)
+def test_the_command_line_answers_in_one_line(capsys, argv, message):
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_unknown_task_damaged_state_and_foreign_manifest_are_refused(micro, first, tmp_path):
+    out = copy_of(first, tmp_path)
+    with pytest.raises(Refused, match="brings no data of its own"):
+        train.main(
+            ["--task", "poems", "--backbone", "tiny", "--device", "cpu", "--out", str(tmp_path / "new")]
+        )
+    assert not (tmp_path / "new").exists()
+    (out / "training.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(Refused, match="damaged training state"):
+        train.main(micro("code", out, "--lock"))
+    (out / "manifest.json").write_text('{"format": 99}')
+    with pytest.raises(Refused, match="format: 99"):
+        train.main(micro("code", out, "--lock"))
+
+
+def test_a_chat_is_learned_and_asked_in_the_chat_template_until_its_turn_ends(chat, micro, tmp_path, capsys):
+    run = Run(chat)
+    assert run.template == "chat"
+    assert run.manifest["results"][0]["stored"]["chats"] < 2 < run.manifest["results"][0]["base"]["chats"]
+    capsys.readouterr()
+    for more in ([], ["--version", "chats"]):
+        evaluation.main(["--run", str(chat), "--prompt", "Say 99.", "--max-new-tokens", "30", *more])
+        assert capsys.readouterr().out.startswith("Hello.\n\n[version")
+    evaluation.main(["--run", str(chat), "--exact-match"])
+    assert "chats: 6 of 6 answers exactly right" in capsys.readouterr().out
+    out, backbone = copy_of(chat, tmp_path), run.manifest["backbone"]["name"]
+    more = "--lock", "--backbone", backbone, "--rank", 7, "--examples", 16
+    with pytest.raises(Refused, match="--template alpaca does not fit .* fixed chat"):
+        train.main(micro("code", out, *more, "--template", "alpaca"))
+    train.main(micro("code", out, *more))  # and without a word it is the run's
+    assert Run(out).template == "chat" and outcome(out)[1][1]["identical"]["chats"] == [6, 6]
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_before_anything_is_written(micro, tmp_path):
+    with pytest.raises(Refused, match="--template chat: the backbone's tokenizer has no chat template"):
+        train.main(micro("alpaca", tmp_path / "run", "--template", "chat"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
+    """L = L_LM + 5 L_lock + 0.5 L_sep + 2 L_budget over four examples, in micro-batches of three and one."""
+    model, examples = micro_model(bases=6), random_examples(4)
+    torch.manual_seed(3)
+    dynamics, then, now = CoordinateDynamics(32, 4), WeightField(2, 6, 4, 7), WeightField(2, 6, 4, 7)
+    region = Region.fit(torch.tanh(torch.randn(40, 4)))
+    anchors = sample_anchors(region, 8, 0)
+    old = a_version_of(then, dynamics, region, anchors, {})
+    learner = train.Learner(model=model, field=now, dynamics=dynamics, top_k=2, reads=[], protected=[old])
+    args = argparse.Namespace(lambda_lock=5.0, lambda_sep=0.5, margin=3.0)
+    h_bar, tokens = model.probe([p for p, _ in examples]), sum(len(r) for _, r in examples)
+    terms = [
+        train.loss_terms(learner, examples[i:j], h_bar[i:j], args, (j - i) / 4, tokens)
+        for i, j in ((0, 3), (3, 4))
+    ]
+    z = dynamics(h_bar)
+    nll = 0.0
+    for (p, r), coordinate in zip(examples, z):
+        with model.gated(top_k_gating(now(coordinate[None]), 2)):
+            log_p = model.backbone(torch.tensor([p + r])).logits[0].log_softmax(-1)
+        nll = nll - sum(log_p[len(p) - 1 + i, t] for i, t in enumerate(r))
+    lock = sum(((now(a[None]) - s) ** 2).sum() for a, s in zip(anchors, old.snapshot)) / 8
+    separation = (
+        sum(max(0.0, region.tau + 3.0 - float(region.distance(c[None]))) ** 2 for c in z.detach()) / 4
+    )
+    wanted = {"lm": nll / tokens, "lock": 5 * lock, "sep": torch.tensor(separation / 2)}
+    for name, value in wanted.items():
+        torch.testing.assert_close(sum(t[name] for t in terms), value, atol=1e-4, rtol=1e-4)
+        assert value > 0.01, name
+
+
+@pytest.mark.parametrize("n, batch, grad_accum", [(100, 4, 2), (37, 3, 1), (5, 1, 16), (64, 16, 1)])
+def test_an_epoch_has_every_example_once_and_like_lengths_together(n, batch, grad_accum):
+    args = argparse.Namespace(batch=batch, grad_accum=grad_accum, seed=7)
+    lengths = torch.randperm(n).tolist()
+    examples, steps = [([0] * length, [1]) for length in lengths], -(-n // (batch * grad_accum))
+    epochs = [[train.micro_batches(examples, e * steps + s, args) for s in range(steps)] for e in range(2)]
+    for epoch in epochs:
+        micros = [micro for step in epoch for micro in step]
+        assert sorted(i for micro in micros for i in micro) == list(range(n))
+        assert len(micros) == -(-n // batch) and max(map(len, micros)) == batch
+        assert {len(step) for step in epoch[:-1]} <= {grad_accum}
+    assert n <= 5 or epochs[0] != epochs[1]
+    if n == 100:  # padded to the longest, beside batches as they come
+        padded = lambda groups: sum(len(g) * max(lengths[i] for i in g) for g in groups)
+        as_they_come = [list(range(i, i + batch)) for i in range(0, n, batch)]
+        assert padded(micros) < 0.8 * padded(as_they_come)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [train.learning_rate(s, 100, 1.0) for s in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0
+    assert rates[-1] < 1e-3 and all(a >= b for a, b in zip(rates[5:], rates[6:]))
+
+
+def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "TINY", dict(train.TINY, examples=16, val_examples=4))
+    command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
+    stream.main(["1", *command])
+    first = Run(tmp_path / "run").manifest["versions"]
+    stream.main(["2", *command])
+    found, context = tmp_path / "s.json", bench.multiprocessing.get_context
+    # A fork imports nothing anew.
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda _: context("fork"))
+    bench.main(["growth", "--run", str(tmp_path / "run"), "--repeats", "1", "--json", str(found)])
+    run, lines = Run(tmp_path / "run"), json.loads(found.read_text())["rows"]
+    versions, row = run.manifest["versions"], run.manifest["results"][-1]
+    assert run.tasks == ["alpaca-before", "code-append"] and versions[:1] == first
+    assert {r["kind"] for r in run.validation("alpaca-before")} == {"before"}
+    assert [x["bases_read"] for x in lines] == [0, 16] and all(x["bases_written"] == 16 for x in lines)
+    assert [x["bytes"] for x in lines] == [run.path(v["hash"]).stat().st_size for v in versions]
+    assert [x["stored_forgetting"] for x in lines] == [0, 0] and lines[1]["identical"] == [8, 8]
+    assert lines[1]["routed_home"] == sum(row["routing"][t][t] for t in run.tasks) / 8
+    assert all(x["memory"] > 10**8 and x["routed_ms"] > 0 for x in lines)
+
+
+@pytest.mark.parametrize("n, batch, size", [(16, 16, 2), (48, 16, 2), (40, 16, 3), (5, 1, 3), (2, 4, 3)])
+def test_every_process_has_its_share_of_a_step(n, batch, size, monkeypatch):
+    micros = [[*range(n)][i : i + batch] for i in range(0, n, batch)]
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(train, "rank_and_size", lambda rank=rank: (rank, size))
+        own = train.take_share(micros, batch)
+        assert all(0 < len(micro) <= batch for micro in own)
+        shares.append(sum(own, []))
+    assert sorted(sum(shares, [])) == [*range(n)] and max(map(len, shares)) - min(map(len, shares)) <= 1
+    monkeypatch.undo()
+    assert train.take_share(micros, batch) is micros
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert [pick_device(wanted) for wanted in (None, "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
+    monkeypatch.setattr("plumbing.backbone.rank_and_size", lambda: (1, 2))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [pick_device(wanted) for wanted in (None, "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert taken == [1, 1]
+    with pytest.raises(Refused, match="a GPU of its own: 2 here"):
+        pick_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(Refused, match="a GPU of its own: 2 here"):
+        pick_device(None)
+
+
+def steps_of(run):
+    return [line for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "step" in line]
+
+
+def as_one_process(run, one):
+    """The same losses and perplexities, and one line for each step."""
+    steps, expected = steps_of(run), steps_of(one)
+    assert [line["step"] for line in steps] == [*range(1, len(expected) + 1)]
+    for line, other in zip(steps, expected):
+        assert all(line[key] == pytest.approx(other[key], abs=1e-4) for key in ("lm", "lock", "sep"))
+    (row,), (other,) = (Run(folder).manifest["results"] for folder in (run, one))
+    for key in ("base", "stored", "routed"):
+        assert row[key]["alpaca"] == pytest.approx(other[key]["alpaca"], rel=1e-3)
+    assert row["identical"] == other["identical"] and row["routing"] == other["routing"]
+
+
+def train_in_two(argv, folder, rate=None, main=train.main):
+    """Train in two processes, as torchrun would start them. -> (what each printed, the line that ended it,
+    its code as `os.wait` has it), lists. rate(rank, step, ...): instead of our learning rate."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    address |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 1
+            try:
+                os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                if rate:
+                    train.learning_rate = functools.partial(rate, rank)
+                (folder / f"{rank}.end").write_text("")
+                with open(folder / f"{rank}.out", "w") as out:
+                    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                        run_program(lambda: main(argv))
+                code = 0
+            except SystemExit as e:
+                (folder / f"{rank}.end").write_text(e.code if isinstance(e.code, str) else "")
+            except BaseException as e:
+                (folder / f"{rank}.end").write_text(repr(e))
+            finally:
+                os._exit(code)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    out, end = ([(folder / f"{rank}.{what}").read_text() for rank in range(2)] for what in ("out", "end"))
+    return out, end, codes
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("more", ["--epochs 3", "--probe adapted --pool sequence --batch 1 --grad-accum 3"])
+def test_two_processes_learn_what_one_learns(micro, tmp_path, monkeypatch, more):
+    """Two sums of the same numbers. Rounding stays rounding: plain steps in place of AdamW's, which makes a
+    step of any gradient however near to zero, and no choice of bases, which could be a near tie."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, **_: torch.optim.SGD(weights, lr))
+    one, two, more = tmp_path / "one", tmp_path / "two", ["--top-k", "4", "--epochs", "1", *more.split()]
+    train.main(micro("alpaca", one, *more))
+    (out, silent), _, codes = train_in_two(micro("alpaca", two, *more), tmp_path)
+    as_one_process(two, one)
+    assert out.count("data  ") == out.count("in all, peak memory") == 1 and silent == "" and codes == [0, 0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_that_is_killed_or_stopped_ends_both_and_the_same_command_goes_on(
+    micro, first, tmp_path, monkeypatch
+):
+    whole, broken = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "broken")
+    before, schedule = len(steps_of(first)), train.learning_rate
+    monkeypatch.setattr("plumbing.training.SAVE_EVERY", 0)
+    assert train_in_two(micro("code", whole, "--lock"), tmp_path)[2] == [0, 0]
+
+    def disturb(rank, step, *rest, which, at, by):
+        if (rank, step) == (which, at):
+            signal.raise_signal(by)
+        return schedule(step, *rest)
+
+    for which, at, by, said in (
+        (1, 3, signal.SIGKILL, ENDED),
+        (0, 5, signal.SIGKILL, ENDED),
+        (1, 7, signal.SIGINT, "stopped and saved at step 8 of 12; the same command goes on from there"),
+    ):
+        rate = functools.partial(disturb, which=which, at=at, by=by)
+        _, ends, codes = train_in_two(micro("code", broken, "--lock"), tmp_path, rate)
+        lines = "".join(ends).strip().splitlines()
+        assert len(lines) == 1 and lines[0].endswith(said)
+        assert codes[which] == (by if by == signal.SIGKILL else 256) and codes[1 - which] == 256
+    assert train_in_two(micro("code", broken, "--lock"), tmp_path)[2] == [0, 0]
+    assert outcome(broken) == outcome(whole)
+    log = [json.loads(line) for line in (broken / "log.jsonl").read_text().splitlines()]
+    starts = [line["start"] for line in log if "start" in line][1:]
+    assert starts == sorted(starts) and starts[0] == 0 < starts[1] and starts[-1] == 8
+    losses = [{line["step"]: line["lm"] for line in steps_of(run)[before:]} for run in (broken, whole)]
+    assert losses[0] == losses[1] and [*losses[1]] == [*range(1, 13)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_two_processes_learn_a_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "TINY", dict(train.TINY, examples=16, val_examples=20))
+    command = ["2", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert train_in_two(command, tmp_path, main=stream.main)[1:] == (["", ""], [0, 0])
+    run = Run(tmp_path / "run")
+    assert run.tasks == ["alpaca-before", "code-append"] and not any(wrong for _, wrong in commit.verify(run))
+    same, of = run.manifest["results"][-1]["identical"]["alpaca-before"]
+    assert same == of > 0
+
+
+def test_processes_that_torchrun_starts_speak_and_write_as_one(micro, first):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [HERE / "train.py", *micro("alpaca", first)]
+    before, env = snapshot_of(first), dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert (done.returncode, done.stderr, snapshot_of(first)) == (0, "", before)
+    assert done.stdout.count("nothing to train") == done.stdout.count("in all, peak memory") == 1
+
+
+def test_a_committed_task_that_is_asked_for_with_other_options_says_what_it_was_trained_with(
+    micro, first, capsys
+):
+    before = snapshot_of(first)
+    train.main(micro("alpaca", first))
+    assert "it was trained with" not in capsys.readouterr().out
+    train.main(micro("alpaca", first, "--lr", "0.5"))
+    assert "nothing to train\nit was trained with lr 0.02;" in capsys.readouterr().out
+    assert snapshot_of(first) == before
+
+
+def test_the_literal_forms_that_benchmarks_run_still_give_the_same(double, micro, monkeypatch, capsys):
+    """In double precision: a search goes by signs of gradients, which are none of rounding there."""
+    load_in_double(monkeypatch)
+    bench.bench_ftn("clf", 1, steps=1)
+    assert "same mask in 2 of 2 batches" in capsys.readouterr().out
+    bench.bench_lora_ftn(micro("alpaca", "unused")[3], 1)
+    assert "the two masks share 100.0%" in capsys.readouterr().out
+    logits, (backbone, pad_id, examples) = [], bench.make_backbone("tiny")
+    for side in (bench.Gated, bench.Loops):
+        torch.manual_seed(0)
+        model = side(backbone, pad_id, examples[:2])
+        gating = model.gating(model.h_bar)
+        logits.append(model.model.logits(examples[:2], gating)[0])
+        model.model.detach()
+    torch.testing.assert_close(*logits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_the_exact_lock_holds_too(micro, tmp_path):
+    for task in ("alpaca", "code"):
+        train.main(micro(task, tmp_path / "run", "--lock", "--device", "cuda"))
+    assert Run(tmp_path / "run").manifest["results"][-1]["identical"]["alpaca"] == [32, 32]
