@@ -108,7 +108,8 @@ def test_a_claim_is_shown_by_a_test_or_by_a_file_of_results():
     rows = lambda name: report.read_results(name)["rows"]
     claims = report.niwf_claims(rows) + report.ftn_claims(rows)
     assert {verdict for *_, verdict in claims} == {"holds", "fails", "partly", "open"}
-    here = (HERE / "test_all.py").read_text()
+    tests = [HERE / "test_all.py", *(HERE / "tests").glob("*.py")]
+    here = "".join(path.read_text() for path in tests)
     for _, _, _, see, _ in claims:
         if see.startswith("`"):
             assert re.search(rf"^def test_\w*{see.strip('`').split()[-1]}", here, re.MULTILINE), see
