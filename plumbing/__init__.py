@@ -12,7 +12,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 class Refused(Exception):
-    """Something the user can mend, in one line. Nothing on disk has been changed."""
+    """An error that the user can mend, told in one line. Nothing on disk has been changed."""
 
     def __init__(self, message):
         text = " ".join(str(message).split())

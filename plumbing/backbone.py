@@ -42,8 +42,8 @@ TINY_FOLDER = str(pathlib.Path(__file__).parent.parent / "assets" / "tiny")
 
 
 def pick_device(wanted):
-    """The device asked for, or the best there is; of several processes each gets a GPU of its own. Refused:
-    it is not available."""
+    """Return the device that is asked for, or the best there is. Each of several processes gets a GPU of its
+    own. Raises Refused if it is not available."""
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, colon, index = (wanted or found).partition(":")
     count = torch.cuda.device_count() if kind == "cuda" else 1
@@ -60,7 +60,7 @@ def pick_device(wanted):
 
 @functools.cache
 def hub_or_cache():
-    """Without a network the Hub's client retries for a minute: ask once, else its cache alone."""
+    """Ask once whether the Hub is there; if not, use the cache alone. Its client would retry for a minute."""
     host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname
     try:
         if not (huggingface_hub.constants.HF_HUB_OFFLINE or urllib.request.getproxies()):
@@ -71,8 +71,8 @@ def hub_or_cache():
 
 @contextlib.contextmanager
 def loading(name):
-    """Within this block every error is a Refused: the Hub and every format have errors of their own; to the
-    user they are one."""
+    """Turn every error within this block into Refused. The Hub and each format have errors of their own, and
+    to the user they mean the same."""
     try:
         yield
     except (MemoryError, Refused):
@@ -85,8 +85,8 @@ def loading(name):
 
 
 def find_backbone(name):
-    """Where a backbone lies, see `load_backbone`. -> (path or Hub id, options of `from_pretrained`). Refused:
-    it cannot be read."""
+    """Return where a backbone lies, see `load_backbone`: a path or Hub id, and options of `from_pretrained`.
+    Raises Refused if it cannot be read."""
     path, options = TINY_FOLDER if name == "tiny" else name, {"trust_remote_code": False}
     if name.endswith(".gguf"):
         for package in ("gguf", "accelerate"):
@@ -105,8 +105,8 @@ def find_backbone(name):
 
 
 def from_shape(name, dtype, layers=None):
-    """A backbone of this shape with random weights, and with so many layers if that is said. No weights are
-    read. Refused: there is no such shape."""
+    """Make a backbone of this shape with random weights, and with so many layers if that is said. It reads
+    no weights. Raises Refused if there is no such shape."""
     with loading(name):
         if name in RANDOM:
             config = transformers.AutoConfig.for_model(**RANDOM[name])
@@ -145,9 +145,11 @@ def size_of(backbone):
 
 
 def load_backbone(name, device, device_map=None):
-    """name: "tiny" (embedded), one of RANDOM (a shape, random weights), FILE.gguf, a Hub id or a local
-    folder. device_map: "auto" spreads it over all GPUs, then the CPU's memory, then the disk (accelerate).
-    -> (backbone, tokenizer): bfloat16 on a GPU, float32 on a CPU and for tiny. Refused: it cannot be had.
+    """Return (backbone, tokenizer): in bfloat16 on a GPU, in float32 on a CPU and for tiny.
+
+    name: "tiny" (embedded), one of RANDOM (a shape, random weights), FILE.gguf, a Hub id or a local folder.
+    device_map: "auto" spreads it over all GPUs, then the CPU's memory, then the disk (accelerate). Raises
+    Refused if it cannot be had.
 
     No code that comes with a model is run and nothing is unpickled: safetensors or GGUF, or nothing."""
     transformers.logging.set_verbosity_error()

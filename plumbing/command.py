@@ -24,7 +24,7 @@ from plumbing.processes import joined_processes
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows every default in one way, " [default]", unless the help text says it in words."""
+    """Show every default in one way, " [default]", unless the help text says it in words."""
 
     def _get_help_string(self, action):
         plain = type(action.default) in (int, float, str) and action.default not in ("", argparse.SUPPRESS)
@@ -32,8 +32,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, and takes text only. Its --help has, from the
-    docstring of a program, the first sentences and the command lines that this parser is for."""
+    """An argument parser that says what is wrong in one line, and takes text only. Its --help begins and ends
+    with what a program's docstring says: the first sentences, and the command lines that it is for."""
 
     def __init__(self, doc, **how):
         super().__init__(formatter_class=HelpFormatter, **how)
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=1e9):
-    """An argparse type: a number of this kind in [low, high], which leaves out nan and inf."""
+    """Return an argparse type: a number of this kind in [low, high], which leaves out nan and inf."""
 
     def parse(text):
         try:
@@ -71,8 +71,8 @@ def number(kind, low, high=1e9):
 
 
 def output_file(text):
-    """An argparse type: a JSON file to write results to, tried before anything is computed. An older file of
-    results is replaced, any other file is not."""
+    """Check a JSON file to write results to, before anything is computed; an argparse type. An older file of
+    results may be replaced, any other file may not."""
     path = pathlib.Path(text)
     try:
         if path.is_dir():
@@ -90,7 +90,7 @@ def output_file(text):
 
 
 def provenance():
-    """What a result depends on besides its options: date, revision, versions, machine."""
+    """Return what a result depends on besides its options: date, revision, versions, machine."""
     git = ["git", "-C", pathlib.Path(__file__).parent.parent, "rev-parse", "HEAD"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -115,7 +115,7 @@ def write_results(path, program, argv, indent=None, **content):
 
 
 def run_program(main):
-    """Run a program's `main`. What the user can mend, or a Ctrl-C, ends in one line and not in a
+    """Run a program's `main`. An error that the user can mend, and Ctrl-C, end in one line and not in a
     traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     name = pathlib.Path(sys.argv[0]).name

@@ -51,16 +51,18 @@ def validate(value, form, where):
 
 
 def check_name(option, name):
-    """Names become file names. Refused: this one cannot."""
+    """Raise Refused if a name cannot become a file name."""
     if not NAME.fullmatch(name) or len(name.encode()) > 200:
         raise Refused(f"{option} {name!r}: use letters, digits, '_', '-' and '.'")
 
 
 def refuse_constant(text):
+    """Raise ValueError: NaN and infinities are no JSON."""
     raise ValueError(f"{text} is no number")
 
 
 def refuse_twice(pairs):
+    """Return a dict of pairs. Raises ValueError if a key is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = sorted(key for key, _ in pairs)
@@ -69,7 +71,7 @@ def refuse_twice(pairs):
 
 
 def parse_json(text, where):
-    """What a JSON text holds. Refused: it is not JSON, or an object in it has a key twice."""
+    """Return what a JSON text holds. Raises Refused if it is not JSON, or an object has a key twice."""
     try:
         return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_twice)
     except (ValueError, RecursionError) as e:
@@ -77,7 +79,7 @@ def parse_json(text, where):
 
 
 def read_text(path, own):
-    """The text of a file. own: it lies in a run folder. Refused: it is no plain file, or not UTF-8."""
+    """Return the text of a file. own: it lies in a run folder. Raises Refused if it is not plain UTF-8."""
     path = pathlib.Path(path)
     if not path.is_file() or own and path.is_symlink():
         raise Refused(f"{path}: no such file" if not path.exists() else f"{path}: not a plain file")
@@ -88,15 +90,14 @@ def read_text(path, own):
 
 
 def read_json(path, own=True):
-    """What a JSON file holds. Refused: see `read_text` and `parse_json`."""
+    """Return what a JSON file holds. Raises Refused as `read_text` and `parse_json` do."""
     return parse_json(read_text(path, own), path)
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """Gives a temporary path beside `path`; on success it is fsynced and renamed over it. So whoever reads,
-    even after a kill, finds the old contents or the new, never a part. Of several processes the first alone
-    writes."""
+    """Give a temporary path beside `path`; on success fsync it and rename it over `path`. So whoever reads,
+    even after a kill, finds the old contents or the new, never a part. Only the first process writes."""
     if rank_and_size()[0]:
         yield pathlib.Path(os.devnull)
         return

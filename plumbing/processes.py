@@ -11,14 +11,16 @@ import torch.distributed as dist
 
 from plumbing import Refused
 
-PATIENCE = datetime.timedelta(minutes=10)  # one that ended is noticed at once: this is for one that hangs
+PATIENCE = datetime.timedelta(
+    minutes=10
+)  # for a process that hangs; that one ended is noticed at once
 ENDED = "another process of this training ended, or torchrun; the same command goes on from what is saved"
 
 
 @contextlib.contextmanager
 def joined_processes():
-    """Within this block the processes that torchrun started work as one. The first alone prints. But what
-    ends one ends all: whichever ends badly before the others says why. Refused: they cannot be joined."""
+    """Within this block the processes that torchrun started work as one. Only the first prints. When one ends
+    badly, all end, and the first to do so says why. Raises Refused if they cannot be joined."""
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
@@ -51,19 +53,19 @@ def joined_processes():
 
 
 def rank_and_size():
-    """The number of this process, and how many work together; (0, 1) where it is the only one."""
+    """Return the number of this process, and how many work together; (0, 1) if it is alone."""
     joined = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 def sum_over_processes(*tensors):
-    """Replace tensors of one type and device by their sums over all processes, the same bits in each. One
-    process leaves them as they are. Refused: another process has ended."""
+    """Replace tensors of one type and device by their sums over all processes, the same bits in each. A
+    process that is alone leaves them as they are. Raises Refused if another process has ended."""
     if rank_and_size()[1] == 1:
         return
     flat = torch.cat([t.flatten() for t in tensors])
     try:
-        if flat.is_cuda:  # NCCL would wait for one that has ended, gloo does not
+        if flat.is_cuda:  # gloo notices a process that has ended; NCCL would wait for it
             dist.all_reduce(torch.zeros(1))
         else:
             flat = flat.cpu()
@@ -75,15 +77,15 @@ def sum_over_processes(*tensors):
 
 
 def any_process(asks):
-    """Does any of the processes ask for it?"""
+    """Return whether any of the processes asks for it."""
     count = torch.tensor([int(bool(asks))])
     sum_over_processes(count)
     return bool(count)
 
 
 def first_alone(change):
-    """Decorates what changes files: of several processes the first does it. It waits until all have come
-    here, as they may still be reading; then they wait for it."""
+    """Run a function that changes files only in the first process. It begins when all have come here, as they
+    may still be reading, and the others wait until it is done."""
 
     @functools.wraps(change)
     def alone(*args, **kwargs):

@@ -70,7 +70,7 @@ def read_source(path, template="alpaca"):
 
 
 def read_records(path, template="alpaca", own=False):
-    """Return the plain records of a file. own: it is of a run folder. Raises Refused: see `read_source`."""
+    """Return the plain records of a file. own: it is of a run folder. Raises Refused like `read_source`."""
     if not own:
         return read_source(path, template).records
     rows = read_json(path)

@@ -63,7 +63,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def read_rows(path):
-    """The rows of a file that `synthetic.py --json` wrote. Refused: it is no such file."""
+    """The rows of a file that `synthetic.py --json` wrote. Raises Refused if it is no such file."""
     try:
         results = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -148,7 +148,7 @@ def check_masks(result):
 
 
 def grouped(results):
-    """{variant: its results}. Refused: they differ in more than method and seed, or one is there twice."""
+    """{variant: its results}. Raises Refused if they differ in more than method and seed."""
     groups = {}
     for result in results:
         groups.setdefault(result["variant"], []).append(result)
@@ -881,7 +881,7 @@ def made_by(name, content):
 
 
 def results_page():
-    """studies/results/README.md, part by part. Refused: a file is no file of results."""
+    """studies/results/README.md, part by part. Raises Refused if a file is no file of results."""
     yield "# Results\n\nWritten by `python -m studies.report` from the files in this folder, whole."
     yield "Mean ± standard deviation over seeds. Perplexity is over response tokens, end token included."
     yield from [
