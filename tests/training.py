@@ -166,8 +166,9 @@ def test_the_papers_own_setting_runs_and_is_read_back(micro, tmp_path):
     )
 
 
-def test_routing_is_measured_on_what_there_is_when_a_prompt_is_asked(micro, tmp_path):
+def test_routing_is_measured_on_what_there_is_when_a_prompt_is_asked(micro, tmp_path, monkeypatch):
     """Pooling over prompt and response is the paper's, but an answer has to be routed before it is there."""
+    load_in_double(monkeypatch)
     out = tmp_path / "run"
     train.main(micro("alpaca", out, "--pool", "sequence"))
     train.main(micro("code", out, "--lock"))
@@ -628,6 +629,7 @@ def test_the_literal_forms_that_benchmarks_run_still_give_the_same(double, micro
     load_in_double(monkeypatch)
     bench.bench_ftn("clf", 1, steps=1)
     assert "same mask in 2 of 2 batches" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "StyleRow", functools.partial(bench.StyleRow, side=6, k=18))
     bench.bench_lora_ftn(micro("alpaca", "unused")[3], 1)
     assert "the two masks share 100.0%" in capsys.readouterr().out
     logits, (backbone, pad_id, examples) = [], bench.make_backbone("tiny")
