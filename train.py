@@ -63,33 +63,6 @@ LENGTH_WINDOW = 4  # steps among whose examples those of like length are put tog
 # -------------------------------------------------------------------------------------- what a task may write
 
 
-@dataclasses.dataclass
-class Learner:
-    """What learns a task: the model with its bank, a field and the dynamics."""
-
-    model: NIWF
-    field: WeightField
-    dynamics: CoordinateDynamics
-    top_k: int
-    reads: list  # hashes of the versions whose bases it may read, but not write
-    protected: list  # versions whose anchors hold the field: those of the soft lock
-
-    def gating(self, z):
-        """z [B, d] -> (indices, weights), both [B, L, K]."""
-        return top_k_gating(self.field(z), self.top_k)
-
-    def probe(self, examples, args, split=True):
-        """Return h_bar [n, features] of an adapted probe, the paper's own: pass 1 with the gating at z_0."""
-        return probe_all(self.model, examples, args.pool, self.gating(self.dynamics.z0[None]), split)
-
-    def weights(self):
-        """Return what training changes, by name."""
-        weights = {f"bank.{key}": p for key, p in self.model.bank.live.items()}
-        for name, module in (("field", self.field), ("dynamics", self.dynamics)):
-            weights |= {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}
-        return weights
-
-
 def writable(run, model, h_bar, args):
     """Return what learns a new task, with what the lock lets it write. This is all that the locks differ in.
 
@@ -121,6 +94,33 @@ def writable(run, model, h_bar, args):
         reads=[v.hash for v in run.versions] if args.lock == "exact" else [],
         protected=run.versions if args.lock == "soft" else [],
     )
+
+
+@dataclasses.dataclass
+class Learner:
+    """What learns a task: the model with its bank, a field and the dynamics."""
+
+    model: NIWF
+    field: WeightField
+    dynamics: CoordinateDynamics
+    top_k: int
+    reads: list  # hashes of the versions whose bases it may read, but not write
+    protected: list  # versions whose anchors hold the field: those of the soft lock
+
+    def gating(self, z):
+        """z [B, d] -> (indices, weights), both [B, L, K]."""
+        return top_k_gating(self.field(z), self.top_k)
+
+    def probe(self, examples, args, split=True):
+        """Return h_bar [n, features] of an adapted probe, the paper's own: pass 1 with the gating at z_0."""
+        return probe_all(self.model, examples, args.pool, self.gating(self.dynamics.z0[None]), split)
+
+    def weights(self):
+        """Return what training changes, by name."""
+        weights = {f"bank.{key}": p for key, p in self.model.bank.live.items()}
+        for name, module in (("field", self.field), ("dynamics", self.dynamics)):
+            weights |= {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}
+        return weights
 
 
 @torch.no_grad()
