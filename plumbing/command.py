@@ -133,4 +133,4 @@ def run_program(main):
             raise
         raise SystemExit(f"{name}: not enough memory ({str(e).splitlines()[0]})") from None
     except KeyboardInterrupt as e:
-        raise SystemExit(f"\n{name}: {e or 'stopped'}") from None
+        raise SystemExit(f"\n{name}: {str(e) or 'stopped'}") from None
