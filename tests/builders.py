@@ -130,6 +130,15 @@ def no_waiting_for_the_disk():
         yield
 
 
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before():
+    """Set the number of threads back after a test: some programs set one, and bits are promised for one
+    number of threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
     """A folder with a micro backbone, and the options of a small run on it."""
