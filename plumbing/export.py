@@ -239,14 +239,14 @@ def export(run, name, folder, merged=False, backbone=None):
     """Write a version to a new or empty folder: an adapter in PEFT's format, or a checkpoint that any program
     of transformers loads. Return what was written, as a dict. backbone: where it lies now, if not where it
     was. Raises Refused if the folder holds something; see `update_of`, `write_adapter` and `write_merged`."""
-    if backbone:
-        run.open_backbone(backbone, "cpu")  # it is verified, and remembered
-    backbone = backbone or run.manifest["backbone"]["name"]
+    where = backbone or run.manifest["backbone"]["name"]
     with atomic_folder(folder) as tmp:
         update, title = update_of(run, name), f"{name} of {run.folder.name}"
         if merged:
-            about = write_merged(update, *run.open_backbone(backbone, "cpu"), run.template, title, tmp)
+            about = write_merged(update, *run.open_backbone(where, "cpu"), run.template, title, tmp)
         else:
-            about = write_adapter(update, backbone, run.template, title, tmp)
+            if backbone:  # An adapter needs no weights, but a new place is verified, and remembered.
+                run.open_backbone(backbone, "cpu")
+            about = write_adapter(update, where, run.template, title, tmp)
     rank = len(next(iter(update.values()))[0])
     return {"folder": str(folder), "merged": merged, "r": rank, "target_modules": sorted(update), **about}

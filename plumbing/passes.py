@@ -45,7 +45,7 @@ def pad_left(rows, pad_id, backbone):
 
 
 def run_padded(body, ids, mask, **kwargs):
-    """One pass over left-padded ids. Positions count real tokens, so padding does not shift them."""
+    """Run one pass over left-padded ids. Positions count real tokens, so padding does not shift them."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return body(input_ids=ids, attention_mask=mask, position_ids=positions, **kwargs)
 
@@ -59,8 +59,8 @@ def last_logits(backbone, ids, mask, cache=None):
 
 
 def per_sequence(x, y, rows, columns):
-    """Does a module that makes y of x see the tokens of all rows in their order, [B, T, d] or [B T, d]? An
-    expert sees those alone that a router sends it, so it cannot tell whose they are."""
+    """Return whether a module that makes y of x sees the tokens of all rows in their order, [B, T, d] or
+    [B T, d]. An expert sees only those that a router sends it, so it cannot tell whose they are."""
     if not isinstance(y, torch.Tensor) or y.shape[:-1] != x.shape[:-1]:
         return False
     return x.dim() > 2 and len(x) == rows or x.dim() == 2 and len(x) == rows * columns

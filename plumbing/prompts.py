@@ -19,12 +19,12 @@ from plumbing import Refused
 
 
 def today():
-    """The day that a chat template would be told now, in ISO's form."""
+    """Return the day that a chat template would be told now, in ISO's form."""
     return chat_template_utils.datetime.now().strftime("%Y-%m-%d")
 
 
 def asks_for_day(tokenizer, template):
-    """Whether prompts depend on the day: no other template than the tokenizer's own can ask for it."""
+    """Return whether prompts depend on the day: only the tokenizer's own template can ask for it."""
     return template == "chat" and "strftime_now" in str(tokenizer.chat_template)
 
 
@@ -46,8 +46,9 @@ LEAD = "@control-"  # of a stand-in; no template changes these characters, and J
 STAND_IN = re.compile(f"{LEAD}([0-9]*)@")
 
 
+@functools.lru_cache(maxsize=2)  # what is asked for every record is found once
 def control_tokens(tokenizer):
-    """{text: id} of the tokens that steer a model, such as the end of a turn: special ones, and EOS."""
+    """Return {text: id} of the tokens that steer a model: special ones, as the end of a turn is, and EOS."""
     try:
         added = tokenizer.added_tokens_decoder
     except NotImplementedError:  # mistral-common's: it finds none in a text
@@ -56,16 +57,17 @@ def control_tokens(tokenizer):
     return {t.content: i for i, t in added.items() if t.content and (t.special or i in named)}
 
 
+@functools.lru_cache(maxsize=4)
 def one_of(texts):
-    """A pattern of any of these texts, the longest first, as tokenizers look for them."""
+    """Return a pattern of any of these texts (a tuple), the longest first, as tokenizers look for them."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 def quoted(record, tokenizer):
-    """A record, or an instruction alone, with a stand-in for every control token in its texts: the user wrote
-    its name, and did not mean to steer. A stand-in holds the token's id; without one it is LEAD itself."""
+    """Return a record, or an instruction alone, with a stand-in for every control token in its texts: a user
+    wrote its name, and did not mean to steer. A stand-in holds the token's id; without one it is LEAD."""
     ids = {**control_tokens(tokenizer), LEAD: ""}
-    pattern = one_of(ids)
+    pattern = one_of((*ids,))
 
     def put(value):
         if isinstance(value, str):
@@ -112,24 +114,23 @@ def renamed(tokenizer, edge):
 
 
 def ids_of(text, tokenizer):
-    """The tokens of a text in which `quoted` put stand-ins: its control tokens are those of the template."""
+    """Return the tokens of a text in which `quoted` put stand-ins. Its control tokens are the template's."""
     if LEAD not in text:
         return tokenizer(text, add_special_tokens=False).input_ids
     ids = control_tokens(tokenizer)
     edge = next(c for c in map(chr, range(0xFDD0, 0x110000)) if c not in text)
-    text = one_of(ids).sub(lambda found: f"{edge}{ids[found[0]]}{edge}", text)
+    text = one_of((*ids,)).sub(lambda found: f"{edge}{ids[found[0]]}{edge}", text)
     return renamed(tokenizer, edge).encode(unquote(text, tokenizer), add_special_tokens=False).ids
 
 
 def messages_of(record):
-    """A record's prompt as a chat. An input follows its instruction, after an empty line."""
+    """Return a record's prompt as a chat. An input follows its instruction, after an empty line."""
     given = f"\n\n{record['input']}" if record.get("input") else ""
     return [*(record.get("history") or ()), {"role": "user", "content": record["instruction"] + given}]
 
 
 def render_chat(messages, tokenizer, day, **how):
-    """The text that the tokenizer's chat template makes of messages. Raises Refused if it has none, or if
-    that fails."""
+    """Return what a tokenizer's chat template makes of messages. Raises Refused if it has none, or fails."""
     if not tokenizer.chat_template:
         raise Refused("--template chat: the backbone's tokenizer has no chat template; alpaca needs none")
     try:  # in a sandbox: a template is no code that could do more than write
@@ -141,13 +142,13 @@ def render_chat(messages, tokenizer, day, **how):
 
 
 def said(messages, tokenizer):
-    """The beginning of the last message, to name a chat by."""
+    """Return the beginning of the last message, to name a chat by."""
     return unquote(messages[-1]["content"], tokenizer)[:40]
 
 
 def render_prompt(record, tokenizer, template, day):
-    """The text of a record's prompt. Raises Refused as `render_chat` does, and if the template alpaca has no
-    place for all of the record."""
+    """Return a record's prompt as text. Raises Refused as `render_chat` does, and if the template alpaca has
+    no place for all of the record."""
     messages = messages_of(record)
     if template == "chat":
         how = {"tools": record.get("tools") or None, "add_generation_prompt": True}
@@ -174,8 +175,8 @@ def render_answer(record, prompt, tokenizer, template, day):
 
 
 def end_token(tokenizer, template):
-    """The id that ends a response: EOS, or what a chat template ends an assistant's turn with. Raises Refused
-    if that is no token of its own, so that generation could not stop at it."""
+    """Return the id that ends a response: EOS, or what a chat template ends an assistant's turn with. Raises
+    Refused if that is no token of its own, so that generation could not stop at it."""
     if template == "alpaca":
         return tokenizer.eos_token_id
     chat = [{"role": role, "content": "Hello."} for role in ("system", "user", "assistant")]
@@ -201,8 +202,7 @@ def stop_ids(backbone, tokenizer, template):
 
 
 def system_message(text, tokenizer, template, day):
-    """The history of a prompt that has a system message; "" is none. Raises Refused if the template has no
-    place for one."""
+    """Return a prompt's history with this system message, if any. Raises Refused if a template takes none."""
     if text and template == "alpaca":
         raise Refused("the template alpaca has no place for a system message: --template chat takes it")
     history = [{"role": "system", "content": text}] if text else []
@@ -221,9 +221,10 @@ def prompt_of(record, tokenizer, template, day=None):
     return unquote(render_prompt(quoted(record, tokenizer), tokenizer, template, day), tokenizer)
 
 
+@functools.lru_cache(maxsize=4)
 def first_ids(tokenizer, template):
-    """What begins every prompt, BOS mostly. A chat template writes that itself. What a tokenizer puts after a
-    text, as some put EOS, has no place in a prompt: nothing would be left to say."""
+    """Return what begins every prompt, mostly BOS; a chat template writes that itself. What a tokenizer puts
+    after a text, EOS say, has no place in a prompt: nothing would be left to say."""
     if template == "chat":
         return []
     alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
@@ -231,7 +232,7 @@ def first_ids(tokenizer, template):
 
 
 def prompt_ids(record, tokenizer, template, day=None):
-    """The tokens of `prompt_of`."""
+    """Return the tokens of `prompt_of`."""
     text = render_prompt(quoted(record, tokenizer), tokenizer, template, day)
     return first_ids(tokenizer, template) + ids_of(text, tokenizer)
 
@@ -270,10 +271,10 @@ def encode(record, tokenizer, template="alpaca", day=None):
 
 
 def pad_of(tokenizer):
-    """The id that padding is made of. It is masked, so any will do."""
+    """Return the id that padding is made of. It is masked, so any will do."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def text_of(tokenizer, ids):
-    """The text of a response, to the letter."""
+    """Return the text of a response, to the letter."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
