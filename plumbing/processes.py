@@ -26,6 +26,10 @@ def joined_processes():
     def end(*_):  # torchrun sends it to all as soon as one has ended
         raise KeyboardInterrupt(ENDED)
 
+    # Defaults of its functions hold the group that is there when it is imported, as it is while transformers
+    # loads a model. The group would then outlive its end, and its threads may abort a process that exits.
+    import torch.distributed.nn.functional  # noqa: F401
+
     signal.signal(signal.SIGTERM, end)
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
