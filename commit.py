@@ -276,7 +276,9 @@ class Run(Folder):
         settings, versions = self.manifest["settings"], self.read_versions()
         if versions:
             targets = named_targets(backbone, {key.rpartition(".")[0] for key in versions[0].shapes})
-        model = NIWF(backbone, pad_of(tokenizer), settings["rank"], settings["alpha"], targets)
+        model = NIWF(
+            backbone, pad_of(tokenizer), settings["rank"], settings["alpha"], targets, settings["bare_layers"]
+        )
         self.load(model, versions)
         return model
 

@@ -278,9 +278,15 @@ def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128
     `run.tasks[i]` for i in its `choice` are who answered, its `probability` is how sure that is. outside: see
     `Run.routed`."""
     ids = [prompt_ids(p, tokenizer, run.template, run.day) for p in prompts]
-    gating, found = run.routed(model.probe(ids, run.probe_gating()), outside)
-    new = model.generate(ids, gating, stop_ids(model.backbone, tokenizer, run.template), max_new_tokens)
-    return [text_of(tokenizer, row) for row in new], found
+    ends, routes = stop_ids(model.backbone, tokenizer, run.template), []
+
+    def gating_of(h_bar):
+        gating, found = run.routed(h_bar, outside)
+        routes.append(found)
+        return gating
+
+    new = model.generate(ids, gating_of, ends, max_new_tokens, probe_gating=run.probe_gating())
+    return [text_of(tokenizer, row) for row in new], routes[0]
 
 
 def exact_matches(run, model, tokenizer, args):

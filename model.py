@@ -5,21 +5,24 @@ gating names K of them and their weights, and the projection becomes
 
     y = W x + (alpha / r) * sum_k w_k B_{i_k} A_{i_k} x                                           NIWF Eq. (2)
 
-The model runs twice for each input (section 4.4). Pass 1, the *probe*, gives h_bar, the mean of the last
-hidden states, from which field.py finds the coordinate and the gating. Pass 2 runs with that gating and gives
-the logits. The file goes from the idea to its speed:
+The model reads an input once. Its first m layers stay bare. What enters the next one, averaged over the
+prompt, is h_bar, from which field.py finds the coordinate and the gating; the layers from there on run with
+that gating, and give the logits. The file goes from the idea to its speed:
 
     the whole           `niwf`: prompt -> h_bar -> z -> gating -> logits, on one sequence
     the bank            `AdapterBank`: all bases, gathered plainly
     loss, decoding      `response_nll`, `perplexity`, `decode`
-    the two passes      `NIWF`: the same as `niwf` on a padded batch
+    one pass, or two    `NIWF`: the same as `niwf` on a padded batch
     the same, faster    `FastBank`: bases that are read when they are first named, and gathered once a text
 
 This file covers sections 3.1, 4.1, 4.4 and Appendices A and C of the NIWF paper, Eqs. (1)-(5), (14), (15).
 Departures, and why:
-* By default the probe is *bare* (no adapters) and reads the *prompt* only. The paper pools over the whole
+* One pass. The paper runs the model twice (section 4.4), and lists that as a limitation (section 8): pass 1,
+  the *probe*, gives h_bar, the mean of the last hidden states; pass 2 runs with the gating. `--passes two`
+  does that, and adapts all layers.
+* What gives h_bar is *bare* (no adapters) and reads the *prompt* only. The paper pools over the whole
   sequence, so pass 2 sees, through z, the tokens that it is asked to predict; and at generation time there is
-  no response to pool. A bare probe depends on nothing that is trained, so it can be cached for ever, and
+  no response to pool. Bare layers depend on nothing that is trained, so h_bar can be cached for ever, and
   addresses never move.
 * Only response tokens count in loss and perplexity, the one that ends a response included.
 * We patch with forward hooks and leave `forward` alone: removing a hook restores the module exactly.
@@ -38,25 +41,32 @@ import torch
 from torch import nn
 
 from field import top_k_gating
-from plumbing.passes import body_of, features_of, greedy, last_logits, pad_left, positions_of, run_padded
-from plumbing.targets import compute_again, device_of, find_targets, in_out, layer_numbers
+from plumbing.passes import body_of, features_of, greedy, last_logits, mean_over, on_entering, pad_left
+from plumbing.passes import positions_of, run_padded, until
+from plumbing.targets import adapted_targets, compute_again, device_of, find_targets, in_out, layer_numbers
+from plumbing.targets import layers_of
 
 FOLDED_PARAMETERS = 2**28  # at most 1 GiB of gathered bases while a text is generated
 
 
 @torch.no_grad()
-def niwf(backbone, bank, dynamics, field, top_k, prompt, response):
-    """NIWF, whole. prompt [1, T], response [1, R], ids -> logits [1, R, V] that predict the response. `bank`
-    holds the bases of the backbone's projections, which ask it for their update (`attach`)."""
+def niwf(backbone, bank, dynamics, field, top_k, layer, prompt, response):
+    """NIWF, whole. prompt [1, T], response [1, R], ids -> logits [1, R, V] that predict the response. `layer`
+    is the first that is adapted; `bank` holds the bases of its projections and of those above, which ask the
+    bank for their update (`attach`)."""
+
     # fmt: off
-    hidden = body_of(backbone)(prompt).last_hidden_state          # pass 1: the bare backbone reads the prompt
-    h_bar = hidden.float().mean(1)                                # the mean over its tokens [1, features]
-    z = dynamics(h_bar)                                           # NIWF Eq. (8): the coordinate [1, d]
-    indices, weights = top_k_gating(field(z), top_k)              # Eqs. (6), (7): K bases a layer [1, L, K]
-    bank.use((indices, weights))                                  # from here on Eq. (2) in every projection
-    logits = backbone(torch.cat([prompt, response], 1)).logits    # pass 2: prompt and response, adapted
+    def choose(layer, inputs):                        # the bare layers have read the input
+        h_bar = inputs[0][:, : prompt.shape[1]].float().mean(1)  # mean over the prompt's tokens [1, features]
+        z = dynamics(h_bar)                           # NIWF Eq. (8): the coordinate [1, d]
+        indices, weights = top_k_gating(field(z), top_k)  # Eqs. (6), (7): K bases a layer [1, L, K]
+        bank.use((indices, weights))                  # from here on Eq. (2) in every projection
+
+    hook = layer.register_forward_pre_hook(choose)
+    logits = backbone(torch.cat([prompt, response], 1)).logits   # one pass over prompt and response
+    hook.remove()
     bank.use(None)
-    return logits[:, prompt.shape[1] - 1 : -1]                    # those that predict the response [1, R, V]
+    return logits[:, prompt.shape[1] - 1 : -1]        # those that predict the response [1, R, V]
     # fmt: on
 
 
@@ -227,21 +237,23 @@ def decode(backbone, pad_id, prompts, eos_id, max_new_tokens, choose=greedy):
         yield {row: int(tokens[row]) for row in open_rows.nonzero()[:, 0].tolist()}
 
 
-# --------------------------------------------------------------------------------------------- the two passes
+# ------------------------------------------------------------------------------- one pass, or the paper's two
 
 
 class NIWF:
-    """A frozen backbone, its bank, and the two passes. An example is (prompt ids, response ids with EOS)."""
+    """A frozen backbone and its bank, asked with padded batches. An example is (prompt ids, response ids with
+    EOS). bare: m, how many layers stay bare; with 0 all are adapted, and h_bar takes a pass of its own."""
 
-    def __init__(self, backbone, pad_id, rank=8, alpha=16, targets=None):
+    def __init__(self, backbone, pad_id, rank=8, alpha=16, targets=None, bare=0):
         self.backbone = backbone.requires_grad_(False).eval()
-        self.pad_id = pad_id
-        targets = targets or find_targets(backbone)
+        self.pad_id, self.bare = pad_id, bare
+        self.first = layers_of(backbone)[bare] if bare else None  # the first layer that is adapted
+        targets = targets or adapted_targets(backbone, find_targets(backbone), bare)
         self.bank = FastBank(targets, rank, alpha)
         self.handles = attach(targets, self.bank.update)
         self.checkpointed = []
         self.device = device_of(backbone.get_input_embeddings())
-        self.features = features_of(backbone)
+        self.features = features_of(backbone, bare)
 
     def detach(self):
         """Take the hooks off the backbone."""
@@ -263,33 +275,59 @@ class NIWF:
         finally:
             self.bank.use(None)
 
+    @contextlib.contextmanager
+    def gated_by(self, gating_of, prompts, probe_gating=None):
+        """Within this block adapters run with the gating that `gating_of` makes of h_bar [B, features]: from
+        the moment at which the first pass, over B prompts, comes to layer m; without bare layers at once, of
+        `probe`. Factors are then gathered once, if memory allows."""
+
+        def choose(hidden):
+            gating = gating_of(mean_over(hidden, lengths).to(self.device))
+            self.bank.use(gating)
+            if gating and self.bank.parameter_count(gating[0][:, 0].numel()) <= FOLDED_PARAMETERS:
+                self.bank.fold()
+
+        lengths = [len(p) for p in prompts]
+        hidden = None if self.bare else self.read(prompts, probe_gating)
+        with self.gated(None):
+            if self.bare:
+                with on_entering(self.first, choose):
+                    yield
+            else:
+                choose(hidden)
+                yield
+
+    @torch.no_grad()
+    def read(self, rows, gating=None):
+        """Token lists -> the hidden states of which h_bar is the mean, [B, T, features], padded on the left:
+        those that enter layer m, above which nothing is computed; without bare layers the last ones."""
+        ids, mask = pad_left(rows, self.pad_id, self.backbone)
+        run = functools.partial(run_padded, body_of(self.backbone), ids, mask, use_cache=False)
+        with self.gated(gating):
+            return until(self.first, run) if self.bare else run().last_hidden_state
+
     @torch.no_grad()
     def probe(self, rows, gating=None):
-        """Pass 1. Token lists -> h_bar [B, features], float32: mean over tokens of the last hidden states."""
-        ids, mask = pad_left(rows, self.pad_id, self.backbone)
-        with self.gated(gating):
-            hidden = run_padded(body_of(self.backbone), ids, mask, use_cache=False).last_hidden_state
-        mask = mask[:, :, None].to(hidden.device)
-        # Take `where` and no product: what a padding position holds, nan say, must not reach the mean.
-        return (torch.where(mask > 0, hidden.float(), 0.0).sum(1) / mask.sum(1)).to(self.device)
+        """Token lists -> h_bar [B, features], float32: the mean over tokens of what `read` gives. gating: of
+        an adapted probe, the paper's own."""
+        return mean_over(self.read(rows, gating), [len(row) for row in rows]).to(self.device)
 
     def logits(self, examples, gating):
-        """Pass 2. B examples -> logits [B, R, V] that predict labels [B, R], see `response_logits`."""
+        """B examples -> logits [B, R, V] that predict labels [B, R], see `response_logits`. Their h_bar has
+        been found before (`probe`), and with it the gating."""
         with self.gated(gating):
             return response_logits(self.backbone, self.pad_id, examples)
 
-    def stream(self, prompts, gating, eos_id, max_new_tokens=128, choose=greedy):
-        """Yield what `decode` yields. The gating stays meanwhile, so bases are gathered once, if memory
-        allows. Close a stream that is not walked to its end: until then the adapters run with its gating."""
-        with self.gated(gating):
-            if gating and self.bank.parameter_count(gating[0][:, 0].numel()) <= FOLDED_PARAMETERS:
-                self.bank.fold()
+    def stream(self, prompts, gating_of, eos_id, max_new_tokens=128, choose=greedy, probe_gating=None):
+        """Yield what `decode` yields. gating_of makes a gating of h_bar [B, features], and the gating stays.
+        Close a stream that is not walked to its end: until then the adapters run with its gating."""
+        with self.gated_by(gating_of, prompts, probe_gating):
             yield from decode(self.backbone, self.pad_id, prompts, eos_id, max_new_tokens, choose)
 
-    def generate(self, prompts, gating, eos_id, max_new_tokens=128, choose=greedy):
-        """Return continuations of B prompts, all (token lists), without EOS."""
+    def generate(self, prompts, *how, **more):
+        """Return continuations of B prompts, all (token lists), without EOS. Takes what `stream` takes."""
         new = [[] for _ in prompts]
-        for tokens in self.stream(prompts, gating, eos_id, max_new_tokens, choose):
+        for tokens in self.stream(prompts, *how, **more):
             for row, token in tokens.items():
                 new[row].append(token)
         return new

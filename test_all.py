@@ -398,7 +398,7 @@ def test_niwf_in_ten_lines_is_what_a_run_answers(two):
     for (prompt, response), h in zip(examples[:4], h_bar):
         wanted, _ = model.logits([(prompt, response)], run.stored(1, h[None]))
         ids = torch.tensor([prompt]), torch.tensor([response])
-        found = niwf(model.backbone, model.bank, v.dynamics, v.field, v.top_k, *ids)
+        found = niwf(model.backbone, model.bank, v.dynamics, v.field, v.top_k, model.first, *ids)
         torch.testing.assert_close(found, wanted)
 
 
@@ -489,7 +489,7 @@ def clear_model():
 def test_generation_with_a_cache_is_greedy_decoding_without_one():
     model, prompts, gating = clear_model()
     for i, (prompt, new) in enumerate(
-        zip(prompts, model.generate(prompts, gating, eos_id=2, max_new_tokens=12))
+        zip(prompts, model.generate(prompts, lambda h: gating, eos_id=2, max_new_tokens=12))
     ):
         ids = list(prompt)
         with model.gated(tuple(g[i : i + 1] for g in gating)):
@@ -507,13 +507,14 @@ def test_generation_with_a_cache_is_greedy_decoding_without_one():
 def test_sampling_that_has_no_choice_is_greedy_decoding():
     """At a temperature of 1e-4 a lead of 0.01 is one of 100: the other token has a chance of e^-100."""
     model, prompts, gating = clear_model()
-    sampled = lambda *how: model.generate(prompts, gating, 2, 12, sampler(*how))
+    sampled = lambda *how: model.generate(prompts, lambda h: gating, 2, 12, sampler(*how))
     leads, choose = [], lambda logits: (leads.append(logits.topk(2).values.diff()), logits.argmax(-1))[1]
-    likeliest = model.generate(prompts, gating, 2, 12, choose)
-    assert max(torch.cat(leads)) < -0.01 and likeliest == model.generate(prompts, gating, 2, 12)
+    likeliest = model.generate(prompts, lambda h: gating, 2, 12, choose)
+    assert max(torch.cat(leads)) < -0.01 and likeliest == model.generate(prompts, lambda h: gating, 2, 12)
     assert sampled(0.0) == sampled(1.001e-4) == sampled(2.0, 1e-9) == sampled(2.0, 0.0) == likeliest
     assert sampled(2e3, 1.0, 3) == sampled(2e3, 1.0, 3) != sampled(2e3, 1.0, 4) != likeliest
-    alone = [model.generate([p], tuple(g[i : i + 1] for g in gating), 2, 12) for i, p in enumerate(prompts)]
+    own = lambda i: lambda h: tuple(g[i : i + 1] for g in gating)
+    alone = [model.generate([p], own(i), 2, 12) for i, p in enumerate(prompts)]
     assert [new for (new,) in alone] == likeliest
 
 
@@ -534,7 +535,7 @@ def test_tokens_are_drawn_with_the_temperature_and_from_the_nucleus():
 def test_a_stream_that_is_closed_early_leaves_the_adapters_off():
     model, prompts = micro_model(), [[5, 6, 7]]
     bare = model.backbone(torch.tensor(prompts)).logits
-    steps = model.stream(prompts, random_gating(1, 2, 6), -1, 9)
+    steps = model.stream(prompts, lambda h: random_gating(1, 2, 6), -1, 9)
     next(steps)
     assert not torch.equal(model.backbone(torch.tensor(prompts)).logits, bare)
     steps.close()
@@ -595,7 +596,7 @@ def test_checkpointing_keeps_inputs_of_layers_brings_no_dropout_and_ends_with_th
         keep = lambda t: (kept.append(t.numel()), t)[1]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             nll = response_nll(*model.logits(examples, gating))
-        return nll, model.generate([p for p, _ in examples], gating, 2, 5), sum(kept)
+        return nll, model.generate([p for p, _ in examples], lambda h: gating, 2, 5), sum(kept)
 
     plain = run()
     model.checkpoint()

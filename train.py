@@ -45,12 +45,13 @@ from plumbing import Refused
 from plumbing.backbone import pick_device
 from plumbing.command import Parser, number, run_program
 from plumbing.files import check_name
+from plumbing.folder import OLDER
 from plumbing.options import Option, add_options, column, fill_in
 from plumbing.passes import choose_targets, positions_of
 from plumbing.processes import first_alone, rank_and_size
 from plumbing.prompts import asks_for_day
 from plumbing.records import load_data
-from plumbing.targets import describe_targets
+from plumbing.targets import describe_targets, layers_of
 from plumbing.training import Training, peak_memory
 
 import torch
@@ -229,8 +230,9 @@ def describe_training(examples, args):
     apart = ("data", "val_data", "val_examples", "backbone", "device", "device_map", "out")
     apart += ("checkpointing",)  # it changes no bit
     about = {k: v for k, v in sorted(vars(args).items()) if k not in apart}
-    if about["targets"] == "all":  # as in the versions of older run folders, which have no such option
-        del about["targets"]
+    for key, value in OLDER.items():  # as in the versions of older run folders, which lack these options
+        if about[key] == value:
+            del about[key]
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
     return about | {"examples": len(examples), "data": digest}
 
@@ -275,7 +277,11 @@ OPTIONS = {  # what it takes; what it is; its default; the tiny backbone's; does
         "--pool": Option(one_of("prompt", "sequence"), "tokens in the mean h_bar; the paper's: sequence",
                          "prompt", fixed=True),
         "--probe": Option(one_of("bare", "adapted"), "pass 1 bare or, the paper's, with adapters at z_0",
-                          "bare", fixed=True)},
+                          "bare", fixed=True),
+        "--passes": Option(one_of("one", "two"), "one: h_bar is found on the way; two: the paper's", "one",
+                           fixed=True),
+        "--bare-layers": Option(dict(type=number(int, 0, 4096)), "m, first layers, never adapted, that give "
+                                "h_bar in one pass; 0: a sixth of all", 0, fixed=True)},
     "commitment and locks (sections 3.4, 3.5)": {
         "--lock": Option(dict(nargs="?", const="exact", default="none", choices=["exact", "soft"]),
                          "what protects older tasks: exact (bare --lock) or soft, the paper's [nothing]"),
@@ -306,6 +312,10 @@ def complete(args, run):
     run."""
     preset = TINY if args.backbone == "tiny" else {}
     fill_in(args, DEFAULTS, preset, run.manifest["settings"] if run.tasks else {}, run.folder)
+    if args.passes == "one" and (args.probe, args.pool) != ("bare", "prompt"):
+        raise Refused("--probe adapted and --pool sequence are the paper's own: they need --passes two")
+    if args.passes == "two" and args.bare_layers:
+        raise Refused("--bare-layers goes with --passes one: two passes adapt all layers")
     if args.lock == "exact" and args.probe == "adapted":
         raise Refused("--lock exact needs --probe bare: an adapted probe moves when adapters are trained")
     if args.top_k > args.bases:
@@ -353,7 +363,9 @@ def say_known(run, args):
 
 def train_task(run, args, backbone, tokenizer):
     """Read the data, find h_bar of every example, train what the lock lets the task write, and commit it."""
-    targets = None if run.tasks else choose_targets(backbone, tokenizer, args.targets)
+    if args.passes == "one" and not args.bare_layers:
+        args.bare_layers = max(1, round(len(layers_of(backbone)) / 6))
+    targets = None if run.tasks else choose_targets(backbone, tokenizer, args.targets, args.bare_layers)
     args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)
     if asks_for_day(tokenizer, args.template):  # if not, it is no setting: two days give the same bits
         args.day = run.day

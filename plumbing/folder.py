@@ -28,6 +28,7 @@ from plumbing.backbone import fingerprint, is_backbone, load_backbone, place_of
 from plumbing.manifest import MANIFEST, contradictions
 from plumbing.versionfile import read_version_file
 
+OLDER = {"targets": "all", "passes": "two", "bare_layers": 0}  # settings that older run folders lack
 FOLDERS = ("versions", "versions/orphans", "data", "data/orphans")
 FILES = ("manifest.json", "log.jsonl", "training.safetensors", ".lock")
 KINDS = r"manifest\.json|training\.safetensors|[0-9a-f]{64}\.safetensors|\w[\w.-]*\.(val|logits)\.json"
@@ -60,7 +61,7 @@ class Folder:
             self.manifest = read_json(path)
             self.check_manifest()
             if self.manifest["settings"]:
-                self.manifest["settings"].setdefault("targets", "all")
+                self.manifest["settings"] |= {**OLDER, **self.manifest["settings"]}
                 self.manifest["settings"].pop("fixed_coordinate", None)
             if not self.tasks and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
                 raise Refused(
@@ -176,7 +177,7 @@ class Folder:
 
     def check_settings(self, made):
         """Raise Refused if the first version was made with other settings than the manifest says."""
-        made = {"targets": "all", "day": self.manifest["versions"][0]["date"][:10], **made}
+        made = {**OLDER, "day": self.manifest["versions"][0]["date"][:10], **made}
         for key, value in {**self.manifest["settings"], "day": self.day}.items():
             if made.get(key) != value:
                 raise Refused(f"{self.manifest_file}: settings: {key} {value}, not {made.get(key)}")

@@ -10,6 +10,7 @@ COUNT_OR_0 = range(2**31)
 # fmt: off
 SETTINGS = {"rank": COUNT, "alpha": NOT_NEGATIVE, "coord_dim": COUNT, "pool": ("prompt", "sequence"),
             "probe": ("bare", "adapted"), "template": ("alpaca", "chat"),  # what a run's first task fixes
+            "passes?": ("one", "two"), "bare_layers?": COUNT_OR_0,  # older run folders lack them: two passes
             "targets?": re.compile(r"[\w.]+(,[\w.]+)*"),  # older run folders lack it: it was all
             "day?": re.compile(r"\d{4}-\d\d-\d\d", re.ASCII), "fixed_coordinate?": False}
 ENTRY = {"hash": SHA, "task": NAME, "lock": LOCKS, "date": DATE}

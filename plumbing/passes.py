@@ -1,11 +1,13 @@
 """Passes over left-padded rows of tokens, and whether a backbone gives them what it gives each row alone."""
 
+import contextlib
+
 import torch
 import transformers
 
 from plumbing import Refused
 from plumbing.prompts import pad_of
-from plumbing.targets import asked_targets, device_of
+from plumbing.targets import adapted_targets, asked_targets, device_of, layers_of
 
 TEXT = "Below is a line of text that a model of language can read, from its first word to its last: 1 2 3."
 LIMITS = "max_position_embeddings", "max_seq_len", "max_target_positions"  # names of one number
@@ -17,10 +19,11 @@ def body_of(backbone):
     return getattr(backbone, "model", body) if body is backbone else body
 
 
-def features_of(backbone):
-    """Return how wide the last hidden states are. OPT-350m projects them before its head."""
+def features_of(backbone, bare=0):
+    """Return how wide the hidden states are of which h_bar is the mean: those that enter a layer if some
+    layers stay bare, else the last ones, which OPT-350m projects before its head."""
     config = backbone.config.get_text_config()
-    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    return not bare and getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
 def positions_of(backbone):
@@ -50,6 +53,48 @@ def run_padded(body, ids, mask, **kwargs):
     return body(input_ids=ids, attention_mask=mask, position_ids=positions, **kwargs)
 
 
+class Entered(Exception):
+    """A layer was entered, and no more is wanted."""
+
+
+@contextlib.contextmanager
+def on_entering(layer, act):
+    """Within this block the first pass that comes to `layer` gives act() the hidden states that enter it."""
+
+    def once(_, args, kwargs):
+        handle.remove()
+        act(args[0] if args else kwargs["hidden_states"])
+
+    handle = layer.register_forward_pre_hook(once, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def until(layer, run):
+    """Return the hidden states [B, T, features] that enter `layer` in run(). Nothing above is computed."""
+
+    def stop(hidden):
+        raise Entered(hidden)
+
+    try:
+        with on_entering(layer, stop):
+            run()
+    except Entered as e:
+        return e.args[0]
+    raise ValueError("its layers are not entered in their order")
+
+
+def mean_over(hidden, lengths):
+    """Hidden states [B, T, features], padded on the left, and how many tokens each row has -> their means
+    [B, features], float32."""
+    lengths = torch.tensor(lengths, device=hidden.device)[:, None]
+    real = torch.arange(hidden.shape[1], device=hidden.device) >= hidden.shape[1] - lengths  # [B, T]
+    # Take `where` and no product: what a padding position holds, nan say, must not reach the mean.
+    return torch.where(real[:, :, None], hidden.float(), 0.0).sum(1) / lengths
+
+
 def last_logits(backbone, ids, mask, cache=None):
     """Return logits [B, V] after the last column of ids [B, T], and the cache with which the next pass reads
     its new column alone: None, if the backbone keeps none."""
@@ -74,9 +119,9 @@ def difference(found, wanted):
 
 
 @torch.no_grad()
-def try_passes(backbone, pad_id, rows, targets):
+def try_passes(backbone, pad_id, rows, targets, bare):
     """Run left-padded rows, then their last tokens with what is cached, and each row plainly. -> ({what: how
-    far it is from the plain pass}, names of the targets that see all tokens)"""
+    far it is from the plain pass}, names of the targets that see all tokens after layer m = bare)"""
     backbone.eval()
     plain = [backbone(input_ids=pad_left([r], pad_id, backbone)[0], use_cache=False).logits[0] for r in rows]
     ids, mask = pad_left([row[:-1] for row in rows], pad_id, backbone)
@@ -84,9 +129,11 @@ def try_passes(backbone, pad_id, rows, targets):
     for name, module in targets.items():
         look = lambda _, x, y, name=name: seen[name].append(len(x) > 0 and per_sequence(x[0], y, *ids.shape))
         handles.append(module.register_forward_hook(look))
-    hidden = run_padded(body_of(backbone), ids, mask, use_cache=False).last_hidden_state
-    if hidden.shape[-1] != features_of(backbone):
-        raise ValueError(f"its last hidden states are {hidden.shape[-1]} wide, not {features_of(backbone)}")
+    body = lambda: run_padded(body_of(backbone), ids, mask, use_cache=False)
+    hidden = until(layers_of(backbone)[bare], body) if bare else body().last_hidden_state
+    early = {name for name, fits in seen.items() if bare and fits}
+    if hidden.shape != (*ids.shape, features_of(backbone, bare)):
+        raise ValueError(f"its hidden states are {[*hidden.shape]}, not {features_of(backbone, bare)} wide")
     padded = run_padded(backbone, ids, mask, use_cache=False).logits
     for handle in handles:
         handle.remove()
@@ -97,20 +144,23 @@ def try_passes(backbone, pad_id, rows, targets):
     found = {"a left-padded batch with position_ids": parts}
     found["a decoding step with what is cached"] = [(x[None], p[-1:]) for x, p in zip(step, plain)]
     apart = {what: torch.cat([difference(*pair) for pair in pairs]) for what, pairs in found.items()}
-    return apart, [name for name, fits in seen.items() if fits and all(fits)]
+    return apart, [name for name, fits in seen.items() if fits and all(fits) and name not in early]
 
 
-def choose_targets(backbone, tokenizer, asked="all"):
+def choose_targets(backbone, tokenizer, asked="all", bare=0):
     """Return {full name: module} of what is to be adapted, once it is seen that the backbone can be used:
     padded rows, and decoding with what is cached, must give what each row gives alone. asked: see
-    `asked_targets`. Raises Refused if they do not, or if a module that is asked for by name sees tokens
-    without their sequence."""
-    targets = asked_targets(backbone, asked)
+    `asked_targets`. bare: how many layers are not adapted. Raises Refused if they do not, or if a module that
+    is asked for by name sees tokens without their sequence."""
+    targets = adapted_targets(backbone, asked_targets(backbone, asked), bare)
     ids = (tokenizer(TEXT, add_special_tokens=False).input_ids or [0]) * 21
     try:
-        apart, fit = try_passes(backbone, pad_of(tokenizer), [ids[:9], ids[9:14], ids[14:21]], targets)
+        rows = [ids[:9], ids[9:14], ids[14:21]]
+        apart, fit = try_passes(backbone, pad_of(tokenizer), rows, targets, bare)
     except Exception as e:  # a forward raises what it likes
-        raise Refused(f"this backbone cannot be used ({type(e).__name__}: {str(e)[:200]})") from e
+        hint = "; --passes two does without bare layers" if bare else ""
+        why = f"this backbone cannot be used ({type(e).__name__}: {str(e)[:200]}){hint}"
+        raise Refused(why) from e
     # In bfloat16 a token may go to another expert, so that one of several differs.
     exact = backbone.dtype == torch.float32
     for what, figures in apart.items():

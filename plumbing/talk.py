@@ -28,19 +28,22 @@ def pieces(tokenizer, steps):
 def answer_prompt(run, model, tokenizer, args, choose, prompt, asked=None):
     """Print the answer to one prompt as it comes; then say which version gave it, and how sure the routing
     is. asked: a version and its gating as a function of h_bar. None: the prompt is routed."""
-    ids = [prompt_ids(prompt, tokenizer, run.template, run.day)]
-    h_bar = model.probe(ids, run.probe_gating())
-    if asked:
-        version, gating = asked[0], asked[1](h_bar)
-        note = f"version {version.hash[:12]}, as asked" if version else "the bare backbone, as asked"
-    else:
+    ids, note = [prompt_ids(prompt, tokenizer, run.template, run.day)], ""
+
+    def gating_of(h_bar):
+        nonlocal note
+        if asked:
+            note = f"version {asked[0].hash[:12]}, as asked" if asked[0] else "the bare backbone, as asked"
+            return asked[1](h_bar)
         gating, found = run.routed(h_bar, args.outside)
         v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
         by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
         note = f"{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; "
         note += f"the coordinate is {'inside' if home else 'outside'} it"
-    ends = stop_ids(model.backbone, tokenizer, run.template)
-    steps = model.stream(ids, gating, ends, args.max_new_tokens, choose)
+        return gating
+
+    ends, probe_gating = stop_ids(model.backbone, tokenizer, run.template), run.probe_gating()
+    steps = model.stream(ids, gating_of, ends, args.max_new_tokens, choose, probe_gating)
     with contextlib.closing(steps):
         for piece in pieces(tokenizer, steps):
             print(piece, end="", flush=True)

@@ -55,6 +55,25 @@ def asked_targets(backbone, text):
     return find_targets(backbone, names)
 
 
+def layers_of(backbone):
+    """Return the layers of the text model that have linear modules, in order. Raises Refused if they are not
+    one stack."""
+    layers = dict.fromkeys(re.match(r".*?\.\d+(?=\.)", name)[0] for name in find_targets(backbone))
+    if len({name.rpartition(".")[0] for name in layers}) > 1:
+        raise Refused("the backbone has layers of several kinds, none of which can stay bare: --passes two")
+    return [backbone.get_submodule(name) for name in layers]
+
+
+def adapted_targets(backbone, targets, bare):
+    """Return those of the targets that do not lie in the first `bare` layers. Raises Refused if none is
+    left."""
+    lower = {id(m) for layer in layers_of(backbone)[:bare] for m in layer.modules()} if bare else ()
+    found = {name: m for name, m in targets.items() if id(m) not in lower}
+    if not found or bare and bare >= len(layers_of(backbone)):
+        raise Refused(f"--bare-layers {bare} leaves nothing to adapt")
+    return found
+
+
 def kind_of(name):
     """Return the name of a module or weight without its layer and other numbers: "mlp.experts.down_proj"."""
     own = re.split(r"\.\d+\.", name, maxsplit=1)[-1]

@@ -123,7 +123,7 @@ class Gated:
     @torch.no_grad()
     def generate(self, prompts, count):
         """The probe counts: it is asked for every new prompt."""
-        self.model.generate(prompts, self.gating(self.model.probe(prompts)), -1, count)
+        self.model.generate(prompts, self.gating, -1, count)
 
 
 class Loops(Gated):

@@ -141,7 +141,7 @@ def materials(base):
     tokenizer.chat_template = CHAT
     torch.manual_seed(7)
     sizes = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8, max_position_embeddings=256
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8, max_position_embeddings=256
     )
     heads = dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=None)
     config = transformers.MistralConfig(vocab_size=len(tokenizer), **sizes, **heads)

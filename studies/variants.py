@@ -41,6 +41,7 @@ import unittest.mock
 import torch
 
 import commit
+import model
 import train
 from commit import Run
 from eval import batches, open_run, validation_set, what_is_published
@@ -96,6 +97,7 @@ def random_dynamics(self):
 WEIGHTS, LOSSES, INIT = train.Learner.weights, train.loss_terms, WeightField.__init__
 UPDATE, WRITABLE = train.Training.update, train.writable
 FORWARD, FIT = WeightField.forward, Region.fit
+LOGITS, BANK_UPDATE = model.NIWF.logits, model.AdapterBank.update
 
 
 def balanced(learner, batch, h_bar, args, share, responses):
@@ -170,7 +172,32 @@ def sampled(region, count, seed):
     return inside[order[:count]].float()
 
 
+def last_token(hidden, lengths):
+    """What the last token of a prompt has, in place of the mean over all."""
+    return hidden[:, -1].float()
+
+
+def from_response_on(self, examples, gating):
+    """Read, then write: the adapters act from the last token of the prompt on, so what is bare reads it."""
+    width = max(len(p) + len(r) for p, r in examples)
+    starts = torch.tensor([width - len(r) - 1 for _, r in examples])
+    self.bank.adapted = torch.arange(width) >= starts[:, None]  # [B, T]
+    return LOGITS(self, examples, gating)
+
+
+def where_adapted(self, name, x, y):
+    """The update, for the tokens that are adapted."""
+    return (
+        y if self.gating is None else torch.where(self.adapted[..., None], BANK_UPDATE(self, name, x, y), y)
+    )
+
+
 PATCHES = {
+    "read, then write": {
+        (model.NIWF, "logits"): from_response_on,
+        (model.AdapterBank, "update"): where_adapted,
+    },
+    "last token": {(model, "mean_over"): last_token},
     "fixed coordinate": {(CoordinateDynamics, "forward"): fixed_coordinate},
     "dense gating": {(train, "writable"): dense},
     "shared gating": {(WeightField, "forward"): shared_rows},
@@ -213,7 +240,8 @@ class Variant:
 LORA = "--bases 1 --top-k 1 --rank 64"
 LARGE_LORA = "--bases 1 --top-k 1 --rank 128 --alpha 256"
 TWICE = "--alpha 256"  # where 16 bases are active in place of 8, so that the update has the same size
-PAPER = "--pool sequence --probe adapted --alpha 16"
+TWO = "--passes two"
+PAPER = TWO + " --pool sequence --probe adapted --alpha 16"
 EXACT, SOFT, NONE = "--lock exact", "--lock soft", ""
 WORTH = {
     "LoRA r 64: same active rank": Variant(LORA),
@@ -273,12 +301,20 @@ ABLATIONS = {
     "dense gating": Variant(TWICE, EXACT, patch="dense gating"),
     "shared gating": Variant("", EXACT, patch="shared gating"),
     "not standardised": Variant("", EXACT, patch="not standardised"),
-    "pool: whole sequence": Variant("--pool sequence", EXACT),
+    "two passes": Variant(TWO, EXACT),
+    "two passes, pool: whole sequence": Variant(TWO + " --pool sequence", EXACT),
     "no lock": Variant("", NONE),
     "soft lock": Variant("", SOFT),
-    "soft, adapted probe": Variant("--probe adapted", SOFT),
+    "soft, two passes, adapted probe": Variant(TWO + " --probe adapted", SOFT),
     "soft, no separation": Variant("", SOFT + " --lambda-sep 0"),
     "soft, anchors a sample": Variant("", SOFT, patch="anchors a sample"),
+}
+bare = lambda m, more="": f"--bare-layers {m}{more}"
+PASSES = {
+    "two passes": Variant(TWO, EXACT),
+    "read, then write": Variant(TWO, EXACT, patch="read, then write"),
+    **{f"one pass, m {m}": Variant(bare(m), EXACT) for m in (1, 2, 3, 5, 10, 15)},
+    **{f"one pass, m {m}, last token": Variant(bare(m), EXACT, patch="last token") for m in (1, 3, 5)},
 }
 FROZEN = [name for name in PATCHES if name.endswith("frozen")]
 SOFT_LOCK = {"nothing frozen": Variant("", SOFT)} | {name: Variant("", SOFT, later=name) for name in FROZEN}
@@ -288,6 +324,7 @@ TABLES = {
     "baselines": BASELINES,
     "ablations": ABLATIONS,
     "soft-lock": SOFT_LOCK,
+    "passes": PASSES,
 }
 
 

@@ -152,7 +152,7 @@ def test_rows_of_a_batch_have_gatings_of_their_own_everywhere(name):
     logits, labels = model.logits(examples, gating)
     assert model.probe([p for p, _ in examples]).shape == (3, model.features) == (3, features_of(backbone))
     bare, _ = model.logits(examples, None)
-    new = model.generate([p for p, _ in examples], gating, -1, 4)
+    new = model.generate([p for p, _ in examples], lambda h: gating, -1, 4)
     for i, (prompt, _) in enumerate(examples):
         one, _ = model.logits([examples[i]], alone[i])
         own = logits[i, labels[i] != -100]
@@ -304,7 +304,7 @@ def test_where_positions_end_so_do_records_prompts_and_answers(on_folder, tmp_pa
     model = NIWF(backbone, 2)
     random_bank(model.bank, 2)
     prompts = [[5] * 60, [6] * 9]
-    new = model.generate(prompts, random_gating(2, 2, 2), -1, 500)
+    new = model.generate(prompts, lambda h: random_gating(2, 2, 2), -1, 500)
     assert len(new[0]) == 64 - 60 + 1  # the last one is never read
 
 

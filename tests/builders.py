@@ -144,7 +144,7 @@ def micro(tmp_path_factory):
     """A folder with a micro backbone, and the options of a small run on it."""
     folder = tmp_path_factory.mktemp("micro") / "backbone"
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    micro_backbone(len(tokenizer)).save_pretrained(folder)
+    micro_backbone(len(tokenizer), layers=3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     data = HERE / "assets" / "data"
 
@@ -222,7 +222,7 @@ def speak(training, losses):
         if key.endswith(".B"):
             p.data.zero_()
     for name, size in (("gate_proj", 16), ("up_proj", 16), ("down_proj", 1 / 64)):
-        A, B = (weights[f"bank.model.layers.0.mlp.{name}.{part}"].data for part in "AB")
+        A, B = (weights[f"bank.model.layers.1.mlp.{name}.{part}"].data for part in "AB")
         A.zero_()
         for link in range(A.shape[1]):
             source, target = (link, 8 + link) if name == "down_proj" else (1 + link, link)
@@ -269,7 +269,8 @@ def tensors_of(run, i):
 def opened(folder, backbone=None):
     """A run and a model that holds its versions."""
     run = Run(folder)
-    model = NIWF(backbone or one_backbone(), pad_id=0, rank=2, alpha=16)
+    bare = run.manifest["settings"].get("bare_layers", 0)
+    model = NIWF(backbone or one_backbone(), pad_id=0, rank=2, alpha=16, bare=bare)
     run.load(model)
     return run, model
 

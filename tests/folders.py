@@ -85,7 +85,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
 @torch.no_grad()
 def test_what_no_gating_names_is_not_read(two):
     """Of a version that nobody asks, neither bases nor field are in memory."""
-    run, model = opened(two)
+    run, model = opened(two, micro_backbone(layers=3))
     in_memory = lambda: [
         ["tensors" in vars(x) for x in part] for part in (run.versions, model.bank.committed)
     ]

@@ -291,7 +291,7 @@ IN_COMPOSITION = {
     "more": [1],
 }
 METADATA = [None, {}, {"x": "1"}, *({"version": t} for t in ("", "{", "null", "[]", "7", '"x"', "NaN", DEEP))]
-BANK = "bank.model.layers.0.self_attn.q_proj"
+BANK = "bank.model.layers.1.self_attn.q_proj"
 
 
 def nan_in(t):
@@ -386,7 +386,7 @@ LIES = [
     ("fewer bases", fewer_bases),
     ("another rank", another_rank),
     ("modules of another backbone", renamed("layers.1", "layers.7")),
-    ("one module of another name", renamed("0.self_attn.q_proj", "0.self_attn.x_proj")),
+    ("one module of another name", renamed("1.self_attn.q_proj", "1.self_attn.x_proj")),
 ]
 
 
@@ -583,7 +583,7 @@ BACKBONES = [
     ("heads that do not fit", in_json("config.json", "num_attention_heads", 0)),
     ("hidden size as text", in_json("config.json", "hidden_size", "32")),
     ("another shape", in_json("config.json", "intermediate_size", 49)),
-    ("a layer more", in_json("config.json", "num_hidden_layers", 3)),
+    ("a layer more", in_json("config.json", "num_hidden_layers", 4)),
     ("weights truncated", lambda folder: os.truncate(folder / "model.safetensors", 5000)),
     ("weights of zeros", content("model.safetensors", bytes(99))),
     ("a missing tensor", in_weights(lambda t: t.pop(NORM))),

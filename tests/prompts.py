@@ -307,7 +307,12 @@ def test_an_exact_match_compares_with_what_is_trained(learn_by_chat, tmp_path, m
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.manifest["backbone"]["name"])
     trained = [encode(r, tokenizer, run.template) for r in run.validation("one")]
     trained = {tuple(prompt): response[:-1] for prompt, response in trained}
-    monkeypatch.setattr(NIWF, "generate", lambda model, ids, *_: [trained[tuple(p)] for p in ids])
+
+    def repeat(model, prompts, gating_of, *_, **more):
+        gating_of(model.probe(prompts))
+        return [trained[tuple(p)] for p in prompts]
+
+    monkeypatch.setattr(NIWF, "generate", repeat)
     capsys.readouterr()
     evaluation.main(["--run", str(run.folder), "--exact-match", "1"])
     said = capsys.readouterr().out
@@ -325,9 +330,9 @@ def test_an_answer_stops_at_each_of_several_ends(learn_by_chat, tmp_path, monkey
         more = [] if named is None else [7, 9] if named == [7, 9] else [7]
         assert stop_ids(backbone, tokenizer, "alpaca") == sorted({tokenizer.eos_token_id, *more})
     model, gone = NIWF(backbone, pad_id=0, rank=2), []
-    endless = model.generate([[5, 6]], None, -1, 12)[0]
+    endless = model.generate([[5, 6]], lambda h: None, -1, 12)[0]
     for ends in ([endless[4]], [-1, endless[4]], [endless[4], -1]):
-        assert model.generate([[5, 6]], None, ends, 12)[0] == endless[: endless.index(endless[4])]
+        assert model.generate([[5, 6]], lambda h: None, ends, 12)[0] == endless[: endless.index(endless[4])]
     model.detach()
     stream = lambda model, ids, gating, ends, *_: gone.append(ends) or nothing()
     monkeypatch.setattr(NIWF, "stream", stream)
@@ -375,7 +380,8 @@ def test_a_system_message_without_a_place_is_refused(learn_by_chat, tmp_path, mo
     """In one line that quotes the user; the talk goes on without it."""
     how = ("--template", "alpaca") if template is None else ()
     run = learn_by_chat("one", tmp_path / "run", template or CHAT, *how)
-    monkeypatch.setattr(NIWF, "stream", lambda *_: nothing())
+    silent = lambda model, prompts, gating_of, *_: (gating_of(model.probe(prompts)), nothing())[1]
+    monkeypatch.setattr(NIWF, "stream", silent)
     message = {None: "no place for a system", NO_SYSTEM: "'Be kind.' .no system", DEAF: "leaves a system"}[
         template
     ]

@@ -149,11 +149,11 @@ def test_without_the_exact_lock_one_bank_is_shared_and_task_one_moves(micro, fir
 
 def test_the_papers_own_setting_runs_and_is_read_back(micro, tmp_path):
     out = tmp_path / "run"
-    train.main(micro("alpaca", out, "--probe", "adapted", "--pool", "sequence"))
+    train.main(micro("alpaca", out, "--passes", "two", "--probe", "adapted", "--pool", "sequence"))
     train.main(micro("code", out, "--lock", "soft"))
     run = Run(out)
     v, rows = run.read_version(run.manifest["versions"][-1], []), run.manifest["results"]
-    assert v.top_k == 2 and v.field.layers == 2
+    assert v.top_k == 2 and v.field.layers == 3
     evaluation.main(["--run", str(out), "--json", str(tmp_path / "e.json")])
     (again,) = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert again["R"]["stored"] == [
@@ -170,7 +170,7 @@ def test_routing_is_measured_on_what_there_is_when_a_prompt_is_asked(micro, tmp_
     """Pooling over prompt and response is the paper's, but an answer has to be routed before it is there."""
     load_in_double(monkeypatch)
     out = tmp_path / "run"
-    train.main(micro("alpaca", out, "--pool", "sequence"))
+    train.main(micro("alpaca", out, "--passes", "two", "--pool", "sequence"))
     train.main(micro("code", out, "--lock"))
     run = Run(out)
     backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], "cpu")
@@ -548,7 +548,9 @@ def train_in_two(argv, folder, rate=None, main=train.main):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("more", ["--epochs 3", "--probe adapted --pool sequence --batch 1 --grad-accum 3"])
+@pytest.mark.parametrize(
+    "more", ["--epochs 3", "--passes two --probe adapted --pool sequence --batch 1 --grad-accum 3"]
+)
 def test_two_processes_learn_what_one_learns(micro, tmp_path, monkeypatch, more):
     """Two sums of the same numbers. Rounding stays rounding: plain steps in place of AdamW's, which makes a
     step of any gradient however near to zero, and no choice of bases, which could be a near tie."""
