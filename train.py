@@ -51,7 +51,7 @@ from plumbing.passes import choose_targets, positions_of
 from plumbing.processes import first_alone, rank_and_size
 from plumbing.prompts import asks_for_day
 from plumbing.records import load_data
-from plumbing.targets import describe_targets, layers_of
+from plumbing.targets import default_bare, describe_targets, layers_of
 from plumbing.training import Training, peak_memory
 
 import torch
@@ -281,7 +281,7 @@ OPTIONS = {  # what it takes; what it is; its default; the tiny backbone's; does
         "--passes": Option(one_of("one", "two"), "one: h_bar is found on the way; two: the paper's", "one",
                            fixed=True),
         "--bare-layers": Option(dict(type=number(int, 0, 4096)), "m, first layers, never adapted, that give "
-                                "h_bar in one pass; 0: a sixth of all", 0, fixed=True)},
+                                "h_bar in one pass; 0: a tenth of all", 0, fixed=True)},
     "commitment and locks (sections 3.4, 3.5)": {
         "--lock": Option(dict(nargs="?", const="exact", default="none", choices=["exact", "soft"]),
                          "what protects older tasks: exact (bare --lock) or soft, the paper's [nothing]"),
@@ -364,7 +364,7 @@ def say_known(run, args):
 def train_task(run, args, backbone, tokenizer):
     """Read the data, find h_bar of every example, train what the lock lets the task write, and commit it."""
     if args.passes == "one" and not args.bare_layers:
-        args.bare_layers = max(1, round(len(layers_of(backbone)) / 6))
+        args.bare_layers = default_bare(len(layers_of(backbone)))
     targets = None if run.tasks else choose_targets(backbone, tokenizer, args.targets, args.bare_layers)
     args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)
     if asks_for_day(tokenizer, args.template):  # if not, it is no setting: two days give the same bits

@@ -64,6 +64,11 @@ def layers_of(backbone):
     return [backbone.get_submodule(name) for name in layers]
 
 
+def default_bare(layers):
+    """Return m, how many of so many layers stay bare: a tenth."""
+    return max(1, round(layers / 10))
+
+
 def adapted_targets(backbone, targets, bare):
     """Return those of the targets that do not lie in the first `bare` layers. Raises Refused if none is
     left."""

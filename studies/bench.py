@@ -2,6 +2,7 @@
 
     python -m studies.bench niwf                         # a training step beside peft (pip install peft)
     python -m studies.bench decode                       # prefill and decoding beside peft's LoRA
+    python -m studies.bench first-token                  # until a routed answer begins, beside the bare model
     python -m studies.bench gather                       # one projection: bases a sequence, or a token
     python -m studies.bench growth --run runs/stream   # what the first n versions cost and know, for every n
     python -m studies.bench memory --layers 1 2 4      # a step's peak memory at full width, beside its count
@@ -48,9 +49,9 @@ from plumbing.command import number, output_file, Parser, run_program, write_res
 from plumbing.prompts import encode, pad_of
 from plumbing.records import read_records
 from plumbing.records import DATA
-from plumbing.targets import find_targets
+from plumbing.targets import adapted_targets, default_bare, find_targets, layers_of
 from plumbing.training import peak_memory, resource
-from field import CoordinateDynamics, WeightField, top_k_gating
+from field import CoordinateDynamics, Region, WeightField, route, top_k_gating
 from ftn import SmoothKWTA
 from studies import styles
 from studies.memory import PARTS, TOKENS, count_memory
@@ -84,6 +85,7 @@ SHAPES = {  # name: (its configuration, or None: the embedded backbone; sequence
     "mistral": (lambda: transformers.MistralConfig(num_hidden_layers=2), 1, 256)}
 # fmt: on
 RANK, BASES, TOP_K = 8, 16, 8
+LENGTHS = (60, 40), (300, 10)  # tokens of prompt and of response in a step
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft's, of transformers
 
 
@@ -101,11 +103,16 @@ def make_backbone(shape):
     return backbone, 0, [(row[: tokens // 2], row[tokens // 2 :]) for row in rows]
 
 
+def bare_of(backbone):
+    """The layers that stay bare by default. Of Mistral cut to two layers that is half of them."""
+    return default_bare(len(layers_of(backbone)))
+
+
 class Gated:
     """Ours: a bank, a field and dynamics, all with gradients, as a first task trains them."""
 
     def __init__(self, backbone, pad_id, examples):
-        self.model = NIWF(backbone, pad_id, RANK)
+        self.model = NIWF(backbone, pad_id, RANK, bare=bare_of(backbone))
         self.model.bank.add(BASES)
         for p in self.model.bank.live.values():
             p.data.normal_(std=0.01)
@@ -122,8 +129,24 @@ class Gated:
 
     @torch.no_grad()
     def generate(self, prompts, count):
-        """The probe counts: it is asked for every new prompt."""
+        """The gating is chosen on the way, for every new prompt."""
         self.model.generate(prompts, self.gating, -1, count)
+
+
+class Routed(Gated):
+    """Ours, with two versions: where h_bar lies decides which field is asked, and whose bases run."""
+
+    def __init__(self, backbone, pad_id, examples):
+        super().__init__(backbone, pad_id, examples)
+        old = {key: p.data.clone() for key, p in self.model.bank.live.items()}
+        self.model.bank.commit(BASES, lambda: old)
+        self.regions = [Region.fit(torch.tanh(torch.randn(200, 64) + i)) for i in range(2)]
+
+    def gating(self, h_bar):
+        z = self.dynamics(h_bar)
+        (choice,) = route(z, self.regions).choice.tolist()
+        indices, weights = top_k_gating(self.field(z), TOP_K)
+        return indices + choice * BASES, weights
 
 
 class Loops(Gated):
@@ -132,7 +155,7 @@ class Loops(Gated):
     def __init__(self, backbone, pad_id, examples):
         super().__init__(backbone, pad_id, examples)
         self.model.detach()
-        attach(find_targets(backbone), self.update)
+        attach(adapted_targets(backbone, find_targets(backbone), self.model.bare), self.update)
 
     def update(self, name, x, y):
         bank = self.model.bank
@@ -146,7 +169,8 @@ class Loops(Gated):
 
 
 class Peer:
-    """The bare backbone, or peft's LoRA of the same active rank, one for all sequences."""
+    """The bare backbone, or peft's LoRA on all layers with as many parameters as run in ours, one for all
+    sequences."""
 
     def __init__(self, backbone, pad_id, examples, lora=False):
         self.backbone, self.pad_id = backbone.requires_grad_(False).eval(), pad_id
@@ -154,7 +178,9 @@ class Peer:
         if lora:
             import peft
 
-            config = peft.LoraConfig(r=RANK * TOP_K, target_modules=list(find_targets(backbone)))
+            layers = len(layers_of(backbone))
+            rank = round(RANK * TOP_K * (layers - bare_of(backbone)) / layers)
+            config = peft.LoraConfig(r=rank, target_modules=list(find_targets(backbone)))
             self.backbone = peft.get_peft_model(backbone, config).base_model.model
 
     def step(self, examples):
@@ -166,13 +192,14 @@ class Peer:
 
 
 SIDES = {"ours": Gated, "peft": functools.partial(Peer, lora=True), "loops": Loops, "bare": Peer}
+ROUTED = {**SIDES, "ours": Routed}
 
 
-def make_sides(shape, without):
+def make_sides(shape, without=("loops",), sides=SIDES):
     """-> ({name: side}, examples). Each has a backbone of its own, the same one."""
     backbone, pad_id, examples = make_backbone(shape)
-    names = [name for name in SIDES if name not in without]
-    return {name: SIDES[name](copy.deepcopy(backbone), pad_id, examples) for name in names}, examples
+    names = [name for name in sides if name not in without]
+    return {name: sides[name](copy.deepcopy(backbone), pad_id, examples) for name in names}, examples
 
 
 def memory_of(side, shape, form, arguments):
@@ -203,17 +230,34 @@ def compare_sides(what, shape, sides, turns, form, *arguments):
 
 def bench_niwf(shape, turns):
     """Forward and backward of one step, beside peft's LoRA and, where that is small enough, plain loops."""
-    sides, examples = make_sides(shape, without=[] if shape == "tiny" else ["loops"])
-    what = f"{shape}, a step"
-    yield what, compare_sides(what, shape, sides, turns, "step", examples)
+    sides, made = make_sides(shape, without=[] if shape == "tiny" else ["loops"])
+    examples = made
+    lengths = [None] if shape == "tiny" else LENGTHS
+    for length in lengths:
+        what = f"{shape}, a step" + (" of {} + {} tokens a sequence".format(*length) if length else "")
+        if length:
+            prompt, response = length
+            examples = [((p + r) * 3)[: prompt + response] for p, r in made]
+            examples = [(row[:prompt], row[prompt:]) for row in examples]
+            sides["ours"].h_bar = sides["ours"].model.probe([p for p, _ in examples])
+        yield what, compare_sides(what, shape, sides, turns, "step", examples)
 
 
 def bench_decode(shape, turns, count=32):
     """One prompt: the prefill with its probe, alone and with `count` tokens after it."""
-    sides, examples = make_sides(shape, without=["loops"])
+    sides, examples = make_sides(shape)
     prompts = [(p + r)[:128] for p, r in examples[:1]]
     for what, tokens in ((f"{shape}, prefill", 1), (f"{shape}, prefill and {count} tokens", count + 1)):
         yield what, compare_sides(what, shape, sides, turns, "generate", prompts, tokens)
+
+
+def bench_first(shape, turns):
+    """One prompt, until the first token of its answer: coordinate, routing and prefill."""
+    sides, examples = make_sides(shape, sides=ROUTED)
+    text = [t for p, r in examples for t in p + r]
+    for tokens in (32, 256, 2048):
+        prompts, what = [(text * 64)[:tokens]], f"{shape}, first token after {tokens}"
+        yield what, compare_sides(what, shape, sides, turns, "generate", prompts, 1)
 
 
 def bench_gather(shape, turns):
@@ -580,12 +624,13 @@ ABOUT = {
     "lora-ftn": "a step and a search of LoRA-FTN against all components",
     "niwf": "a training step of NIWF beside peft's LoRA",
     "decode": "prefill and decoding beside peft's LoRA",
+    "first-token": "the time until a routed answer begins, beside the bare model and peft's LoRA",
     "gather": "bases gathered a sequence, and a token",
     "memory": "peak memory of a training step, measured and counted",
     "growth": "what the first n versions of a stream cost and know, for every n",
     "processes": "a whole training of NIWF in one process, and in two",
 }
-SHAPED = {"niwf": bench_niwf, "decode": bench_decode, "gather": bench_gather}
+SHAPED = {"niwf": bench_niwf, "decode": bench_decode, "first-token": bench_first, "gather": bench_gather}
 
 
 def parse_options(argv=None):
@@ -614,7 +659,7 @@ def parse_options(argv=None):
 
 def measure(args):
     """Run the benchmark that is asked for. -> what it measured, or None where that is printed alone"""
-    if args.command in ("niwf", "decode") and not importlib.util.find_spec("peft"):
+    if args.command in ("niwf", "decode", "first-token") and not importlib.util.find_spec("peft"):
         raise Refused(f"bench.py {args.command} compares with peft: pip install peft")
     if args.command in SHAPED:
         bench = SHAPED[args.command]

@@ -4,6 +4,7 @@
     python -m studies.variants choose           # what was chosen among: other items, other seeds
     python -m studies.variants baselines        # two tasks: fine-tuning, LoRAs, the three locks (Table 3)
     python -m studies.variants ablations        # two tasks: NIWF with one thing changed (Figure 7)
+    python -m studies.variants passes           # two tasks: ways to read a prompt once, and the paper's two
     python -m studies.variants soft-lock        # why the soft lock forgets: parts of it frozen
     python -m studies.variants regions --run RUN      # does one region tell two tasks apart? what is chosen?
     python -m studies.variants transfer --run STREAM  # what reading older bases is worth to later tasks
@@ -312,6 +313,7 @@ ABLATIONS = {
 bare = lambda m, more="": f"--bare-layers {m}{more}"
 PASSES = {
     "two passes": Variant(TWO, EXACT),
+    "one pass": Variant("", EXACT),
     "read, then write": Variant(TWO, EXACT, patch="read, then write"),
     **{f"one pass, m {m}": Variant(bare(m), EXACT) for m in (1, 2, 3, 5, 10, 15)},
     **{f"one pass, m {m}, last token": Variant(bare(m), EXACT, patch="last token") for m in (1, 3, 5)},
