@@ -4,9 +4,9 @@ Committing a task writes an immutable *version*: the bases it wrote, its field, 
 region and a *snapshot* of the field on them. One sentence holds for everything here: commit = freeze what a
 capability occupies; everything else stays writable. `train.py --lock` chooses how that promise is kept:
 
-exact   Addresses do not move: the probe is bare, and the dynamics freeze at the first commit. Contents do not
-        change: a later version may read committed bases, but it writes a field and bases of its own. Nothing
-        committed has a gradient, a moment or decay, so a stored capability stays bit-identical.
+exact   Addresses do not move: h_bar is of bare layers, and the dynamics freeze at the first commit. Contents
+        do not change: a later version may read committed bases, but it writes a field and bases of its own.
+        Nothing committed has a gradient, a moment or decay, so a stored capability stays bit-identical.
 soft    The paper, Eqs. (9)-(13): one live bank, field and dynamics; a penalty holds the field's logits on the
         anchors. The bases and the dynamics move freely, and forgetting is what it is measured to be.
 none    The same live bank, field and dynamics with no penalty at all.
@@ -276,9 +276,8 @@ class Run(Folder):
         settings, versions = self.manifest["settings"], self.read_versions()
         if versions:
             targets = named_targets(backbone, {key.rpartition(".")[0] for key in versions[0].shapes})
-        model = NIWF(
-            backbone, pad_of(tokenizer), settings["rank"], settings["alpha"], targets, settings["bare_layers"]
-        )
+        how = {"rank": settings["rank"], "alpha": settings["alpha"], "bare": settings["bare_layers"]}
+        model = NIWF(backbone, pad_of(tokenizer), targets=targets, **how)
         self.load(model, versions)
         return model
 

@@ -47,6 +47,7 @@ from plumbing.talk import answer_prompt, talk
 import torch
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
+BARE = None, lambda h_bar: None  # no version, and its gating
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -278,15 +279,15 @@ def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128
     `run.tasks[i]` for i in its `choice` are who answered, its `probability` is how sure that is. outside: see
     `Run.routed`."""
     ids = [prompt_ids(p, tokenizer, run.template, run.day) for p in prompts]
-    ends, routes = stop_ids(model.backbone, tokenizer, run.template), []
+    ends, found = stop_ids(model.backbone, tokenizer, run.template), None
 
     def gating_of(h_bar):
+        nonlocal found
         gating, found = run.routed(h_bar, outside)
-        routes.append(found)
         return gating
 
     new = model.generate(ids, gating_of, ends, max_new_tokens, probe_gating=run.probe_gating())
-    return [text_of(tokenizer, row) for row in new], routes[0]
+    return [text_of(tokenizer, row) for row in new], found
 
 
 def exact_matches(run, model, tokenizer, args):
@@ -313,9 +314,6 @@ def gating_by_name(run, name):
             return v, functools.partial(run.stored, i)
     composition = next(c for c in run.compositions if c.hash == digest)
     return composition, composition.gating
-
-
-BARE = None, lambda h_bar: None
 
 
 def perplexity_by_name(run, model, tokenizer, names):
@@ -424,9 +422,9 @@ def open_run(folder, device=None, names=(), device_map=None, backbone=None):
 @torch.no_grad()
 def main(argv=None):
     args, outs = parse_options(argv), []
-    where = args.device_map, args.backbone
     for folder in args.run or [latest_run()]:
-        run, model, tokenizer = open_run(folder, args.device, args.version or (), *where)
+        names = args.version or ()
+        run, model, tokenizer = open_run(folder, args.device, names, args.device_map, args.backbone)
         if args.talk or args.prompt is not None:
             choose = sampler(args.temperature, args.top_p, args.seed)
             ask = functools.partial(answer_prompt, run, model, tokenizer, args, choose)

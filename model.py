@@ -178,8 +178,7 @@ class AdapterBank:
         if weights is not None:
             h = (h * weights).to(x.dtype)     # NIWF Eq. (4): times (alpha / r) w_k
         B = B.expand(len(x), -1, -1)          # an adapted probe has one gating for all sequences
-        out = None if torch.is_grad_enabled() else y  # in place, if no backward pass follows
-        y = torch.baddbmm(y, h, B, out=out)   # NIWF Eq. (5): y + sum_k B_{i_k} h_k
+        y = torch.baddbmm(y, h, B)            # NIWF Eq. (5): y + sum_k B_{i_k} h_k
         # fmt: on
         return y.view(given)
 

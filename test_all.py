@@ -96,12 +96,14 @@ except ImportError:  # Windows
 if hasattr(os, "register_at_fork"):  # a child makes PyTorch's thread pool anew: two threads at once may fail
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
-PARTS = "builders records prompts backbones exports folders answers training streams hostile machines results"
+PARTS = "builders records prompts backbones passes exports folders answers training streams hostile machines"
+PARTS += " results"
 pytest.register_assert_rewrite(*(f"tests.{part}" for part in PARTS.split()))
 from tests.builders import *
 from tests.records import *
 from tests.prompts import *
 from tests.backbones import *
+from tests.passes import *
 from tests.exports import *
 from tests.folders import *
 from tests.answers import *

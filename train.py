@@ -6,9 +6,10 @@
     python train.py --task synthetic               # the FTN experiments, see synthetic.py
     torchrun --nproc_per_node 2 train.py --task alpaca  # in two processes, each with a GPU, or on the CPU
 
-An example takes this path: encode -> probe (model.py) -> coordinate -> gating (field.py) -> logits (model.py)
--> loss, Eq. (9). After the last step the task is committed (commit.py), every task is measured (eval.py), and
-the table is printed. The three locks share one loop: `writable` alone decides what a new task may write.
+An example takes this path: encode -> h_bar (model.py) -> coordinate -> gating (field.py) -> logits (model.py)
+-> loss, Eq. (9). Bare layers never change, so h_bar is found once for all examples, and kept. After the last
+step the task is committed (commit.py), every task is measured (eval.py), and the table is printed. The three
+locks share one loop: `writable` alone decides what a new task may write.
 
 Training can be killed at any moment: the same command goes on from `training.safetensors` and ends with the
 same bits. Of several processes each computes its share of every step and of the measuring, and their sums are
@@ -296,8 +297,8 @@ DEFAULTS, TINY, FIXED = (column(OPTIONS, field) for field in ("default", "preset
 
 
 def parse_options(argv=None):
-    epilog = "Defaults are the paper's, but for lr, alpha, margin, pool, probe and template: ours. Tiny has "
-    epilog += ", ".join(f"{key} {value:g}" for key, value in TINY.items())
+    epilog = "Defaults are the paper's, but for lr, alpha, margin, pool, probe, passes and template: ours. "
+    epilog += "Tiny has " + ", ".join(f"{key} {value:g}" for key, value in TINY.items())
     epilog += f". {', '.join(FIXED)} are fixed by a run's first task."
     p = Parser(__doc__, prog="train.py", epilog=epilog)
     add_options(p, OPTIONS)
@@ -377,8 +378,8 @@ def train_task(run, args, backbone, tokenizer):
     print(f"adapts    {describe_targets(backbone, model.bank.shapes)}")
     if args.checkpointing:
         model.checkpoint()
-    # A bare probe never changes, so it is asked once. An adapted one is asked in every step, and here only to
-    # standardise h_bar.
+    # Bare layers never change, so they are asked once. An adapted probe is asked in every step, and here only
+    # to standardise h_bar.
     asked = args.probe == "bare" or not run.tasks
     h_bar = probe_all(model, examples, args.pool) if asked else None
     learn(run, writable(run, model, h_bar, args), examples, h_bar, val, args)

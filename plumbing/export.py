@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import textwrap
 import warnings
 
@@ -52,7 +53,7 @@ def write_adapter(update, name, template, title, folder):
     base, file = base_of(name)
     rank = len(next(iter(update.values()))[0])
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
-    config |= {"target_modules": short_names(update, backbone), "r": rank, "lora_alpha": rank}
+    config |= {**target_names(update, backbone), "r": rank, "lora_alpha": rank}
     config |= {"lora_dropout": 0.0, "bias": "none", "inference_mode": True}
     config["fan_in_fan_out"] = all(isinstance(m, transformers.Conv1D) for m in targets.values())
     tokenizer.save_pretrained(folder)
@@ -74,18 +75,30 @@ def base_of(name):
     return os.path.abspath(path) if os.path.isdir(path) else path, options.get("gguf_file", "")
 
 
-def short_names(update, backbone):
+def target_names(update, backbone):
     """Return `target_modules`: the last part of a name where it means our modules alone, as most programs
-    expect; else the full names."""
+    expect; else the full names. If they mean our modules alone in the layers that are adapted, return those
+    layers, too: `layers_to_transform`. peft finds them by the only number in a name."""
 
     def named(end, names):
         return {name for name in names if name.rpartition(".")[2] == end}
 
-    there, short = [name for name, _ in backbone.named_modules()], []
-    for end in {name.rpartition(".")[2] for name in update}:
-        ours = named(end, update)
-        short += [end] if ours == named(end, there) else ours
-    return sorted(short)
+    def short(names):
+        found = []
+        for end in {name.rpartition(".")[2] for name in update}:
+            ours = named(end, update)
+            found += [end] if ours == named(end, names) else ours
+        return sorted(found)
+
+    there = [name for name, _ in backbone.named_modules()]
+    numbers = {name: re.findall(r"\.(\d+)(?=\.)", name) for name in there}
+    layers = sorted({int(numbers[name][0]) for name in update})
+    inside = [name for name, found in numbers.items() if found and int(found[0]) in layers]
+    everywhere, within = short(there), short(inside)
+    full = lambda names: sum("." in name for name in names)
+    if full(within) < full(everywhere) and all(len(numbers[name]) == 1 for name in update):
+        return {"target_modules": within, "layers_to_transform": layers}
+    return {"target_modules": everywhere}
 
 
 def try_adapter(folder, backbone, tensors):

@@ -103,16 +103,16 @@ def make_backbone(shape):
     return backbone, 0, [(row[: tokens // 2], row[tokens // 2 :]) for row in rows]
 
 
-def bare_of(backbone):
+def bare_of(backbone, passes):
     """The layers that stay bare by default. Of Mistral cut to two layers that is half of them."""
-    return default_bare(len(layers_of(backbone)))
+    return default_bare(len(layers_of(backbone))) if passes == "one" else 0
 
 
 class Gated:
     """Ours: a bank, a field and dynamics, all with gradients, as a first task trains them."""
 
-    def __init__(self, backbone, pad_id, examples):
-        self.model = NIWF(backbone, pad_id, RANK, bare=bare_of(backbone))
+    def __init__(self, backbone, pad_id, examples, passes):
+        self.model = NIWF(backbone, pad_id, RANK, bare=bare_of(backbone, passes))
         self.model.bank.add(BASES)
         for p in self.model.bank.live.values():
             p.data.normal_(std=0.01)
@@ -136,8 +136,8 @@ class Gated:
 class Routed(Gated):
     """Ours, with two versions: where h_bar lies decides which field is asked, and whose bases run."""
 
-    def __init__(self, backbone, pad_id, examples):
-        super().__init__(backbone, pad_id, examples)
+    def __init__(self, *backbone):
+        super().__init__(*backbone)
         old = {key: p.data.clone() for key, p in self.model.bank.live.items()}
         self.model.bank.commit(BASES, lambda: old)
         self.regions = [Region.fit(torch.tanh(torch.randn(200, 64) + i)) for i in range(2)]
@@ -152,8 +152,8 @@ class Routed(Gated):
 class Loops(Gated):
     """NIWF Eq. (2) in plain loops over sequences and bases."""
 
-    def __init__(self, backbone, pad_id, examples):
-        super().__init__(backbone, pad_id, examples)
+    def __init__(self, backbone, *more):
+        super().__init__(backbone, *more)
         self.model.detach()
         attach(adapted_targets(backbone, find_targets(backbone), self.model.bare), self.update)
 
@@ -172,14 +172,14 @@ class Peer:
     """The bare backbone, or peft's LoRA on all layers with as many parameters as run in ours, one for all
     sequences."""
 
-    def __init__(self, backbone, pad_id, examples, lora=False):
+    def __init__(self, backbone, pad_id, examples, passes, lora=False):
         self.backbone, self.pad_id = backbone.requires_grad_(False).eval(), pad_id
         backbone.enable_input_require_grads()  # so that the bare backbone has a backward pass, too
         if lora:
             import peft
 
             layers = len(layers_of(backbone))
-            rank = round(RANK * TOP_K * (layers - bare_of(backbone)) / layers)
+            rank = round(RANK * TOP_K * (layers - bare_of(backbone, passes)) / layers)
             config = peft.LoraConfig(r=rank, target_modules=list(find_targets(backbone)))
             self.backbone = peft.get_peft_model(backbone, config).base_model.model
 
@@ -195,21 +195,22 @@ SIDES = {"ours": Gated, "peft": functools.partial(Peer, lora=True), "loops": Loo
 ROUTED = {**SIDES, "ours": Routed}
 
 
-def make_sides(shape, without=("loops",), sides=SIDES):
+def make_sides(shape, passes, without=("loops",), sides=SIDES):
     """-> ({name: side}, examples). Each has a backbone of its own, the same one."""
     backbone, pad_id, examples = make_backbone(shape)
     names = [name for name in sides if name not in without]
-    return {name: sides[name](copy.deepcopy(backbone), pad_id, examples) for name in names}, examples
+    made = {name: sides[name](copy.deepcopy(backbone), pad_id, examples, passes) for name in names}
+    return made, examples
 
 
-def memory_of(side, shape, form, arguments):
+def memory_of(side, shape, passes, form, arguments):
     """Peak memory of a process that has this side alone and runs its form once."""
-    made = SIDES[side](*make_backbone(shape))
+    made = SIDES[side](*make_backbone(shape), passes)
     getattr(made, form)(*arguments)
     return peak_memory("cpu")
 
 
-def compare_sides(what, shape, sides, turns, form, *arguments):
+def compare_sides(what, shape, passes, sides, turns, form, *arguments):
     """Run a form ("step" or "generate") of every side, in turns; print medians, the median of ours over each,
     and peak memory. -> {side: {"seconds": one a turn, "peak memory": text}}"""
     times = {name: [] for name in sides}
@@ -220,7 +221,7 @@ def compare_sides(what, shape, sides, turns, form, *arguments):
     for name, spent in times.items():
         # Not "spawn": a process that is started by this one begins with the peak of this one.
         with multiprocessing.get_context("forkserver").Pool(1) as pool:
-            peak = pool.apply(memory_of, (name, shape, form, arguments))
+            peak = pool.apply(memory_of, (name, shape, passes, form, arguments))
         rows[name] = {"seconds": spent[1:], "peak memory": peak}
         ratio = statistics.median(o / t for o, t in zip(times["ours"][1:], spent[1:]))
         median = 1e3 * statistics.median(spent[1:])
@@ -228,42 +229,41 @@ def compare_sides(what, shape, sides, turns, form, *arguments):
     return rows
 
 
-def bench_niwf(shape, turns):
+def bench_niwf(shape, turns, passes):
     """Forward and backward of one step, beside peft's LoRA and, where that is small enough, plain loops."""
-    sides, made = make_sides(shape, without=[] if shape == "tiny" else ["loops"])
-    examples = made
-    lengths = [None] if shape == "tiny" else LENGTHS
-    for length in lengths:
-        what = f"{shape}, a step" + (" of {} + {} tokens a sequence".format(*length) if length else "")
-        if length:
-            prompt, response = length
-            examples = [((p + r) * 3)[: prompt + response] for p, r in made]
-            examples = [(row[:prompt], row[prompt:]) for row in examples]
-            sides["ours"].h_bar = sides["ours"].model.probe([p for p, _ in examples])
-        yield what, compare_sides(what, shape, sides, turns, "step", examples)
+    sides, made = make_sides(shape, passes, without=[] if shape == "tiny" else ["loops"])
+    steps = {f"{shape}, a step": made}
+    for prompt, response in LENGTHS if shape != "tiny" else ():
+        rows = [((p + r) * 3)[: prompt + response] for p, r in made]
+        steps[f"{shape}, a step, {prompt} + {response} tokens"] = [(r[:prompt], r[prompt:]) for r in rows]
+    for what, examples in steps.items():
+        for side in sides.values():
+            if isinstance(side, Gated):
+                side.h_bar = side.model.probe([p for p, _ in examples])
+        yield what, compare_sides(what, shape, passes, sides, turns, "step", examples)
 
 
-def bench_decode(shape, turns, count=32):
-    """One prompt: the prefill with its probe, alone and with `count` tokens after it."""
-    sides, examples = make_sides(shape)
+def bench_decode(shape, turns, passes, count=32):
+    """One prompt: the prefill with its coordinate, alone and with `count` tokens after it."""
+    sides, examples = make_sides(shape, passes)
     prompts = [(p + r)[:128] for p, r in examples[:1]]
     for what, tokens in ((f"{shape}, prefill", 1), (f"{shape}, prefill and {count} tokens", count + 1)):
-        yield what, compare_sides(what, shape, sides, turns, "generate", prompts, tokens)
+        yield what, compare_sides(what, shape, passes, sides, turns, "generate", prompts, tokens)
 
 
-def bench_first(shape, turns):
+def bench_first(shape, turns, passes):
     """One prompt, until the first token of its answer: coordinate, routing and prefill."""
-    sides, examples = make_sides(shape, sides=ROUTED)
+    sides, examples = make_sides(shape, passes, sides=ROUTED)
     text = [t for p, r in examples for t in p + r]
     for tokens in (32, 256, 2048):
         prompts, what = [(text * 64)[:tokens]], f"{shape}, first token after {tokens}"
-        yield what, compare_sides(what, shape, sides, turns, "generate", prompts, 1)
+        yield what, compare_sides(what, shape, passes, sides, turns, "generate", prompts, 1)
 
 
-def bench_gather(shape, turns):
+def bench_gather(shape, turns, passes):
     """One projection's update (section 3.1): bases gathered once a sequence, as here, and once a token."""
     backbone, pad_id, examples = make_backbone(shape)
-    side, length = Gated(backbone, pad_id, examples), max(len(p) + len(r) for p, r in examples)
+    side, length = Gated(backbone, pad_id, examples, passes), max(len(p) + len(r) for p, r in examples)
     bank, name = side.model.bank, next(iter(side.model.bank.shapes))
     x, y = (torch.randn(len(examples), length, d) for d in bank.shapes[name])
     with torch.no_grad():
@@ -294,14 +294,14 @@ def bench_gather(shape, turns):
 # ------------------------------------------------------------------------------------------- memory, measured
 
 
-def train_second_task(backbone, layers, checkpointing):
+def train_second_task(backbone, layers, checkpointing, bare):
     """Two steps of a second task, of two micro-batches each: the last finds gradients and moments there."""
     with torch.device("meta"):
         backbone = from_shape(backbone, torch.bfloat16, layers)
     backbone.to_empty(device="cpu")
     for tensor in (*backbone.parameters(), *backbone.buffers()):
         tensor.data.fill_(0.01)  # memory that is never written takes none
-    model = NIWF(backbone, pad_id=0, rank=RANK)
+    model = NIWF(backbone, pad_id=0, rank=RANK, bare=bare)
     bank, field = model.bank, WeightField(model.bank.layers, 2 * BASES)
     old = {key: torch.randn(BASES, *shape) / 100 for key, shape in bank.basis_shapes().items()}
     bank.commit(BASES, lambda: old)
@@ -318,26 +318,26 @@ def train_second_task(backbone, layers, checkpointing):
         optimizer.zero_grad()
 
 
-def measure_memory(backbone, layers, checkpointing):
+def measure_memory(backbone, layers, checkpointing, bare):
     """Bytes by which training makes the resident memory of this process larger, at its peak. A small training
     goes before: the code that is used is in memory, too."""
-    train_second_task("tiny", 1, checkpointing)
+    train_second_task("tiny", bare + 1, checkpointing, bare)
     before = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    train_second_task(backbone, layers, checkpointing)
+    train_second_task(backbone, layers, checkpointing, bare)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
-def bench_memory(backbone, depths):
-    """Print the peak memory of a backbone cut to some layers, measured and counted, and of all of it: where
-    the line through what was measured leads, and counted. -> rows {"layers", "checkpointing", "measured",
-    "counted": bytes}, the last of each kind of training for all layers"""
+def bench_memory(backbone, depths, bare):
+    """Print the peak memory of a backbone cut to some layers, `bare` of them bare, measured and counted; and
+    of all of it: where the line through what was measured leads, and counted. -> rows {"layers",
+    "checkpointing", "measured", "counted": bytes}, the last of each kind of training for all layers"""
     if not pathlib.Path("/proc/self/statm").exists():
         raise Refused("bench.py memory reads /proc, which Linux has")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc: what is freed goes back at once, as is counted
     second = [
         row
         for depth in (*depths, None)
-        for row in count_memory(backbone, depth)
+        for row in count_memory(backbone, depth, bare)
         if row["task"] == 2 and row["devices"] == 1
     ]
     rows = []
@@ -347,7 +347,7 @@ def bench_memory(backbone, depths):
         counted, measured = [sum(row[part] for part in PARTS) for row in counts], []
         for depth in depths:
             with multiprocessing.get_context("forkserver").Pool(1) as pool:
-                measured.append(pool.apply(measure_memory, (backbone, depth, checkpointing)))
+                measured.append(pool.apply(measure_memory, (backbone, depth, checkpointing, bare)))
         line, other = (
             statistics.linear_regression(depths, sizes[: len(depths)]) for sizes in (measured, counted)
         )
@@ -641,6 +641,7 @@ def parse_options(argv=None):
         if name == "memory":
             add("--backbone", default="random:mistral-7b", help="whose shape")
             add("--layers", nargs="+", type=number(int, 1, 100), default=[1, 2, 4], help="how many")
+            add("--bare-layers", type=number(int, 0, 100), default=0, help="of them [0: two passes]")
         else:
             add("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed")
         if name == "lora-ftn":
@@ -651,6 +652,7 @@ def parse_options(argv=None):
             add("--run", default="runs/stream", help="run folder of a stream")
         elif name in SHAPED:
             add("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="of what [all]")
+            add("--passes", choices=["one", "two"], default="one", help="see train.py [one]")
     args = parser.parse_args(argv)
     if args.command == "memory" and len({*args.layers}) < 2:
         parser.error("--layers: a line goes through two depths or more")
@@ -663,11 +665,13 @@ def measure(args):
         raise Refused(f"bench.py {args.command} compares with peft: pip install peft")
     if args.command in SHAPED:
         bench = SHAPED[args.command]
-        return {what: found for shape in args.shape for what, found in bench(shape, args.repeats)}
+        return {
+            what: found for shape in args.shape for what, found in bench(shape, args.repeats, args.passes)
+        }
     if args.command == "processes":
         return dict(bench_processes("tiny", args.repeats))
     if args.command == "memory":
-        return bench_memory(args.backbone, args.layers)
+        return bench_memory(args.backbone, args.layers, args.bare_layers)
     torch.set_num_threads(1)
     if args.command == "growth":
         return list(bench_growth(args.run, args.repeats))

@@ -1,6 +1,7 @@
 """What training takes on a device, counted from the shapes: the paper's Table 2, with what it leaves out.
 
     python -m studies.memory                               # Mistral-7B's shape, beside the paper's table
+    python -m studies.memory --passes two                  # as the paper has it: no layer stays bare
     python -m studies.memory --backbone random:llama-70b   # the layers spread over 1, 2 and 4 devices
 
 Nothing is allocated: the passes run on tensors that have a shape and no memory.
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from field import CoordinateDynamics, WeightField, top_k_gating
 from model import NIWF, detach, response_nll
 from plumbing.backbone import from_shape
-from plumbing.targets import find_layers
+from plumbing.targets import default_bare, find_layers
 from plumbing.command import Parser, output_file, run_program, write_results
 
 TOKENS, RANK, BASES, TOP_K = 256, 8, 16, 8  # the paper's; a micro-batch is one sequence
@@ -52,20 +53,20 @@ def count_kept(model, field, dynamics):
     return sizes
 
 
-def count_memory(name, depth=None):
+def count_memory(name, depth=None, bare=0):
     """What a training takes at its peak: the forward pass of a micro-batch is done, its backward pass begins,
     and the gradients of the micro-batches before are there. Counted on tensors that have a shape and no
-    memory, with the backbone in bfloat16, cut to `depth` layers if that is said. Over several devices the
-    layers are spread evenly.
+    memory, with the backbone in bfloat16, cut to `depth` layers if that is said, of which the first `bare`
+    are not adapted. Over several devices the layers are spread evenly.
 
     -> rows {"layers", "task": 1 or 2 (which reads the first's bases), "checkpointing": bool, "devices",
     "device": its number, and in bytes each of PARTS, and "gathered", the bases among the activations}. Not
     counted: what the allocator wastes, what a kernel works in, the CUDA context."""
     with FakeTensorMode():
-        model = NIWF(from_shape(name, torch.bfloat16, depth), pad_id=0, rank=RANK)
+        model = NIWF(from_shape(name, torch.bfloat16, depth), pad_id=0, rank=RANK, bare=bare)
         model.bank.add(BASES)
-        layers, dynamics = model.bank.layers, CoordinateDynamics(model.features)
-        fields = [WeightField(layers, BASES * task) for task in (1, 2)]
+        layers, dynamics = model.bank.layers + bare, CoordinateDynamics(model.features)
+        fields = [WeightField(model.bank.layers, BASES * task) for task in (1, 2)]
         kept = {False: count_kept(model, fields[0], dynamics)}
         model.checkpoint()
         kept[True] = count_kept(model, fields[0], dynamics)
@@ -88,14 +89,14 @@ def place_weights(places, model, fields, dynamics):
     """Add to the rows of all devices the weights of a task, gradients and moments of those it trains. Its
     field is the last; the first task trains the dynamics, too."""
     size = lambda module: sum(p.nbytes for p in module.parameters())
-    place_of = lambda layer: places[layer * len(places) // model.bank.layers]
+    place_of = lambda layer: places[layer * len(places) // (model.bank.layers + model.bare)]
     embeddings = model.backbone.get_input_embeddings().weight
     for key, p in model.backbone.named_parameters():
         number = re.search(r"\.(\d+)\.", key)
         ends = places[0] if p is embeddings else places[-1]
         (place_of(int(number[1])) if number else ends)["backbone"] += p.nbytes
     for key, p in model.bank.live.items():
-        place = place_of(model.bank.layer[key[:-2]])
+        place = place_of(model.bank.layer[key[:-2]] + model.bare)
         place["bases written"] += p.nbytes
         place["bases read"] += p.nbytes * (len(fields) - 1)
         place["gradients"] += p.nbytes
@@ -104,6 +105,12 @@ def place_weights(places, model, fields, dynamics):
     places[0]["gradients"] += size(fields[-1]) + (size(dynamics) if len(fields) == 1 else 0)
     for place in places:
         place["moments"] = 2 * place["gradients"]
+
+
+def depth_of(name):
+    """Return how many layers a backbone has."""
+    with FakeTensorMode():
+        return len(find_layers(from_shape(name, torch.bfloat16)))
 
 
 def memory_lines(rows):
@@ -121,10 +128,10 @@ def memory_lines(rows):
     return {line: [fullest(*which, *column) for column in columns] for line, which in lines.items()}
 
 
-def report_memory(name):
+def report_memory(name, passes="one"):
     """Print the paper's Table 2 from a backbone's shapes. -> rows of `count_memory`, with their "total", and
     what gathered bases would take, were they gathered for "a token" each."""
-    rows = count_memory(name)
+    rows = count_memory(name, bare=default_bare(depth_of(name)) if passes == "one" else 0)
     for row in rows:
         row["total"] = sum(row[part] for part in PARTS)
         row["a token"] = TOKENS * row["gathered"]
@@ -142,13 +149,14 @@ def parse_options(argv=None):
     p = Parser(__doc__, prog="memory.py")
     text = "whose shapes are counted; random:llama-70b is one, too"
     p.add_argument("--backbone", default="random:mistral-7b", help=text)
+    p.add_argument("--passes", choices=["one", "two"], default="one", help="see train.py [one]")
     p.add_argument("--json", type=output_file, metavar="FILE", help="write what was counted")
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_options(argv)
-    rows = report_memory(args.backbone)
+    rows = report_memory(args.backbone, args.passes)
     if args.json:
         write_results(args.json, "-m studies.memory", argv, indent=1, rows=rows)
 

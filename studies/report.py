@@ -716,7 +716,7 @@ def offered(content):
 def quick_start(content):
     """rows {name: a dict a seed} of variants.py: what train.py prints after the second task, first seed: with
     the exact lock and, of the first task, without a lock."""
-    locked, free = (last_table(content["rows"][name][0]) for name in ("NIWF, exact lock", "NIWF, no lock"))
+    locked, free = (last_table(content["rows"][name][0]) for name in ("one pass", "one pass, no lock"))
     return ["```", *locked, "", "without --lock:", *free[1:3], "```"]
 
 
@@ -753,7 +753,7 @@ def locks(content):
     return table([*heads, "A, routed", "B, routed"], lines)
 
 
-IN_README = {"quick-start": ("tiny-baselines", quick_start), "locks": ("tiny-baselines", locks)}
+IN_README = {"quick-start": ("tiny-passes", quick_start), "locks": ("tiny-baselines", locks)}
 
 PICTURES = {
     "idea": "The idea: the way of one prompt.",
@@ -777,6 +777,13 @@ PICTURES = {
 SECTIONS = [  # files of results, their table, the title where a section begins, what the table is of
     ("tiny-worth", one_task, "What the field is worth", "One task, general instructions, tiny backbone."),
     ("tiny-choose", one_task, "What was chosen among", "Other items and other seeds than are published."),
+    ("tiny-passes", two_tasks, "One pass", "All other tables of NIWF are of two passes, the paper's."),
+    ("tiny-choose-passes", one_task, "", "Chosen among, on other items and other seeds:"),
+    ("smollm2-choose-passes", one_task, "", "The same on SmolLM2 and real data, one other seed:"),
+    ("first-token-bench", timings, "", "The time until a routed answer begins. The LoRA of peft has as many "
+     "parameters as run in ours; of Mistral's two layers one is bare, of all it would be three in 32:"),
+    ("niwf-one-bench", timings, "", "A training step in one pass:"),
+    ("memory-count-one", counted, "", "Memory of a training step in one pass, by count:"),
     ("tiny-baselines", two_tasks, "Baselines and locks", "Two tasks: A general instructions, B code. "
      "*Stored*: the right version is given; *routed*: the coordinate decides. Of one adapter, or of all "
      "weights, there is one version."),

@@ -21,7 +21,7 @@ from train import parse_options as training_options
 from train import run_task
 
 
-def learn_stream(folder, count, device):
+def learn_stream(folder, count, device, passes="one"):
     """Learn the first `count` kinds of instruction, a task each. -> the run folder"""
     sets = {
         (name, part): read_records(DATA / f"{name}.{part}.json")
@@ -37,6 +37,7 @@ def learn_stream(folder, count, device):
                 pathlib.Path(tmp, part).write_text(json.dumps(chosen))
             data = ["--data", f"{tmp}/train", "--val-data", f"{tmp}/val", "--device", device]
             options = ["--task", f"{name}-{kind}", "--lock", "--backbone", "tiny", "--epochs", "8"]
+            options += ["--passes", passes]
             args = training_options(options + data)
             with Run(folder).exclusive() as run:
                 run_task(run, args)
@@ -47,13 +48,14 @@ def parse_options(argv=None):
     p = Parser(__doc__, prog="stream.py")
     p.add_argument("count", type=number(int, 1, 76), help="how many kinds of instruction, a task each")
     p.add_argument("--out", default="runs/stream", help="run folder")
+    p.add_argument("--passes", choices=["one", "two"], default="one", help="see train.py [one]")
     p.add_argument("--device", help="cpu, cuda, mps [what is there]")
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_options(argv)
-    report(learn_stream(args.out, args.count, pick_device(args.device)))
+    report(learn_stream(args.out, args.count, pick_device(args.device), args.passes))
 
 
 if __name__ == "__main__":

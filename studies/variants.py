@@ -4,7 +4,8 @@
     python -m studies.variants choose           # what was chosen among: other items, other seeds
     python -m studies.variants baselines        # two tasks: fine-tuning, LoRAs, the three locks (Table 3)
     python -m studies.variants ablations        # two tasks: NIWF with one thing changed (Figure 7)
-    python -m studies.variants passes           # two tasks: ways to read a prompt once, and the paper's two
+    python -m studies.variants passes           # two tasks: one pass, and the paper's two
+    python -m studies.variants choose-passes    # ways to read a prompt once, that were chosen among
     python -m studies.variants soft-lock        # why the soft lock forgets: parts of it frozen
     python -m studies.variants regions --run RUN      # does one region tell two tasks apart? what is chosen?
     python -m studies.variants transfer --run STREAM  # what reading older bases is worth to later tasks
@@ -12,8 +13,8 @@
 
 A row is one training by train.py, or two, in a run folder of its own under runs/variants. What is there is
 not trained again, and rows that differ in their second task alone share their first. Options that this script
-does not know go to train.py. A row is its options and, where no option says it, a change of one function,
-made here and nowhere else.
+does not know go to train.py. All tables but `passes` and `choose-passes` are of the paper's two passes. A row
+is its options and, where no option says it, a change of one function, made here and nowhere else.
 
 The LoRAs are NIWF with N = K = 1: Eq. (7) then has one weight, 1, and there is no field to learn; the
 coordinate only routes. alpha follows K r, so that all updates have the same scale. Under the exact lock that
@@ -242,7 +243,7 @@ LORA = "--bases 1 --top-k 1 --rank 64"
 LARGE_LORA = "--bases 1 --top-k 1 --rank 128 --alpha 256"
 TWICE = "--alpha 256"  # where 16 bases are active in place of 8, so that the update has the same size
 TWO = "--passes two"
-PAPER = TWO + " --pool sequence --probe adapted --alpha 16"
+PAPER = "--pool sequence --probe adapted --alpha 16"
 EXACT, SOFT, NONE = "--lock exact", "--lock soft", ""
 WORTH = {
     "LoRA r 64: same active rank": Variant(LORA),
@@ -302,11 +303,10 @@ ABLATIONS = {
     "dense gating": Variant(TWICE, EXACT, patch="dense gating"),
     "shared gating": Variant("", EXACT, patch="shared gating"),
     "not standardised": Variant("", EXACT, patch="not standardised"),
-    "two passes": Variant(TWO, EXACT),
-    "two passes, pool: whole sequence": Variant(TWO + " --pool sequence", EXACT),
+    "pool: whole sequence": Variant("--pool sequence", EXACT),
     "no lock": Variant("", NONE),
     "soft lock": Variant("", SOFT),
-    "soft, two passes, adapted probe": Variant(TWO + " --probe adapted", SOFT),
+    "soft, adapted probe": Variant("--probe adapted", SOFT),
     "soft, no separation": Variant("", SOFT + " --lambda-sep 0"),
     "soft, anchors a sample": Variant("", SOFT, patch="anchors a sample"),
 }
@@ -314,6 +314,7 @@ bare = lambda m, more="": f"--bare-layers {m}{more}"
 PASSES = {
     "two passes": Variant(TWO, EXACT),
     "one pass": Variant("", EXACT),
+    "one pass, no lock": Variant("", NONE),
     "read, then write": Variant(TWO, EXACT, patch="read, then write"),
     **{f"one pass, m {m}": Variant(bare(m), EXACT) for m in (1, 2, 3, 5, 10, 15)},
     **{f"one pass, m {m}, last token": Variant(bare(m), EXACT, patch="last token") for m in (1, 3, 5)},
@@ -327,6 +328,7 @@ TABLES = {
     "ablations": ABLATIONS,
     "soft-lock": SOFT_LOCK,
     "passes": PASSES,
+    "choose-passes": {name: dataclasses.replace(row, second=None) for name, row in PASSES.items()},
 }
 
 
@@ -336,9 +338,10 @@ TABLES = {
 def said(task, folder, seed, args):
     """The options that all rows of a table share."""
     options = ["--task", task, "--backbone", args.backbone, "--seed", str(seed), "--out", str(folder)]
+    options += [] if args.table.endswith("passes") else ["--passes", "two"]
     if args.data:
         return [*options, "--data", args.data[0 if task == "alpaca" else -1]]
-    if args.table == "choose":
+    if args.table.startswith("choose"):
         data = DATA / task
         options += ["--data", f"{data}.train.json", "--val-data", f"{data}.choose.json"]
         options += ["--val-examples", "200"]
@@ -366,7 +369,7 @@ def patched(name):
 def place_of(args, seed, *parts):
     """The folder or file that belongs to a row, or to the first task of several."""
     name = " ".join(part for part in parts if part) or "default"
-    table = "choose" if args.table == "choose" else "publish"
+    table = args.table if args.table in ("choose", "passes", "choose-passes") else "publish"
     return pathlib.Path(args.out, table, f"{seed}", "".join(c if c.isalnum() else "-" for c in name))
 
 
@@ -517,7 +520,7 @@ def measure_transfer(folder, args):
     run = Run(folder)
     with patched("own bases alone"):
         out = pathlib.Path(args.out, "stream-own-bases-alone")
-        alone = learn_stream(out, len(run.tasks), pick_device(None))
+        alone = learn_stream(out, len(run.tasks), pick_device(None), run.manifest["settings"]["passes"])
     learned = lambda run: [row["stored"][row["task"]] for row in run.manifest["results"]]
     found = {"tasks": run.tasks, "read": learned(run), "own bases alone": learned(alone)}
     print("", *transfer({"rows": [found]}), sep="\n")
@@ -549,7 +552,7 @@ def parse_options(argv):
         args.rows = args.rows or [*TABLES[args.table]]
         if unknown := [name for name in args.rows if name not in TABLES[args.table]]:
             parser.error(f"no row is called {unknown[0]!r}: {', '.join(TABLES[args.table])}")
-        args.seeds = args.seeds or ([200, 201, 202] if args.table == "choose" else [0, 1, 2])
+        args.seeds = args.seeds or ([200, 201, 202] if args.table.startswith("choose") else [0, 1, 2])
     return args, rest
 
 
@@ -568,7 +571,7 @@ def main(argv=None):
                 fine_tune(variant, seed, args, rest) if variant.lr else train_row(variant, seed, args, rest)
             )
             result[name].append(made)
-        made = one_task if args.table in ("worth", "choose") else two_tasks
+        made = one_task if args.table in ("worth", "choose", "choose-passes") else two_tasks
         print("", *made({"rows": result}), sep="\n")
     if args.json:
         write_results(args.json, "-m studies.variants", argv, indent=1, rows=result)

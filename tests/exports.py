@@ -19,7 +19,7 @@ from commit import Run
 from model import response_logits
 from plumbing import Refused
 from plumbing.backbone import fingerprint, load_backbone, TINY_FOLDER
-from plumbing.export import base_of, short_names
+from plumbing.export import base_of, target_names
 from plumbing.targets import find_targets
 from tests.backbones import byte_level_tokenizer, write_gguf
 from tests.builders import END, fake_commit, micro_backbone, micro_gpt2, opened, random_examples, snapshot_of
@@ -340,10 +340,13 @@ def test_short_names_adapt_no_module_but_ours():
     """A last name that another module has, too, is written out in full."""
     backbone = micro_backbone()
     every = find_targets(backbone)
-    assert short_names(every, backbone) == sorted({name.rpartition(".")[2] for name in every})
+    ends = sorted({name.rpartition(".")[2] for name in every})
+    assert target_names(every, backbone) == {"target_modules": ends}
     first = [name for name in every if name != "model.layers.1.self_attn.q_proj"]
-    names = short_names(first, backbone)
+    names = target_names(first, backbone)["target_modules"]
     assert "q_proj" not in names and "model.layers.0.self_attn.q_proj" in names and "k_proj" in names
+    upper = [name for name in every if "layers.1." in name]
+    assert target_names(upper, backbone) == {"target_modules": ends, "layers_to_transform": [1]}
 
 
 __all__ = [name for name in globals() if name.startswith("test_")]

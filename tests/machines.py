@@ -94,7 +94,9 @@ GROUPS = {
     ),
     **dict.fromkeys(["commit log", "commit verify"], ["options"]),
     "bench": ["positional arguments", "options"],
-    **dict.fromkeys([f"bench {c}" for c in "niwf decode gather ftn lora-ftn".split()], ["options"]),
+    **dict.fromkeys(
+        [f"bench {c}" for c in "niwf decode first-token gather ftn lora-ftn".split()], ["options"]
+    ),
 }
 
 

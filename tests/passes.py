@@ -1,0 +1,178 @@
+"""One pass: bare layers choose the gating on the way. The paper's two passes stay what they were."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+import commit
+import eval as evaluation
+import train
+from commit import Run
+from field import top_k_gating
+from model import NIWF, response_nll
+from plumbing import Refused
+from plumbing.passes import choose_targets, until
+from plumbing.targets import adapted_targets, default_bare, find_targets, layers_of
+from tests.builders import chat_tokenizer, copy_of, micro_backbone, micro_gpt2, random_bank, random_examples
+from tests.builders import random_gating, snapshot_of
+
+
+def upper_model(bare=1, make=micro_backbone, dtype=torch.float64):
+    model = NIWF(make().to(dtype), pad_id=0, rank=3, alpha=5, bare=bare)
+    random_bank(model.bank, 6)
+    return model
+
+
+def by_h_bar(model, seen):
+    """A gating that every prompt's h_bar decides, and a list of the h_bar that were asked about."""
+    torch.manual_seed(4)
+    weight = torch.randn(model.features, model.bank.layers * 6)
+
+    def gating_of(h_bar):
+        seen.append(h_bar)
+        return top_k_gating((40 * h_bar @ weight).view(len(h_bar), model.bank.layers, 6), 2)
+
+    return gating_of
+
+
+@pytest.mark.parametrize("make", [micro_backbone, micro_gpt2])
+def test_the_gating_is_chosen_on_the_way_from_what_a_probe_finds(make):
+    """Every row of a padded batch by its own prompt, once; tokens are those of a gating that was known."""
+    model, seen = upper_model(make=make), []
+    prompts, gating_of = [p for p, _ in random_examples(5)], by_h_bar(model, seen)
+    chosen = model.generate(prompts, gating_of, -1, 6)
+    assert len(seen) == 1 and seen[0].shape == (5, model.features)
+    torch.testing.assert_close(seen[0], model.probe(prompts))
+    gating = gating_of(model.probe(prompts))
+    assert model.generate(prompts, lambda h: gating, -1, 6) == chosen
+    for i, prompt in enumerate(
+        prompts
+    ):  # plainly: the mean of what enters the layer, alone and without padding
+        entering = model.backbone.base_model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[
+            1
+        ]
+        torch.testing.assert_close(seen[0][i], entering[0].float().mean(0))
+
+
+def test_layers_below_are_bare_and_have_no_backward_pass():
+    model, ((prompt, response),) = upper_model(), random_examples(1)
+    assert not any(".layers.0." in name for name in model.bank.shapes) and model.bank.layers == 1
+    graphs, ids = [], torch.tensor([prompt + response])
+    handle = model.first.register_forward_pre_hook(lambda _, args: graphs.append(args[0]))
+    bare = until(model.first, lambda: model.backbone(ids))
+    nll = response_nll(*model.logits([(prompt, response)], random_gating(1, 1, 6)))
+    handle.remove()
+    assert torch.equal(graphs[-1], bare) and not graphs[-1].requires_grad
+    nll.sum().backward()
+    assert all(p.grad is not None for p in model.bank.live.values())
+
+
+def test_checkpointing_gives_the_same_gradients_above_bare_layers():
+    gradients, examples = [], random_examples(4)
+    for checkpointing in (False, True):
+        model = upper_model(2, lambda: micro_backbone(layers=4), torch.float32)
+        if checkpointing:
+            model.checkpoint()
+        torch.manual_seed(5)
+        response_nll(*model.logits(examples, random_gating(4, 2, 6))).sum().backward()
+        gradients.append([p.grad for p in model.bank.live.values()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_what_goes_wrong_on_the_way_leaves_no_hook():
+    model, prompts = upper_model(), [[5, 6, 7]]
+    bare = model.backbone(torch.tensor(prompts)).logits
+
+    def fail(h_bar):
+        raise Refused("no such version")
+
+    with pytest.raises(Refused, match="no such version"):
+        model.generate(prompts, fail, -1, 3)
+    assert torch.equal(model.backbone(torch.tensor(prompts)).logits, bare)
+    assert not model.first._forward_pre_hooks and model.bank.gating is None
+
+
+def test_two_passes_are_what_they_were(micro, tmp_path):
+    """Their versions have no key of the new options, and a manifest without them is one of two passes."""
+    out = tmp_path / "run"
+    train.main(micro("alpaca", out, "--passes", "two"))
+    run = Run(out)
+    assert not {"passes", "bare_layers"} & run.head(run.find("alpaca"))["config"].keys()
+    old = json.loads((out / "manifest.json").read_text())
+    for key in ("passes", "bare_layers"):
+        del old["settings"][key]
+    (out / "manifest.json").write_text(json.dumps(old))
+    (wrong,) = [wrong for _, wrong in commit.verify(Run(out))]
+    run, model, _ = evaluation.open_run(out, "cpu")
+    assert not wrong and model.bare == 0 and model.bank.layers == 3
+    with pytest.raises(Refused, match="--passes one does not fit .* fixed two"):
+        train.main(micro("code", out, "--lock", "--passes", "one"))
+    old["settings"]["bare_layers"] = 1
+    (out / "manifest.json").write_text(json.dumps(old))
+    with pytest.raises(Refused, match="settings: bare_layers 1, not 0"):
+        evaluation.open_run(out, "cpu")
+
+
+def test_the_first_task_fixes_the_bare_layers(micro, first, tmp_path):
+    out = copy_of(first, tmp_path)
+    assert Run(out).manifest["settings"]["bare_layers"] == default_bare(3) == 1 and default_bare(32) == 3
+    before = snapshot_of(out)
+    with pytest.raises(Refused, match="--bare-layers 2 does not fit"):
+        train.main(micro("code", out, "--lock", "--bare-layers", 2))
+    assert snapshot_of(out) == before
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--bare-layers", 3], "--bare-layers 3 leaves nothing to adapt"),
+        (["--passes", "two", "--bare-layers", 1], "two passes adapt all layers"),
+        (["--probe", "adapted"], "need --passes two"),
+        (["--pool", "sequence"], "need --passes two"),
+    ],
+)
+def test_passes_that_cannot_be_are_refused(micro, tmp_path, more, message):
+    with pytest.raises(Refused, match=message):
+        train.main(micro("alpaca", tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_whose_lower_layers_cannot_stay_bare_is_pointed_to_two_passes():
+    """One that never comes to the layer, and one whose target in an upper layer runs before it."""
+    backbone, tokenizer = micro_backbone(3584), chat_tokenizer()
+    first = layers_of(backbone)[1]
+    assert len(choose_targets(backbone, tokenizer, bare=1)) == 7
+    backbone.model.layers[1].mlp.gate_proj = backbone.model.layers[0].mlp.gate_proj
+    assert len(choose_targets(backbone, tokenizer, bare=1)) == 6  # it is the lower layer's
+    backbone.model.forward = lambda input_ids=None, **_: (
+        transformers.modeling_outputs.BaseModelOutputWithPast(
+            last_hidden_state=backbone.model.embed_tokens(input_ids)
+        )
+    )
+    with pytest.raises(ValueError, match="not entered"):
+        until(first, lambda: backbone(torch.tensor([[5]])))
+    with pytest.raises(Refused, match="cannot be used.*--passes two"):
+        choose_targets(backbone, tokenizer, bare=1)
+    assert adapted_targets(backbone, find_targets(backbone), 0) == find_targets(backbone)
+
+
+@torch.no_grad()
+def test_an_export_of_upper_layers_is_an_ordinary_lora(two, tmp_path):
+    """peft opens it, and it is the version at its region's mean coordinate."""
+    peft = pytest.importorskip("peft")
+    commit.main(["export", "code", "--to", str(tmp_path / "lora"), "--run", str(two)])
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["layers_to_transform"] == [1, 2] and "q_proj" in config["target_modules"]
+    run, model, _ = evaluation.open_run(two, "cpu")
+    ids, v = torch.tensor([[5, 6, 7, 8]]), run.versions[1]
+    with model.gated(v.gating(torch.tanh(v.region.mean).float()[None])):
+        wanted = model.backbone(ids).logits
+    model.detach()
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")(ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, model.backbone(ids).logits)
+
+
+__all__ = [name for name in globals() if name.startswith("test_")]
