@@ -36,7 +36,6 @@ import dataclasses
 import functools
 import math
 
-
 import torch
 from torch import nn
 
@@ -247,8 +246,8 @@ class NIWF:
     def __init__(self, backbone, pad_id, rank=8, alpha=16, targets=None, bare=0):
         self.backbone = backbone.requires_grad_(False).eval()
         self.pad_id, self.bare = pad_id, bare
+        targets = adapted_targets(backbone, targets or find_targets(backbone), bare)
         self.first = layers_of(backbone)[bare] if bare else None  # the first layer that is adapted
-        targets = targets or adapted_targets(backbone, find_targets(backbone), bare)
         self.bank = FastBank(targets, rank, alpha)
         self.handles = attach(targets, self.bank.update)
         self.checkpointed = []
@@ -278,39 +277,34 @@ class NIWF:
     @contextlib.contextmanager
     def gated_by(self, gating_of, prompts, probe_gating=None):
         """Within this block adapters run with the gating that `gating_of` makes of h_bar [B, features]: from
-        the moment at which the first pass, over B prompts, comes to layer m; without bare layers at once, of
-        `probe`. Factors are then gathered once, if memory allows."""
+        the moment at which the first pass, over B prompts, comes to layer m; without bare layers at once.
+        Factors are then gathered once, if memory allows."""
 
-        def choose(hidden):
-            gating = gating_of(mean_over(hidden, lengths).to(self.device))
+        def choose(h_bar):
+            gating = gating_of(h_bar)
             self.bank.use(gating)
             if gating and self.bank.parameter_count(gating[0][:, 0].numel()) <= FOLDED_PARAMETERS:
                 self.bank.fold()
 
         lengths = [len(p) for p in prompts]
-        hidden = None if self.bare else self.read(prompts, probe_gating)
-        with self.gated(None):
+        h_bar = None if self.bare else self.probe(prompts, probe_gating)
+        with self.gated(None), contextlib.ExitStack() as hook:
             if self.bare:
-                with on_entering(self.first, choose):
-                    yield
+                on_the_way = lambda hidden: choose(mean_over(hidden, lengths).to(self.device))
+                hook.enter_context(on_entering(self.first, on_the_way))
             else:
-                choose(hidden)
-                yield
-
-    @torch.no_grad()
-    def read(self, rows, gating=None):
-        """Token lists -> the hidden states of which h_bar is the mean, [B, T, features], padded on the left:
-        those that enter layer m, above which nothing is computed; without bare layers the last ones."""
-        ids, mask = pad_left(rows, self.pad_id, self.backbone)
-        run = functools.partial(run_padded, body_of(self.backbone), ids, mask, use_cache=False)
-        with self.gated(gating):
-            return until(self.first, run) if self.bare else run().last_hidden_state
+                choose(h_bar)
+            yield
 
     @torch.no_grad()
     def probe(self, rows, gating=None):
-        """Token lists -> h_bar [B, features], float32: the mean over tokens of what `read` gives. gating: of
-        an adapted probe, the paper's own."""
-        return mean_over(self.read(rows, gating), [len(row) for row in rows]).to(self.device)
+        """Token lists -> h_bar [B, features], float32: the mean over tokens of what enters layer m, above
+        which nothing is computed; without bare layers of the last hidden states, with this gating."""
+        ids, mask = pad_left(rows, self.pad_id, self.backbone)
+        run = functools.partial(run_padded, body_of(self.backbone), ids, mask, use_cache=False)
+        with self.gated(gating):
+            hidden = until(self.first, run) if self.bare else run().last_hidden_state
+        return mean_over(hidden, [len(row) for row in rows]).to(self.device)
 
     def logits(self, examples, gating):
         """B examples -> logits [B, R, V] that predict labels [B, R], see `response_logits`. Their h_bar has

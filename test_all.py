@@ -613,7 +613,8 @@ def test_checkpointing_keeps_inputs_of_layers_brings_no_dropout_and_ends_with_th
         model.checkpoint()
 
 
-def test_layers_that_are_kept_on_disk_give_the_same_logits_gradients_and_fingerprint(micro, tmp_path):
+@pytest.mark.parametrize("bare", [0, 2])
+def test_layers_that_are_kept_on_disk_give_the_same_logits_gradients_and_fingerprint(tmp_path, bare):
     pytest.importorskip("accelerate")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
     micro_backbone(len(tokenizer), layers=4).save_pretrained(tmp_path)
@@ -625,11 +626,11 @@ def test_layers_that_are_kept_on_disk_give_the_same_logits_gradients_and_fingerp
         "model.rotary_emb": "cpu",
         "lm_head": "disk",
     }
-    examples, gating, found = random_examples(3), random_gating(3, 4, 4), []
+    examples, gating, found = random_examples(3), random_gating(3, 4 - bare, 4), []
     for device_map, checkpointing in ((None, False), (places, False), (places, True)):
         backbone, _ = load_backbone(str(tmp_path), "cpu", device_map)
         assert any(p.is_meta for p in backbone.parameters()) == bool(device_map)
-        model = NIWF(backbone, pad_id=0)
+        model = NIWF(backbone, pad_id=0, bare=bare)
         random_bank(model.bank, 4)
         if checkpointing:
             model.checkpoint()

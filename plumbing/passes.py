@@ -130,10 +130,12 @@ def try_passes(backbone, pad_id, rows, targets, bare):
         look = lambda _, x, y, name=name: seen[name].append(len(x) > 0 and per_sequence(x[0], y, *ids.shape))
         handles.append(module.register_forward_hook(look))
     body = lambda: run_padded(body_of(backbone), ids, mask, use_cache=False)
-    hidden = until(layers_of(backbone)[bare], body) if bare else body().last_hidden_state
-    early = {name for name, fits in seen.items() if bare and fits}
-    if hidden.shape != (*ids.shape, features_of(backbone, bare)):
-        raise ValueError(f"its hidden states are {[*hidden.shape]}, not {features_of(backbone, bare)} wide")
+    entering = [until(layers_of(backbone)[bare], body)] if bare else []
+    early = {name for name, fits in seen.items() if fits}
+    for hidden, m in zip([body().last_hidden_state, *entering], (0, bare)):
+        wanted = features_of(backbone, m)
+        if hidden.shape != (*ids.shape, wanted):
+            raise ValueError(f"its hidden states are {[*hidden.shape]}, not {wanted} wide")
     padded = run_padded(backbone, ids, mask, use_cache=False).logits
     for handle in handles:
         handle.remove()
@@ -158,7 +160,7 @@ def choose_targets(backbone, tokenizer, asked="all", bare=0):
         rows = [ids[:9], ids[9:14], ids[14:21]]
         apart, fit = try_passes(backbone, pad_of(tokenizer), rows, targets, bare)
     except Exception as e:  # a forward raises what it likes
-        hint = "; --passes two does without bare layers" if bare else ""
+        hint = "; --passes two has no bare layers, and may do" if bare else ""
         why = f"this backbone cannot be used ({type(e).__name__}: {str(e)[:200]}){hint}"
         raise Refused(why) from e
     # In bfloat16 a token may go to another expert, so that one of several differs.

@@ -75,7 +75,7 @@ def adapted_targets(backbone, targets, bare):
     lower = {id(m) for layer in layers_of(backbone)[:bare] for m in layer.modules()} if bare else ()
     found = {name: m for name, m in targets.items() if id(m) not in lower}
     if not found or bare and bare >= len(layers_of(backbone)):
-        raise Refused(f"--bare-layers {bare} leaves nothing to adapt")
+        raise Refused(f"{bare} bare layers leave nothing to adapt; --passes two has none")
     return found
 
 

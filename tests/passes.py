@@ -37,7 +37,15 @@ def by_h_bar(model, seen):
     return gating_of
 
 
-@pytest.mark.parametrize("make", [micro_backbone, micro_gpt2])
+def sliding():
+    """A backbone whose attention sees three tokens back."""
+    backbone = micro_backbone()
+    config = transformers.MistralConfig(**{**backbone.config.to_dict(), "sliding_window": 3})
+    torch.manual_seed(7)
+    return transformers.MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [micro_backbone, micro_gpt2, sliding])
 def test_the_gating_is_chosen_on_the_way_from_what_a_probe_finds(make):
     """Every row of a padded batch by its own prompt, once; tokens are those of a gating that was known."""
     model, seen = upper_model(make=make), []
@@ -109,6 +117,8 @@ def test_two_passes_are_what_they_were(micro, tmp_path):
     assert not wrong and model.bare == 0 and model.bank.layers == 3
     with pytest.raises(Refused, match="--passes one does not fit .* fixed two"):
         train.main(micro("code", out, "--lock", "--passes", "one"))
+    with pytest.raises(Refused, match="9 bare layers leave nothing"):
+        NIWF(model.backbone, 0, targets=None, bare=9)
     old["settings"]["bare_layers"] = 1
     (out / "manifest.json").write_text(json.dumps(old))
     with pytest.raises(Refused, match="settings: bare_layers 1, not 0"):
@@ -127,7 +137,7 @@ def test_the_first_task_fixes_the_bare_layers(micro, first, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--bare-layers", 3], "--bare-layers 3 leaves nothing to adapt"),
+        (["--bare-layers", 3], "3 bare layers leave nothing to adapt; --passes two"),
         (["--passes", "two", "--bare-layers", 1], "two passes adapt all layers"),
         (["--probe", "adapted"], "need --passes two"),
         (["--pool", "sequence"], "need --passes two"),

@@ -649,7 +649,7 @@ def test_the_literal_forms_that_benchmarks_run_still_give_the_same(double, micro
     logits, (backbone, pad_id, examples) = [], bench.make_backbone("tiny")
     for side in (bench.Gated, bench.Loops):
         torch.manual_seed(0)
-        model = side(backbone, pad_id, examples[:2])
+        model = side(backbone, pad_id, examples[:2], "one")
         gating = model.gating(model.h_bar)
         logits.append(model.model.logits(examples[:2], gating)[0])
         model.model.detach()
