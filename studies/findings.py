@@ -37,6 +37,8 @@ def passes_say(read):
     ratio = lambda what, side: median_ratio(first[f"{what}, first token after 256"], side)
     steps = read("niwf-one-bench")
     step = lambda what: median_ratio(steps[what], "peft")
+    depths = {(row["m"], row["h_bar"]): row["home"] for row in read("smollm2-depths")}
+    depth = lambda m, what="mean": 100 * mean(map(mean, depths[m, what]))
     return f"""
 The layers below m stay bare, and what enters layer m, averaged over the prompt, is h_bar: a prompt is read
 once. Chosen among, in perplexity against the paper's two passes, which adapt all layers: on SmolLM2, with 30
@@ -46,6 +48,12 @@ cheapest first token. So a tenth of the layers stays bare. In another seed of Sm
 {again:+.1f} %: the margin is thin. On the published items tiny changes by {over(tiny, "one pass"):+.1f} % on
 its first task; {home(tiny["one pass"])} of the prompts of both tasks are routed home, with two passes
 {home(tiny["two passes"])}.
+
+Real prompts are routed less well from so few layers. On SmolLM2, with dynamics as they are drawn,
+{depth(3):.1f} % come home by what enters layer 3, {depth(10):.1f} % by layer 10, and {depth(30):.1f} % by the
+last hidden states. With the last token beside the mean it would be {depth(3, "mean, last"):.1f},
+{depth(10, "mean, last"):.1f} and {depth(30, "mean, last"):.1f} %. Who needs routing more than speed takes
+`--bare-layers`, or `--passes two`.
 
 After a prompt of 256 tokens the first token comes in {ratio("smollm2", "bare"):.2f} times the bare model's
 time on SmolLM2's shape, {ratio("mistral", "bare"):.2f} times on two layers of Mistral's and

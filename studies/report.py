@@ -625,6 +625,15 @@ def timings(content):
     return table([*heads, "peak memory, ours", "peft"], lines)
 
 
+def depths(content):
+    """rows of studies.depths, the m among DEPTHS: the share that is routed home."""
+    rows = {(row["m"], row["h_bar"]): row["home"] for row in content["rows"]}
+    shown = [m for m in DEPTHS if (m, "mean") in rows]
+    cell = lambda m, what: over([100 * statistics.mean(pair) for pair in rows[m, what]], 1)
+    lines = [[str(m), cell(m, "mean"), cell(m, "mean, last")] for m in shown]
+    return table(["m", "the mean over tokens, %", "beside it the last token, %"], lines)
+
+
 def in_processes(content):
     """rows of bench.py processes."""
     lines = []
@@ -732,6 +741,7 @@ def last_table(row):
     return out.getvalue().strip().splitlines()[1:]
 
 
+DEPTHS = 1, 3, 5, 10, 15, 20, 25, 30  # layers m of SmolLM2 that are shown
 LOCKS = {  # a row of the baselines: its name here, what a new task may write, what holds the old one
     "NIWF, exact lock": ("`--lock` (exact)", "its own bases and field", "nothing old is trained"),
     "NIWF, the paper's own": ("the paper's, as printed", "one bank, field, dynamics", "Eq. (13), see below"),
@@ -781,6 +791,8 @@ SECTIONS = [  # files of results, their table, the title where a section begins,
     ("tiny-choose-passes", one_task, "", "Chosen among, on other items and other seeds:"),
     ("smollm2-choose-passes", one_task, "", "The same on SmolLM2 and real data, in one other seed:"),
     ("smollm2-passes", one_task, "", "And in a second seed, another part of the records:"),
+    ("smollm2-depths", depths, "", "The share of real prompts, of two tasks, that are routed home by what enters "
+     "layer m of SmolLM2, with dynamics as they are drawn, five seeds. 30: what leaves the last layer."),
     ("first-token-bench", timings, "", "The time until a routed answer begins. The LoRA of peft has as many "
      "parameters as run in ours; of Mistral's two layers one is bare, of all it would be three in 32:"),
     ("niwf-one-bench", timings, "", "A training step in one pass:"),
