@@ -791,8 +791,8 @@ SECTIONS = [  # files of results, their table, the title where a section begins,
     ("tiny-choose-passes", one_task, "", "Chosen among, on other items and other seeds:"),
     ("smollm2-choose-passes", one_task, "", "The same on SmolLM2 and real data, in one other seed:"),
     ("smollm2-passes", one_task, "", "And in a second seed, another part of the records:"),
-    ("smollm2-depths", depths, "", "The share of real prompts, of two tasks, that are routed home by what enters "
-     "layer m of SmolLM2, with dynamics as they are drawn, five seeds. 30: what leaves the last layer."),
+    ("smollm2-depths", depths, "", "The share of real prompts, of two tasks, that are routed home by what "
+     "enters layer m of SmolLM2, with dynamics as they are drawn, five seeds. 30: the last hidden states."),
     ("first-token-bench", timings, "", "The time until a routed answer begins. The LoRA of peft has as many "
      "parameters as run in ours; of Mistral's two layers one is bare, of all it would be three in 32:"),
     ("niwf-one-bench", timings, "", "A training step in one pass:"),
