@@ -92,7 +92,7 @@ def target_names(update, backbone):
 
     there = [name for name, _ in backbone.named_modules()]
     numbers = {name: re.findall(r"\.(\d+)(?=\.)", name) for name in there}
-    layers = sorted({int(numbers[name][0]) for name in update})
+    layers = sorted({int(n) for name in update for n in numbers[name][:1]})
     inside = [name for name, found in numbers.items() if found and int(found[0]) in layers]
     everywhere, within = short(there), short(inside)
     full = lambda names: sum("." in name for name in names)

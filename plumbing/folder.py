@@ -61,7 +61,8 @@ class Folder:
             self.manifest = read_json(path)
             self.check_manifest()
             if self.manifest["settings"]:
-                self.manifest["settings"] |= {**OLDER, **self.manifest["settings"]}
+                for key, value in OLDER.items():
+                    self.manifest["settings"].setdefault(key, value)
                 self.manifest["settings"].pop("fixed_coordinate", None)
             if not self.tasks and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
                 raise Refused(

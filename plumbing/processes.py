@@ -26,8 +26,9 @@ def joined_processes():
     def end(*_):  # torchrun sends it to all as soon as one has ended
         raise KeyboardInterrupt(ENDED)
 
-    # Defaults of its functions hold the group that is there when it is imported, as it is while transformers
-    # loads a model. The group would then outlive its end, and its threads may abort a process that exits.
+    # Functions of this module take the group as a default, if there is one when it is imported. transformers
+    # imports it while it loads a model. The group would then outlive its end, and its threads may abort a
+    # process that exits: so import it before there is a group.
     import torch.distributed.nn.functional  # noqa: F401
 
     signal.signal(signal.SIGTERM, end)

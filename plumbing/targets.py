@@ -72,9 +72,10 @@ def default_bare(layers):
 def adapted_targets(backbone, targets, bare):
     """Return those of the targets that do not lie in the first `bare` layers. Raises Refused if none is
     left."""
-    lower = {id(m) for layer in layers_of(backbone)[:bare] for m in layer.modules()} if bare else ()
+    layers = layers_of(backbone) if bare else []
+    lower = {id(m) for layer in layers[:bare] for m in layer.modules()}
     found = {name: m for name, m in targets.items() if id(m) not in lower}
-    if not found or bare and bare >= len(layers_of(backbone)):
+    if not found or bare and bare >= len(layers):
         raise Refused(f"{bare} bare layers leave nothing to adapt; --passes two has none")
     return found
 

@@ -44,6 +44,12 @@ def home(rows):
     return " and ".join(f"{x:.1f}" for x in shares) + " %"
 
 
+def times(sides, other):
+    """How many times another side's median our median takes. sides: {side: {"seconds": one a turn}}"""
+    ours, theirs = (statistics.median(sides[side]["seconds"]) for side in ("ours", other))
+    return ours / theirs
+
+
 def mistral_sizes():
     """-> millions of parameters of Mistral-7B's bank, N = 16, and of field and dynamics"""
     config = transformers.MistralConfig()
@@ -67,7 +73,7 @@ def cost_claims(read):
     gather = read("gather-bench")["mistral, 1 x 256 tokens"]
     ratio = gather["a token"]["bytes"] / gather["a sequence"]["bytes"]
     prefill = read("decode-bench")["mistral, prefill"]
-    twice = statistics.median(prefill["ours"]["seconds"]) / statistics.median(prefill["bare"]["seconds"])
+    twice = times(prefill, "bare")
     one = [r for r in read("memory-count") if r["devices"] == 1 and not r["checkpointing"]]
     second = f"{one[-1]['total'] / 2**30:.1f} GiB by count, with gradients"
     growth = read("stream")

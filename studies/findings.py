@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 
-from studies.claims import Rows, home, learned, lost, mean, mistral_sizes, routed
+from studies.claims import Rows, home, learned, lost, mean, mistral_sizes, routed, times
 from synthetic import row_summary
 
 
@@ -33,10 +33,9 @@ def passes_say(read):
         f"{name} {over(rows, name):+.1f} %" for name in rows if name != "two passes"
     )
     again = over(read("smollm2-passes"), "one pass")
-    first = read("first-token-bench")
-    ratio = lambda what, side: median_ratio(first[f"{what}, first token after 256"], side)
-    steps = read("niwf-one-bench")
-    step = lambda what: median_ratio(steps[what], "peft")
+    first, steps = read("first-token-bench"), read("niwf-one-bench")
+    ratio = lambda what, side: times(first[f"{what}, first token after 256"], side)
+    step = lambda what: times(steps[what], "peft")
     depths = {(row["m"], row["h_bar"]): row["home"] for row in read("smollm2-depths")}
     depth = lambda m, what="mean": 100 * mean(map(mean, depths[m, what]))
     return f"""
@@ -62,12 +61,6 @@ time on SmolLM2's shape, {ratio("mistral", "bare"):.2f} times on two layers of M
 adapters' own arithmetic. A training step takes {step("smollm2, a step, 60 + 40 tokens"):.2f} times peft's
 on SmolLM2's shape and {step("tiny, a step"):.2f} times on tiny.
 """
-
-
-def median_ratio(sides, other):
-    """Our seconds over another side's, the median over turns."""
-    pairs = zip(sides["ours"]["seconds"], sides[other]["seconds"])
-    return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
 def field_says(read):
@@ -264,15 +257,12 @@ GGUF file inside, which `--backbone FILE.gguf` reads. A row takes 13 minutes on 
 
 def speed_says(read):
     steps, answers = read("niwf-bench"), read("decode-bench")
-
-    def over_peft(sides):
-        return statistics.median(sides["ours"]["seconds"]) / statistics.median(sides["peft"]["seconds"])
-
-    tiny, larger = over_peft(steps["tiny, a step"]), over_peft(steps["mistral, a step"])
+    tiny, larger = (times(steps[f"{shape}, a step"], "peft") for shape in ("tiny", "mistral"))
+    prefill = times(answers["mistral, prefill"], "peft")
     return f"""
 A training step takes {larger:.2f} times a LoRA's of the same active rank in peft, at the width of
-Mistral; {tiny:.2f} times on a backbone as small as its adapters. The probe reads every new prompt once
-more, which peft does not: the prefill takes {over_peft(answers["mistral, prefill"]):.2f} times peft's.
+Mistral; {tiny:.2f} times on a backbone as small as its adapters. In two passes the probe reads every new
+prompt once more, which peft does not: the prefill takes {prefill:.2f} times peft's.
 FTN's speed against the literal Algorithm 1 is printed by `python -m studies.bench ftn`: the search runs
 the grid once without gradients, and a step touches 128 of 1,024 neurons.
 """

@@ -787,7 +787,7 @@ PICTURES = {
 SECTIONS = [  # files of results, their table, the title where a section begins, what the table is of
     ("tiny-worth", one_task, "What the field is worth", "One task, general instructions, tiny backbone."),
     ("tiny-choose", one_task, "What was chosen among", "Other items and other seeds than are published."),
-    ("tiny-passes", two_tasks, "One pass", "Families of models apart, all other tables are of two."),
+    ("tiny-passes", two_tasks, "One pass", "All other tables of NIWF, but families of models, are of two."),
     ("tiny-choose-passes", one_task, "", "Chosen among, on other items and other seeds:"),
     ("smollm2-choose-passes", one_task, "", "The same on SmolLM2 and real data, in one other seed:"),
     ("smollm2-passes", one_task, "", "And in a second seed, another part of the records:"),

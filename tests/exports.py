@@ -345,6 +345,7 @@ def test_short_names_adapt_no_module_but_ours():
     first = [name for name in every if name != "model.layers.1.self_attn.q_proj"]
     names = target_names(first, backbone)["target_modules"]
     assert "q_proj" not in names and "model.layers.0.self_attn.q_proj" in names and "k_proj" in names
+    assert target_names(["lm_head"], backbone) == {"target_modules": ["lm_head"]}  # it lies in no layer
     upper = [name for name in every if "layers.1." in name]
     assert target_names(upper, backbone) == {"target_modules": ends, "layers_to_transform": [1]}
 
