@@ -11,7 +11,7 @@ that gating, and give the logits. The file goes from the idea to its speed:
 
     the whole           `niwf`: prompt -> h_bar -> z -> gating -> logits, on one sequence
     the bank            `AdapterBank`: all bases, gathered plainly
-    loss, decoding      `response_nll`, `perplexity`, `decode`
+    the loss            `response_nll`, `perplexity`
     one pass, or two    `NIWF`: the same as `niwf` on a padded batch
     the same, faster    `FastBank`: bases that are read when they are first named, and gathered once a text
 
@@ -40,8 +40,8 @@ import torch
 from torch import nn
 
 from field import top_k_gating
-from plumbing.passes import body_of, features_of, greedy, last_logits, mean_over, on_entering, pad_left
-from plumbing.passes import positions_of, run_padded, until
+from plumbing.passes import body_of, decode, features_of, greedy, mean_over, on_entering, pad_left
+from plumbing.passes import run_padded, until
 from plumbing.targets import adapted_targets, compute_again, device_of, find_targets, in_out, layer_numbers
 from plumbing.targets import layers_of
 
@@ -186,7 +186,7 @@ class AdapterBank:
         return sum(bases * self.rank * (d_in + d_out) for d_in, d_out in self.shapes.values())
 
 
-# ------------------------------------------------------------------------------------------ loss and decoding
+# --------------------------------------------------------------------------------------------------- the loss
 
 
 def response_logits(backbone, pad_id, examples):
@@ -214,26 +214,6 @@ def perplexity(nll, tokens):
     """exp of the mean negative log-likelihood per response token; nll and tokens are sums over a set."""
     mean = nll / tokens
     return math.exp(mean) if mean < 690 else math.inf  # beyond any float, or nan
-
-
-@torch.no_grad()
-def decode(backbone, pad_id, prompts, eos_id, max_new_tokens, choose=greedy):
-    """Continue B prompts (token lists); `choose` makes tokens [B] of logits [B, V]. After each pass, one over
-    the prompts and then one a token, yield {row: token} of the rows that have not come to `eos_id`, or to one
-    of them if it is a list."""
-    ids, mask = pad_left(prompts, pad_id, backbone)
-    cache, open_rows, ends = None, torch.ones(len(prompts), dtype=torch.bool), torch.tensor(eos_id)
-    if room := positions_of(backbone):  # where positions end, answers end
-        max_new_tokens = min(max_new_tokens, room - ids.shape[1] + 1)
-    for _ in range(max_new_tokens):
-        logits, cache = last_logits(backbone, ids, mask, cache)
-        new = choose(logits).to(mask.device)[:, None]  # [B, 1]
-        ids, mask = torch.cat([ids, new], dim=1), torch.cat([mask, torch.ones_like(new)], dim=1)
-        tokens = new[:, 0].cpu()
-        open_rows &= ~torch.isin(tokens, ends)
-        if not open_rows.any():
-            return
-        yield {row: int(tokens[row]) for row in open_rows.nonzero()[:, 0].tolist()}
 
 
 # ------------------------------------------------------------------------------- one pass, or the paper's two

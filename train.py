@@ -88,6 +88,8 @@ def writable(run, model, h_bar, args):
         else:
             dynamics = CoordinateDynamics(model.features, args.coord_dim)
             dynamics.to(model.device).standardise(h_bar)
+            if model.bare:
+                dynamics.aim(h_bar)
     return Learner(
         model=model,
         field=field,
@@ -282,7 +284,7 @@ OPTIONS = {  # what it takes; what it is; its default; the tiny backbone's; does
         "--passes": Option(one_of("one", "two"), "one: h_bar is found on the way; two: the paper's", "one",
                            fixed=True),
         "--bare-layers": Option(dict(type=number(int, 0, 4096)), "m, first layers, never adapted, that give "
-                                "h_bar in one pass; 0: a tenth of all", 0, fixed=True)},
+                                "h_bar in one pass; 0: a sixth of all", 0, fixed=True)},
     "commitment and locks (sections 3.4, 3.5)": {
         "--lock": Option(dict(nargs="?", const="exact", default="none", choices=["exact", "soft"]),
                          "what protects older tasks: exact (bare --lock) or soft, the paper's [nothing]"),

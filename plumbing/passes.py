@@ -180,6 +180,26 @@ def greedy(logits):
     return logits.argmax(-1)
 
 
+@torch.no_grad()
+def decode(backbone, pad_id, prompts, eos_id, max_new_tokens, choose=greedy):
+    """Continue B prompts (token lists); `choose` makes tokens [B] of logits [B, V]. After each pass, one over
+    the prompts and then one a token, yield {row: token} of the rows that have not come to `eos_id`, or to one
+    of them if it is a list."""
+    ids, mask = pad_left(prompts, pad_id, backbone)
+    cache, open_rows, ends = None, torch.ones(len(prompts), dtype=torch.bool), torch.tensor(eos_id)
+    if room := positions_of(backbone):  # where positions end, answers end
+        max_new_tokens = min(max_new_tokens, room - ids.shape[1] + 1)
+    for _ in range(max_new_tokens):
+        logits, cache = last_logits(backbone, ids, mask, cache)
+        new = choose(logits).to(mask.device)[:, None]  # [B, 1]
+        ids, mask = torch.cat([ids, new], dim=1), torch.cat([mask, torch.ones_like(new)], dim=1)
+        tokens = new[:, 0].cpu()
+        open_rows &= ~torch.isin(tokens, ends)
+        if not open_rows.any():
+            return
+        yield {row: int(tokens[row]) for row in open_rows.nonzero()[:, 0].tolist()}
+
+
 def sampler(temperature=0.0, top_p=1.0, seed=0):
     """Return a function that draws tokens [B] by logits [B, V], as transformers does: the logits over the
     temperature, cut to the likeliest tokens that together have the probability top_p (nucleus sampling,

@@ -65,8 +65,8 @@ def layers_of(backbone):
 
 
 def default_bare(layers):
-    """Return m, how many of so many layers stay bare: a tenth."""
-    return max(1, round(layers / 10))
+    """Return m, how many of so many layers stay bare: a sixth."""
+    return max(1, round(layers / 6))
 
 
 def adapted_targets(backbone, targets, bare):

@@ -51,10 +51,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import commit
 import train
 from eval import open_run
-from model import decode
 from plumbing import Refused
 from plumbing.backbone import TINY_FOLDER
 from plumbing.command import output_file, Parser, run_program, write_results
+from plumbing.passes import decode
 from plumbing.prompts import encode
 from plumbing.records import DATA
 from plumbing.targets import text_layers

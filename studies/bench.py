@@ -42,13 +42,14 @@ import transformers
 
 from commit import Run
 from eval import answer, forgetting, open_run, validation_set
-from model import attach, decode, NIWF, response_logits, response_nll
+from model import attach, NIWF, response_logits, response_nll
 from plumbing import Refused
 from plumbing.backbone import from_shape, load_backbone
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.prompts import encode, pad_of
 from plumbing.records import read_records
 from plumbing.records import DATA
+from plumbing.passes import decode
 from plumbing.targets import adapted_targets, default_bare, find_targets, layers_of
 from plumbing.training import peak_memory, resource
 from field import CoordinateDynamics, Region, WeightField, route, top_k_gating

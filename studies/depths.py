@@ -4,7 +4,7 @@
 
 Nothing is trained: the dynamics are as they are drawn, standardised on the first task, and a region is fitted
 to each task's first prompts. The others are routed. h_bar is the mean over the prompt's tokens or, beside it,
-that and what the last token has.
+that and what the last token has; or it is the mean, and the dynamics are aimed at its principal directions.
 """
 
 import os
@@ -51,11 +51,13 @@ def features_at(backbone, pad_id, rows):
 
 
 @torch.no_grad()
-def routed_home(tasks, seed):
+def routed_home(tasks, seed, aimed=False):
     """tasks: h_bar [n, features] of each. -> the share of the prompts of each that are routed to it"""
     torch.manual_seed(seed)
     dynamics = CoordinateDynamics(tasks[0].shape[1])
     dynamics.standardise(tasks[0][:FIT])
+    if aimed:
+        dynamics.aim(tasks[0][:FIT])
     regions = [Region.fit(dynamics(h[:FIT])) for h in tasks]
     choices = [route(dynamics(h[FIT:]), regions).choice for h in tasks]
     return [float((choice == i).double().mean()) for i, choice in enumerate(choices)]
@@ -72,11 +74,12 @@ def main(argv=None):
     rows = [prompts_of(path, tokenizer) for path in args.data]
     tasks, found = [features_at(backbone, pad_of(tokenizer), part) for part in rows], []
     for m, what in tasks[0]:
-        home = [routed_home([task[m, what] for task in tasks], seed) for seed in range(args.seeds)]
-        found.append({"m": m, "h_bar": what, "home": home})
-        print(
-            f"m {m:2}, {what:10} {100 * sum(map(sum, home)) / 2 / args.seeds:5.1f} % routed home", flush=True
-        )
+        h_bars = [task[m, what] for task in tasks]
+        for name, aimed in ((what, False), ("mean, aimed", True))[: 1 + (what == "mean")]:
+            home = [routed_home(h_bars, seed, aimed) for seed in range(args.seeds)]
+            found.append({"m": m, "h_bar": name, "home": home})
+            percent = 100 * sum(map(sum, home)) / 2 / args.seeds
+            print(f"m {m:2}, {name:11} {percent:5.1f} % routed home", flush=True)
     if args.json:
         write_results(args.json, "-m studies.depths", argv, indent=1, rows=found)
 

@@ -199,6 +199,7 @@ PATCHES = {
         (model.NIWF, "logits"): from_response_on,
         (model.AdapterBank, "update"): where_adapted,
     },
+    "not aimed": {(CoordinateDynamics, "aim"): lambda self, h_bar: None},
     "last token": {(model, "mean_over"): last_token},
     "fixed coordinate": {(CoordinateDynamics, "forward"): fixed_coordinate},
     "dense gating": {(train, "writable"): dense},
@@ -317,6 +318,7 @@ PASSES = {
     "read, then write": Variant(TWO, EXACT, patch="read, then write"),
     **{f"one pass, m {m}": Variant(f"--bare-layers {m}", EXACT) for m in (1, 3, 5, 10)},
     "one pass, m 5, last token": Variant("--bare-layers 5", EXACT, patch="last token"),
+    "one pass, m 5, not aimed": Variant("--bare-layers 5", EXACT, patch="not aimed"),
 }
 FROZEN = [name for name in PATCHES if name.endswith("frozen")]
 SOFT_LOCK = {"nothing frozen": Variant("", SOFT)} | {name: Variant("", SOFT, later=name) for name in FROZEN}
