@@ -318,6 +318,7 @@ PASSES = {
     "read, then write": Variant(TWO, EXACT, patch="read, then write"),
     **{f"one pass, m {m}": Variant(f"--bare-layers {m}", EXACT) for m in (1, 3, 5, 10)},
     "one pass, m 5, last token": Variant("--bare-layers 5", EXACT, patch="last token"),
+    "one pass, m 1, not aimed": Variant("--bare-layers 1", EXACT, patch="not aimed"),
     "one pass, m 5, not aimed": Variant("--bare-layers 5", EXACT, patch="not aimed"),
 }
 FROZEN = [name for name in PATCHES if name.endswith("frozen")]

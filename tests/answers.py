@@ -162,14 +162,14 @@ def test_prompts_that_are_piped_in_get_an_answer_each_and_nothing_ends_the_talk(
     assert f"[version {code}, as asked]" in out and "[the bare backbone, as asked]" in out
 
 
-def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(chat):
-    """The version says Hello; the bare backbone does not end, so there is time to stop it."""
-    fcntl, termios, select = map(pytest.importorskip, ("fcntl", "termios", "select"))
+def talk_on_a_terminal(run):
+    """Start eval.py --talk on a terminal of its own. -> the process, and our end of the terminal"""
+    fcntl, termios = map(pytest.importorskip, ("fcntl", "termios"))
     ours, its = os.openpty()
     how = termios.tcgetattr(its)
     how[3] |= termios.NOFLSH  # or Ctrl-C drops what was printed and not yet read, the next prompt, too
     termios.tcsetattr(its, termios.TCSANOW, how)
-    command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(chat)]
+    command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(run)]
     command += ["--device", "cpu", "--max-new-tokens", "100000"]
     process = subprocess.Popen(
         command,
@@ -179,6 +179,13 @@ def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(chat):
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
     )
     os.close(its)
+    return process, ours
+
+
+def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(chat):
+    """The version says Hello; the bare backbone does not end, so there is time to stop it."""
+    select = pytest.importorskip("select")
+    process, ours = talk_on_a_terminal(chat)
 
     def say(text, *parts, patience=600):
         """What the program prints in return, until all parts of it are there. Say it again if that takes
