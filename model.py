@@ -5,9 +5,10 @@ gating names K of them and their weights, and the projection becomes
 
     y = W x + (alpha / r) * sum_k w_k B_{i_k} A_{i_k} x                                           NIWF Eq. (2)
 
-The model reads an input once. Its first m layers stay bare. What enters the next one, averaged over the
-prompt, is h_bar, from which field.py finds the coordinate and the gating; the layers from there on run with
-that gating, and give the logits. The file goes from the idea to its speed:
+The model reads an input once. Its first m layers stay bare. What enters the next one gives h_bar: its mean
+over the prompt and, beside it, what the last token has. From h_bar field.py finds the coordinate and the
+gating; the layers from there on run with that gating, and give the logits. The file goes from the idea to
+its speed:
 
     the whole           `niwf`: prompt -> h_bar -> z -> gating -> logits, on one sequence
     the bank            `AdapterBank`: all bases, gathered plainly
@@ -40,8 +41,8 @@ import torch
 from torch import nn
 
 from field import top_k_gating
-from plumbing.passes import body_of, decode, features_of, greedy, mean_over, on_entering, pad_left
-from plumbing.passes import run_padded, until
+from plumbing.passes import body_of, decode, features_of, greedy, mean_and_last, mean_over, on_entering
+from plumbing.passes import pad_left, run_padded, until
 from plumbing.targets import adapted_targets, compute_again, device_of, find_targets, in_out, layer_numbers
 from plumbing.targets import layers_of
 
@@ -56,7 +57,8 @@ def niwf(backbone, bank, dynamics, field, top_k, layer, prompt, response):
 
     # fmt: off
     def choose(layer, inputs):                        # the bare layers have read the input
-        h_bar = inputs[0][:, : prompt.shape[1]].float().mean(1)  # mean over the prompt's tokens [1, features]
+        h = inputs[0][:, : prompt.shape[1]].float()   # what enters the first adapted layer [1, T, width]
+        h_bar = torch.cat([h.mean(1), h[:, -1]], 1)   # its mean, and its last token [1, features]
         z = dynamics(h_bar)                           # NIWF Eq. (8): the coordinate [1, d]
         indices, weights = top_k_gating(field(z), top_k)  # Eqs. (6), (7): K bases a layer [1, L, K]
         bank.use((indices, weights))                  # from here on Eq. (2) in every projection
@@ -270,7 +272,7 @@ class NIWF:
         h_bar = None if self.bare else self.probe(prompts, probe_gating)
         with self.gated(None), contextlib.ExitStack() as hook:
             if self.bare:
-                on_the_way = lambda hidden: choose(mean_over(hidden, lengths).to(self.device))
+                on_the_way = lambda hidden: choose(mean_and_last(hidden, lengths).to(self.device))
                 hook.enter_context(on_entering(self.first, on_the_way))
             else:
                 choose(h_bar)
@@ -278,13 +280,16 @@ class NIWF:
 
     @torch.no_grad()
     def probe(self, rows, gating=None):
-        """Token lists -> h_bar [B, features], float32: the mean over tokens of what enters layer m, above
-        which nothing is computed; without bare layers of the last hidden states, with this gating."""
+        """Token lists -> h_bar [B, features], float32: the mean over tokens and the last token of what enters
+        layer m, above which nothing is computed; without bare layers the mean of the last hidden states,
+        with this gating."""
         ids, mask = pad_left(rows, self.pad_id, self.backbone)
         run = functools.partial(run_padded, body_of(self.backbone), ids, mask, use_cache=False)
+        lengths = [len(row) for row in rows]
         with self.gated(gating):
-            hidden = until(self.first, run) if self.bare else run().last_hidden_state
-        return mean_over(hidden, [len(row) for row in rows]).to(self.device)
+            if self.bare:
+                return mean_and_last(until(self.first, run), lengths).to(self.device)
+            return mean_over(run().last_hidden_state, lengths).to(self.device)
 
     def logits(self, examples, gating):
         """B examples -> logits [B, R, V] that predict labels [B, R], see `response_logits`. Their h_bar has

@@ -20,10 +20,11 @@ def body_of(backbone):
 
 
 def features_of(backbone, bare=0):
-    """Return how wide the hidden states are of which h_bar is the mean: those that enter a layer if some
-    layers stay bare, else the last ones, which OPT-350m projects before its head."""
+    """Return how wide h_bar is: twice the hidden states that enter a layer if some layers stay bare, see
+    `mean_and_last`; else as the last ones, which OPT-350m projects before its head."""
     config = backbone.config.get_text_config()
-    return not bare and getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    width = config.hidden_size
+    return 2 * width if bare else getattr(config, "word_embed_proj_dim", None) or width
 
 
 def positions_of(backbone):
@@ -95,6 +96,11 @@ def mean_over(hidden, lengths):
     return torch.where(real[:, :, None], hidden.float(), 0.0).sum(1) / lengths
 
 
+def mean_and_last(hidden, lengths):
+    """As `mean_over`, and beside the means what the last token of each row has -> [B, 2 features]."""
+    return torch.cat([mean_over(hidden, lengths), hidden[:, -1].float()], 1)
+
+
 def last_logits(backbone, ids, mask, cache=None):
     """Return logits [B, V] after the last column of ids [B, T], and the cache with which the next pass reads
     its new column alone: None, if the backbone keeps none."""
@@ -133,7 +139,7 @@ def try_passes(backbone, pad_id, rows, targets, bare):
     entering = [until(layers_of(backbone)[bare], body)] if bare else []
     early = {name for name, fits in seen.items() if fits}
     for hidden, m in zip([body().last_hidden_state, *entering], (0, bare)):
-        wanted = features_of(backbone, m)
+        wanted = features_of(backbone, m) // (2 if m else 1)
         if hidden.shape != (*ids.shape, wanted):
             raise ValueError(f"its hidden states are {[*hidden.shape]}, not {wanted} wide")
     padded = run_padded(backbone, ids, mask, use_cache=False).logits

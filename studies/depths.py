@@ -3,8 +3,8 @@
     python -m studies.depths --backbone FOLDER --data A.json B.json --json depths.json
 
 Nothing is trained: the dynamics are as they are drawn, standardised on the first task, and a region is fitted
-to each task's first prompts. The others are routed. h_bar is the mean over the prompt's tokens or, beside it,
-that and what the last token has; or it is the mean, and the dynamics are aimed at its principal directions.
+to each task's first prompts. The others are routed. h_bar is the mean over the prompt's tokens, or that and
+what the last token has. The dynamics see it along random directions or, *aimed*, along principal ones.
 """
 
 import os
@@ -21,7 +21,7 @@ from eval import batches
 from field import CoordinateDynamics, Region, route
 from plumbing.backbone import load_backbone
 from plumbing.command import Parser, number, output_file, run_program, write_results
-from plumbing.passes import body_of, mean_over, pad_left, run_padded
+from plumbing.passes import body_of, mean_and_last, mean_over, pad_left, run_padded
 from plumbing.prompts import pad_of, prompt_ids
 from plumbing.records import read_records
 
@@ -44,8 +44,9 @@ def features_at(backbone, pad_id, rows):
         ids, mask = pad_left([rows[i] for i in chunk], pad_id, backbone)
         out = run_padded(body_of(backbone), ids, mask, use_cache=False, output_hidden_states=True)
         for m, hidden in enumerate(out.hidden_states):
-            mean = mean_over(hidden, [len(rows[i]) for i in chunk])
-            for what, h in (("mean", mean), ("mean, last", torch.cat([mean, hidden[:, -1].float()], 1))):
+            lengths = [len(rows[i]) for i in chunk]
+            for what, summary in (("mean", mean_over), ("mean, last", mean_and_last)):
+                h = summary(hidden, lengths)
                 found.setdefault((m, what), torch.zeros(len(rows), h.shape[1]))[chunk] = h
     return found
 
@@ -75,11 +76,11 @@ def main(argv=None):
     tasks, found = [features_at(backbone, pad_of(tokenizer), part) for part in rows], []
     for m, what in tasks[0]:
         h_bars = [task[m, what] for task in tasks]
-        for name, aimed in ((what, False), ("mean, aimed", True))[: 1 + (what == "mean")]:
+        for name, aimed in ((what, False), (f"{what}, aimed", True)):
             home = [routed_home(h_bars, seed, aimed) for seed in range(args.seeds)]
             found.append({"m": m, "h_bar": name, "home": home})
             percent = 100 * sum(map(sum, home)) / 2 / args.seeds
-            print(f"m {m:2}, {name:11} {percent:5.1f} % routed home", flush=True)
+            print(f"m {m:2}, {name:17} {percent:5.1f} % routed home", flush=True)
     if args.json:
         write_results(args.json, "-m studies.depths", argv, indent=1, rows=found)
 

@@ -51,6 +51,7 @@ from model import perplexity, response_logits, response_nll
 from plumbing.backbone import load_backbone, pick_device
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.files import atomic
+from plumbing.passes import mean_over
 from plumbing.prompts import encode, pad_of
 from field import CoordinateDynamics, Region, WeightField
 from studies.stream import learn_stream
@@ -174,9 +175,10 @@ def sampled(region, count, seed):
     return inside[order[:count]].float()
 
 
-def last_token(hidden, lengths):
-    """Take what the last token of a prompt has, in place of the mean over all."""
-    return hidden[:, -1].float()
+def mean_alone(hidden, lengths):
+    """The mean over the prompt, twice, in place of the mean and the last token."""
+    mean = mean_over(hidden, lengths)
+    return torch.cat([mean, mean], 1)
 
 
 def from_response_on(self, examples, gating):
@@ -200,7 +202,7 @@ PATCHES = {
         (model.AdapterBank, "update"): where_adapted,
     },
     "not aimed": {(CoordinateDynamics, "aim"): lambda self, h_bar: None},
-    "last token": {(model, "mean_over"): last_token},
+    "mean alone": {(model, "mean_and_last"): mean_alone},
     "fixed coordinate": {(CoordinateDynamics, "forward"): fixed_coordinate},
     "dense gating": {(train, "writable"): dense},
     "shared gating": {(WeightField, "forward"): shared_rows},
@@ -317,9 +319,8 @@ PASSES = {
     "one pass, no lock": Variant("", NONE),
     "read, then write": Variant(TWO, EXACT, patch="read, then write"),
     **{f"one pass, m {m}": Variant(f"--bare-layers {m}", EXACT) for m in (1, 3, 5, 10)},
-    "one pass, m 5, last token": Variant("--bare-layers 5", EXACT, patch="last token"),
-    "one pass, m 1, not aimed": Variant("--bare-layers 1", EXACT, patch="not aimed"),
-    "one pass, m 5, not aimed": Variant("--bare-layers 5", EXACT, patch="not aimed"),
+    "one pass, mean alone": Variant("", EXACT, patch="mean alone"),
+    "one pass, not aimed": Variant("", EXACT, patch="not aimed"),
 }
 FROZEN = [name for name in PATCHES if name.endswith("frozen")]
 SOFT_LOCK = {"nothing frozen": Variant("", SOFT)} | {name: Variant("", SOFT, later=name) for name in FROZEN}

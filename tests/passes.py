@@ -55,13 +55,10 @@ def test_the_gating_is_chosen_on_the_way_from_what_a_probe_finds(make):
     torch.testing.assert_close(seen[0], model.probe(prompts))
     gating = gating_of(model.probe(prompts))
     assert model.generate(prompts, lambda h: gating, -1, 6) == chosen
-    for i, prompt in enumerate(
-        prompts
-    ):  # plainly: the mean of what enters the layer, alone and without padding
-        entering = model.backbone.base_model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[
-            1
-        ]
-        torch.testing.assert_close(seen[0][i], entering[0].float().mean(0))
+    for i, prompt in enumerate(prompts):  # plainly: what enters the layer, alone and without padding
+        ids = torch.tensor([prompt])
+        h = model.backbone.base_model(ids, output_hidden_states=True).hidden_states[1][0].float()
+        torch.testing.assert_close(seen[0][i], torch.cat([h.mean(0), h[-1]]))
 
 
 def test_layers_below_are_bare_and_have_no_backward_pass():
