@@ -18,10 +18,11 @@ none    The same live bank, field and dynamics with no penalty at all.
     python commit.py compose A B --weights .5 .5 --name AB    # a gating over both, which owns no bases
     python commit.py merge OTHER_RUN          # versions learned elsewhere from the same first one
     python commit.py export VERSION --to DIR  # an ordinary LoRA adapter in PEFT's format
-    python commit.py export VERSION --to DIR --merged         # the backbone with that update in its weights
+    python commit.py export VERSION --to DIR [--merged] [--push OWNER/NAME]   # a whole model; to the Hub, too
+    python commit.py verify --at URL --expected FILE          # does a server answer as the export it serves?
 
-None of these trains or needs data, and whatever they do, every other version stays what it was, to the last
-bit. All take `--run DIR` (default: the latest under runs/) and `--json`.
+None of these trains or needs other data, and whatever they do, every other version stays what it was, to the
+last bit. All take `--run DIR` (default: the latest under runs/) and `--json`.
 
 This file covers sections 3.5 and 3.6 of the NIWF paper, Eqs. (11) and (12), and what it calls versioning.
 """
@@ -46,10 +47,11 @@ import torch
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
 from model import NIWF
 from plumbing.command import run_program
-from plumbing.export import export
+from plumbing.expected import ask_server
+from plumbing.export import export, say_export
 from plumbing.files import latest_run, check_name
 from plumbing.folder import Folder
-from plumbing.log import dependents, describe, log, parse_command, without
+from plumbing.log import dependents, describe, log, parse_command, show, without
 from plumbing.prompts import pad_of
 from plumbing.targets import named_targets
 from plumbing.versionfile import COMPOSITION, check_tensors, map_tensors, part_of, read_version_file
@@ -420,25 +422,22 @@ def change(run, args):
 
 def main(argv=None):
     args = parse_options(argv)
-    run = Run(args.run or latest_run())
-    if not run.manifest_file.exists():
+    if args.command == "verify" and args.at:  # of a run folder nothing is needed
+        result, text = ask_server(args.at, args.expected, args.model)
+    elif not (run := Run(args.run or latest_run())).manifest_file.exists():
         raise Refused(f"{run.folder}: not a run folder")
-    if args.command == "log":
+    elif args.command == "log":
         result = [describe(run, e) for e in run.entries]
         text = "\n".join(log(result))
     elif args.command == "show":
         result = describe(run, run.find(args.version))
-        plain = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in result.items()}
-        text = "\n".join(f"{k:12} {v}" for k, v in plain.items())
+        text = "\n".join(show(result))
     elif args.command == "verify":
         found = verify(run)
         result = [{"version": e["hash"], "task": e["task"], "wrong": wrong} for e, wrong in found]
         text = "\n".join(f"{e['hash'][:12]}  {e['task']}  {wrong or 'ok'}" for e, wrong in found)
     elif args.command == "export":
-        result = export(run, args.version, args.to, args.merged, args.backbone)
-        text = f"wrote {result['folder']}: {result['what']} in {len(result['target_modules'])} modules; "
-        text += f"answers end with {result['end']!r}, token {result['end_id']}"
-        text += "" if result["tried"] else "; not tried with peft, which is not installed"
+        text = say_export(result := export(run, args.version, args.to, args.merged, args.backbone, args.push))
     else:
         result, text = change(run, args)
     print(json.dumps(result, indent=1) if args.json else text)

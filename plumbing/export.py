@@ -1,9 +1,9 @@
 """Write what a version adds to its backbone as other programs read it: an adapter, or a whole checkpoint."""
 
+import contextlib
+import functools
 import json
-import os
 import re
-import textwrap
 import warnings
 
 import torch
@@ -11,9 +11,11 @@ import transformers
 from safetensors.torch import save_file
 
 from plumbing import Refused
-from plumbing.backbone import find_backbone, from_shape, load_backbone, load_tokenizer, size_of
+from plumbing.backbone import from_shape, load_backbone, pick_device
+from plumbing.card import about_version, base_of, check_push, label, push, write_card
+from plumbing.expected import greedy_answers, questions, write_expected
 from plumbing.files import atomic_folder
-from plumbing.prompts import end_token, prompt_ids, prompt_of
+from plumbing.prompts import end_token, prompt_ids
 from plumbing.targets import LINEAR, in_out, layer_numbers
 
 EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # as peft calls parts of experts
@@ -37,42 +39,29 @@ def targets_of(update, backbone):
 # ------------------------------------------------------------------------------------------------- an adapter
 
 
-def write_adapter(update, name, template, title, folder):
-    """Write an update as a LoRA adapter in PEFT's format, with the backbone's tokenizer. Return what was
-    written, as a dict. Only the backbone's shape is read, not its weights.
+def write_adapter(update, name, tokenizer, about, folder):
+    """Write an update as a LoRA adapter in PEFT's format, with the backbone's tokenizer. Return whether peft
+    has tried it.
 
-    update: {module: (A [r, d_in], B [r, d_out])}. name: the backbone's, as in `load_backbone`. Raises Refused
-    if the backbone is not there, has other modules, or has modules that peft would take for others."""
+    update: {module: (A [r, d_in], B [r, d_out])}. name: the backbone's, as in `load_backbone`. about: goes
+    into the tensors' metadata. Raises Refused if the backbone is not there, has other modules, or has modules
+    that peft would take for others."""
     with torch.device("meta"):
         backbone = from_shape(name, torch.float32)
-    targets, tokenizer = targets_of(update, backbone), load_tokenizer(name, size_of(backbone))
-    tensors = {}
+    targets, tensors = targets_of(update, backbone), {}
     for target, (A, B) in update.items():
         start = f"base_model.model.{target}.lora"
         tensors |= {f"{start}_A.weight": A.contiguous(), f"{start}_B.weight": B.T.contiguous()}
-    base, file = base_of(name)
     rank = len(next(iter(update.values()))[0])
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_of(name)[0]}
     config |= {**target_names(update, backbone), "r": rank, "lora_alpha": rank}
     config |= {"lora_dropout": 0.0, "bias": "none", "inference_mode": True}
     config["fan_in_fan_out"] = all(isinstance(m, transformers.Conv1D) for m in targets.values())
     tokenizer.save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    label(folder / "adapter_model.safetensors", about)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    tried = try_adapter(folder, backbone, tensors)
-    what = f"a LoRA adapter of rank {rank} for {os.path.join(base, file) if file else base}"
-    more = f", gguf_file={file!r}" if file else ""
-    how = f"peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER{more})"
-    return {"what": what, "tried": tried, **write_readme(folder, title, what, how, tokenizer, template)}
-
-
-def base_of(name):
-    """Return what `base_model_name_or_path` says of a backbone: the absolute path of a folder, so that the
-    adapter opens from any working directory. And the name of a GGUF file in it, which peft is told apart."""
-    if name.startswith("random:"):
-        return name, ""
-    path, options = find_backbone(name)
-    return os.path.abspath(path) if os.path.isdir(path) else path, options.get("gguf_file", "")
+    return try_adapter(folder, backbone, tensors)
 
 
 def target_names(update, backbone):
@@ -133,16 +122,17 @@ def try_adapter(folder, backbone, tensors):
 
 
 @torch.no_grad()
-def write_merged(update, backbone, tokenizer, template, title, folder):
-    """Write a backbone, in float32 on the CPU, with an update added to its weights, and its tokenizer. Return
-    what was written, as a dict. What was saved is opened again and compared; the backbone given is then
-    empty.
+def write_merged(update, backbone, tokenizer, template, about, folder):
+    """Write a backbone, in float32 on the CPU, with an update added to its weights, and its tokenizer. What
+    was saved is opened again, compared, and returned; the backbone given is then empty. about: goes into the
+    tensors' metadata.
 
     Raises Refused if the backbone has other modules, or if what was saved does not answer as the version."""
     targets, ids = targets_of(update, backbone), prompt_ids("Say hello.", tokenizer, template)
     if len({id(module.weight) for module in targets.values()}) < len(targets):
         raise Refused("several layers share one weight, which cannot hold an update for each; an adapter can")
-    wanted, end = version_logits(update, targets, backbone, ids), end_token(tokenizer, template)
+    with beside(update, backbone):
+        wanted, end = logits_of(backbone, ids), end_token(tokenizer, template)
     for name, (A, B) in update.items():
         added = B.T @ A  # [d_out, d_in]
         targets[name].weight += added.T if isinstance(targets[name], transformers.Conv1D) else added
@@ -150,6 +140,8 @@ def write_merged(update, backbone, tokenizer, template, title, folder):
         quantizer.remove_quantization_config(backbone)
     for part in (backbone, tokenizer):
         part.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        label(path, about)
     stop_at(end, folder / "generation_config.json")
     values = sample_of(backbone)
     backbone.to("meta")  # Free its memory for what is read back.
@@ -166,10 +158,7 @@ def write_merged(update, backbone, tokenizer, template, title, folder):
         raise Refused(
             "the checkpoint would not answer as the version: the model has a use of its own for them"
         )
-    rank = len(next(iter(update.values()))[0])
-    what = f"the backbone in float32 with an update of rank {rank}"
-    how = "transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
-    return {"what": what, "tried": True, **write_readme(folder, title, what, how, tokenizer, template)}
+    return saved
 
 
 def logits_of(backbone, ids):
@@ -177,15 +166,21 @@ def logits_of(backbone, ids):
     return backbone(torch.tensor([ids]), use_cache=False).logits
 
 
-def version_logits(update, targets, backbone, ids):
-    """Return the logits of a prompt with the update beside the weights: as a version answers, and not as the
+@contextlib.contextmanager
+def beside(update, backbone):
+    """Within this block the update stands beside the backbone's weights: so a version answers, whatever the
     weights will say."""
-    add = lambda A, B: lambda _, inputs, output: output + inputs[0] @ A.T @ B
-    hooks = [targets[name].register_forward_hook(add(A, B)) for name, (A, B) in update.items()]
-    logits = logits_of(backbone, ids)
-    for hook in hooks:
-        hook.remove()
-    return logits
+
+    def add(module, A, B):
+        A, B = (t.to(module.weight.device, module.weight.dtype) for t in (A, B))
+        return module.register_forward_hook(lambda _, inputs, output: output + inputs[0] @ A.T @ B)
+
+    hooks = [add(backbone.get_submodule(name), *factors) for name, factors in update.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def sample_of(backbone):
@@ -205,31 +200,14 @@ def stop_at(end, path):
         path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def write_readme(folder, title, what, how, tokenizer, template):
-    """Write how to open an export, how its prompts look and where its answers end. Return the last, as a
-    dict."""
-    end, prompt = end_token(tokenizer, template), prompt_of("Say hello.", tokenizer, template)
-    text = tokenizer.convert_ids_to_tokens(end)
-    lines = [
-        f"# {title}",
-        f"This is {what}. It opens with",
-        f"    {how}",
-        "It was trained on prompts such as",
-    ]
-    lines += [textwrap.indent(prompt, "    "), f"and every answer ends with `{text}`: to stop there,"]
-    lines += [f"    model.generate(..., eos_token_id={end})\n"]
-    (folder / "README.md").write_text("\n\n".join(lines), encoding="utf-8")
-    return {"end": text, "end_id": end}
-
-
 # ---------------------------------------------------------------------------------------- a version of a run
 
 
-def update_of(run, name):
+def update_of(run, entry):
     """Return what a version adds to the backbone's weights, gated at its region's mean coordinate: {target:
     (A [K r, d_in], B [K r, d_out])} with Delta W = B^T A. The chosen A_i are stacked, and the chosen B_i,
     times (alpha / r) w_i. A composition joins its versions'. Raises Refused as `read_version` does."""
-    entry, settings = run.find(name), run.manifest["settings"]
+    settings = run.manifest["settings"]
     run.refuse_shared()
     versions = run.read_versions()
     parts = [(v, 1.0) for v in versions if v.hash == entry["hash"]]
@@ -248,18 +226,40 @@ def update_of(run, name):
     return {t: (torch.cat(rows[f"{t}.A"]), torch.cat(rows[f"{t}.B"])) for t in numbers}
 
 
-def export(run, name, folder, merged=False, backbone=None):
+def export(run, name, folder, merged=False, backbone=None, to_hub=None):
     """Write a version to a new or empty folder: an adapter in PEFT's format, or a checkpoint that any program
-    of transformers loads. Return what was written, as a dict. backbone: where it lies now, if not where it
-    was. Raises Refused if the folder holds something; see `update_of`, `write_adapter` and `write_merged`."""
-    where = backbone or run.manifest["backbone"]["name"]
+    of transformers loads; with a model card, and what it answers to some prompts. Return what was written, as
+    a dict. backbone: where it lies now, if not where it was. to_hub: OWNER/NAME, where it is uploaded, too.
+    Raises Refused if the folder holds something; see `update_of`, `write_adapter`, `write_merged`,
+    `check_push` and `push`."""
+    where, entry = backbone or run.manifest["backbone"]["name"], run.find(name)
+    if to_hub:
+        check_push(to_hub, where, merged)
     with atomic_folder(folder) as tmp:
-        update, title = update_of(run, name), f"{name} of {run.folder.name}"
+        update = update_of(run, entry)
+        rank = len(next(iter(update.values()))[0])
+        about = about_version(run, entry, rank, merged, where)
+        model, tokenizer = run.open_backbone(where, "cpu" if merged else pick_device(None))
+        asked = questions(run, entry, model, tokenizer)
+        ask = functools.partial(greedy_answers, tokenizer=tokenizer, template=run.template, asked=asked)
+        bare, tried = ask(model), True
         if merged:
-            about = write_merged(update, *run.open_backbone(where, "cpu"), run.template, title, tmp)
+            answers = ask(write_merged(update, model, tokenizer, run.template, about, tmp))
         else:
-            if backbone:  # An adapter needs no weights, but a new place is verified, and remembered.
-                run.open_backbone(backbone, "cpu")
-            about = write_adapter(update, where, run.template, title, tmp)
-    rank = len(next(iter(update.values()))[0])
-    return {"folder": str(folder), "merged": merged, "r": rank, "target_modules": sorted(update), **about}
+            tried = write_adapter(update, where, tokenizer, about, tmp)
+            with beside(update, model):
+                answers = ask(model)
+        told = write_card(tmp, run, entry, tokenizer, about, where, to_hub or "FOLDER", len(asked))
+        if asked:
+            write_expected(tmp / "expected.json", about, told["end_id"], asked, bare, answers)
+    told["hub"] = push(folder, to_hub, f"{entry['task']}, version {entry['hash']}") if to_hub else None
+    about = {"folder": str(folder), "merged": merged, "r": rank, "target_modules": sorted(update)}
+    return {**about, "tried": tried, **told}
+
+
+def say_export(about):
+    """Return what was exported in one line."""
+    text = f"wrote {about['folder']}: {about['what']} in {len(about['target_modules'])} modules; "
+    text += f"answers end with {about['end']!r}, token {about['end_id']}"
+    text += "" if about["tried"] else "; not tried with peft, which is not installed"
+    return text + (f"; uploaded to {about['hub']}" if about["hub"] else "")

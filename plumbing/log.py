@@ -2,6 +2,7 @@
 asked of them on a command line."""
 
 import argparse
+import json
 
 from plumbing.command import Parser, number
 
@@ -43,6 +44,12 @@ def log(abouts):
         yield "|"
 
 
+def show(about):
+    """Yield the lines of `python commit.py show`. about: what `describe` says of a version."""
+    for key, value in about.items():
+        yield f"{key:12} {json.dumps(value) if isinstance(value, (dict, list)) else value}"
+
+
 def without(manifest, hashes, tasks):
     """Take versions with these hashes and names out of a manifest, which is returned."""
     for kind in ("versions", "compositions"):
@@ -73,7 +80,10 @@ def parse_command(doc, argv=None):
 
     command("log", "the versions, newest first")
     command("show", "everything about one version", version=True)
-    command("verify", "recompute every hash and every anchor")
+    ask = command("verify", "recompute every hash and every anchor; or ask a server that has an export")
+    ask("--at", metavar="URL", help="of a server that speaks OpenAI's protocol: ask it what --expected says")
+    ask("--expected", metavar="FILE", help="an export's expected.json")
+    ask("--model", metavar="NAME", help="under which the server has the export [its task]")
     add = command("rollback", "take a version out", version=True)
     add("--cascade", action="store_true", help="and those that stand on it")
     add = command("compose", "a gating over several versions")
@@ -86,4 +96,8 @@ def parse_command(doc, argv=None):
     add("--to", required=True, metavar="DIR", help="a new or an empty folder")
     add("--merged", action="store_true", help="a whole checkpoint in place of an adapter; loads the backbone")
     add("--backbone", help="where the backbone lies now [where it was]")
-    return parser.parse_args(argv)
+    add("--push", metavar="OWNER/NAME", help="upload it to the Hub, too, where a new repository is private")
+    args = parser.parse_args(argv)
+    if args.command == "verify" and not bool(args.at) == bool(args.expected) >= bool(args.model):
+        parser.error("--at and --expected go together, and --model with them")
+    return args
