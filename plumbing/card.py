@@ -16,8 +16,8 @@ from plumbing.files import atomic
 from plumbing.prompts import end_token, prompt_of
 
 VERIFY = "python commit.py verify --at http://127.0.0.1:8000 --expected expected.json"
-CHECK = """`expected.json` holds {} validation prompts and this export's greedy answers to them. Ask a server that
-serves the export whether it gives the same answers:"""
+CHECK = """`expected.json` holds {} validation prompts, and the greedy answers of this export. To see
+whether a server that has the export gives the same answers:"""
 VLLM_RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512  # what its --max-lora-rank takes
 
 

@@ -76,17 +76,22 @@ def ask_server(at, path, model=None):
 
     Prompts go to /v1/completions, which takes a text as it is: they are in the run's template already, and
     /v1/chat/completions would put them into the server's a second time. Raises Refused if the file is not
-    such a file, or the server gives no answer that can be read; see `post`."""
+    such a file, or the server gives no answer that can be read, see `post` and
+    `refuse_status`."""
     expected = validate(read_json(path, own=False), EXPECTED, path)
     if not expected["answers"]:
         raise Refused(f"{path}: answers: there is none")
     how = {"model": model or expected["model"], "max_tokens": expected["max_tokens"], "temperature": 0}
-    # OpenAI's protocol has no names for these two. Servers that know them (vLLM, SGLang) need them: a
-    # backbone's generation_config may name a penalty, and another token at which answers end.
-    how |= {"repetition_penalty": 1.0, "stop_token_ids": [expected["end_id"]]}
+    # OpenAI's protocol has no names for these two, but vLLM and SGLang need them: a backbone's own
+    # generation_config may name a penalty, and another token at which answers end.
+    more = {"repetition_penalty": 1.0, "stop_token_ids": [expected["end_id"]]}
     rows, lines = [], []
     for number, row in enumerate(expected["answers"], 1):
-        found = text_in(post(at, how | {"prompt": row["prompt"]}), at)
+        reply, data = post(at, {**how, **more, "prompt": row["prompt"]})
+        if reply.status in (400, 422):  # a server that takes OpenAI's names alone
+            reply, data = post(at, {**how, "prompt": row["prompt"]})
+        refuse_status(at, reply, data)
+        found = text_in(data, at)
         rows.append({"prompt": row["prompt"], "answer": row["answer"], "found": found})
         rows[-1]["wrong"] = difference(found.strip(), row["answer"].strip(), row["base"].strip())
         lines.append(f"{number}  {rows[-1]['wrong'] or 'the same'}")
@@ -118,8 +123,8 @@ def address_of(at):
 
 
 def post(at, body):
-    """Return what a server answers to a body, as bytes. Raises Refused in one line if it cannot be reached,
-    says that something is wrong, sends elsewhere, or takes more than WAIT seconds or LARGEST bytes."""
+    """Return what a server answers to a body: its head, and at most LARGEST + 1 bytes. Raises Refused if it
+    cannot be reached, speaks no HTTP, or takes more than WAIT seconds."""
     url, late = address_of(at), []
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     connection = kind(url.hostname, url.port, timeout=WAIT)
@@ -149,12 +154,12 @@ def post(at, body):
         slow = late or isinstance(e, TimeoutError)
         why = f"no whole answer within {WAIT} s" if slow else f"{type(e).__name__}: {str(e)[:200]}"
         raise Refused(f"--at {at}: no answer ({why})") from e
-    refuse_status(at, reply, data)
-    return data
+    return reply, data
 
 
 def refuse_status(at, reply, data):
-    """Raise Refused unless a reply says that all is well, and is not too large."""
+    """Raise Refused if a server sends elsewhere, sends more than LARGEST bytes, or says that something is
+    wrong."""
     if 300 <= reply.status < 400:
         to = reply.getheader("Location", "nowhere")[:200]
         raise Refused(

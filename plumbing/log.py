@@ -98,6 +98,6 @@ def parse_command(doc, argv=None):
     add("--backbone", help="where the backbone lies now [where it was]")
     add("--push", metavar="OWNER/NAME", help="upload it to the Hub, too, where a new repository is private")
     args = parser.parse_args(argv)
-    if args.command == "verify" and not bool(args.at) == bool(args.expected) >= bool(args.model):
+    if args.command == "verify" and (bool(args.at) != bool(args.expected) or args.model and not args.at):
         parser.error("--at and --expected go together, and --model with them")
     return args
