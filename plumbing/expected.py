@@ -115,7 +115,7 @@ def address_of(at):
     try:
         url = urllib.parse.urlsplit(at)
         plain = url.scheme in ("http", "https") and url.hostname and not (url.query or url.fragment)
-        if not plain or url.username is not None or (url.port or 1) < 1:
+        if not plain or url.username is not None or url.port == 0:
             raise ValueError
     except ValueError:
         raise Refused(f"--at {at!r}: give an address such as http://127.0.0.1:8000") from None

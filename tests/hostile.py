@@ -655,7 +655,11 @@ ARGUMENTS = {
         merge target | merge other --run proj | merge other --run none | merge other --run notes.txt | merge
         export alpaca --to proj | export alpaca --to notes.txt | export alpaca --to notes.txt/x
         export alpaca --to run | export alpaca --to= | export alpaca --to link.json | export nobody --to lora
-        export alpaca --to lora --run proj | export alpaca | export alpaca --to run/versions""",
+        export alpaca --to lora --run proj | export alpaca | export alpaca --to run/versions
+        export alpaca --to lora --push x | export alpaca --to lora --push a/b | verify --at http://127.0.0.1:1
+        verify --expected notes.txt | verify --model x | verify --at x --expected notes.txt
+        verify --at x --expected none | verify --at= --expected list.json
+        verify --at x --expected link.json | verify --at x --expected list.json""",
     "synthetic": """--seeds 0 | --seeds x | --tasks 1 | --steps 0 | --workers 0 | --b-std -1 | --b-std nan
         --b-std inf | --search 0 1 | --search 1 nan | --search inf 1 | --first-seed -1 | --first-seed 1{0}
         --steps 1{0} | --seeds 1{0} | --methods x | --variant x | --experiment 3 | --inputs x
