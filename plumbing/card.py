@@ -38,7 +38,7 @@ def base_of(name):
 
 def about_version(run, entry, rank, merged, name):
     """Return {key: text} that says which version an export is, and on which backbone. It has no date and no
-    path, so the same version gives the same bytes everywhere. name: the backbone's."""
+    path of this machine, so two exports have the same bytes. name: the backbone's."""
     base = name if on_hub(name) else os.path.basename(os.path.abspath(name))
     about = {"kind": "merged" if merged else "adapter", "task": entry["task"], "version": entry["hash"]}
     about |= {"rank": str(rank), "base_model": base}
@@ -117,10 +117,8 @@ def measured(run, entry):
 def write_card(folder, run, entry, tokenizer, about, name, at, asked):
     """Write the model card. Return what was exported and where answers end, as a dict. name: the backbone's.
     at: what the export is called in its commands. asked: how many answers are in expected.json."""
-    end, prompt = (
-        end_token(tokenizer, run.template),
-        prompt_of("Say hello.", tokenizer, run.template, run.day),
-    )
+    prompt = prompt_of("Say hello.", tokenizer, run.template, run.day)
+    end = end_token(tokenizer, run.template)
     text, merged = tokenizer.convert_ids_to_tokens(end), about["kind"] == "merged"
     what = "the backbone in float32 with an update" if merged else "a LoRA adapter"
     what += f" of rank {about['rank']}"
@@ -157,7 +155,8 @@ def check_push(name, backbone, merged):
         raise Refused(f"--push: {why}; give its id on the Hub with --backbone, or a whole model by --merged")
     hub_or_cache()
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise Refused(f"--push: {huggingface_hub.constants.ENDPOINT} cannot be reached")
+        where = huggingface_hub.constants.ENDPOINT
+        raise Refused(f"--push: {where} cannot be reached, or HF_HUB_OFFLINE is set")
     if not huggingface_hub.get_token():
         raise Refused("--push: no token; `hf auth login` keeps one, or set HF_TOKEN")
 

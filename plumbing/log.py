@@ -94,7 +94,7 @@ def parse_command(doc, argv=None):
     add("other", metavar="OTHER_RUN", help="its run folder")
     add = command("export", "write a LoRA adapter in PEFT's format", version=True)
     add("--to", required=True, metavar="DIR", help="a new or an empty folder")
-    add("--merged", action="store_true", help="a whole checkpoint in place of an adapter; loads the backbone")
+    add("--merged", action="store_true", help="a whole checkpoint in place of an adapter")
     add("--backbone", help="where the backbone lies now [where it was]")
     add("--push", metavar="OWNER/NAME", help="upload it to the Hub, too, where a new repository is private")
     args = parser.parse_args(argv)
