@@ -256,8 +256,8 @@ class Run(Folder):
 
     def routed(self, h_bar, outside="nearest"):
         """Return the gating when the coordinate alone decides, and its Route. Rows of a batch may go to
-        different versions. outside: what a coordinate outside its region gets, the "nearest" version or the
-        bare "base"."""
+        different versions. outside: what a coordinate gets that is like none learned, the "nearest" version
+        or the bare "base"."""
         z = self.versions[-1].dynamics(h_bar)
         found = route(z, [v.region for v in self.versions])
         asked = [self.speaker(i) for i in found.choice.tolist()]
@@ -269,7 +269,7 @@ class Run(Folder):
             for whole, own in zip((indices, weights), v.gating(z[rows])):
                 whole[rows, :, : own.shape[-1]] = own
         if outside == "base":  # weight 0: the low-rank update vanishes
-            weights = weights * found.at_home().to(z.device)[:, None, None]
+            weights = weights * ~found.unknown.to(z.device)[:, None, None]
         return (indices, weights), found
 
     def open_model(self, backbone, tokenizer, targets=None):

@@ -370,7 +370,7 @@ def parse_options(argv=None):
     add("--backbone", help="where the run's backbone lies now [where it was]")
     add("--device", help="cpu, cuda, mps [what is there]")
     add("--device-map", choices=["auto"], help="spread a backbone over all GPUs, then memory, then disk")
-    about = "who answers a prompt outside every region: the nearest version or the bare backbone"
+    about = "who answers a prompt like none learned: the nearest version or the bare backbone"
     add("--outside", choices=["nearest", "base"], default="nearest", help=about)
     about = "measure every task under these, or let the first answer --prompt and --talk"
     add("--version", nargs="+", metavar="NAME", help=about)

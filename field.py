@@ -20,7 +20,8 @@ departs from the paper in this, and why:
 * In one pass the GRU starts from the principal directions of h_bar, see `aim`.
 * A region's Gaussian is fitted to artanh(z), not to z, because coordinates pile up at the ends of (-1, 1).
   Its covariance is shrunk, and tau is a quantile of leave-one-out distances, so that it covers new inputs.
-* Routing compares regions with each other, because one region's own 95 % ellipsoid cannot tell tasks apart.
+* Routing compares regions with each other, and with a wide background, because one region's own 95 %
+  ellipsoid cannot tell tasks apart.
 
 It needs torch alone:
     python -c "import torch, field; print(field.WeightField(32, 16)(torch.zeros(1, 64)).shape)"
@@ -185,32 +186,45 @@ def mahalanobis(z, mean, whiten):
     return ((unsquash(z) - mean) @ whiten.mT).square().sum(-1).clamp(min=1e-12).sqrt()
 
 
+def background(regions):
+    """Return the mean [d] and covariance [d, d] of a wide Gaussian for what no version has learned: the
+    moments of all coordinates that the regions were fitted to, with twice their covariance. The factor 2
+    was chosen on thirteen tasks, of which one was left out at a time."""
+    share = torch.tensor([r.n for r in regions], dtype=torch.float64)
+    share = (share / share.sum())[:, None]
+    means = torch.stack([r.mean for r in regions])  # [regions, d]
+    mean = (share * means).sum(0)
+    within = (share[:, None] * torch.stack([r.cov for r in regions])).sum(0)
+    return mean, 2 * (within + (means - mean).T @ (share * (means - mean)))
+
+
 @dataclasses.dataclass
 class Route:
-    """Where B coordinates belong: choice [B] (index of a region), probability [B] of that choice, and for
+    """Where B coordinates belong: choice [B] (index of a region), probability [B] of that choice among all
+    regions and the background, whether the background is likelier than any region (unknown [B]), and for
     each region whether the coordinate is inside it, d_M <= tau [B, regions]."""
 
     choice: torch.Tensor
     probability: torch.Tensor
+    unknown: torch.Tensor
     inside: torch.Tensor
-
-    def at_home(self):
-        """Return whether each coordinate is inside the region that was chosen for it, [B]."""
-        return self.inside.gather(1, self.choice[:, None])[:, 0]
 
 
 def route(z, regions):
     """Send coordinates z [B, d] to the region under whose Gaussian they are most likely (quadratic
-    discriminant analysis). -> Route"""
+    discriminant analysis). The background takes part in how sure that is: a coordinate far from all regions
+    is told from one in the nearest (as in open-set recognition). -> Route"""
     # Ask all regions at once: one after another, routing would slow down with every task.
-    whiten = torch.stack([r.whiten for r in regions])  # [regions, d, d]
-    mean = torch.stack([r.mean for r in regions])[:, None]  # [regions, 1, d]
-    distance = mahalanobis(z.cpu().double(), mean, whiten).T  # [B, regions]
+    wide = Region(*background(regions), tau=0.0, n=0)
+    whiten = torch.stack([r.whiten for r in (*regions, wide)])  # [regions + 1, d, d]
+    mean = torch.stack([r.mean for r in (*regions, wide)])[:, None]  # [regions + 1, 1, d]
+    distance = mahalanobis(z.cpu().double(), mean, whiten).T  # [B, regions + 1]
     # log N(z; mu, Sigma) without its constant: log |Sigma|^(-1/2) sums the logarithms of L^-1's diagonal.
     scores = whiten.diagonal(dim1=1, dim2=2).log().sum(1) - distance.square() / 2
-    probability, choice = scores.softmax(1).max(1)
+    best, choice = scores[:, :-1].max(1)
+    probability = (best - scores.logsumexp(1)).exp()
     tau = torch.tensor([r.tau for r in regions], dtype=distance.dtype)
-    return Route(choice, probability, distance <= tau)
+    return Route(choice, probability, scores[:, -1] > best, distance[:, :-1] <= tau)
 
 
 # ------------------------------------------------------------- anchors, and the losses of the soft lock

@@ -276,15 +276,26 @@ def test_coordinates_that_are_all_alike_still_make_a_region():
 
 
 def test_routing_goes_to_the_likeliest_gaussian():
+    """The background is the Gaussian of all coordinates together, with twice their covariance."""
     torch.manual_seed(0)
     groups = [torch.tanh(torch.randn(n, 4) @ torch.randn(4, 4) / 3 + torch.randn(4)) for n in (100, 300)]
     regions = [Region.fit(g) for g in groups]
-    found = route(torch.cat(groups), regions)
-    gauss = [torch.distributions.MultivariateNormal(r.mean, r.cov) for r in regions]
-    for x, choice, p in zip(field.unsquash(torch.cat(groups).double()), found.choice, found.probability):
-        likelihood = [float(g.log_prob(x).exp()) for g in gauss]
-        assert choice == likelihood.index(max(likelihood))
-        assert float(p) == pytest.approx(max(likelihood) / sum(likelihood))
+    x = field.unsquash(torch.cat(groups).double())
+    mean = sum(r.n * r.mean for r in regions) / 400
+    cov = sum(r.n * (r.cov + torch.outer(r.mean - mean, r.mean - mean)) for r in regions) / 400
+    torch.testing.assert_close(mean, x.mean(0))
+    torch.testing.assert_close(cov, x.T.cov(), rtol=0.1, atol=0.01)  # which shrinks nothing
+    gaussians = [(r.mean, r.cov) for r in regions] + [(mean, 2 * cov)]
+    gauss = [torch.distributions.MultivariateNormal(*g) for g in gaussians]
+    x = torch.cat([x, 9 * torch.randn(20, 4, dtype=x.dtype)])
+    found = route(torch.tanh(x), regions)
+    rows = field.unsquash(torch.tanh(x))
+    for row, choice, p, unknown in zip(rows, found.choice, found.probability, found.unknown):
+        likelihood = [float(g.log_prob(row).exp()) for g in gauss]
+        best = max(likelihood[:2])
+        assert choice == likelihood.index(best) and unknown == (likelihood[2] > best)
+        assert float(p) == pytest.approx(best / sum(likelihood))
+    assert found.unknown[:400].double().mean() < 0.2 < 0.8 < found.unknown[400:].double().mean()
 
 
 def test_lock_and_separation_losses_are_equations_13_and_10(double):

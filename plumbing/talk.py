@@ -36,10 +36,10 @@ def answer_prompt(run, model, tokenizer, args, choose, prompt, asked=None):
             note = f"version {asked[0].hash[:12]}, as asked" if asked[0] else "the bare backbone, as asked"
             return asked[1](h_bar)
         gating, found = run.routed(h_bar, args.outside)
-        v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
-        by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
-        note = f"{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; "
-        note += f"the coordinate is {'inside' if home else 'outside'} it"
+        v, unknown = run.versions[found.choice[0]], bool(found.unknown[0])
+        by = "the bare backbone" if args.outside == "base" and unknown else f"version {v.hash[:12]}"
+        note = f"{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure"
+        note += "; no version has learned such a prompt" if unknown else ""
         return gating
 
     ends, probe_gating = stop_ids(model.backbone, tokenizer, run.template), run.probe_gating()
