@@ -7,7 +7,7 @@ import sys
 import torch
 
 from plumbing import Refused
-from plumbing.prompts import prompt_ids, stop_ids, text_of
+from plumbing.prompts import prompt_ids, text_of
 
 COMMANDS = "/versions, /use NAME, /auto, /base, /system TEXT or /quit"
 
@@ -25,28 +25,21 @@ def pieces(tokenizer, steps):
     yield text.strip()[said:]
 
 
-def answer_prompt(run, model, tokenizer, args, choose, prompt, asked=None):
+def answer_prompt(run, tokenizer, stream, how, prompt, asked=None):
     """Print the answer to one prompt as it comes; then say which version gave it, and how sure the routing
-    is. asked: a version and its gating as a function of h_bar. None: the prompt is routed."""
-    ids, note = [prompt_ids(prompt, tokenizer, run.template, run.day)], ""
-
-    def gating_of(h_bar):
-        nonlocal note
-        if asked:
-            note = f"version {asked[0].hash[:12]}, as asked" if asked[0] else "the bare backbone, as asked"
-            return asked[1](h_bar)
-        gating, found = run.routed(h_bar, args.outside)
-        v, home = run.versions[found.choice[0]], bool(found.at_home()[0])
-        by = "the bare backbone" if args.outside == "base" and not home else f"version {v.hash[:12]}"
-        note = f"{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure; "
-        note += f"the coordinate is {'inside' if home else 'outside'} it"
-        return gating
-
-    ends, probe_gating = stop_ids(model.backbone, tokenizer, run.template), run.probe_gating()
-    steps = model.stream(ids, gating_of, ends, args.max_new_tokens, choose, probe_gating)
+    is. stream, asked: see `stream_answer` in eval.py. how: what it takes besides."""
+    ids, found = prompt_ids(prompt, tokenizer, run.template, run.day), []
+    steps = stream(ids, found.append, asked, **how)
     with contextlib.closing(steps):
         for piece in pieces(tokenizer, steps):
             print(piece, end="", flush=True)
+    who = found[0]
+    note = f"version {who['version'][:12]}" if who["version"] else "the bare backbone"
+    if who["asked"]:
+        note += ", as asked"
+    else:
+        note += f"; nearest region: {who['nearest']}, {100 * who['probability']:.1f} % sure; "
+        note += f"the coordinate is {'inside' if who['inside'] else 'outside'} it"
     print(f"\n\n[{note}]")
 
 

@@ -1,0 +1,306 @@
+"""A server for one run folder, on the standard library's: a page to talk to, and what `openai.py` speaks.
+
+Whoever connects is not trusted. Every connection has a thread of its own, and there are at most CONNECTIONS.
+Requests wait in line for the main thread, which computes one answer at a time; a client that goes away stops
+its answer. The page and everything else is for this server's own origin alone.
+"""
+
+import base64
+import contextlib
+import hashlib
+import http.server
+import ipaddress
+import json
+import pathlib
+import queue
+import re
+import socket
+import socketserver
+import sys
+import threading
+import time
+
+from plumbing import Refused
+from plumbing.openai import Chunks, Wrong, completion, read_request
+
+PAGE = pathlib.Path(__file__).parent.parent / "assets" / "page.html"
+CONNECTIONS = (
+    64  # open at a time; of those above that whoever has not asked yet is sent away, the oldest first
+)
+PATIENCE = 10.0  # seconds that a client has to send a request, and then for every piece of the answer
+LARGEST = 2**20  # bytes in the body of a request
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Gone(Exception):
+    """Whoever asked has gone away."""
+
+
+class Job:
+    """A request that waits in line, and the events of its answer, see `Answers.answer`."""
+
+    def __init__(self, request):
+        self.request, self.events, self.gone = request, queue.SimpleQueue(), False
+
+    def tell(self, event):
+        """Pass on an event. Raises Gone once nobody listens."""
+        if self.gone:
+            raise Gone
+        self.events.put(event)
+
+
+def page_policy(page):
+    """Return the Content-Security-Policy of a page: its one script, its one style, this server. No text can be
+    made HTML."""
+    parts = {tag: re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1] for tag in ("script", "style")}
+    digest = {tag: hashlib.sha256(part.encode()).digest() for tag, part in parts.items()}
+    own = "; ".join(f"{tag}-src 'sha256-{base64.b64encode(d).decode()}'" for tag, d in digest.items())
+    rest = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+    return f"{rest}; frame-ancestors 'none'; require-trusted-types-for 'script'; {own}"
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Accepts connections in `serve_forever`, and computes answers in `work`. answers: see `Answers`."""
+
+    allow_reuse_address, daemon_threads, request_queue_size = True, True, 128
+
+    def __init__(self, answers, host, port):
+        known = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        self.address_family, *_, address = known[0]
+        super().__init__(address, Handler)
+        self.answers, self.host, self.line = answers, host, queue.SimpleQueue()
+        self.open, self.lock = (
+            {},
+            threading.Lock(),
+        )  # {connection: until when it may keep us waiting, or None}
+        self.slots = threading.Semaphore(CONNECTIONS)
+        page = PAGE.read_text(encoding="utf-8")
+        self.page, self.policy = page.encode(), page_policy(page)
+
+    def work(self):
+        """Compute one answer after another, until there is None in line."""
+        while job := self.line.get():
+            try:
+                if not job.gone:
+                    self.answers.answer(job.request, job.tell)
+            except Gone:
+                pass
+            except Refused as e:
+                job.events.put(e if isinstance(e, Wrong) else Wrong(e))
+            except Exception as e:
+                job.events.put(Wrong(f"the answer failed: {self.say_error(e)}", 500))
+
+    def say_error(self, e):
+        """Print an error of ours in one line, and return it."""
+        line = Refused(f"{type(e).__name__}: {e}"[:300])
+        print(f"[{line}]", file=sys.stderr, flush=True)
+        return line
+
+    def grant(self, connection, seconds):
+        """Let a connection keep us waiting for so long from now, or as long as it takes, if None."""
+        with self.lock:
+            self.open[connection] = seconds and time.monotonic() + seconds
+
+    def hurry(self, late):
+        """Read no more of the connections that keep us waiting and are late(deadline), the first of them if
+        `late` is None. Their threads find the request ended, and say so."""
+        with self.lock:
+            waiting = [c for c, until in self.open.items() if until and (late is None or late(until))]
+            for connection in waiting[:1] if late is None else waiting:
+                self.open[connection] = None
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)
+
+    def service_actions(self):
+        """Now and then, hurry those whose time is up."""
+        now = time.monotonic()
+        self.hurry(lambda until: until < now)
+
+    def process_request(self, connection, address):
+        """Give a connection a thread. Where there are CONNECTIONS, the oldest that keeps us waiting has to go."""
+        if not self.slots.acquire(blocking=False):
+            self.hurry(None)
+            if not self.slots.acquire(timeout=0.5):
+                with contextlib.suppress(OSError):
+                    connection.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\n\r\n")
+                return super().shutdown_request(connection)
+        self.grant(connection, PATIENCE)
+        super().process_request(connection, address)
+
+    def process_request_thread(self, connection, address):
+        try:
+            super().process_request_thread(connection, address)
+        finally:
+            with self.lock:
+                del self.open[connection]
+            self.slots.release()
+
+    def handle_error(self, connection, address):
+        """A client that breaks off is nobody's error. Others are told in one line."""
+        if not isinstance(e := sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1], OSError):
+            self.say_error(e)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection, one request."""
+
+    timeout, disable_nagle_algorithm = PATIENCE, True
+    default_request_version, server_version, sys_version = "HTTP/1.0", "niwf", ""
+
+    def log_message(self, *_):
+        """Keep no log of requests."""
+
+    def reply(self, status, body, kind="application/json", more=()):
+        """Send a whole reply."""
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.begin(status, kind, {"Content-Length": len(body), **dict(more)})
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def begin(self, status, kind, more=()):
+        """Send the headers of a reply."""
+        self.send_response(status)
+        for key, value in {"Content-Type": kind, **HEADERS, **dict(more)}.items():
+            self.send_header(key, value)
+        self.end_headers()
+
+    def send_error(self, code, message=None, explain=None):
+        """Send what the standard library finds wrong with a request as OpenAI's error object."""
+        text = message or http.HTTPStatus(code).phrase
+        self.reply(code, Wrong(f"no request that is known here: {text}", code).body())
+
+    def finish(self):
+        """Wait a moment until the client has closed, or what it has sent since would take the reply from it."""
+        with contextlib.suppress(OSError):
+            super().finish()
+            self.connection.shutdown(socket.SHUT_WR)
+            self.server.grant(self.connection, 1.0)
+            while self.connection.recv(2**16):
+                pass
+
+    def check_origin(self):
+        """Raise Wrong unless a request was meant for this server, and comes from no other site. A name that an
+        attacker lets point here (DNS rebinding) is in Host."""
+        address, port = self.connection.getsockname()[:2]
+        names = {name.lower() for name in ("localhost", self.server.host, address)}
+        hosts = {f"[{name}]" if ":" in name else name for name in names}
+        hosts = {f"{name}:{port}" for name in hosts} | (hosts if port == 80 else set())
+        said, origins = self.headers.get_all("Host", []), self.headers.get_all("Origin", [])
+        if len(said) != 1 or said[0].lower() not in hosts:
+            raise Wrong(f"Host {', '.join(said)[:80]!r} is not this server: {', '.join(sorted(hosts))}", 403)
+        if any(origin.lower() != f"http://{said[0].lower()}" for origin in origins):
+            raise Wrong(f"Origin {', '.join(origins)[:80]!r} is another site", 403)
+
+    def read_body(self):
+        """Return the body of a request. Raises Wrong if it is no JSON, too large, or does not come."""
+        kind, lengths = self.headers.get_content_type(), self.headers.get_all("Content-Length", [])
+        if kind != "application/json":
+            raise Wrong(f"Content-Type: {kind[:80]!r} is not application/json", 415)
+        if self.headers.get("Transfer-Encoding") or len(lengths) != 1:
+            raise Wrong(
+                "Content-Length: it is missing or there twice; nothing else tells where a body ends", 411
+            )
+        if not re.fullmatch("[0-9]{1,18}", lengths[0], re.ASCII):
+            raise Wrong(f"Content-Length: {lengths[0][:80]!r} is no length")
+        if int(lengths[0]) > LARGEST:
+            raise Wrong(f"the body: {lengths[0]} bytes are more than {LARGEST}", 413)
+        body = self.rfile.read(int(lengths[0]))
+        if len(body) < int(lengths[0]):
+            raise Wrong(f"the body: {len(body)} bytes came of {lengths[0]}", 408)
+        return body
+
+    def serve(self, routes):
+        """Answer one request. routes: {path: what answers it}."""
+        try:
+            self.check_origin()
+            path = self.path.partition("?")[0]
+            if path not in routes:
+                raise Wrong(f"{self.command} {path[:80]}: there is nothing at this path", 404)
+            routes[path]()
+        except Wrong as e:
+            self.reply(e.status, e.body())
+
+    def do_GET(self):
+        answers, policy = self.server.answers, {"Content-Security-Policy": self.server.policy}
+        models = {f"/v1/models/{m['id']}": m for m in answers.models()["data"]} | {
+            "/v1/models": answers.models()
+        }
+        routes = {path: lambda found=found: self.reply(200, found) for path, found in models.items()}
+        routes["/"] = lambda: self.reply(200, self.server.page, "text/html; charset=utf-8", policy)
+        routes["/plane"] = lambda: self.reply(200, answers.draw_plane())
+        self.serve(routes)
+
+    def do_POST(self):
+        self.serve({"/v1/chat/completions": self.complete})
+
+    def complete(self):
+        """Put a request in line, and send its answer as it comes, or when it is whole."""
+        request = read_request(self.read_body())
+        self.server.grant(self.connection, None)
+        job = Job(request)
+        self.server.line.put(job)
+        try:
+            if request.get("stream"):
+                self.send_stream(
+                    self.events(job), request.get("stream_options", {}).get("include_usage") is True
+                )
+            else:
+                self.reply(200, completion([*self.events(job)]))
+        finally:
+            job.gone = True
+
+    def events(self, job):
+        """Yield the events of an answer as they come. Raises ConnectionError once the client has gone, and
+        Wrong if there is no answer."""
+        event = {}
+        while "finish_reason" not in event:
+            with contextlib.suppress(queue.Empty):
+                event = job.events.get(timeout=0.2)
+                if isinstance(event, Wrong):
+                    raise event
+                yield event
+            self.connection.settimeout(0)
+            with contextlib.suppress(BlockingIOError):
+                if not self.connection.recv(1, socket.MSG_PEEK):
+                    raise ConnectionAbortedError
+            self.connection.settimeout(PATIENCE)
+
+    def send_stream(self, events, usage):
+        """Send an answer as server-sent events. What goes wrong once it has begun is one of them."""
+        chunks, begun = Chunks(usage), False
+        send = lambda text: self.wfile.write(f"data: {text}\n\n".encode())
+        try:
+            for event in events:
+                if not begun:
+                    self.begin(200, "text/event-stream")
+                begun = True
+                for chunk in chunks.of(event):
+                    send(json.dumps(chunk))
+            send("[DONE]")
+        except Wrong as e:
+            if not begun:
+                raise
+            send(json.dumps(e.body()))
+
+
+def serve(answers, host, port):
+    """Serve until Ctrl-C. Raises Refused if the address cannot be had."""
+    try:
+        server = Server(answers, host, port)
+    except OSError as e:
+        raise Refused(f"--host {host} --port {port}: {e.strerror or e}") from None
+    address, port = server.server_address[:2]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        print(f"Whoever can reach {address} can ask: there is no password, and nothing is encrypted.")
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}/ is open; Ctrl-C closes it", flush=True)
+    try:
+        server.work()
+    finally:
+        server.shutdown()
+        server.server_close()
