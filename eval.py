@@ -45,7 +45,7 @@ from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
 from plumbing.server import serve
 from plumbing.tables import print_report, print_table, table_over_runs
-from plumbing.talk import answer_prompt, talk
+from plumbing.talk import answer_options, answer_prompt, check_answer_options, talk
 
 import torch
 
@@ -379,36 +379,9 @@ def parse_options(argv=None):
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
     about = "count the validation prompts that are answered exactly right; print SHOW of each task"
     add("--exact-match", nargs="?", type=number(int, 0), const=0, metavar="SHOW", help=about)
-    add = p.add_argument_group("answers").add_argument
-    add("--prompt", help="an instruction to answer, instead of measuring")
-    add("--input", default="", help="the input that goes with --prompt")
-    add("--talk", action="store_true", help="answer what is typed or piped in, line after line")
-    add("--system", default="", metavar="TEXT", help="the system message that goes before either")
-    add("--max-new-tokens", type=number(int, 1, 10**6), default=128, help="where an answer is cut off")
-    about = "draw the answers to --prompt and --talk at this temperature; 0: take the likeliest tokens"
-    add("--temperature", type=number(float, 0, 100), default=0.0, help=about)
-    about = "draw from the likeliest tokens that together have this probability"
-    add("--top-p", type=number(float, 0, 1), default=1.0, help=about)
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of the draws")
-    about = "open a page to talk to, which is also a server for OpenAI's clients"
-    add("--web", action="store_true", help=about)
-    add("--port", type=number(int, 0, 65535), default=8765, help="of --web; 0: any that is free")
-    about = "the address at which --web can be reached; any but this lets other machines ask"
-    add("--host", default="127.0.0.1", help=about)
+    answer_options(p)
     args = p.parse_args(argv)
-    ways = args.talk + args.web + (args.prompt is not None)
-    if ways > 1:
-        p.error("--prompt asks once, --talk and --web go on: one of them")
-    if ways and len(args.run or ()) > 1:
-        p.error("--prompt, --talk and --web go with one run folder")
-    if not ways and args.temperature:
-        p.error("--temperature goes with --prompt, --talk or --web: what is measured is greedy")
-    if args.system and (args.web or not ways):
-        p.error("--system goes with --prompt or --talk")
-    if args.top_p < 1 and not args.temperature:
-        p.error("--top-p goes with a --temperature")
-    if args.web and args.version:
-        p.error("--version goes with --prompt or --talk: on the page, whoever asks chooses")
+    check_answer_options(p, args)
     return args
 
 

@@ -216,7 +216,8 @@ def route(z, regions):
 
 @dataclasses.dataclass
 class Plane:
-    """A plane to look at coordinates in: u = artanh(z) is seen at axes (u - origin). origin [d], axes [2, d]."""
+    """A plane to look at coordinates in: artanh(z) is seen at axes (artanh(z) - origin). origin [d], axes
+    [2, d]."""
 
     origin: torch.Tensor
     axes: torch.Tensor

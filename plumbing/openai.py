@@ -69,7 +69,7 @@ FIELDS = {  # those that are read, each with a test and what it says if it is wr
     "max_completion_tokens": COUNT,
     "seed": (between(-(2**63), 2**63 - 1, int), "a whole number of 64 bits"),
     "n": (between(1, 1, int), "1: one answer is computed at a time"),
-    "stop": (stops_of, "a text of at most 500 characters, or a list of one to four"),
+    "stop": (lambda x: stops_of(x) is not None, "a text of at most 500 characters, or a list of up to four"),
 }
 
 
@@ -178,8 +178,8 @@ class Answers:
             ) from None
 
     def prompt(self, messages):
-        """Return the tokens of a chat in the run's own template. Raises Refused as `prompt_ids` does, and Wrong
-        if they leave no room for an answer."""
+        """Return the tokens of a chat in the run's own template, and how many may follow. Raises Refused as
+        `prompt_ids` does, and Wrong if there is no room for any."""
         how = self.tokenizer, self.run.template, self.run.day
         history, last = messages[:-1], messages[-1]["content"]
         if history and history[0]["role"] == "system":
@@ -241,10 +241,11 @@ def completion(events):
 
 
 class Chunks:
-    """An answer as a stream of objects. usage: whether the last one says how many tokens it took."""
+    """The answer to a request as a stream of objects."""
 
-    def __init__(self, usage):
-        self.usage, self.said = usage, begin("chat.completion.chunk")
+    def __init__(self, request):
+        self.usage = request.get("stream_options", {}).get("include_usage") is True
+        self.said = begin("chat.completion.chunk")
 
     def of(self, event):
         """Yield what is sent of one event."""

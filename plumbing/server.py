@@ -1,16 +1,18 @@
 """A server for one run folder, on the standard library's: a page to talk to, and what `openai.py` speaks.
 
-Whoever connects is not trusted. Every connection has a thread of its own, and there are at most CONNECTIONS.
-Requests wait in line for the main thread, which computes one answer at a time; a client that goes away stops
+Whoever connects is not trusted. A connection has a thread of its own; where there are too many, the one that
+has not asked for longest is closed. Requests wait in line for the main thread, which computes one answer at a time; a client that goes away stops
 its answer. The page and everything else is for this server's own origin alone.
 """
 
 import base64
 import contextlib
+import functools
 import hashlib
 import http.server
 import ipaddress
 import json
+import math
 import pathlib
 import queue
 import re
@@ -24,21 +26,11 @@ from plumbing import Refused
 from plumbing.openai import Chunks, Wrong, completion, read_request
 
 PAGE = pathlib.Path(__file__).parent.parent / "assets" / "page.html"
-CONNECTIONS = (
-    64  # open at a time; of those above that whoever has not asked yet is sent away, the oldest first
-)
+CONNECTIONS = 64  # open at a time, each with a thread
 PATIENCE = 10.0  # seconds that a client has to send a request, and then for every piece of the answer
 LARGEST = 2**20  # bytes in the body of a request
-HEADERS = {
-    "Cache-Control": "no-store",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
-
-
-class Gone(Exception):
-    """Whoever asked has gone away."""
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+HEADERS |= {"Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer"}
 
 
 class Job:
@@ -48,15 +40,15 @@ class Job:
         self.request, self.events, self.gone = request, queue.SimpleQueue(), False
 
     def tell(self, event):
-        """Pass on an event. Raises Gone once nobody listens."""
+        """Pass on an event. Raises ConnectionError once whoever asked has gone away."""
         if self.gone:
-            raise Gone
+            raise ConnectionAbortedError
         self.events.put(event)
 
 
 def page_policy(page):
-    """Return the Content-Security-Policy of a page: its one script, its one style, this server. No text can be
-    made HTML."""
+    """Return the Content-Security-Policy of a page: its one script, its one style, and this server alone. No
+    text can be made HTML."""
     parts = {tag: re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1] for tag in ("script", "style")}
     digest = {tag: hashlib.sha256(part.encode()).digest() for tag, part in parts.items()}
     own = "; ".join(f"{tag}-src 'sha256-{base64.b64encode(d).decode()}'" for tag, d in digest.items())
@@ -74,13 +66,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.address_family, *_, address = known[0]
         super().__init__(address, Handler)
         self.answers, self.host, self.line = answers, host, queue.SimpleQueue()
-        self.open, self.lock = (
-            {},
-            threading.Lock(),
-        )  # {connection: until when it may keep us waiting, or None}
-        self.slots = threading.Semaphore(CONNECTIONS)
-        page = PAGE.read_text(encoding="utf-8")
-        self.page, self.policy = page.encode(), page_policy(page)
+        self.slots, self.lock = threading.Semaphore(CONNECTIONS), threading.Lock()
+        self.open = {}  # connections, and until when each may keep us waiting; None: as long as it takes
+        page, models = PAGE.read_text(encoding="utf-8"), answers.models()
+        policy = {"Content-Security-Policy": page_policy(page)}
+        self.found = {"/": (page.encode(), "text/html; charset=utf-8", policy)}
+        self.found |= {"/plane": (answers.draw_plane(),), "/v1/models": (models,)}
+        self.found |= {f"/v1/models/{model['id']}": (model,) for model in models["data"]}
 
     def work(self):
         """Compute one answer after another, until there is None in line."""
@@ -88,47 +80,45 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             try:
                 if not job.gone:
                     self.answers.answer(job.request, job.tell)
-            except Gone:
-                pass
-            except Refused as e:
-                job.events.put(e if isinstance(e, Wrong) else Wrong(e))
             except Exception as e:
-                job.events.put(Wrong(f"the answer failed: {self.say_error(e)}", 500))
+                if not isinstance(e, Refused):
+                    self.handle_error()
+                    e = Wrong(f"the answer failed: {type(e).__name__}", 500)
+                job.events.put(e if isinstance(e, Wrong) else Wrong(e))
 
-    def say_error(self, e):
-        """Print an error of ours in one line, and return it."""
-        line = Refused(f"{type(e).__name__}: {e}"[:300])
-        print(f"[{line}]", file=sys.stderr, flush=True)
-        return line
+    def handle_error(self, *_):
+        """Print the error that is being handled in one line. A client that breaks off is none."""
+        e = sys.exc_info()[1]
+        if not isinstance(e, OSError):
+            print(Refused(f"[{type(e).__name__}: {e}"[:300] + "]"), file=sys.stderr, flush=True)
 
     def grant(self, connection, seconds):
         """Let a connection keep us waiting for so long from now, or as long as it takes, if None."""
         with self.lock:
             self.open[connection] = seconds and time.monotonic() + seconds
 
-    def hurry(self, late):
-        """Read no more of the connections that keep us waiting and are late(deadline), the first of them if
-        `late` is None. Their threads find the request ended, and say so."""
+    def hurry(self, late, most=None):
+        """Read no more of connections, `most` at most, that may keep us waiting until `late`. Their threads
+        find that the request ended, and say so. Return how many there were."""
         with self.lock:
-            waiting = [c for c, until in self.open.items() if until and (late is None or late(until))]
-            for connection in waiting[:1] if late is None else waiting:
+            found = [c for c, until in self.open.items() if until and until < late][:most]
+            for connection in found:
                 self.open[connection] = None
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RD)
+        return len(found)
 
     def service_actions(self):
         """Now and then, hurry those whose time is up."""
-        now = time.monotonic()
-        self.hurry(lambda until: until < now)
+        self.hurry(time.monotonic())
 
     def process_request(self, connection, address):
-        """Give a connection a thread. Where there are CONNECTIONS, the oldest that keeps us waiting has to go."""
+        """Give a connection a thread. If none is free, whoever has kept us waiting longest has to go."""
         if not self.slots.acquire(blocking=False):
-            self.hurry(None)
-            if not self.slots.acquire(timeout=0.5):
+            if not self.hurry(math.inf, 1) or not self.slots.acquire(timeout=1):
                 with contextlib.suppress(OSError):
                     connection.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\n\r\n")
-                return super().shutdown_request(connection)
+                return self.shutdown_request(connection)
         self.grant(connection, PATIENCE)
         super().process_request(connection, address)
 
@@ -140,17 +130,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 del self.open[connection]
             self.slots.release()
 
-    def handle_error(self, connection, address):
-        """A client that breaks off is nobody's error. Others are told in one line."""
-        if not isinstance(e := sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1], OSError):
-            self.say_error(e)
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection, one request."""
 
-    timeout, disable_nagle_algorithm = PATIENCE, True
-    default_request_version, server_version, sys_version = "HTTP/1.0", "niwf", ""
+    timeout, disable_nagle_algorithm = 2 * PATIENCE, True  # of one read or write; all of a request has less
+    default_request_version = "HTTP/1.0"
+    version_string = lambda self: "niwf"
 
     def log_message(self, *_):
         """Keep no log of requests."""
@@ -159,8 +145,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send a whole reply."""
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.begin(status, kind, {"Content-Length": len(body), **dict(more)})
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def begin(self, status, kind, more=()):
         """Send the headers of a reply."""
@@ -175,7 +160,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply(code, Wrong(f"no request that is known here: {text}", code).body())
 
     def finish(self):
-        """Wait a moment until the client has closed, or what it has sent since would take the reply from it."""
+        """Wait a moment until the client has closed: with something unread, closing would undo the reply."""
         with contextlib.suppress(OSError):
             super().finish()
             self.connection.shutdown(socket.SHUT_WR)
@@ -184,8 +169,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 pass
 
     def check_origin(self):
-        """Raise Wrong unless a request was meant for this server, and comes from no other site. A name that an
-        attacker lets point here (DNS rebinding) is in Host."""
+        """Raise Wrong unless a request is meant for this server, and comes from no other site. A name that
+        somebody lets point here (DNS rebinding) stands in Host."""
         address, port = self.connection.getsockname()[:2]
         names = {name.lower() for name in ("localhost", self.server.host, address)}
         hosts = {f"[{name}]" if ":" in name else name for name in names}
@@ -202,9 +187,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if kind != "application/json":
             raise Wrong(f"Content-Type: {kind[:80]!r} is not application/json", 415)
         if self.headers.get("Transfer-Encoding") or len(lengths) != 1:
-            raise Wrong(
-                "Content-Length: it is missing or there twice; nothing else tells where a body ends", 411
-            )
+            raise Wrong("Content-Length: it must be there once, to tell where the body ends", 411)
         if not re.fullmatch("[0-9]{1,18}", lengths[0], re.ASCII):
             raise Wrong(f"Content-Length: {lengths[0][:80]!r} is no length")
         if int(lengths[0]) > LARGEST:
@@ -214,7 +197,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Wrong(f"the body: {len(body)} bytes came of {lengths[0]}", 408)
         return body
 
-    def serve(self, routes):
+    def do_GET(self):
+        found = self.server.found
+        self.route({path: functools.partial(self.reply, 200, *what) for path, what in found.items()})
+
+    def do_POST(self):
+        self.route({"/v1/chat/completions": self.complete})
+
+    def route(self, routes):
         """Answer one request. routes: {path: what answers it}."""
         try:
             self.check_origin()
@@ -225,30 +215,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Wrong as e:
             self.reply(e.status, e.body())
 
-    def do_GET(self):
-        answers, policy = self.server.answers, {"Content-Security-Policy": self.server.policy}
-        models = {f"/v1/models/{m['id']}": m for m in answers.models()["data"]} | {
-            "/v1/models": answers.models()
-        }
-        routes = {path: lambda found=found: self.reply(200, found) for path, found in models.items()}
-        routes["/"] = lambda: self.reply(200, self.server.page, "text/html; charset=utf-8", policy)
-        routes["/plane"] = lambda: self.reply(200, answers.draw_plane())
-        self.serve(routes)
-
-    def do_POST(self):
-        self.serve({"/v1/chat/completions": self.complete})
-
     def complete(self):
         """Put a request in line, and send its answer as it comes, or when it is whole."""
-        request = read_request(self.read_body())
+        job = Job(read_request(self.read_body()))
         self.server.grant(self.connection, None)
-        job = Job(request)
         self.server.line.put(job)
         try:
-            if request.get("stream"):
-                self.send_stream(
-                    self.events(job), request.get("stream_options", {}).get("include_usage") is True
-                )
+            if job.request.get("stream"):
+                self.send_stream(self.events(job), Chunks(job.request))
             else:
                 self.reply(200, completion([*self.events(job)]))
         finally:
@@ -268,12 +242,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with contextlib.suppress(BlockingIOError):
                 if not self.connection.recv(1, socket.MSG_PEEK):
                     raise ConnectionAbortedError
-            self.connection.settimeout(PATIENCE)
+            self.connection.settimeout(self.timeout)
 
-    def send_stream(self, events, usage):
+    def send_stream(self, events, chunks):
         """Send an answer as server-sent events. What goes wrong once it has begun is one of them."""
-        chunks, begun = Chunks(usage), False
-        send = lambda text: self.wfile.write(f"data: {text}\n\n".encode())
+        begun, send = False, lambda text: self.wfile.write(f"data: {text}\n\n".encode())
         try:
             for event in events:
                 if not begun:
@@ -292,8 +265,8 @@ def serve(answers, host, port):
     """Serve until Ctrl-C. Raises Refused if the address cannot be had."""
     try:
         server = Server(answers, host, port)
-    except OSError as e:
-        raise Refused(f"--host {host} --port {port}: {e.strerror or e}") from None
+    except (OSError, UnicodeError) as e:
+        raise Refused(f"--host {host} --port {port}: {getattr(e, 'strerror', None) or e}") from None
     address, port = server.server_address[:2]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:

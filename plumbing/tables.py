@@ -46,8 +46,8 @@ guards addresses; it holds neither the inputs to their addresses nor the bases t
 
 
 def print_report(tasks, results, lost):
-    """Print what `report` in eval.py does. results: rows as `measure` makes them. lost: {protocol: {task: what
-    was forgotten, in percent}}."""
+    """Print what `report` in eval.py does. results: rows as `measure` makes them. lost: {protocol: {task: how
+    much was forgotten, in percent}}."""
     row, width = results[-1], max(4, *map(len, tasks))
     print(f"\nvalidation perplexity after {row['task']} (version {row['version'][:12]})")
     print(f"{'task':{width}}  protocol      base  learned       now  forgetting")

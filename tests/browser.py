@@ -89,7 +89,9 @@ class Browser:
 
     def press(self, key, text=None):
         codes = {"Enter": 13, "Escape": 27, "Tab": 9}
-        about = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]} | ({"text": text} if text else {})
+        about = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]} | (
+            {"text": text} if text else {}
+        )
         self.call("Input.dispatchKeyEvent", type="keyDown", **about)
         self.call("Input.dispatchKeyEvent", type="keyUp", **about)
 
