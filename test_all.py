@@ -97,7 +97,7 @@ if hasattr(os, "register_at_fork"):  # a child makes PyTorch's thread pool anew:
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 PARTS = "builders records prompts backbones passes exports folders answers training streams hostile machines"
-PARTS += " results"
+PARTS += " results server browser"
 pytest.register_assert_rewrite(*(f"tests.{part}" for part in PARTS.split()))
 from tests.builders import *
 from tests.records import *
@@ -112,6 +112,8 @@ from tests.streams import *
 from tests.hostile import *
 from tests.machines import *
 from tests.results import *
+from tests.server import *
+from tests.browser import *
 
 
 # --------------------------------------------------------------------------------------------------- field.py

@@ -1,8 +1,8 @@
 """A server for one run folder, on the standard library's: a page to talk to, and what `openai.py` speaks.
 
 Whoever connects is not trusted. A connection has a thread of its own; where there are too many, the one that
-has not asked for longest is closed. Requests wait in line for the main thread, which computes one answer at a time; a client that goes away stops
-its answer. The page and everything else is for this server's own origin alone.
+has not asked for longest is closed. Requests wait in line for the main thread, which computes one answer at a
+time; a client that goes away stops its answer. Everything here is for pages of this server alone.
 """
 
 import base64
@@ -267,6 +267,7 @@ def serve(answers, host, port):
         server = Server(answers, host, port)
     except (OSError, UnicodeError) as e:
         raise Refused(f"--host {host} --port {port}: {getattr(e, 'strerror', None) or e}") from None
+    answers.warm_up()
     address, port = server.server_address[:2]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
