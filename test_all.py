@@ -908,7 +908,8 @@ def test_every_command_of_the_readme_is_understood(command):
 
 
 def test_every_option_that_the_readme_names_is_one_of_ours():
-    ours = "".join((HERE / f"{name}.py").read_text() for name in PROGRAMS)
+    places = [*(HERE / f"{name}.py" for name in PROGRAMS), *(HERE / "plumbing").glob("*.py")]
+    ours = "".join(place.read_text() for place in places)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
     options = {option for span in spans for option in re.findall(r"(?<!\S)--[a-z][\w-]*", span)}
     assert len(options) > 10

@@ -21,7 +21,7 @@ from field import Plane, Region, unsquash
 from plumbing import server
 from plumbing.openai import Wrong, send_until
 from tests.answers import asked
-from tests.builders import copy_of, messages, run_quietly
+from tests.builders import copy_of, load_in_double, messages, run_quietly
 
 HERE = pathlib.Path(__file__).parent.parent
 DEFAULTS = types.SimpleNamespace(max_new_tokens=5, temperature=0.0, top_p=1.0)
@@ -76,9 +76,11 @@ def serving(answers, host="127.0.0.1"):
 
 
 def answers_of(folder):
-    """What `eval.py --web` serves of a run folder."""
+    """What `eval.py --web` serves of a run folder. In double precision no likeliest token is as near to the
+    next as rounding."""
     served = []
     with pytest.MonkeyPatch.context() as m:
+        load_in_double(m)
         m.setattr(evaluation, "serve", lambda answers, host, port: served.append(answers))
         evaluation.main(["--run", str(folder), "--device", "cpu", "--web", "--max-new-tokens", "5"])
     return served[0]
@@ -398,8 +400,9 @@ def test_one_answer_is_computed_at_a_time_and_a_client_that_goes_away_stops_its_
 # --------------------------------------------------------------------------------------- what is answered
 
 
-def test_an_answer_is_what_eval_py_prints_and_says_who_gave_it(two, of_two, capsys):
+def test_an_answer_is_what_eval_py_prints_and_says_who_gave_it(two, of_two, monkeypatch, capsys):
     run = Run(two)
+    load_in_double(monkeypatch)
     for text in (
         "Name three fruits.",
         "How do I sort names in Python?",
@@ -457,23 +460,20 @@ def test_every_version_and_composition_is_a_model(two, tmp_path):
         assert plane["compositions"][0]["name"] == "AB" and len(plane["versions"][0]["outline"]) == 64
 
 
-def test_a_seed_a_temperature_and_a_stop_do_what_openai_says(of_two):
-    text = lambda **how: ask(of_two, say("Name a fruit.", max_tokens=8, **how))["choices"][0]
+def test_a_seed_a_temperature_and_a_stop_do_what_openai_says(of_chat):
+    """The bare backbone of this run says x for ever; at a high temperature it says anything."""
+    text = lambda **how: ask(of_chat, say(model="base", **{"max_tokens": 4, **how}))["choices"][0]
     drawn = [text(temperature=2, seed=seed)["message"]["content"] for seed in (0, 0, 1, -1, 2**63 - 1)]
     assert drawn[0] == drawn[1] and len({*drawn}) > 1
-    assert text(temperature=2, top_p=0, seed=3) == text()
-    whole = text()["message"]["content"]
-    assert len(whole) > 3
-    for stop in (whole[2:4], [whole[2:4]], ["never said", whole[2:4]]):
-        assert text(stop=stop)["message"]["content"] == whole[: whole.index(whole[2:4])]
-        assert text(stop=stop)["finish_reason"] == "stop"
-    assert text(stop=[])["message"]["content"] == whole
-    assert text(max_completion_tokens=1)["finish_reason"] == "length"
-    events = ask(of_two, say("Name a fruit.", stream=True, stop=whole[2:4]))
-    assert (
-        "".join(e["choices"][0]["delta"].get("content", "") for e in events)
-        == whole[: whole.index(whole[2:4])]
-    )
+    assert text(temperature=2, top_p=0, seed=3) == text() == text(temperature=0)
+    assert text()["message"]["content"] == "x x x x" and text()["finish_reason"] == "length"
+    for stop in (" x x", [" x x"], ["never said", "x x x", " x x"]):
+        content = "" if "x x x" in stop else "x"
+        assert text(stop=stop)["message"]["content"] == content and text(stop=stop)["finish_reason"] == "stop"
+    assert text(stop=[])["message"]["content"] == text(stop=["xx"])["message"]["content"] == "x x x x"
+    assert text(max_completion_tokens=1)["message"]["content"] == "x"
+    events = ask(of_chat, say(model="base", stream=True, stop=" x x"))
+    assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == "x"
 
 
 def test_pieces_are_held_back_while_they_may_begin_a_stop():
