@@ -1,7 +1,7 @@
 """How long the page of `eval.py --web` takes to show a first word, in a real browser; and pictures of it.
 
     python -m studies.page --run runs/tiny
-    python -m studies.page --run runs/tiny --pictures /tmp
+    python -m studies.page --run runs/tiny --pictures pictures
 
 It needs Chromium, and asks a server of its own. A prompt has as many tokens as `--tokens` says, those of its
 template among them. The time runs from Enter until the dot is in the plane, and until there is text.
@@ -14,6 +14,7 @@ import os
 import pathlib
 import random
 import re
+import select
 import shutil
 import statistics
 import subprocess
@@ -75,8 +76,8 @@ class Browser:
         os.write(self.to, message + b"\0")
         while True:
             while b"\0" not in self.rest:
-                data = os.read(self.come, 2**16)
-                assert data, "the browser has ended"
+                data = select.select([self.come], [], [], 120)[0] and os.read(self.come, 2**16)
+                assert data, "the browser has ended, or does not answer"
                 self.rest += data
             message, _, self.rest = self.rest.partition(b"\0")
             found = json.loads(message)
@@ -122,13 +123,13 @@ class Browser:
         self.call("Input.insertText", text=prompt)
         self.press("Enter", "\r")
 
-    def screenshot(self, path, width, height, dark=False):
-        """Show the page at this size, and keep a picture of it."""
-        self.size(width, height, dark)
+    def screenshot(self, path):
+        """Keep a picture of what is shown."""
         data = self.call("Page.captureScreenshot", format="png")["data"]
         path.write_bytes(base64.b64decode(data))
 
     def size(self, width, height, dark=False):
+        """Show the page at this size, and as whoever prefers dark pages sees it."""
         how = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **how)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -209,8 +210,10 @@ def take_pictures(browser, folder):
     browser.until("!running.size && turns.at(-1).answers.length > 1")
     for width, height in ((1280, 800), (390, 844)):
         for scheme in ("light", "dark"):
+            browser.size(width, height, scheme == "dark")
+            browser.run("document.getElementById('log').scrollTop = 1e9")
             path = folder / f"page-{width}-{scheme}.png"
-            browser.screenshot(path, width, height, scheme == "dark")
+            browser.screenshot(path)
             print(f"wrote {path}")
 
 
