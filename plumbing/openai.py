@@ -2,11 +2,14 @@
 
 Beside OpenAI's own fields an answer has the field "niwf": which version gives it and how sure that is, see
 `who_answers` in eval.py; "coordinate", where the prompt lies in the plane of `draw_plane`; and "gating", for
-every adapted layer the bases that run and their weights.
+every adapted layer the bases that run and their weights. What a request leaves unsaid is as on the command
+line: the likeliest tokens are taken, where OpenAI's own default is a temperature of 1. Without a seed every
+answer is drawn anew.
 """
 
 import contextlib
 import dataclasses
+import pathlib
 import secrets
 import time
 from collections.abc import Callable
@@ -128,6 +131,13 @@ def send_until(texts, stops, send):
     return False
 
 
+def seconds_of(date):
+    """Return a manifest's date as seconds of Unix's time, 0 if it is none."""
+    with contextlib.suppress(ValueError, OverflowError):
+        return int(time.mktime(time.strptime(date, "%Y-%m-%d %H:%M:%S")))
+    return 0
+
+
 @dataclasses.dataclass
 class Answers:
     """What a server answers. named(NAME): a version and its gating, bare: the same of the bare backbone,
@@ -153,8 +163,7 @@ class Answers:
         """Return the list of models: auto, base, and every version and composition under its hash."""
         known = [{"id": name, "name": name, "created": 0} for name in (AUTO, BASE)]
         for e in self.run.entries:
-            date = int(time.mktime(time.strptime(e["date"], "%Y-%m-%d %H:%M:%S")))
-            known.append({"id": e["hash"], "name": e["task"], "created": date})
+            known.append({"id": e["hash"], "name": e["task"], "created": seconds_of(e["date"])})
         return {"object": "list", "data": [{**m, "object": "model", "owned_by": "niwf"} for m in known]}
 
     def draw_plane(self):
@@ -165,11 +174,9 @@ class Answers:
             outline = [[round(x, 4) for x in point] for point in self.plane.outline(v.region).tolist()]
             versions.append({"id": v.hash, "name": v.task, "lock": v.lock, "outline": outline})
             owners += [i] * (v.writes if run.speaker(i) is v else 0)
-        about = {"template": run.template, "layers": len(run.versions[0].snapshot[0]), "bases": owners}
-        about |= {
-            "backbone": run.manifest["backbone"]["name"],
-            "bare": run.manifest["settings"].get("bare_layers", 0),
-        }
+        settings, layers = run.manifest["settings"], len(run.versions[0].snapshot[0])
+        about = {"template": run.template, "layers": layers, "bare": settings.get("bare_layers", 0)}
+        about |= {"backbone": pathlib.PurePath(run.manifest["backbone"]["name"]).name, "bases": owners}
         about |= {"temperature": self.defaults.temperature, "max_tokens": self.defaults.max_new_tokens}
         compositions = [{"id": c.hash, "name": c.task} for c in run.compositions]
         return {**about, "versions": versions, "compositions": compositions}
@@ -179,9 +186,8 @@ class Answers:
         try:
             return {AUTO: None, BASE: self.bare}[name] if name in (AUTO, BASE) else self.named(name)
         except Refused:
-            raise Wrong(
-                f"model: there is no {name[:80]!r}, see /v1/models", 404, "model", "model_not_found"
-            ) from None
+            why = f"model: there is no {name[:80]!r}, see /v1/models"
+            raise Wrong(why, 404, "model", "model_not_found") from None
 
     def prompt(self, messages):
         """Return the tokens of a chat in the run's own template, and how many may follow. Raises Refused as
@@ -205,7 +211,8 @@ class Answers:
         asked, (ids, room) = self.asked(request["model"]), self.prompt(request["messages"])
         longest = say("max_completion_tokens", say("max_tokens", self.defaults.max_new_tokens))
         how = say("temperature", self.defaults.temperature), say("top_p", self.defaults.top_p)
-        choose = sampler(*how, say("seed", secrets.randbelow(2**31)))
+        how = {"choose": sampler(*how, say("seed", secrets.randbelow(2**31)))}
+        how["max_new_tokens"] = longest = min(longest, room)
 
         def place(who, gating):
             (at,) = self.plane.at(who.pop("z")).tolist()
@@ -213,19 +220,12 @@ class Answers:
             bases = [[[i, round(w, 4)] for i, w in zip(*row)] for row in rows]  # [L][K]: a basis, its weight
             tell({"niwf": {**who, "coordinate": [round(x, 4) for x in at], "gating": bases}})
 
-        steps = self.stream(ids, place, asked, max_new_tokens=min(longest, room), choose=choose)
-        with contextlib.closing(steps):
-            count = (new.append(step) or step for step in steps)
-            stopped = send_until(
-                pieces(self.tokenizer, count), stops_of(say("stop", [])), lambda t: tell({"text": t})
-            )
-        usage = {
-            "prompt_tokens": len(ids),
-            "completion_tokens": len(new),
-            "total_tokens": len(ids) + len(new),
-        }
-        ended = stopped or len(new) < min(longest, room)
-        tell({"finish_reason": "stop" if ended else "length", "usage": usage})
+        with contextlib.closing(self.stream(ids, place, asked, **how)) as steps:
+            texts = pieces(self.tokenizer, (new.append(step) or step for step in steps))
+            stopped = send_until(texts, stops_of(say("stop", [])), lambda text: tell({"text": text}))
+        counts = {"prompt_tokens": len(ids), "completion_tokens": len(new)}
+        ended = "stop" if stopped or len(new) < longest else "length"
+        tell({"finish_reason": ended, "usage": {**counts, "total_tokens": sum(counts.values())}})
 
 
 # ------------------------------------------------------------------------------------- what is sent of it

@@ -72,7 +72,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         policy = {"Content-Security-Policy": page_policy(page)}
         self.found = {"/": (page.encode(), "text/html; charset=utf-8", policy)}
         self.found |= {"/plane": (answers.draw_plane(),), "/v1/models": (models,)}
-        self.found |= {f"/v1/models/{model['id']}": (model,) for model in models["data"]}
+        self.found |= {f"/v1/models/{m[key]}": (m,) for m in models["data"] for key in ("name", "id")}
 
     def work(self):
         """Compute one answer after another, until there is None in line."""

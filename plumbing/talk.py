@@ -21,7 +21,7 @@ def answer_options(parser):
     add("--talk", action="store_true", help="answer what is typed or piped in, line after line")
     add("--system", default="", metavar="TEXT", help="the system message that goes before either")
     add("--max-new-tokens", type=number(int, 1, 10**6), default=128, help="where an answer is cut off")
-    about = "draw the answers to --prompt and --talk at this temperature; 0: take the likeliest tokens"
+    about = "draw answers at this temperature, with --web where none is asked for; 0: the likeliest tokens"
     add("--temperature", type=number(float, 0, 100), default=0.0, help=about)
     about = "draw from the likeliest tokens that together have this probability"
     add("--top-p", type=number(float, 0, 1), default=1.0, help=about)

@@ -36,13 +36,13 @@ class Echo:
         pass
 
     def models(self):
-        return {"object": "list", "data": [{"id": "auto"}, {"id": "code"}]}
+        return {"object": "list", "data": [{"id": "auto", "name": "auto"}]}
 
     def draw_plane(self):
         return {"versions": []}
 
     def answer(self, request, tell):
-        if request["model"] not in ("auto", "code"):
+        if request["model"] != "auto":
             raise Wrong("no such model", 404)
         text = request["messages"][-1]["content"]
         if text == "fail":
@@ -447,8 +447,9 @@ def test_every_version_and_composition_is_a_model(two, tmp_path):
         listed = json.loads(body)["data"]
         assert status == 200 and [m["id"] for m in listed] == ["auto", "base", *(e["hash"] for e in entries)]
         assert [m["name"] for m in listed[2:]] == ["alpaca", "code", "AB"]
-        path = f"/v1/models/{entries[0]['hash']}"
-        assert json.loads(send(found, here(GET.format(path, "HERE", "").encode(), found))[2]) == listed[2]
+        for name in (entries[0]["hash"], "alpaca"):
+            raw = here(GET.format(f"/v1/models/{name}", "HERE", "").encode(), found)
+            assert json.loads(send(found, raw)[2]) == listed[2] and listed[2]["created"] > 1e9
         composed = ask(found, say(model="AB"))["niwf"]
         assert composed["name"] == "AB" and len(composed["gating"][0]) == 4
         _, _, body = send(found, here(GET.format("/plane", "HERE", "").encode(), found))
