@@ -76,7 +76,7 @@ class Browser:
         os.write(self.to, message + b"\0")
         while True:
             while b"\0" not in self.rest:
-                data = select.select([self.come], [], [], 120)[0] and os.read(self.come, 2**16)
+                data = select.select([self.come], [], [], 600)[0] and os.read(self.come, 2**16)
                 assert data, "the browser has ended, or does not answer"
                 self.rest += data
             message, _, self.rest = self.rest.partition(b"\0")
@@ -93,7 +93,7 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def until(self, script, seconds=60):
+    def until(self, script, seconds=300):
         """Wait until an expression is true, and return it."""
         wait = f"""(async () => {{
             for (const end = Date.now() + {1000 * seconds}; Date.now() < end;) {{
@@ -203,6 +203,7 @@ def measure(browser, tokens, repeats):
 def take_pictures(browser, folder):
     """Ask three prompts, the last of all versions, and take pictures: wide, of a phone, light and dark."""
     browser.size(1280, 800)
+    browser.run("document.getElementById('longest').value = 40")
     for prompt in ASKED:
         browser.ask(prompt)
         browser.until("!running.size && turns.length && turns.at(-1).who")
