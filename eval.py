@@ -280,9 +280,9 @@ def who_answers(run, h_bar, asked=None, outside="nearest"):
     return gating, who | {"inside": inside, "z": run.versions[-1].dynamics(h_bar)}
 
 
-def stream_answer(run, model, tokenizer, outside, prompt, tell, asked=None, **how):
-    """Stream the answer to one prompt (tokens) as `NIWF.stream` does, which takes what `how` says. As soon as
-    the prompt is read, before there is a token, tell(who, gating) is called, see `who_answers`."""
+def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, *how):
+    """Stream the answer to one prompt (tokens) as `NIWF.stream` does. how: its max_new_tokens and choose. As
+    soon as the prompt is read, before there is a token, tell(who, gating) is called, see `who_answers`."""
 
     def gating_of(h_bar):
         gating, who = who_answers(run, h_bar, asked, outside)
@@ -290,7 +290,7 @@ def stream_answer(run, model, tokenizer, outside, prompt, tell, asked=None, **ho
         return gating
 
     ends = stop_ids(model.backbone, tokenizer, run.template)
-    return model.stream([prompt], gating_of, ends, probe_gating=run.probe_gating(), **how)
+    return model.stream([prompt], gating_of, ends, *how, run.probe_gating())
 
 
 def exact_matches(run, model, tokenizer, args):
@@ -414,8 +414,7 @@ def main(argv=None):
             return serve(answers, args.host, args.port)
         if args.talk or args.prompt is not None:
             choose = sampler(args.temperature, args.top_p, args.seed)
-            how = {"max_new_tokens": args.max_new_tokens, "choose": choose}
-            ask = functools.partial(answer_prompt, run, tokenizer, stream, how)
+            ask = functools.partial(answer_prompt, run, tokenizer, stream, args.max_new_tokens, choose)
             asked = named(args.version[0]) if args.version else None
             how = {"tokenizer": tokenizer, "template": run.template, "day": run.day}
             history_of = functools.partial(system_message, **how)

@@ -211,8 +211,7 @@ class Answers:
         asked, (ids, room) = self.asked(request["model"]), self.prompt(request["messages"])
         longest = say("max_completion_tokens", say("max_tokens", self.defaults.max_new_tokens))
         how = say("temperature", self.defaults.temperature), say("top_p", self.defaults.top_p)
-        how = {"choose": sampler(*how, say("seed", secrets.randbelow(2**31)))}
-        how["max_new_tokens"] = longest = min(longest, room)
+        longest, choose = min(longest, room), sampler(*how, say("seed", secrets.randbelow(2**31)))
 
         def place(who, gating):
             (at,) = self.plane.at(who.pop("z")).tolist()
@@ -220,7 +219,7 @@ class Answers:
             bases = [[[i, round(w, 4)] for i, w in zip(*row)] for row in rows]  # [L][K]: a basis, its weight
             tell({"niwf": {**who, "coordinate": [round(x, 4) for x in at], "gating": bases}})
 
-        with contextlib.closing(self.stream(ids, place, asked, **how)) as steps:
+        with contextlib.closing(self.stream(ids, place, asked, longest, choose)) as steps:
             texts = pieces(self.tokenizer, (new.append(step) or step for step in steps))
             stopped = send_until(texts, stops_of(say("stop", [])), lambda text: tell({"text": text}))
         counts = {"prompt_tokens": len(ids), "completion_tokens": len(new)}

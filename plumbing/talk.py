@@ -63,11 +63,11 @@ def pieces(tokenizer, steps):
     yield text.strip()[said:]
 
 
-def answer_prompt(run, tokenizer, stream, how, prompt, asked=None):
+def answer_prompt(run, tokenizer, stream, max_new_tokens, choose, prompt, asked=None):
     """Print the answer to one prompt as it comes; then say which version gave it, and how sure the routing
-    is. stream, asked: see `stream_answer` in eval.py. how: what it takes besides."""
+    is. stream, asked: see `stream_answer` in eval.py."""
     ids, found = prompt_ids(prompt, tokenizer, run.template, run.day), []
-    steps = stream(ids, lambda who, _: found.append(who), asked, **how)
+    steps = stream(ids, lambda who, _: found.append(who), asked, max_new_tokens, choose)
     with contextlib.closing(steps):
         for piece in pieces(tokenizer, steps):
             print(piece, end="", flush=True)
