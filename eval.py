@@ -5,6 +5,7 @@
     python eval.py --prompt "Name three fruits."     # routed: says which version answered, and how sure it is
     python eval.py --talk                            # the same, prompt after prompt; /versions, /use NAME ...
     python eval.py --talk --system "Be brief."       # with a system message, in a run with --template chat
+    python eval.py --web                             # the same in a browser; OpenAI's clients can ask, too
     python eval.py --version alpaca code AB          # every task under these; with --prompt: ask the first
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
@@ -31,18 +32,20 @@ import json
 import math
 
 from commit import Run
-from field import take_snapshot, top_k_gating
+from field import Plane, take_snapshot, top_k_gating
 from model import perplexity, response_nll
 from plumbing import Refused
 from plumbing.backbone import pick_device
 from plumbing.command import Parser, number, output_file, run_program, write_results
 from plumbing.exact import exact_match
 from plumbing.files import atomic, latest_run
+from plumbing.openai import Answers
 from plumbing.passes import sampler
 from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
-from plumbing.tables import table_over_runs
-from plumbing.talk import answer_prompt, talk
+from plumbing.server import serve
+from plumbing.tables import print_report, print_table, table_over_runs
+from plumbing.talk import answer_options, answer_prompt, check_answer_options, talk
 
 import torch
 
@@ -237,38 +240,10 @@ def measure_last(run, backbone, tokenizer):
         model.detach()
 
 
-DRIFT_REPORT = """
-where {task} went: its inputs moved by {moved:.2f} (they were {spread:.2f} from their mean); {inside_now:.1%}
-of them are still in its region, {inside_at_commit:.1%} were at commit. How the lock held: L_lock is
-{lock_loss:.1e} at its anchors, {top_k_kept:.1%} of their top-K choices are unchanged. A lock on the anchors
-guards addresses; it holds neither the inputs to their addresses nor the bases that the addresses name."""
-
-
 def report(run):
     """Print the table at the end: every task, stored and routed, when it was learned and now."""
     results = run.manifest["results"]
-    row, width = results[-1], max(4, *map(len, run.tasks))
-    print(f"\nvalidation perplexity after {row['task']} (version {row['version'][:12]})")
-    print(f"{'task':{width}}  protocol      base  learned       now  forgetting")
-    lost = {protocol: forgetting(results, protocol) for protocol in ("stored", "routed")}
-    for t in run.tasks:
-        learned = next(r for r in results if r["task"] == t)
-        home, n = row["routing"][t].get(t, 0), sum(row["routing"][t].values())
-        others = [k for r, k in row["inside"][t].items() if r != t]
-        notes = {"stored": "logits bit-identical on {} of {} examples".format(*row["identical"][t])}
-        own, shared = row["inside"][t][t] / n, max(others, default=0) / n
-        notes["routed"] = f"{100 * home / n:.1f} % routed to {t}; {100 * own:.0f} % lie in its region"
-        notes["routed"] += f", {100 * shared:.0f} % in another's" if len(run.tasks) > 1 else ""
-        for protocol, note in notes.items():
-            figures = f"{row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}"
-            print(f"{t:{width}}  {protocol}  {figures}  {lost[protocol][t]:+8.2f} %  {note}")
-    for t, g in row["gating"].items():
-        print(
-            f"\n{t} makes {g['sets']:.1f} different top-K choices in a layer over all its inputs, "
-            f"its weight lies on {g['bases']:.1f} bases"
-        )
-    for t, d in row["drift"].items():
-        print(DRIFT_REPORT.format(task=t, **d))
+    print_report(run.tasks, results, {p: forgetting(results, p) for p in ("stored", "routed")})
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -288,6 +263,35 @@ def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128
 
     new = model.generate(ids, gating_of, ends, max_new_tokens, probe_gating=run.probe_gating())
     return [text_of(tokenizer, row) for row in new], found
+
+
+def who_answers(run, h_bar, asked=None, outside="nearest"):
+    """Return the gating of one prompt, h_bar [1, features], and who answers it: {"version": its hash, None is
+    the bare backbone, "name", "asked": whether it was asked for, "nearest": the name of the region in which
+    the coordinate most likely lies, "probability": how likely, "known": whether that region is likelier than
+    the background, "z": the coordinate [1, d]}. asked: a version and its gating as a function of h_bar. None:
+    the prompt is routed."""
+    gating, found = run.routed(h_bar, outside)
+    nearest, known = run.versions[found.choice[0]], not found.unknown[0]
+    version = nearest if known or outside == "nearest" else None
+    if asked:
+        version, gating = asked[0], asked[1](h_bar)
+    who = {"version": version and version.hash, "name": version.task if version else "base"}
+    who |= {"asked": bool(asked), "nearest": nearest.task, "probability": float(found.probability[0])}
+    return gating, who | {"known": known, "z": run.versions[-1].dynamics(h_bar)}
+
+
+def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, *how):
+    """Stream the answer to one prompt (tokens) as `NIWF.stream` does. how: its max_new_tokens and choose. As
+    soon as the prompt is read, before there is a token, tell(who, gating) is called, see `who_answers`."""
+
+    def gating_of(h_bar):
+        gating, who = who_answers(run, h_bar, asked, outside)
+        tell(who, gating)
+        return gating
+
+    ends = stop_ids(model.backbone, tokenizer, run.template)
+    return model.stream([prompt], gating_of, ends, *how, run.probe_gating())
 
 
 def exact_matches(run, model, tokenizer, args):
@@ -323,10 +327,8 @@ def perplexity_by_name(run, model, tokenizer, names):
     for task in run.tasks:
         examples, h_bar, _ = validation_set(run, model, tokenizer, task)
         table[task] = {n: perplexity_under(model, examples, h_bar, gating) for n, gating in found.items()}
-    width = max(map(len, run.tasks))
-    print(f"\nvalidation perplexity under\n{'':{width}}" + "".join(f"{n:>14}" for n in names))
-    for task, row in table.items():
-        print(f"{task:{width}}" + "".join(f"{x:14.3f}" for x in row.values()))
+    lines = [[task, *(f"{x:.3f}" for x in row.values())] for task, row in table.items()]
+    print_table("validation perplexity under", ["", *names], lines)
     return table
 
 
@@ -378,29 +380,9 @@ def parse_options(argv=None):
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
     about = "count the validation prompts that are answered exactly right; print SHOW of each task"
     add("--exact-match", nargs="?", type=number(int, 0), const=0, metavar="SHOW", help=about)
-    add = p.add_argument_group("answers").add_argument
-    add("--prompt", help="an instruction to answer, instead of measuring")
-    add("--input", default="", help="the input that goes with --prompt")
-    add("--talk", action="store_true", help="answer what is typed or piped in, line after line")
-    add("--system", default="", metavar="TEXT", help="the system message that goes before either")
-    add("--max-new-tokens", type=number(int, 1, 10**6), default=128, help="where an answer is cut off")
-    about = "draw the answers to --prompt and --talk at this temperature; 0: take the likeliest tokens"
-    add("--temperature", type=number(float, 0, 100), default=0.0, help=about)
-    about = "draw from the likeliest tokens that together have this probability"
-    add("--top-p", type=number(float, 0, 1), default=1.0, help=about)
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of the draws")
+    answer_options(p)
     args = p.parse_args(argv)
-    if args.talk and args.prompt is not None:
-        p.error("--prompt asks once, --talk goes on: one of them")
-    asks = args.talk or args.prompt is not None
-    if asks and len(args.run or ()) > 1:
-        p.error("--prompt and --talk go with one run folder")
-    if args.temperature and not asks:
-        p.error("--temperature goes with --prompt or --talk: what is measured is greedy")
-    if args.system and not asks:
-        p.error("--system goes with --prompt or --talk")
-    if args.top_p < 1 and not args.temperature:
-        p.error("--top-p goes with a --temperature")
+    check_answer_options(p, args)
     return args
 
 
@@ -425,14 +407,19 @@ def main(argv=None):
     for folder in args.run or [latest_run()]:
         names = args.version or ()
         run, model, tokenizer = open_run(folder, args.device, names, args.device_map, args.backbone)
+        stream = functools.partial(stream_answer, run, model, tokenizer, args.outside)
+        named = functools.partial(gating_by_name, run)
+        if args.web:
+            plane = Plane.of([v.region for v in run.versions])
+            answers = Answers(run, model.backbone, tokenizer, stream, named, BARE, plane, args)
+            return serve(answers, args.host, args.port)
         if args.talk or args.prompt is not None:
             choose = sampler(args.temperature, args.top_p, args.seed)
-            ask = functools.partial(answer_prompt, run, model, tokenizer, args, choose)
-            asked = gating_by_name(run, args.version[0]) if args.version else None
+            ask = functools.partial(answer_prompt, run, tokenizer, stream, args.max_new_tokens, choose)
+            asked = named(args.version[0]) if args.version else None
             how = {"tokenizer": tokenizer, "template": run.template, "day": run.day}
             history_of = functools.partial(system_message, **how)
             if args.talk:
-                named = functools.partial(gating_by_name, run)
                 return talk(ask, run.entries, named, BARE, history_of, args.system, asked)
             prompt = {"instruction": args.prompt, "input": args.input, "history": history_of(args.system)}
             return ask(prompt, asked)

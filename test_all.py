@@ -97,7 +97,7 @@ if hasattr(os, "register_at_fork"):  # a child makes PyTorch's thread pool anew:
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 PARTS = "builders records prompts backbones passes exports folders answers training streams hostile machines"
-PARTS += " results"
+PARTS += " results server browser"
 pytest.register_assert_rewrite(*(f"tests.{part}" for part in PARTS.split()))
 from tests.builders import *
 from tests.records import *
@@ -112,6 +112,8 @@ from tests.streams import *
 from tests.hostile import *
 from tests.machines import *
 from tests.results import *
+from tests.server import *
+from tests.browser import *
 
 
 # --------------------------------------------------------------------------------------------------- field.py
@@ -917,7 +919,8 @@ def test_every_command_of_the_readme_is_understood(command):
 
 
 def test_every_option_that_the_readme_names_is_one_of_ours():
-    ours = "".join((HERE / f"{name}.py").read_text() for name in PROGRAMS)
+    places = [*(HERE / f"{name}.py" for name in PROGRAMS), *(HERE / "plumbing").glob("*.py")]
+    ours = "".join(place.read_text() for place in places)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
     options = {option for span in spans for option in re.findall(r"(?<!\S)--[a-z][\w-]*", span)}
     assert len(options) > 10

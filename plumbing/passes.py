@@ -35,6 +35,12 @@ def positions_of(backbone):
     return None if getattr(config, "rope_parameters", None) or max(found) <= 0 else max(found)
 
 
+def context_of(backbone):
+    """Return how many tokens a backbone was made to read at once."""
+    config = backbone.config.get_text_config()
+    return next((n for key in LIMITS if (n := getattr(config, key, None) or 0) > 0), 2048)
+
+
 def pad_left(rows, pad_id, backbone):
     """Token lists -> ids [B, T] and mask [B, T], padded on the left: every row ends at the same column, so
     responses line up for the loss, and generation continues all rows at once. Raises Refused if a row is

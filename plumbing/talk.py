@@ -7,9 +7,47 @@ import sys
 import torch
 
 from plumbing import Refused
-from plumbing.prompts import prompt_ids, stop_ids, text_of
+from plumbing.command import number
+from plumbing.prompts import prompt_ids, text_of
 
 COMMANDS = "/versions, /use NAME, /auto, /base, /system TEXT or /quit"
+
+
+def answer_options(parser):
+    """Give a parser the options that say what is asked, and how answers are drawn."""
+    add = parser.add_argument_group("answers").add_argument
+    add("--prompt", help="an instruction to answer, instead of measuring")
+    add("--input", default="", help="the input that goes with --prompt")
+    add("--talk", action="store_true", help="answer what is typed or piped in, line after line")
+    add("--system", default="", metavar="TEXT", help="the system message that goes before either")
+    add("--max-new-tokens", type=number(int, 1, 10**6), default=128, help="where an answer is cut off")
+    about = "draw answers at this temperature, with --web where none is asked for; 0: the likeliest tokens"
+    add("--temperature", type=number(float, 0, 100), default=0.0, help=about)
+    about = "draw from the likeliest tokens that together have this probability"
+    add("--top-p", type=number(float, 0, 1), default=1.0, help=about)
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of the draws")
+    about = "open a page to talk to, which is also a server for OpenAI's clients"
+    add("--web", action="store_true", help=about)
+    add("--port", type=number(int, 0, 65535), default=8765, help="of --web; 0: any that is free")
+    about = "the address at which --web can be reached; any but this lets other machines ask"
+    add("--host", default="127.0.0.1", help=about)
+
+
+def check_answer_options(parser, args):
+    """End the program with one line if what these options say does not go together."""
+    ways = args.talk + args.web + (args.prompt is not None)
+    if ways > 1:
+        parser.error("--prompt asks once, --talk and --web go on: one of them")
+    if ways and len(args.run or ()) > 1:
+        parser.error("--prompt, --talk and --web go with one run folder")
+    if not ways and args.temperature:
+        parser.error("--temperature goes with --prompt, --talk or --web: what is measured is greedy")
+    if args.system and (args.web or not ways):
+        parser.error("--system goes with --prompt or --talk")
+    if args.top_p < 1 and not args.temperature:
+        parser.error("--top-p goes with a --temperature")
+    if args.web and args.version:
+        parser.error("--version goes with --prompt or --talk: on the page, whoever asks chooses")
 
 
 def pieces(tokenizer, steps):
@@ -25,28 +63,21 @@ def pieces(tokenizer, steps):
     yield text.strip()[said:]
 
 
-def answer_prompt(run, model, tokenizer, args, choose, prompt, asked=None):
+def answer_prompt(run, tokenizer, stream, max_new_tokens, choose, prompt, asked=None):
     """Print the answer to one prompt as it comes; then say which version gave it, and how sure the routing
-    is. asked: a version and its gating as a function of h_bar. None: the prompt is routed."""
-    ids, note = [prompt_ids(prompt, tokenizer, run.template, run.day)], ""
-
-    def gating_of(h_bar):
-        nonlocal note
-        if asked:
-            note = f"version {asked[0].hash[:12]}, as asked" if asked[0] else "the bare backbone, as asked"
-            return asked[1](h_bar)
-        gating, found = run.routed(h_bar, args.outside)
-        v, unknown = run.versions[found.choice[0]], bool(found.unknown[0])
-        by = "the bare backbone" if args.outside == "base" and unknown else f"version {v.hash[:12]}"
-        note = f"{by}; nearest region: {v.task}, {100 * found.probability[0]:.1f} % sure"
-        note += "; no version has learned such a prompt" if unknown else ""
-        return gating
-
-    ends, probe_gating = stop_ids(model.backbone, tokenizer, run.template), run.probe_gating()
-    steps = model.stream(ids, gating_of, ends, args.max_new_tokens, choose, probe_gating)
+    is. stream, asked: see `stream_answer` in eval.py."""
+    ids, found = prompt_ids(prompt, tokenizer, run.template, run.day), []
+    steps = stream(ids, lambda who, _: found.append(who), asked, max_new_tokens, choose)
     with contextlib.closing(steps):
         for piece in pieces(tokenizer, steps):
             print(piece, end="", flush=True)
+    who = found[0]
+    note = f"version {who['version'][:12]}" if who["version"] else "the bare backbone"
+    if who["asked"]:
+        note += ", as asked"
+    else:
+        note += f"; nearest region: {who['nearest']}, {100 * who['probability']:.1f} % sure"
+        note += "" if who["known"] else "; no version has learned such a prompt"
     print(f"\n\n[{note}]")
 
 

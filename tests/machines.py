@@ -84,6 +84,7 @@ GROUPS = {
     "memory": ["options"],
     "stream": ["positional arguments", "options"],
     "compose": ["options"],
+    "page": ["options"],
     "styles": ["options"],
     "report": ["options"],
     "variants": ["positional arguments", "options"],

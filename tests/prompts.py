@@ -334,7 +334,12 @@ def test_an_answer_stops_at_each_of_several_ends(learn_by_chat, tmp_path, monkey
     for ends in ([endless[4]], [-1, endless[4]], [endless[4], -1]):
         assert model.generate([[5, 6]], lambda h: None, ends, 12)[0] == endless[: endless.index(endless[4])]
     model.detach()
-    stream = lambda model, ids, gating, ends, *_: gone.append(ends) or nothing()
+
+    def stream(model, ids, gating_of, ends, *_):
+        gone.append(ends)
+        gating_of(model.probe(ids))
+        return nothing()
+
     monkeypatch.setattr(NIWF, "stream", stream)
     ask(monkeypatch, run, "Hi.\n/base\nHi.\n/use one\nHi.")
     assert gone == [sorted({2, end_token(tokenizer, "chat")})] * 3
@@ -356,7 +361,8 @@ def test_a_system_message_goes_before_a_prompt(learn_by_chat, tmp_path, monkeypa
     run, asked = learn_by_chat("one", tmp_path / "run"), []
     tokenizer = chat_tokenizer()
 
-    def stream(model, ids, *_):
+    def stream(model, ids, gating_of, *_):
+        gating_of(model.probe(ids))
         asked.append(tokenizer.decode(ids[0], clean_up_tokenization_spaces=False))
         assert len(control_ids(tokenizer, ids[0])) == asked[-1].replace("kind </s>", "").count("<")
         return nothing()

@@ -1,0 +1,269 @@
+"""Chat completions as OpenAI's clients speak them: what a request may say, and what is answered.
+
+Beside OpenAI's own fields an answer has the field "niwf": which version gives it and how sure that is, see
+`who_answers` in eval.py; "coordinate", where the prompt lies in the plane of `draw_plane`; and "gating", for
+every adapted layer the bases that run and their weights. What a request leaves unsaid is as on the command
+line: the likeliest tokens are taken, where OpenAI's own default is a temperature of 1. Without a seed every
+answer is drawn anew.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import secrets
+import time
+from collections.abc import Callable
+
+import torch
+
+from plumbing import Refused
+from plumbing.files import parse_json
+from plumbing.passes import context_of, sampler
+from plumbing.prompts import prompt_ids, system_message
+from plumbing.talk import pieces
+
+AUTO, BASE = "auto", "base"  # models that are no version: whoever the prompt is routed to, the bare backbone
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+class Wrong(Refused):
+    """An error that is sent as OpenAI's error object, with an HTTP status."""
+
+    def __init__(self, message, status=400, param=None, code=None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self):
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+# ------------------------------------------------------------------------------------------------- a request
+
+
+def is_text(value):
+    """Return whether a value is a text that can be written: half a surrogate pair cannot."""
+    return isinstance(value, str) and value == value.encode("utf-8", "replace").decode()
+
+
+def between(low, high, *kinds):
+    """Return a test: a number of one of these types, no bool, in [low, high]."""
+    return lambda value: type(value) in kinds and low <= value <= high
+
+
+def stops_of(value):
+    """Return a field "stop" as a list of texts, or None if it is none."""
+    stops = [value] if isinstance(value, str) else value
+    fits = (
+        isinstance(stops, list) and len(stops) <= 4 and all(is_text(s) and 0 < len(s) <= 500 for s in stops)
+    )
+    return stops if fits else None
+
+
+COUNT = between(1, 10**6, int), "a whole number from 1 to 1000000"
+FIELDS = {  # those that are read, each with a test and what it says if it is wrong; null is as if not said
+    "model": (is_text, "the id of a model, see /v1/models"),
+    "messages": (lambda m: isinstance(m, list) and m, "a list of messages"),
+    "stream": (lambda x: type(x) is bool, "true or false"),
+    "stream_options": (lambda x: isinstance(x, dict), "an object"),
+    "temperature": (between(0, 2, int, float), "a number from 0 to 2"),
+    "top_p": (between(0, 1, int, float), "a number from 0 to 1"),
+    "max_tokens": COUNT,
+    "max_completion_tokens": COUNT,
+    "seed": (between(-(2**63), 2**63 - 1, int), "a whole number of 64 bits"),
+    "n": (between(1, 1, int), "1: one answer is computed at a time"),
+    "stop": (lambda x: stops_of(x) is not None, "a text of at most 500 characters, or a list of up to four"),
+}
+
+
+def message_of(message, where):
+    """Return a message as {"role", "content": a text}. Raises Wrong if it is none that can be written."""
+    if not isinstance(message, dict) or message.get("role") not in [*ROLES]:
+        raise Wrong(f"{where}: it has no role out of {', '.join(ROLES)}", param=where)
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in parts]
+    if not texts or not all(map(is_text, texts)):
+        raise Wrong(f"{where}: its content is no text", param=where)
+    return {"role": ROLES[message["role"]], "content": "\n".join(texts)}
+
+
+def read_request(body):
+    """Return what a body asks for: the fields above that it has, and "messages" as `message_of` makes them.
+    Other fields are ignored. Raises Wrong if one of these is wrong."""
+    try:
+        found = parse_json(body.decode(), "the body")
+    except (ValueError, Refused) as e:
+        raise Wrong(e if isinstance(e, Refused) else "the body: not UTF-8") from None
+    if not isinstance(found, dict):
+        raise Wrong("the body: it is no JSON object")
+    asked = {key: found[key] for key in FIELDS if found.get(key) is not None}
+    for key in ("model", "messages"):
+        if key not in asked:
+            raise Wrong(f"{key}: it is missing", param=key)
+    for key, value in asked.items():
+        fits, what = FIELDS[key]
+        if not fits(value):
+            raise Wrong(f"{key}: {ascii(value)[:60]} is not {what}", param=key)
+    asked["messages"] = [message_of(m, f"messages[{i}]") for i, m in enumerate(asked["messages"])]
+    if asked["messages"][-1]["role"] != "user":
+        raise Wrong("messages: the last is not the user's", param="messages")
+    return asked
+
+
+# ------------------------------------------------------------------------------------------------- an answer
+
+
+def send_until(texts, stops, send):
+    """Send pieces of text, each as soon as it cannot begin one of `stops`, up to the first of those. Return
+    whether there was one."""
+    held = ""
+    for text in texts:
+        held += text
+        if found := [held.index(stop) for stop in stops if stop in held]:
+            send(held[: min(found)])
+            return True
+        begun = [n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])]
+        sure = len(held) - max(begun, default=0)
+        send(held[:sure])
+        held = held[sure:]
+    send(held)
+    return False
+
+
+def seconds_of(date):
+    """Return a manifest's date as seconds of Unix's time, 0 if it is none."""
+    with contextlib.suppress(ValueError, OverflowError):
+        return int(time.mktime(time.strptime(date, "%Y-%m-%d %H:%M:%S")))
+    return 0
+
+
+@dataclasses.dataclass
+class Answers:
+    """What a server answers. named(NAME): a version and its gating, bare: the same of the bare backbone,
+    stream: see `stream_answer`, all of eval.py. defaults: what a request does not say: max_new_tokens,
+    temperature, top_p."""
+
+    run: object
+    backbone: torch.nn.Module
+    tokenizer: object
+    stream: Callable
+    named: Callable
+    bare: tuple
+    plane: object  # see `Plane` in field.py
+    defaults: object
+
+    def warm_up(self):
+        """Answer something, because a first pass is slow, and for whoever asks first it should not be."""
+        with contextlib.suppress(Refused):  # a template may insist on a system message
+            hello = [{"role": "user", "content": "Hello."}]
+            self.answer({"model": AUTO, "messages": hello, "max_tokens": 2}, lambda _: None)
+
+    def models(self):
+        """Return the list of models: auto, base, and every version and composition under its hash."""
+        known = [{"id": name, "name": name, "created": 0} for name in (AUTO, BASE)]
+        for e in self.run.entries:
+            known.append({"id": e["hash"], "name": e["task"], "created": seconds_of(e["date"])})
+        return {"object": "list", "data": [{**m, "object": "model", "owned_by": "niwf"} for m in known]}
+
+    def draw_plane(self):
+        """Return what a page draws: the outline of every version's region in the plane, whose version every
+        basis of the bank is, and what a request may leave unsaid."""
+        run, versions, owners = self.run, [], []
+        for i, v in enumerate(run.versions):
+            outline = [[round(x, 4) for x in point] for point in self.plane.outline(v.region).tolist()]
+            versions.append({"id": v.hash, "name": v.task, "lock": v.lock, "outline": outline})
+            owners += [i] * (v.writes if run.speaker(i) is v else 0)
+        settings, layers = run.manifest["settings"], len(run.versions[0].snapshot[0])
+        about = {"template": run.template, "layers": layers, "bare": settings.get("bare_layers", 0)}
+        about |= {"backbone": pathlib.PurePath(run.manifest["backbone"]["name"]).name, "bases": owners}
+        about |= {"temperature": self.defaults.temperature, "max_tokens": self.defaults.max_new_tokens}
+        compositions = [{"id": c.hash, "name": c.task} for c in run.compositions]
+        return {**about, "versions": versions, "compositions": compositions}
+
+    def asked(self, name):
+        """Return who is to answer, as `stream_answer` takes it. Raises Wrong if there is no such model."""
+        try:
+            return {AUTO: None, BASE: self.bare}[name] if name in (AUTO, BASE) else self.named(name)
+        except Refused:
+            why = f"model: there is no {name[:80]!r}, see /v1/models"
+            raise Wrong(why, 404, "model", "model_not_found") from None
+
+    def prompt(self, messages):
+        """Return the tokens of a chat in the run's own template, and how many may follow. Raises Refused as
+        `prompt_ids` does, and Wrong if there is no room for any."""
+        how = self.tokenizer, self.run.template, self.run.day
+        history, last = messages[:-1], messages[-1]["content"]
+        if history and history[0]["role"] == "system":
+            history[:1] = system_message(history[0]["content"], *how)
+        ids, room = prompt_ids({"instruction": last, "history": history}, *how), context_of(self.backbone)
+        if len(ids) >= room:
+            why = f"messages: {len(ids)} tokens leave no room for an answer in a context of {room}"
+            raise Wrong(why, param="messages", code="context_length_exceeded")
+        return ids, room - len(ids)
+
+    @torch.no_grad()
+    def answer(self, request, tell):
+        """Answer a request (see `read_request`). tell gets one event after another: {"niwf": ...} as soon as
+        the prompt is read, {"text": ...} after every token, and at last {"finish_reason", "usage"}. What it
+        raises stops the answer. Raises Refused or Wrong, with nothing told, if there can be none."""
+        say, new = request.get, []
+        asked, (ids, room) = self.asked(request["model"]), self.prompt(request["messages"])
+        longest = say("max_completion_tokens", say("max_tokens", self.defaults.max_new_tokens))
+        how = say("temperature", self.defaults.temperature), say("top_p", self.defaults.top_p)
+        longest, choose = min(longest, room), sampler(*how, say("seed", secrets.randbelow(2**31)))
+
+        def place(who, gating):
+            (at,) = self.plane.at(who.pop("z")).tolist()
+            rows = zip(*(t[0].tolist() for t in gating)) if gating else ()
+            bases = [[[i, round(w, 4)] for i, w in zip(*row)] for row in rows]  # [L][K]: a basis, its weight
+            tell({"niwf": {**who, "coordinate": [round(x, 4) for x in at], "gating": bases}})
+
+        with contextlib.closing(self.stream(ids, place, asked, longest, choose)) as steps:
+            texts = pieces(self.tokenizer, (new.append(step) or step for step in steps))
+            stopped = send_until(texts, stops_of(say("stop", [])), lambda text: tell({"text": text}))
+        counts = {"prompt_tokens": len(ids), "completion_tokens": len(new)}
+        ended = "stop" if stopped or len(new) < longest else "length"
+        tell({"finish_reason": ended, "usage": {**counts, "total_tokens": sum(counts.values())}})
+
+
+# ------------------------------------------------------------------------------------- what is sent of it
+
+
+def begin(kind):
+    """Return what every object that is sent of an answer begins with."""
+    return {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time())}
+
+
+def completion(events):
+    """Return a whole answer, made of the events of `Answers.answer`, as one object."""
+    said = {key: value for event in events for key, value in event.items()}
+    text = "".join(event.get("text", "") for event in events)
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None}
+    choice["finish_reason"] = said["finish_reason"]
+    about = begin("chat.completion") | {"model": said["niwf"]["version"] or BASE}
+    return {**about, "choices": [choice], "usage": said["usage"], "niwf": said["niwf"]}
+
+
+class Chunks:
+    """The answer to a request as a stream of objects."""
+
+    def __init__(self, request):
+        self.usage = request.get("stream_options", {}).get("include_usage") is True
+        self.said = begin("chat.completion.chunk")
+
+    def of(self, event):
+        """Yield what is sent of one event."""
+        if "niwf" in event:
+            self.said["model"] = event["niwf"]["version"] or BASE
+            yield self.chunk({"role": "assistant", "content": ""}, niwf=event["niwf"])
+        if event.get("text"):
+            yield self.chunk({"content": event["text"]})
+        if "finish_reason" in event:
+            yield self.chunk({}, event["finish_reason"])
+            if self.usage:
+                yield {**self.said, "choices": [], "usage": event["usage"]}
+
+    def chunk(self, delta, finish=None, **more):
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {**self.said, "choices": [choice], **more}
