@@ -5,6 +5,7 @@
     python eval.py --prompt "Name three fruits."     # routed: says which version answered, and how sure it is
     python eval.py --talk                            # the same, prompt after prompt; /versions, /use NAME ...
     python eval.py --talk --system "Be brief."       # with a system message, in a run with --template chat
+    python eval.py --like FILE.json --prompt ...     # who has the lowest loss on these records answers
     python eval.py --version alpaca code AB          # every task under these; with --prompt: ask the first
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
@@ -41,7 +42,8 @@ from plumbing.files import atomic, latest_run
 from plumbing.passes import sampler
 from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
-from plumbing.tables import table_over_runs
+from plumbing.records import read_examples
+from plumbing.tables import print_report, print_table, table_over_runs
 from plumbing.talk import answer_prompt, talk
 
 import torch
@@ -53,20 +55,18 @@ BARE = None, lambda h_bar: None  # no version, and its gating
 # -------------------------------------------------------------------------------------------------- measuring
 
 
-@torch.no_grad()
-def perplexity_under(model, examples, h_bar, gating_of):
-    """Return the perplexity of examples, each with the gating that its h_bar has. What this file measures of
-    task i is this three times:
+def perplexity_under(model, examples, h_bar, gatings):
+    """Return {name: the perplexity of examples}, each with the gating that gatings[name] makes of its h_bar.
+    What this file measures of task i is this with three:
 
-    base      gating_of = lambda h: None                   the bare backbone
-    stored    gating_of = lambda h: run.stored(i, h)       the right version is given
-    routed    gating_of = lambda h: run.routed(h)[0]       the coordinate decides
+    base      lambda h: None                   the bare backbone
+    stored    lambda h: run.stored(i, h)       the right version is given
+    routed    lambda h: run.routed(h)[0]       the coordinate decides
     """
-    nll = 0.0
-    for batch, h in batches(examples, h_bar):
-        logits, labels = model.logits(batch, gating_of(h))
-        nll += float(response_nll(logits, labels).sum())
-    return perplexity(nll, sum(len(response) for _, response in examples))
+    parts = batches(examples, h_bar)
+    nll = sum(model.nll_under(batch, h, gatings.values()).double().sum(1) for batch, h in parts)
+    tokens = sum(len(response) for _, response in examples)
+    return {name: perplexity(x, tokens) for name, x in zip(gatings, nll.tolist())}
 
 
 def forgetting(results, protocol):
@@ -110,11 +110,6 @@ def validation_set(run, model, tokenizer, task):
     if pool == "sequence":
         h_bar = probe_all(model, examples, pool, gating)
     return examples, h_bar, routes
-
-
-def total_nll(model, batch, gating):
-    """Return the negative log-likelihood of a batch's responses, in nats."""
-    return float(response_nll(*model.logits(batch, gating)).sum())
 
 
 @torch.no_grad()
@@ -184,10 +179,11 @@ def measure_batch(model, batch, stored, routed, bare):
     digests = [[*hashlib.sha256(x.float().cpu().numpy().tobytes()).digest()[:8]] for x in logits]
     nll = torch.zeros(3, dtype=torch.float64)
     nll[1] = nll[2] = float(response_nll(logits, labels).sum())
+    other = lambda gating: float(response_nll(*model.logits(batch, gating)).sum())
     if not alike:
-        nll[2] = total_nll(model, batch, routed)
+        nll[2] = other(routed)
     if bare:
-        nll[0] = total_nll(model, batch, None)
+        nll[0] = other(None)
     return nll, torch.tensor(digests, dtype=torch.uint8)
 
 
@@ -237,38 +233,10 @@ def measure_last(run, backbone, tokenizer):
         model.detach()
 
 
-DRIFT_REPORT = """
-where {task} went: its inputs moved by {moved:.2f} (they were {spread:.2f} from their mean); {inside_now:.1%}
-of them are still in its region, {inside_at_commit:.1%} were at commit. How the lock held: L_lock is
-{lock_loss:.1e} at its anchors, {top_k_kept:.1%} of their top-K choices are unchanged. A lock on the anchors
-guards addresses; it holds neither the inputs to their addresses nor the bases that the addresses name."""
-
-
 def report(run):
     """Print the table at the end: every task, stored and routed, when it was learned and now."""
     results = run.manifest["results"]
-    row, width = results[-1], max(4, *map(len, run.tasks))
-    print(f"\nvalidation perplexity after {row['task']} (version {row['version'][:12]})")
-    print(f"{'task':{width}}  protocol      base  learned       now  forgetting")
-    lost = {protocol: forgetting(results, protocol) for protocol in ("stored", "routed")}
-    for t in run.tasks:
-        learned = next(r for r in results if r["task"] == t)
-        home, n = row["routing"][t].get(t, 0), sum(row["routing"][t].values())
-        others = [k for r, k in row["inside"][t].items() if r != t]
-        notes = {"stored": "logits bit-identical on {} of {} examples".format(*row["identical"][t])}
-        own, shared = row["inside"][t][t] / n, max(others, default=0) / n
-        notes["routed"] = f"{100 * home / n:.1f} % routed to {t}; {100 * own:.0f} % lie in its region"
-        notes["routed"] += f", {100 * shared:.0f} % in another's" if len(run.tasks) > 1 else ""
-        for protocol, note in notes.items():
-            figures = f"{row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}"
-            print(f"{t:{width}}  {protocol}  {figures}  {lost[protocol][t]:+8.2f} %  {note}")
-    for t, g in row["gating"].items():
-        print(
-            f"\n{t} makes {g['sets']:.1f} different top-K choices in a layer over all its inputs, "
-            f"its weight lies on {g['bases']:.1f} bases"
-        )
-    for t, d in row["drift"].items():
-        print(DRIFT_REPORT.format(task=t, **d))
+    print_report(run.tasks, results, {p: forgetting(results, p) for p in ("stored", "routed")})
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -316,17 +284,28 @@ def gating_by_name(run, name):
     return composition, composition.gating
 
 
+def most_like(run, model, tokenizer, path):
+    """Return who has the lowest loss on the labelled records of a file, a version, a composition or the bare
+    backbone, and its gating as a function of h_bar; print the five with the lowest. Inputs alone cannot tell
+    tasks apart that differ in their answers. Raises Refused as `read_examples` does."""
+    examples = read_examples(path, tokenizer, run.template, run.day)
+    h_bar = probe_all(model, examples, "prompt", run.probe_gating())
+    who = {e["task"]: gating_by_name(run, e["task"]) for e in run.entries} | {"the bare backbone": BARE}
+    found = perplexity_under(model, examples, h_bar, {name: gating for name, (_, gating) in who.items()})
+    first = sorted(found, key=found.get)[:5]
+    print(f"[perplexity on {path}: {', '.join(f'{name} {found[name]:.3f}' for name in first)}]\n")
+    return who[first[0]]
+
+
 def perplexity_by_name(run, model, tokenizer, names):
     """Print the perplexity of every task under each of the named versions or compositions. -> {task: {name:
     perplexity}}"""
     found, table = {name: gating_by_name(run, name)[1] for name in names}, {}
     for task in run.tasks:
         examples, h_bar, _ = validation_set(run, model, tokenizer, task)
-        table[task] = {n: perplexity_under(model, examples, h_bar, gating) for n, gating in found.items()}
-    width = max(map(len, run.tasks))
-    print(f"\nvalidation perplexity under\n{'':{width}}" + "".join(f"{n:>14}" for n in names))
-    for task, row in table.items():
-        print(f"{task:{width}}" + "".join(f"{x:14.3f}" for x in row.values()))
+        table[task] = perplexity_under(model, examples, h_bar, found)
+    lines = [[task, *(f"{x:.3f}" for x in row.values())] for task, row in table.items()]
+    print_table("validation perplexity under", ["", *names], lines)
     return table
 
 
@@ -374,6 +353,8 @@ def parse_options(argv=None):
     add("--outside", choices=["nearest", "base"], default="nearest", help=about)
     about = "measure every task under these, or let the first answer --prompt and --talk"
     add("--version", nargs="+", metavar="NAME", help=about)
+    about = "let who has the lowest loss on these labelled records answer --prompt and --talk"
+    add("--like", metavar="FILE", help=about)
     add = p.add_argument_group("what is measured").add_argument
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
     about = "count the validation prompts that are answered exactly right; print SHOW of each task"
@@ -395,6 +376,8 @@ def parse_options(argv=None):
     asks = args.talk or args.prompt is not None
     if asks and len(args.run or ()) > 1:
         p.error("--prompt and --talk go with one run folder")
+    if args.like and (args.version or not asks):
+        p.error("--like goes with --prompt or --talk, and not with --version")
     if args.temperature and not asks:
         p.error("--temperature goes with --prompt or --talk: what is measured is greedy")
     if args.system and not asks:
@@ -429,6 +412,7 @@ def main(argv=None):
             choose = sampler(args.temperature, args.top_p, args.seed)
             ask = functools.partial(answer_prompt, run, model, tokenizer, args, choose)
             asked = gating_by_name(run, args.version[0]) if args.version else None
+            asked = most_like(run, model, tokenizer, args.like) if args.like else asked
             how = {"tokenizer": tokenizer, "template": run.template, "day": run.day}
             history_of = functools.partial(system_message, **how)
             if args.talk:

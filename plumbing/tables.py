@@ -1,4 +1,4 @@
-"""Print tables of text: means with deviations, in columns as wide as they must be."""
+"""Print tables of text: means with deviations, in columns as wide as they must be; and how a run stands."""
 
 import statistics
 
@@ -36,3 +36,36 @@ def table_over_runs(outs):
             if protocol == "routed":
                 columns.append([100 * o["routing"][t][t] / sum(o["routing"][t].values()) for o in outs])
             yield f"{t:8}  {protocol}" + "".join(f"  {over(column):>16}" for column in columns)
+
+
+DRIFT_REPORT = """
+where {task} went: its inputs moved by {moved:.2f} (they were {spread:.2f} from their mean); {inside_now:.1%}
+of them are still in its region, {inside_at_commit:.1%} were at commit. How the lock held: L_lock is
+{lock_loss:.1e} at its anchors, {top_k_kept:.1%} of their top-K choices are unchanged. A lock on the anchors
+guards addresses; it holds neither the inputs to their addresses nor the bases that the addresses name."""
+
+
+def print_report(tasks, results, lost):
+    """Print what `report` in eval.py does. results: rows as `measure` makes them. lost: {protocol: {task: how
+    much was forgotten, in percent}}."""
+    row, width = results[-1], max(4, *map(len, tasks))
+    print(f"\nvalidation perplexity after {row['task']} (version {row['version'][:12]})")
+    print(f"{'task':{width}}  protocol      base  learned       now  forgetting")
+    for t in tasks:
+        learned = next(r for r in results if r["task"] == t)
+        home, n = row["routing"][t].get(t, 0), sum(row["routing"][t].values())
+        others = [k for r, k in row["inside"][t].items() if r != t]
+        notes = {"stored": "logits bit-identical on {} of {} examples".format(*row["identical"][t])}
+        own, shared = row["inside"][t][t] / n, max(others, default=0) / n
+        notes["routed"] = f"{100 * home / n:.1f} % routed to {t}; {100 * own:.0f} % lie in its region"
+        notes["routed"] += f", {100 * shared:.0f} % in another's" if len(tasks) > 1 else ""
+        for protocol, note in notes.items():
+            figures = f"{row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}"
+            print(f"{t:{width}}  {protocol}  {figures}  {lost[protocol][t]:+8.2f} %  {note}")
+    for t, g in row["gating"].items():
+        print(
+            f"\n{t} makes {g['sets']:.1f} different top-K choices in a layer over all its inputs, "
+            f"its weight lies on {g['bases']:.1f} bases"
+        )
+    for t, d in row["drift"].items():
+        print(DRIFT_REPORT.format(task=t, **d))
