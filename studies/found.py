@@ -26,11 +26,8 @@ import random
 import statistics
 import tempfile
 
-import torch
-
 from commit import Composition, Run, weigh
 from eval import open_run, perplexity_under, probe_all
-from model import perplexity
 from plumbing.command import Parser, number, output_file, run_program, write_results
 from plumbing.prompts import encode
 from plumbing.records import DATA, HUB_DATA, read_records
@@ -41,7 +38,7 @@ from train import run_task
 
 LORA = "--bases 1 --top-k 1 --rank 64"  # NIWF with N = K = 1, see studies/variants.py
 STYLE, KIND = "--epochs 8 --batch 8 --grad-accum 1", "--epochs 8"  # how a version is trained
-DRAWS = 50
+DRAWN, DRAWS = (1, 4, 16), 50  # records that a version is found from; draws of each number
 
 
 def learn(folder, task, train, test, args, more):
@@ -84,11 +81,11 @@ def styles(args, seed):
         gatings = stored_gatings(run)
         examples, h_bar = asked(model, run, tokenizer, rewrite(style, sentences[72:96]))
         losses = model.nll_under(examples, h_bar, [*gatings.values()])  # [bare and versions, 24]
-        row = {"seed": seed, "task": task, "found": {}}
-        for n in (1, 4, 16):
+        row = {"seed": seed, "task": task}
+        for n in DRAWN:
             draws = [random.Random(f"{seed} {task} {n} {d}").sample(range(24), n) for d in range(DRAWS)]
             chosen = [int(losses[:, draw].sum(1).argmin()) for draw in draws]
-            row["found"][str(n)] = chosen.count(i + 1) / DRAWS
+            row[f"found from {n}"] = chosen.count(i + 1) / DRAWS
         examples, h_bar = asked(model, run, tokenizer, rewrite(style, sentences[96:]))
         row["routed home"] = float((run.routed(h_bar)[1].choice == i).double().mean())
         known = {"bare": gatings["bare"], "routed": lambda h: run.routed(h)[0], "stored": gatings[task]}
@@ -96,21 +93,16 @@ def styles(args, seed):
 
 
 def styles_table(rows):
-    heads = ["", "bare", "routed", "stored", "routed home %", *(f"found from {n} %" for n in (1, 4, 16))]
+    """Print the mean over seeds for each style: perplexities, and how often the right version answers."""
+    names, shares = ["bare", "routed", "stored"], ["routed home", *(f"found from {n}" for n in DRAWN)]
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == task]
-        mean = lambda of: statistics.mean(map(of, mine))
-        figures = [f"{mean(lambda row: row[key]):.2f}" for key in ("bare", "routed", "stored")]
-        shares = [
-            lambda row: row["routed home"],
-            *(lambda row, n=n: row["found"][n] for n in ("1", "4", "16")),
-        ]
-        lines.append([task, *figures, *(f"{100 * mean(of):.1f}" for of in shares)])
-    print_table("the version that is meant, over all seeds", heads, lines)
+        means = [statistics.mean(row[key] for row in rows if row["task"] == task) for key in names + shares]
+        lines.append([task, *(f"{x:.2f}" for x in means[:3]), *(f"{100 * x:.1f}" for x in means[3:])])
+    print_table("perplexity, and the share of right choices in percent", ["", *names, *shares], lines)
 
 
-# ------------------------------------------------------------------------------------------- kinds not learned
+# ----------------------------------------------------------------------------------------- kinds not learned
 
 
 def all_kinds():
