@@ -367,7 +367,7 @@ def compose(run, names, weights, name, like=None, backbone=None):
     return run.manifest["compositions"][-1]
 
 
-def weigh(model, versions, examples, kept=4, steps=30, lr=0.3):
+def weigh(model, versions, examples, kept=4, steps=15, lr=0.5):
     """Find weights for n versions by the loss on examples: FTN's Algorithm 1 over versions in place of
     neurons, without a torus. Each begins with 1 / (n + 1). -> hashes and weights of the `kept` largest"""
     parts = [examples[i : i + 4] for i in range(0, len(examples), 4)]

@@ -14,7 +14,7 @@ torus, then the k largest win. The same search, cold-started, finds the mask aga
 The file goes from the idea to its speed:
 
     the model           `NeuronGrid`, as the paper writes it
-    the mask search     `SmoothKWTA`, Algorithm 1 line by line
+    the mask search     `SmoothKWTA`, Algorithm 1 line by line; `propose`, its search, serves versions, too
     the lock            `commit_mask`: what a task occupies becomes read-only (ours, not the paper's)
     the adapter pool    `LoRAPool`: the same mask over low-rank components of a frozen language model
     the same, faster    `FastGrid`: the grid's numbers by a kernel that keeps its activations in cache

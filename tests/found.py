@@ -47,7 +47,7 @@ def test_the_weights_of_versions_are_those_of_algorithm_1_written_out(five, coun
         (gradient,) = torch.autograd.grad(loss, m)
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
         step = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
-        m = m.detach() - 0.3 * step
+        m = m.detach() - 0.5 * step
     winners = sorted(sorted(range(n), key=lambda i: -m[i])[:kept])
     hashes, weights = weigh(model, run.versions, examples, kept=kept, steps=4)
     assert hashes == [run.versions[i].hash for i in winners] and len(hashes) == min(kept, n)
