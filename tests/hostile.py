@@ -656,7 +656,8 @@ ARGUMENTS = {
         compose --like none --name x | compose --like list.json --name x | compose --like notes.txt --name x
         compose --like pipe --name x | compose --like code.json --name code | compose --like code.json
         compose with-code --like code.json --name x | compose --like code.json --name x --run proj
-        compose alpaca --weights 1 --like code.json --name x | compose --like code.json --name x --backbone none
+        compose alpaca --weights 1 --like code.json --name x
+        compose --like code.json --name x --backbone none
         compose alpaca --weights 1 --name x --run proj | merge none | merge proj | merge notes.txt
         merge target | merge other --run proj | merge other --run none | merge other --run notes.txt | merge
         export alpaca --to proj | export alpaca --to notes.txt | export alpaca --to notes.txt/x
