@@ -164,7 +164,7 @@ def parse_options(argv=None):
     add("--learned", type=number(int, 1, 75), default=10, help="kinds that are learned")
     add("--held", type=number(int, 1, 75), default=3, help="kinds that are held out")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/found"), help="where run folders are")
-    add("--lora-steps", type=number(int, 1), default=40)
+    add("--lora-steps", type=number(int, 1), default=40, help="of a LoRA, each on 16 records")
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
     args, args.options = p.parse_known_args(argv)
     return args
