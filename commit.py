@@ -16,13 +16,14 @@ none    The same live bank, field and dynamics with no penalty at all.
     python commit.py verify                   # every hash; every anchor recomputed and compared bit for bit
     python commit.py rollback VERSION [--cascade]             # take it out, and those that stand on it
     python commit.py compose A B --weights .5 .5 --name AB    # a gating over both, which owns no bases
+    python commit.py compose --like FILE.json --name NEW      # weights found on a few labelled records
     python commit.py merge OTHER_RUN          # versions learned elsewhere from the same first one
     python commit.py export VERSION --to DIR  # an ordinary LoRA adapter in PEFT's format
     python commit.py export VERSION --to DIR [--merged] [--push OWNER/NAME]   # a whole model; to the Hub, too
     python commit.py verify --at URL --expected FILE          # does a server answer as the export it serves?
 
-None of these trains or needs other data, and whatever they do, every other version stays what it was, to the
-last bit. All take `--run DIR` (default: the latest under runs/) and `--json`.
+None of these trains a basis, and whatever they do, every other version stays what it was, to the last
+bit. All take `--run DIR` (default: the latest under runs/) and `--json`.
 
 This file covers sections 3.5 and 3.6 of the NIWF paper, Eqs. (11) and (12), and what it calls versioning.
 """
@@ -37,6 +38,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import sys
 
@@ -45,14 +47,17 @@ from plumbing import Refused  # first: it sets what torch and the Hub's client r
 import torch
 
 from field import CoordinateDynamics, Region, WeightField, route, sample_anchors, take_snapshot, top_k_gating
-from model import NIWF
+from ftn import k_winners, propose
+from model import NIWF, response_nll
+from plumbing.backbone import pick_device
 from plumbing.command import run_program
 from plumbing.expected import ask_server
 from plumbing.export import export, say_export
-from plumbing.files import latest_run, check_name
+from plumbing.files import latest_run
 from plumbing.folder import Folder
-from plumbing.log import dependents, describe, log, parse_command, show, without
+from plumbing.log import composable, describe, log, mergeable, parse_command, removable, show, without
 from plumbing.prompts import pad_of
+from plumbing.records import read_examples
 from plumbing.targets import named_targets
 from plumbing.versionfile import COMPOSITION, check_tensors, map_tensors, part_of, read_version_file
 from plumbing.versionfile import write_version
@@ -343,12 +348,7 @@ def verify(run):
 def rollback(run, name, cascade=False):
     """Take a version out, and those that stand on it if `cascade`. Return their entries. Raises Refused if
     some do and `cascade` is not said."""
-    gone = [run.find(name)]
-    for entry in gone:
-        gone += [e for e in dependents(run, entry["hash"]) if e not in gone]
-    if len(gone) > 1 and not cascade:
-        readers = ", ".join(e["task"] for e in gone[1:])
-        raise Refused(f"{gone[0]['task']} is read by {readers}; --cascade removes them too")
+    gone = removable(run, name, cascade)
     hashes, tasks = {e["hash"] for e in gone}, {e["task"] for e in gone}
     files = [path for e in gone for path in run.files(e)]
     run.manifest = without(copy.deepcopy(run.manifest), hashes, tasks)
@@ -356,42 +356,42 @@ def rollback(run, name, cascade=False):
     return gone
 
 
-def compose(run, names, weights, name):
+def compose(run, names, weights, name, like=None, backbone=None):
     """Commit a version that owns no bases: the gatings of several, weighed. Return its entry. Raises Refused
-    if that cannot be."""
-    entries = [run.find(n) for n in names]
-    check_name("--name", name)
-    if len(weights) != len(entries) or not any(weights):
-        raise Refused(f"--weights: {len(entries)} versions and {len(weights)} weights, or all are 0")
-    run.refuse_shared()
-    for e in entries:
-        if run.head(e)["lock"] == "composed":
-            raise Refused(f"{e['task']} is a composition itself: compose its versions")
-    if name in {e["task"] for e in run.entries}:
-        raise Refused(f"{run.folder} already has a version called {name}")
-    run.commit(Composition(name, [e["hash"] for e in entries], list(weights)))
+    if that cannot be. like: a file of a few labelled records, on which weights for these versions, or for
+    all, are found (`weigh`); backbone: where it lies now, if it has moved."""
+    hashes = composable(run, names, weights, name)
+    if like:
+        opened = run.open_backbone(backbone or run.manifest["backbone"]["name"], pick_device(None))
+        model, examples = run.open_model(*opened), read_examples(like, opened[1], run.template, run.day)
+        hashes, weights = weigh(model, [v for v in run.versions if v.hash in hashes], examples)
+    run.commit(Composition(name, hashes, list(weights)))
     return run.manifest["compositions"][-1]
+
+
+def weigh(model, versions, examples, kept=4, steps=15, lr=0.5):
+    """Find weights for n versions by the loss on examples: FTN's Algorithm 1 over versions in place of
+    neurons, without a torus. Each begins with 1 / (n + 1). -> hashes and weights of the `kept` largest"""
+    parts = [examples[i : i + 4] for i in range(0, len(examples), 4)]
+    parts = [(part, model.probe([prompt for prompt, _ in part])) for part in parts]
+    tokens = sum(len(response) for _, response in examples)
+
+    def loss(mask):
+        shares = mask.detach().requires_grad_()  # four examples a pass: each keeps all versions' factors
+        for part, h_bar in parts:
+            gating = Composition("", [], shares, versions).gating(h_bar)
+            (response_nll(*model.logits(part, gating)).sum() / tokens).backward()
+        return mask @ shares.grad  # with the gradient that the mean loss has
+
+    m = propose(loss, torch.full((len(versions),), -math.log(len(versions))), steps, lr)
+    winners = k_winners(m, min(kept, len(m))).tolist()
+    return [versions[i].hash for i in winners], m[winners].sigmoid().tolist()
 
 
 def merge(run, other):
     """Take in the versions of another run that this one lacks. Return their entries. Raises Refused, with
     nothing changed, if the two have no first version in common, names clash, or one is not whole."""
-    ours, theirs = run.manifest, other.manifest
-    if not theirs["versions"]:
-        raise Refused(f"{other.folder}: no versions to merge")
-    if not ours["versions"] or ours["versions"][0]["hash"] != theirs["versions"][0]["hash"]:
-        raise Refused(f"{run.folder} and {other.folder} have no common first version, so no coordinates")
-    if ours["backbone"]["fingerprint"] != theirs["backbone"]["fingerprint"]:
-        raise Refused(f"{other.folder} belongs to another backbone than {run.folder}")
-    run.refuse_shared()
-    other.refuse_shared()
-    known, names = {e["hash"] for e in run.entries}, {e["task"] for e in run.entries}
-    new = [e for e in other.entries if e["hash"] not in known]
-    for entry in new:
-        if entry["task"] in names:
-            raise Refused(f"both runs have a version called {entry['task']}; roll one back")
-        if entry["lock"] != "composed" and not other.measured(entry):
-            raise Refused(f"{other.manifest_file}: {entry['task']} is not measured: train.py does")
+    new = mergeable(run, other)
     for wrong in [wrong for folder in (run, other) for _, wrong in verify(folder) if wrong]:
         raise Refused(wrong)
     run.take(other, new)
@@ -414,7 +414,7 @@ def change(run, args):
             gone = rollback(run, args.version, args.cascade)
             return gone, f"removed {short(gone)}"
         if args.command == "compose":
-            entry = compose(run, args.versions, args.weights, args.name)
+            entry = compose(run, args.versions, args.weights, args.name, args.like, args.backbone)
             return entry, f"committed {short([entry])}"
         new = merge(run, Run(args.other))
         return new, f"merged {short(new)}" if new else "already up to date"

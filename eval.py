@@ -6,6 +6,7 @@
     python eval.py --talk                            # the same, prompt after prompt; /versions, /use NAME ...
     python eval.py --talk --system "Be brief."       # with a system message, in a run with --template chat
     python eval.py --web                             # the same in a browser; OpenAI's clients can ask, too
+    python eval.py --like FILE.json --prompt ...     # who has the lowest loss on these records answers
     python eval.py --version alpaca code AB          # every task under these; with --prompt: ask the first
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
@@ -43,6 +44,7 @@ from plumbing.openai import Answers
 from plumbing.passes import sampler
 from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
+from plumbing.records import read_examples
 from plumbing.server import serve
 from plumbing.tables import print_report, print_table, table_over_runs
 from plumbing.talk import answer_options, answer_prompt, check_answer_options, talk
@@ -56,20 +58,18 @@ BARE = None, lambda h_bar: None  # no version, and its gating
 # -------------------------------------------------------------------------------------------------- measuring
 
 
-@torch.no_grad()
-def perplexity_under(model, examples, h_bar, gating_of):
-    """Return the perplexity of examples, each with the gating that its h_bar has. What this file measures of
-    task i is this three times:
+def perplexity_under(model, examples, h_bar, gatings):
+    """Return {name: the perplexity of examples}, each with the gating that gatings[name] makes of its h_bar.
+    What this file measures of task i is this with three:
 
-    base      gating_of = lambda h: None                   the bare backbone
-    stored    gating_of = lambda h: run.stored(i, h)       the right version is given
-    routed    gating_of = lambda h: run.routed(h)[0]       the coordinate decides
+    base      lambda h: None                   the bare backbone
+    stored    lambda h: run.stored(i, h)       the right version is given
+    routed    lambda h: run.routed(h)[0]       the coordinate decides
     """
-    nll = 0.0
-    for batch, h in batches(examples, h_bar):
-        logits, labels = model.logits(batch, gating_of(h))
-        nll += float(response_nll(logits, labels).sum())
-    return perplexity(nll, sum(len(response) for _, response in examples))
+    parts = batches(examples, h_bar)
+    nll = sum(model.nll_under(batch, h, gatings.values()).double().sum(1) for batch, h in parts)
+    tokens = sum(len(response) for _, response in examples)
+    return {name: perplexity(x, tokens) for name, x in zip(gatings, nll.tolist())}
 
 
 def forgetting(results, protocol):
@@ -113,11 +113,6 @@ def validation_set(run, model, tokenizer, task):
     if pool == "sequence":
         h_bar = probe_all(model, examples, pool, gating)
     return examples, h_bar, routes
-
-
-def total_nll(model, batch, gating):
-    """Return the negative log-likelihood of a batch's responses, in nats."""
-    return float(response_nll(*model.logits(batch, gating)).sum())
 
 
 @torch.no_grad()
@@ -187,10 +182,11 @@ def measure_batch(model, batch, stored, routed, bare):
     digests = [[*hashlib.sha256(x.float().cpu().numpy().tobytes()).digest()[:8]] for x in logits]
     nll = torch.zeros(3, dtype=torch.float64)
     nll[1] = nll[2] = float(response_nll(logits, labels).sum())
+    other = lambda gating: float(response_nll(*model.logits(batch, gating)).sum())
     if not alike:
-        nll[2] = total_nll(model, batch, routed)
+        nll[2] = other(routed)
     if bare:
-        nll[0] = total_nll(model, batch, None)
+        nll[0] = other(None)
     return nll, torch.tensor(digests, dtype=torch.uint8)
 
 
@@ -320,13 +316,26 @@ def gating_by_name(run, name):
     return composition, composition.gating
 
 
+def most_like(run, model, tokenizer, path):
+    """Return who has the lowest loss on the labelled records of a file, a version, a composition or the bare
+    backbone, and its gating as a function of h_bar; print the five with the lowest. Inputs alone cannot tell
+    tasks apart that differ in their answers. Raises Refused as `read_examples` does."""
+    examples = read_examples(path, tokenizer, run.template, run.day)
+    h_bar = probe_all(model, examples, "prompt", run.probe_gating())
+    who = {e["task"]: gating_by_name(run, e["task"]) for e in run.entries} | {"the bare backbone": BARE}
+    found = perplexity_under(model, examples, h_bar, {name: gating for name, (_, gating) in who.items()})
+    first = sorted(found, key=found.get)[:5]
+    print(f"[perplexity on {path}: {', '.join(f'{name} {found[name]:.3f}' for name in first)}]\n")
+    return who[first[0]]
+
+
 def perplexity_by_name(run, model, tokenizer, names):
     """Print the perplexity of every task under each of the named versions or compositions. -> {task: {name:
     perplexity}}"""
     found, table = {name: gating_by_name(run, name)[1] for name in names}, {}
     for task in run.tasks:
         examples, h_bar, _ = validation_set(run, model, tokenizer, task)
-        table[task] = {n: perplexity_under(model, examples, h_bar, gating) for n, gating in found.items()}
+        table[task] = perplexity_under(model, examples, h_bar, found)
     lines = [[task, *(f"{x:.3f}" for x in row.values())] for task, row in table.items()]
     print_table("validation perplexity under", ["", *names], lines)
     return table
@@ -376,6 +385,8 @@ def parse_options(argv=None):
     add("--outside", choices=["nearest", "base"], default="nearest", help=about)
     about = "measure every task under these, or let the first answer --prompt and --talk"
     add("--version", nargs="+", metavar="NAME", help=about)
+    about = "let who has the lowest loss on these labelled records answer --prompt and --talk"
+    add("--like", metavar="FILE", help=about)
     add = p.add_argument_group("what is measured").add_argument
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
     about = "count the validation prompts that are answered exactly right; print SHOW of each task"
@@ -417,6 +428,7 @@ def main(argv=None):
             choose = sampler(args.temperature, args.top_p, args.seed)
             ask = functools.partial(answer_prompt, run, tokenizer, stream, args.max_new_tokens, choose)
             asked = named(args.version[0]) if args.version else None
+            asked = most_like(run, model, tokenizer, args.like) if args.like else asked
             how = {"tokenizer": tokenizer, "template": run.template, "day": run.day}
             history_of = functools.partial(system_message, **how)
             if args.talk:

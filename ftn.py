@@ -14,7 +14,7 @@ torus, then the k largest win. The same search, cold-started, finds the mask aga
 The file goes from the idea to its speed:
 
     the model           `NeuronGrid`, as the paper writes it
-    the mask search     `SmoothKWTA`, Algorithm 1 line by line
+    the mask search     `SmoothKWTA`, Algorithm 1 line by line; `propose`, its search, serves versions, too
     the lock            `commit_mask`: what a task occupies becomes read-only (ours, not the paper's)
     the adapter pool    `LoRAPool`: the same mask over low-rank components of a frozen language model
     the same, faster    `FastGrid`: the grid's numbers by a kernel that keeps its activations in cache
@@ -108,16 +108,27 @@ class SmoothKWTA:
         Raises GridFull if fewer than k are free, and ValueError if the kernel does not fit.
         """
         # fmt: off
-        m = torch.full((side * side,), self.start, requires_grad=True)    # line 2: a cold start
-        adam = torch.optim.Adam([m], lr=self.lr, fused=True)
-        # Adam's first step is eta times a sign: with S = 1, as in classification, a gradient's size is lost.
-        for _ in range(self.steps):                                       # lines 3-5: gradient proposal
-            adam.zero_grad()
-            loss(m.sigmoid()).backward()
-            adam.step()
-        m = smooth(m.detach().view(side, side), self.kernel, self.rounds) # line 6: lateral smoothing
+        m = torch.full((side * side,), self.start)                        # line 2: a cold start
+        m = propose(loss, m, self.steps, self.lr)                         # lines 3-5: gradient proposal
+        m = smooth(m.view(side, side), self.kernel, self.rounds)          # line 6: lateral smoothing
         return k_winners(m.flatten(), self.k, free)                       # line 7: KWTA
         # fmt: on
+
+
+def propose(loss, m, steps, lr):
+    """Algorithm 1, lines 3-5: relaxed logits m [n] after `steps` (S) of Adam at `lr` (eta).
+
+    loss maps sigma(m) [n], in (0, 1), to a scalar. What has the n weights is the caller's: neurons of a grid,
+    components of a pool, or, in commit.py, the versions of a run folder.
+    """
+    m = m.clone().requires_grad_()
+    adam = torch.optim.Adam([m], lr=lr, fused=True)
+    # Adam's first step is eta times a sign: with S = 1, as in classification, a gradient's size is lost.
+    for _ in range(steps):
+        adam.zero_grad()
+        loss(m.sigmoid()).backward()
+        adam.step()
+    return m.detach()
 
 
 class GridFull(ValueError):

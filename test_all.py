@@ -39,7 +39,7 @@ FTN section 2
     ftn.py: NeuronGrid
     test_private_mlps_are_the_literal_networks_and_their_gradient
 FTN Algorithm 1
-    ftn.py: SmoothKWTA
+    ftn.py: SmoothKWTA, propose
     test_the_fast_search_and_step_are_algorithm_1_written_out
 FTN Theorem 2.1
     synthetic.py: FixedMask
@@ -107,6 +107,7 @@ from tests.passes import *
 from tests.exports import *
 from tests.folders import *
 from tests.answers import *
+from tests.found import *
 from tests.training import *
 from tests.streams import *
 from tests.hostile import *

@@ -1,10 +1,12 @@
-"""What a run folder's manifest says of its versions, about one, in a log, and without some; and what may be
-asked of them on a command line."""
+"""What a run folder's manifest says of its versions, about one, in a log, and without some; what can be made
+of them, and asked of them on a command line."""
 
 import argparse
 import json
 
+from plumbing import Refused
 from plumbing.command import Parser, number
+from plumbing.files import check_name
 
 
 def describe(run, entry):
@@ -64,6 +66,56 @@ def without(manifest, hashes, tasks):
     return manifest
 
 
+def removable(run, name, cascade):
+    """Return the entry of a version, and those of all that stand on it. Raises Refused if some do, unless
+    `cascade`."""
+    gone = [run.find(name)]
+    for entry in gone:
+        gone += [e for e in dependents(run, entry["hash"]) if e not in gone]
+    if len(gone) > 1 and not cascade:
+        readers = ", ".join(e["task"] for e in gone[1:])
+        raise Refused(f"{gone[0]['task']} is read by {readers}; --cascade removes them too")
+    return gone
+
+
+def composable(run, names, weights, name):
+    """Return the hashes of what is to be composed: of the versions called `names`, or of all. weights: None,
+    or one for each. Raises Refused if nothing can be made of them, or not under this name."""
+    entries = [run.find(n) for n in names] or run.manifest["versions"]
+    check_name("--name", name)
+    if not entries or weights is not None and (len(weights) != len(entries) or not any(weights)):
+        raise Refused(f"--weights: {len(entries)} versions and {len(weights or ())} weights, or all are 0")
+    run.refuse_shared()
+    for e in entries:
+        if run.head(e)["lock"] == "composed":
+            raise Refused(f"{e['task']} is a composition itself: compose its versions")
+    if name in {e["task"] for e in run.entries}:
+        raise Refused(f"{run.folder} already has a version called {name}")
+    return [e["hash"] for e in entries]
+
+
+def mergeable(run, other):
+    """Return the entries that another run has and this one lacks. Raises Refused if the two have no first
+    version in common, or names clash."""
+    ours, theirs = run.manifest, other.manifest
+    if not theirs["versions"]:
+        raise Refused(f"{other.folder}: no versions to merge")
+    if not ours["versions"] or ours["versions"][0]["hash"] != theirs["versions"][0]["hash"]:
+        raise Refused(f"{run.folder} and {other.folder} have no common first version, so no coordinates")
+    if ours["backbone"]["fingerprint"] != theirs["backbone"]["fingerprint"]:
+        raise Refused(f"{other.folder} belongs to another backbone than {run.folder}")
+    run.refuse_shared()
+    other.refuse_shared()
+    known, names = {e["hash"] for e in run.entries}, {e["task"] for e in run.entries}
+    new = [e for e in other.entries if e["hash"] not in known]
+    for entry in new:
+        if entry["task"] in names:
+            raise Refused(f"both runs have a version called {entry['task']}; roll one back")
+        if entry["lock"] != "composed" and not other.measured(entry):
+            raise Refused(f"{other.manifest_file}: {entry['task']} is not measured: train.py does")
+    return new
+
+
 def parse_command(doc, argv=None):
     """Parse a command of commit.py, whose docstring is `doc`."""
     common = argparse.ArgumentParser(add_help=False)
@@ -87,9 +139,11 @@ def parse_command(doc, argv=None):
     add = command("rollback", "take a version out", version=True)
     add("--cascade", action="store_true", help="and those that stand on it")
     add = command("compose", "a gating over several versions")
-    add("versions", nargs="+", help="tasks, or starts of hashes")
-    add("--weights", nargs="+", type=number(float, -1e6, 1e6), required=True, help="one for each of them")
+    add("versions", nargs="*", help="tasks, or starts of hashes; none: all, with --like")
+    add("--weights", nargs="+", type=number(float, -1e6, 1e6), help="one for each of them")
+    add("--like", metavar="FILE", help="find the weights on these labelled records; loads the backbone")
     add("--name", required=True, help="what the composition is called")
+    add("--backbone", help="where the backbone lies now [where it was]")
     add = command("merge", "take in another run's versions")
     add("other", metavar="OTHER_RUN", help="its run folder")
     add = command("export", "write a LoRA adapter in PEFT's format", version=True)
@@ -100,4 +154,7 @@ def parse_command(doc, argv=None):
     args = parser.parse_args(argv)
     if args.command == "verify" and (bool(args.at) != bool(args.expected) or args.model and not args.at):
         parser.error("--at and --expected go together, and --model with them")
+    if args.command == "compose":
+        if args.like and args.weights or not args.like and not (args.weights and args.versions):
+            parser.error("compose takes versions and their --weights, or --like FILE, which finds weights")
     return args

@@ -1,9 +1,11 @@
 """Read records, divide them between training and validation, and account for every one of them."""
 
+import argparse
 import collections
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import random
 import re
@@ -117,6 +119,19 @@ def take_usable(records, tokenizer, args, option):
     unneeded = f"not needed (--{option.replace('_', '-')} {count})"
     tally[unneeded] = len(records) - len(kept) - tally.total()
     return kept, examples, tally
+
+
+def read_examples(path, tokenizer, template, day):
+    """Return the examples of a file of a few labelled records, each of which is to count. Raises Refused as
+    `read_source` does, and if a record is not usable, or none is there."""
+    source = read_source(path, template)
+    refuse_unwritten(source, tokenizer)
+    how = argparse.Namespace(template=template, day=day, max_len=math.inf, like=len(source.records))
+    _, examples, tally = take_usable(source.records, tokenizer, how, "like")
+    source.tally += tally
+    if not len(examples) == source.read > 0:
+        raise Refused(f"{source.account(usable=len(examples))}: all must be usable, and one must be there")
+    return examples
 
 
 def find_data(args):

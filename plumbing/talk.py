@@ -48,6 +48,8 @@ def check_answer_options(parser, args):
         parser.error("--top-p goes with a --temperature")
     if args.web and args.version:
         parser.error("--version goes with --prompt or --talk: on the page, whoever asks chooses")
+    if args.like and (args.version or args.web or not ways):
+        parser.error("--like goes with --prompt or --talk, and not with --version")
 
 
 def pieces(tokenizer, steps):

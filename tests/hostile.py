@@ -639,7 +639,9 @@ ARGUMENTS = {
         --json list.json | --json run/manifest.json | --json code.json | --json run/data/code.val.json
         --json run/log.jsonl | --json link.json | --json package.json | --json pipe | --frobnicate
         --max-new-tokens 1{0} | --exact-match x | --prompt \udcff | --prompt x --input \udcff
-        --version \udcff
+        --version \udcff | --like code.json | --like none --prompt x | --like proj --prompt x
+        --like notes.txt --prompt x | --like list.json --prompt x | --like pipe --prompt x
+        --like code.json --prompt x --version alpaca
         --device-map x""",
     "commit": """frobnicate | log --run none | log --run proj | log --run notes.txt | verify --run target
         show | show nobody | show --run proj alpaca | rollback alpaca | rollback nobody
@@ -651,6 +653,11 @@ ARGUMENTS = {
         compose alpaca --weights 1 --name ../x | compose alpaca --weights 1 --name code
         compose alpaca --weights 1 --name= | compose with-code --weights 1 --name x
         compose alpaca nobody --weights 1 1 --name x | compose alpaca --name x
+        compose --like none --name x | compose --like list.json --name x | compose --like notes.txt --name x
+        compose --like pipe --name x | compose --like code.json --name code | compose --like code.json
+        compose with-code --like code.json --name x | compose --like code.json --name x --run proj
+        compose alpaca --weights 1 --like code.json --name x
+        compose --like code.json --name x --backbone none
         compose alpaca --weights 1 --name x --run proj | merge none | merge proj | merge notes.txt
         merge target | merge other --run proj | merge other --run none | merge other --run notes.txt | merge
         export alpaca --to proj | export alpaca --to notes.txt | export alpaca --to notes.txt/x

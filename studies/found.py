@@ -1,0 +1,185 @@
+"""Versions found, and composed, on a few labelled records, where inputs alone do not say what is wanted.
+
+    python -m studies.found styles              # six ways to rewrite the same sentences: which is meant?
+    python -m studies.found kinds               # kinds of instruction that no version has learned
+    python -m studies.found styles --backbone FOLDER --seeds 1 --epochs 2 --lr 5e-4
+
+styles: each way is a version. A prompt is routed by its region, or the version with the lowest loss on 1, 4
+or 16 records is taken, over many draws. Records are drawn from sentences that nobody was trained on, and
+perplexity is measured on others.
+
+kinds: of the 76 kinds some are learned, a version each, and others are held out. Those are asked with the
+bare backbone, the nearest region, the best single version on 16 or 64 records, a composition found on the
+same records, and a LoRA trained on them.
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nfound.py: stopped\n") and 130))
+
+import itertools
+import json
+import pathlib
+import random
+import statistics
+import tempfile
+
+from commit import Composition, Run, weigh
+from eval import open_run, perplexity_under, probe_all
+from plumbing.command import Parser, number, output_file, run_program, write_results
+from plumbing.prompts import encode
+from plumbing.records import DATA, HUB_DATA, read_records
+from plumbing.tables import print_table
+from studies.styles import SENTENCES, StyleStream
+from train import parse_options as training_options
+from train import run_task
+
+LORA = "--bases 1 --top-k 1 --rank 64"  # NIWF with N = K = 1, see studies/variants.py
+STYLE, KIND = "--epochs 8 --batch 8 --grad-accum 1", "--epochs 8"  # how a version is trained
+DRAWN, DRAWS = (1, 4, 16), 50  # records that a version is found from; draws of each number
+
+
+def learn(folder, task, train, test, args, more):
+    """Learn a task in a run folder, unless it is there, and measure all that the folder knows."""
+    with tempfile.TemporaryDirectory() as tmp:
+        for name, records in (("train", train), ("test", test)):
+            pathlib.Path(tmp, name).write_text(json.dumps(records))
+        where = ["--task", task, "--data", f"{tmp}/train", "--val-data", f"{tmp}/test", "--device", "cpu"]
+        options = training_options([*where, "--backbone", args.backbone, *more.split(), *args.options])
+        with Run(folder).exclusive() as run:
+            run_task(run, options)
+    return run
+
+
+def asked(model, run, tokenizer, records):
+    """Return the examples of records and their h_bar, as every function here takes them."""
+    examples = [encode(record, tokenizer, run.template, run.day) for record in records]
+    return examples, probe_all(model, examples, "prompt")
+
+
+def stored_gatings(run):
+    """Return {task: its gating of h_bar}, the bare backbone's first."""
+    stored = {task: lambda h, i=i: run.stored(i, h) for i, task in enumerate(run.tasks)}
+    return {"bare": lambda h: None, **stored}
+
+
+# --------------------------------------------------------------------------------------- six ways to rewrite
+
+
+def styles(args, seed):
+    """Learn the six styles on the same sentences. Yield a row for each."""
+    sentences = SENTENCES.read_text().splitlines()
+    random.Random(seed).shuffle(sentences)
+    rewrite = lambda style, some: [{"instruction": s, "input": "", "output": style(s)} for s in some]
+    for task, style in StyleStream.STYLES.items():
+        data = rewrite(style, sentences[:72]), rewrite(style, sentences[96:])
+        learn(args.out / f"styles-{seed}", task, *data, args, f"{STYLE} --lock --seed {seed}")
+    run, model, tokenizer = open_run(args.out / f"styles-{seed}", "cpu")
+    for i, (task, style) in enumerate(StyleStream.STYLES.items()):
+        gatings = stored_gatings(run)
+        examples, h_bar = asked(model, run, tokenizer, rewrite(style, sentences[72:96]))
+        losses = model.nll_under(examples, h_bar, [*gatings.values()])  # [bare and versions, 24]
+        row = {"seed": seed, "task": task}
+        for n in DRAWN:
+            draws = [random.Random(f"{seed} {task} {n} {d}").sample(range(24), n) for d in range(DRAWS)]
+            chosen = [int(losses[:, draw].sum(1).argmin()) for draw in draws]
+            row[f"found from {n}"] = chosen.count(i + 1) / DRAWS
+        examples, h_bar = asked(model, run, tokenizer, rewrite(style, sentences[96:]))
+        row["routed home"] = float((run.routed(h_bar)[1].choice == i).double().mean())
+        known = {"bare": gatings["bare"], "routed": lambda h: run.routed(h)[0], "stored": gatings[task]}
+        yield row | perplexity_under(model, examples, h_bar, known)
+
+
+def styles_table(rows):
+    """Print the mean over seeds for each style: perplexities, and how often the right version answers."""
+    names, shares = ["bare", "routed", "stored"], ["routed home", *(f"found from {n}" for n in DRAWN)]
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        means = [statistics.mean(row[key] for row in rows if row["task"] == task) for key in names + shares]
+        lines.append([task, *(f"{x:.2f}" for x in means[:3]), *(f"{100 * x:.1f}" for x in means[3:])])
+    print_table("perplexity, and the share of right choices in percent", ["", *names, *shares], lines)
+
+
+# ----------------------------------------------------------------------------------------- kinds not learned
+
+
+def all_kinds():
+    """Return {kind: (training records, validation records)} of the embedded sets."""
+    found = {}
+    for name, part in itertools.product(HUB_DATA, ("train", "val")):
+        for record in read_records(DATA / f"{name}.{part}.json"):
+            found.setdefault(f"{name}-{record['kind']}", ([], []))[part == "val"].append(record)
+    return found
+
+
+def kinds(args, seed):
+    """Learn some kinds of instruction. Yield a row for each of some others."""
+    found = all_kinds()
+    order = random.Random(seed).sample(sorted(found), args.learned + args.held)
+    for kind in order[args.held :]:
+        learn(args.out / f"kinds-{seed}", kind, *found[kind], args, f"{KIND} --lock --seed {seed}")
+    run, model, tokenizer = open_run(args.out / f"kinds-{seed}", "cpu")
+    for kind in order[: args.held]:
+        records = sum(found[kind], [])
+        random.Random(f"{seed} {kind}").shuffle(records)
+        few, test = records[:64], records[64:]
+        examples, h_bar = asked(model, run, tokenizer, few)
+        gatings = stored_gatings(run)
+        losses = model.nll_under(examples, h_bar, [*gatings.values()])
+        known = {"bare": gatings["bare"], "nearest region": lambda h: run.routed(h)[0]}
+        row = {"seed": seed, "task": kind, "learned": len(run.tasks), "composed": {}}
+        for n in (16, 64):
+            best = [*gatings][int(losses[:, :n].sum(1).argmin())]
+            known[f"best single, {n}"] = gatings[best]
+            hashes, weights = weigh(model, run.versions, examples[:n])
+            parts = [next(v for v in run.versions if v.hash == h) for h in hashes]
+            known[f"composition, {n}"] = Composition("", hashes, weights, parts).gating
+            row["composed"][str(n)] = {v.task: w for v, w in zip(parts, weights)}
+            where = args.out / f"lora-{seed}" / f"{kind}-{n}"
+            lora = learn(where, kind, few[:n], test, args, f"{LORA} --epochs {args.lora_steps * 16 // n}")
+            row[f"LoRA, {n}"] = lora.manifest["results"][-1]["stored"][kind]
+        row |= perplexity_under(model, *asked(model, run, tokenizer, test), known)
+        yield row
+
+
+def kinds_table(rows):
+    names = ["bare", "nearest region"]
+    names += [f"{what}, {n}" for n in (16, 64) for what in ("best single", "composition", "LoRA")]
+    lines = [[f"{row['task']} {row['seed']}", *(f"{row[name]:.3f}" for name in names)] for row in rows]
+    print_table("perplexity of kinds that no version has learned", ["", *names], lines)
+
+
+TABLES = {"styles": (styles, styles_table), "kinds": (kinds, kinds_table)}
+
+
+def parse_options(argv=None):
+    p = Parser(__doc__, prog="found.py")
+    add = p.add_argument
+    add("table", choices=TABLES)
+    add("--backbone", default="tiny", help="see train.py")
+    add("--seeds", type=number(int, 1, 100), default=3, help="how many")
+    add("--first-seed", type=number(int, 0, 10**6), default=0, help="the first of them")
+    add("--learned", type=number(int, 1, 75), default=10, help="kinds that are learned")
+    add("--held", type=number(int, 1, 75), default=3, help="kinds that are held out")
+    add("--out", type=pathlib.Path, default=pathlib.Path("runs/found"), help="where run folders are")
+    add("--lora-steps", type=number(int, 4), default=40, help="of a LoRA, each on 16 records")
+    add("--json", type=output_file, metavar="FILE", help="write what was measured")
+    args, args.options = p.parse_known_args(argv)
+    return args
+
+
+def main(argv=None):
+    args = parse_options(argv)
+    measured, table = TABLES[args.table]
+    rows = []
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        rows += measured(args, seed)
+    table(rows)
+    if args.json:
+        write_results(args.json, "-m studies.found", argv, indent=1, rows=rows)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,192 @@
+"""Versions found, and weighed, by what they lose on a few labelled records."""
+
+import json
+
+import pytest
+import torch
+
+import commit
+import eval as evaluation
+from commit import Run, weigh
+from eval import most_like, open_run
+from model import NIWF, response_nll
+from plumbing.passes import computed_once
+from plumbing.prompts import encode
+from plumbing.targets import layers_of
+from studies import found
+from tests.answers import asked
+from tests.builders import RECORD, answers, copy_of, fake_commit, micro_backbone, opened, random_bank
+from tests.builders import random_examples, random_gating, run_quietly, snapshot_of
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    """A run folder of five random versions."""
+    folder = tmp_path_factory.mktemp("five") / "run"
+    for seed in range(5):
+        fake_commit(folder, f"t{seed}", seed)
+    return folder
+
+
+@pytest.mark.parametrize("count, kept", [(9, 3), (1, 9)])
+def test_the_weights_of_versions_are_those_of_algorithm_1_written_out(five, count, kept):
+    """Every record alone, and Adam by its formula. The backbone is in double precision."""
+    run, model = opened(five, micro_backbone().double())
+    examples, n = random_examples(count), len(run.versions)
+    tokens = sum(len(response) for _, response in examples)
+    m = torch.full((n,), 1 / n, dtype=torch.float64).log()  # sigma(m) = 1 / (n + 1)
+    first = second = 0
+    for t in range(1, 5):
+        m, loss = m.requires_grad_(), 0
+        for prompt, response in examples:
+            h_bar = model.probe([prompt])
+            parts = [v.gating(v.dynamics(h_bar)) for v in run.versions]
+            indices = torch.cat([i for i, _ in parts], -1)
+            weights = torch.cat([share * w for share, (_, w) in zip(m.sigmoid(), parts)], -1)
+            loss += response_nll(*model.logits([(prompt, response)], (indices, weights))).sum() / tokens
+        (gradient,) = torch.autograd.grad(loss, m)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        step = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+        m = m.detach() - 0.5 * step
+    winners = sorted(sorted(range(n), key=lambda i: -m[i])[:kept])
+    hashes, weights = weigh(model, run.versions, examples, kept=kept, steps=4)
+    assert hashes == [run.versions[i].hash for i in winners] and len(hashes) == min(kept, n)
+    assert weights == pytest.approx(m[winners].sigmoid().tolist(), rel=1e-4)
+
+
+def test_bare_layers_are_computed_once_for_all_gatings_and_then_as_before():
+    model = NIWF(micro_backbone(layers=3), pad_id=0, rank=3, alpha=5, bare=2)
+    random_bank(model.bank, 6)
+    layers, calls, examples = layers_of(model.backbone), [], random_examples(5)
+    torch.manual_seed(3)
+    gatings = [lambda h, g=g: g for g in (None, *(random_gating(5, 1, 6) for _ in range(3)))]
+    alone = torch.stack([response_nll(*model.logits(examples, gating(None))) for gating in gatings])
+    for layer in layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.nll_under(examples, torch.zeros(5, model.features), gatings), alone)
+    assert len(calls) == 2 * 1 + 4 and len({*alone[:, 0].tolist()}) == 4
+    assert not any("forward" in vars(layer) for layer in layers)
+    layers[0].forward = own = layers[0].forward
+    with pytest.raises(ZeroDivisionError), computed_once(layers[:2]):
+        raise ZeroDivisionError
+    assert layers[0].forward is own and "forward" not in vars(layers[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["alpaca", "code"])
+def test_like_asks_who_has_the_lowest_loss(two, task, tmp_path, capsys):
+    """Literally: each alone, the versions, a composition of weight 2, and the backbone."""
+    out = copy_of(two, tmp_path)
+    commit.main(["compose", "code", "--weights", "2", "--name", "twice", "--run", str(out)])
+    run, model, tokenizer = open_run(out, "cpu")
+    records = run.validation(task)[:3]
+    (tmp_path / "few.json").write_text(json.dumps(records))
+    examples = [encode(record, tokenizer) for record in records]
+    h_bar = model.probe([prompt for prompt, _ in examples])
+    gatings = {run.versions[i].hash: run.stored(i, h_bar) for i in (0, 1)}
+    gatings |= {run.compositions[0].hash: run.compositions[0].gating(h_bar), None: None}
+    losses = {h: float(response_nll(*model.logits(examples, g)).sum()) for h, g in gatings.items()}
+    best = min(losses, key=losses.get)
+    who, _ = most_like(run, model, tokenizer, tmp_path / "few.json")
+    assert (who and who.hash) == best
+    model.detach()
+    how = ["--prompt", "Say hello.", "--max-new-tokens", "4"]
+    text, note = asked(out, capsys, *how, "--like", str(tmp_path / "few.json"))
+    assert note == f"[version {best[:12]}, as asked]" if best else "bare backbone" in note
+    assert text.partition("]\n\n")[2] == asked(out, capsys, *how, "--version", best)[0] if best else text
+
+
+def test_where_every_version_loses_more_the_bare_backbone_answers(five, monkeypatch, capsys):
+    run, model = opened(five)
+    losses = {"t0": 3.0, "t1": 2.5, "the bare backbone": 2.0}
+    monkeypatch.setattr(evaluation, "read_examples", lambda *_: random_examples(4))
+    monkeypatch.setattr(evaluation, "perplexity_under", lambda *_: losses)
+    assert most_like(run, model, None, "FILE") == evaluation.BARE
+    assert capsys.readouterr().out == "[perplexity on FILE: the bare backbone 2.000, t1 2.500, t0 3.000]\n\n"
+
+
+def test_a_found_composition_is_an_ordinary_one_and_nothing_else_moves(two, tmp_path, capsys):
+    out = copy_of(two, tmp_path)
+    run, model, tokenizer = open_run(out, "cpu")
+    records = run.validation("code")[:3]
+    (tmp_path / "few.json").write_text(json.dumps(records))
+    hashes, weights = weigh(model, run.versions, [encode(record, tokenizer) for record in records])
+    examples, before = random_examples(3), snapshot_of(out)
+    was = answers(out, model.backbone, examples)
+    commit.main(["compose", "--like", str(tmp_path / "few.json"), "--name", "AB", "--run", str(out)])
+    run = Run(out)
+    assert run.head(run.find("AB"))["reads"] == hashes == [v["hash"] for v in run.manifest["versions"]]
+    assert run.head(run.find("AB"))["weights"] == weights and all(0 < w < 1 for w in weights)
+    one = ["compose", "code", "--like", str(tmp_path / "few.json"), "--name", "one", "--run", str(out)]
+    commit.main(one)
+    assert run.head(Run(out).find("one"))["reads"] == hashes[1:]
+    after, now = snapshot_of(out), answers(out, model.backbone, examples)
+    new = {f"versions/{Run(out).find(name)['hash']}.safetensors" for name in ("AB", "one")}
+    moved = {str(path) for path in after if after[path] != before.get(path)}
+    assert moved == {"manifest.json", *new} and before.keys() <= after.keys()
+    assert all(torch.equal(now[digest], logits) for digest, logits in was.items()) and len(now) == 4
+    commit.main(["verify", "--run", str(out)])
+    evaluation.main(["--run", str(out), "--version", "AB", "--prompt", "Hi.", "--max-new-tokens", "2"])
+    assert "as asked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        (None, "few.json"),
+        ("[]", "there are none"),
+        ("[{", "few.json"),
+        (json.dumps([RECORD, {"instruction": "x"}]), "record 2"),
+        (json.dumps([RECORD, RECORD | {"output": " "}]), "2 read: 1 usable, 1 empty"),
+        (json.dumps([RECORD | {"label": False}]), "1 read"),
+        (json.dumps([RECORD | {"output": 7}]), "record 1"),
+    ],
+)
+def test_records_to_be_like_are_all_usable_or_refused(two, text, why, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "few.json").write_text(text)
+    before, like = snapshot_of(two), ["--like", str(tmp_path / "few.json"), "--run", str(two)]
+    assert why in run_quietly(evaluation.main, ["--prompt", "x", *like], capsys)
+    assert why in run_quietly(commit.main, ["compose", "--name", "new", *like], capsys)
+    assert snapshot_of(two) == before
+
+
+@pytest.mark.parametrize(
+    "program, argv",
+    [
+        (evaluation, ["--like", "few.json"]),
+        (evaluation, ["--like", "few.json", "--prompt", "x", "--version", "alpaca"]),
+        (commit, ["compose", "alpaca", "--like", "few.json", "--weights", "1", "--name", "x"]),
+        (commit, ["compose", "alpaca", "--name", "x"]),
+        (commit, ["compose", "--weights", "1", "--name", "x"]),
+        (commit, ["compose", "--like", "few.json"]),
+    ],
+)
+def test_like_stands_in_for_names_and_weights(program, argv, capsys):
+    with pytest.raises(SystemExit):
+        program.parse_options(argv)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_study_counts_what_it_says(micro, tmp_path, capsys):
+    """All styles have the same inputs, so each input goes home in one of six. What is there is not trained
+    again, and the same rows come out."""
+    options = micro("x", tmp_path)
+    backbone = options[options.index("--backbone") + 1]
+    small = options[options.index("--device") :] + ["--epochs", "1"]
+
+    def run(table, *more):
+        path = tmp_path / f"{table}.json"
+        argv = [table, "--backbone", backbone, "--seeds", "1", "--out", str(tmp_path / "out"), *more, *small]
+        found.main([*argv, "--json", str(path)])
+        return json.loads(path.read_text())["rows"]
+
+    rows = run("styles")
+    assert sum(row["routed home"] for row in rows) == 1 and len(rows) == 6
+    assert all(0 <= row[f"found from {n}"] <= 1 for row in rows for n in (1, 4, 16))
+    assert run("styles") == rows and "nothing to train" in capsys.readouterr().out
+    (row,) = run("kinds", "--learned", "3", "--held", "1")
+    learned = {*Run(tmp_path / "out" / "kinds-0").tasks}
+    assert len(learned) == 3 and row["task"] not in learned
+    assert all({*row["composed"][n]} == learned for n in ("16", "64"))
+    assert all(row[f"{what}, {n}"] > 1 for what in ("best single", "composition", "LoRA") for n in (16, 64))
