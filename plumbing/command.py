@@ -1,6 +1,7 @@
 """What the command lines of all programs share."""
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -89,6 +90,14 @@ def output_file(text):
     return path
 
 
+def processor():
+    """Return the processor's model, as the system names it."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
 def provenance():
     """Return what a result depends on besides its options: date, revision, versions, machine."""
     git = ["git", "-C", pathlib.Path(__file__).parent.parent, "rev-parse", "HEAD"]
@@ -104,6 +113,8 @@ def provenance():
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),  # a last bit may hang on these
     }
 
 
