@@ -1,7 +1,6 @@
 """What the command lines of all programs share."""
 
 import argparse
-import contextlib
 import json
 import os
 import pathlib
@@ -90,14 +89,6 @@ def output_file(text):
     return path
 
 
-def processor():
-    """Return the processor's model, as the system names it."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text()):
-            return found[1]
-    return platform.processor() or platform.machine()
-
-
 def provenance():
     """Return what a result depends on besides its options: date, revision, versions, machine."""
     git = ["git", "-C", pathlib.Path(__file__).parent.parent, "rev-parse", "HEAD"]
@@ -114,8 +105,18 @@ def provenance():
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "processor": processor(),
-        "kernels": torch.backends.cpu.get_cpu_capability(),  # a last bit may hang on these
+        "kernels": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def processor():
+    """The processor's model, as far as the system tells it: sums differ in their last bits between models."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
 
 
 def write_results(path, program, argv, indent=None, **content):
