@@ -284,7 +284,8 @@ SHAPES = "tiny", "smollm2", "mistral"
 OTHERS = {  # name: (digits, function of read) -> values, one a seed or a shape
     "bank-size": (1, lambda read: mistral_sizes()[:1]), "field-size": (1, lambda read: mistral_sizes()[1:]),
     "card": (1, task_2(False)), "card-less": (1, task_2(True)),
-    "count-off": (0, lambda read: [100 * abs(r["counted"] / r["measured"] - 1) for r in read("memory-bench")]),
+    "count-off": (0, lambda read: [
+        100 * abs(r["counted"] / r["measured"] - 1) for r in read("memory-bench")]),
     "prefill": (1, time_ratio("decode-bench", "{}, prefill")), "token": (2, token_ratios),
     "step": (2, time_ratio("niwf-bench", "{}, a step", other="peft")),
     "one-step": (2, time_ratio("niwf-one-bench", "{}, a step", other="peft")),

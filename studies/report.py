@@ -190,7 +190,11 @@ def last_table(row):
 
 def answers(content):
     """rows of studies.answers: commands and what they print."""
-    shown = [line for row in content["rows"] for line in (f"$ {row['command']}", re.sub("\n+", "\n", row["printed"]))]
+    shown = [
+        line
+        for row in content["rows"]
+        for line in (f"$ {row['command']}", re.sub("\n+", "\n", row["printed"]))
+    ]
     return ["```", *shown, "```"]
 
 
@@ -253,19 +257,21 @@ def commands():
     return table(heads, lines)
 
 
-def results_pages():
+def results_pages(reader):
     """{path: text} of the pages in studies/results. Raises Refused if a file is no file of results."""
-    reader = Reader()
     texts = {path: path.read_text() for path in sorted(PAGES.glob("*.md"))}
-    pages = {RESULTS / path.name: reader.page(text) for path, text in texts.items() if not path.stem.startswith("readme-")}
+    pages = {
+        RESULTS / path.name: reader.page(text)
+        for path, text in texts.items()
+        if not path.stem.startswith("readme-")
+    }
     pages[RESULTS / "commands.md"] += "\n".join(commands()) + "\n"
     return pages
 
 
-def with_blocks(text):
-    """A README with what stands between `<!-- PART ... -->` and `<!-- end -->` made again: a table of a file of
-    results, or a text of studies/pages."""
-    reader = Reader()
+def with_blocks(text, reader):
+    """A README with what stands between `<!-- PART -->` and `<!-- end -->` made again. A part is `KIND FILE`,
+    a table of a file of results, or `NAME`, the text studies/pages/readme-NAME.md."""
 
     def made(block):
         begin, part, names, end = block.groups()
@@ -281,8 +287,9 @@ def with_blocks(text):
 
 def main(argv=None):
     Parser(__doc__, prog="report.py").parse_args(argv)
-    pages = results_pages()
-    pages[HOME / "README.md"] = with_blocks((HOME / "README.md").read_text())
+    reader = Reader()
+    pages = results_pages(reader)
+    pages[HOME / "README.md"] = with_blocks((HOME / "README.md").read_text(), reader)
     for path, text in pages.items():
         with atomic(path) as tmp:
             tmp.write_text(text)
