@@ -58,7 +58,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import ast
 import collections
 import importlib.util
 import math
@@ -866,7 +865,7 @@ def test_unselected_components_get_no_gradient_and_move_only_by_decay_or_old_mom
 # -------------------------------------------------------------------------------------------------- README.md
 
 README = (HERE / "README.md").read_text()
-PAGES = {HERE / "README.md": README, report.RESULTS / "README.md": "\n\n".join(report.results_page())}
+PAGES = {path: path.read_text() for path in (HERE / "README.md", *report.RESULTS.glob("*.md"))}
 
 
 def test_every_equation_is_in_a_function_and_a_test_that_are_there():
@@ -885,7 +884,7 @@ def test_every_equation_is_in_a_function_and_a_test_that_are_there():
     assert all(name in named for name in ("Algorithm 1", "Theorem 2.1", "Theorem D.1"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_every_link_anchor_and_picture_is_there(page):
     def slug(heading):  # as GitHub makes them
         return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
@@ -897,12 +896,13 @@ def test_every_link_anchor_and_picture_is_there(page):
             assert (page.parent / file).exists(), link
             heads = re.findall(r"^#+ (.*)$", PAGES.get((page.parent / file).resolve(), ""), re.MULTILINE)
             assert not section or section in map(slug, heads), link
-    assert len(links) > 10
+    assert len(links) > 5
 
 
 def commands(text):
-    """Every command of a page: a line of a bash block, or `code` that begins like one."""
+    """Every command of a page: a line of a bash block or after $, or `code` that begins like one."""
     blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    blocks += "\n".join(re.findall(r"^\$ (.*)$", text, re.MULTILINE))
     spans = re.findall(r"`((?:python|pytest|pip) [^`]+)`", text)
     return [shlex.split(line, comments=True) for line in [*blocks.splitlines(), *spans]]
 
@@ -929,31 +929,14 @@ def test_every_option_that_the_readme_names_is_one_of_ours():
         assert f'"{option}"' in ours, option
 
 
-def test_every_refusal_that_the_readme_explains_is_one_of_ours():
-    ours = "".join((HERE / f"{name}.py").read_text() for name in [*PROGRAMS, "model"])
-    ours += "".join(p.read_text() for p in (HERE / "plumbing").glob("*.py"))
-    table = README.partition("| it says |")[2].partition("\n\n")[0]
-    messages = [m for row in table.splitlines()[2:] for m in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
-    assert len(messages) > 5
-    for message in messages:
-        assert message in ours, message
-
-
 def test_no_figure_that_was_measured_is_typed():
     measured = r"\d\s*%|\d\.\d\d|±|\d\.\d+ (M|GB|GiB|nats|ms)\b"
     made = re.sub(
         r"<!-- [\w-]+ -->.*?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)", "", README, flags=re.DOTALL
     )
     assert not re.search(measured, made.replace("arXiv:2602.18628", ""))
-    tree = ast.parse((HERE / "studies" / "findings.py").read_text())
-    says = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.endswith(("says", "say"))]
-    texts = [
-        n.value for f in says for n in ast.walk(f) if isinstance(n, ast.Constant) and type(n.value) is str
-    ]
-    # The papers' figures are typed, without a nought before the point; so are names of methods.
-    assert texts and not [text for text in texts if re.search(r"(?<!-)\b\d\s*%|(?<!-)\b\d\.\d\d", text)]
 
 
 def test_the_readme_is_short():
     lines = README.splitlines()
-    assert len(lines) <= 230 and max(map(len, lines)) < 130
+    assert len(lines) <= 180 and max(map(len, lines)) < 130 and words_of(README) <= 1900

@@ -55,7 +55,7 @@ from plumbing.passes import mean_over
 from plumbing.prompts import encode, pad_of
 from field import CoordinateDynamics, Region, WeightField
 from studies.stream import learn_stream
-from studies.report import one_task, transfer, two_tasks
+from studies.report import rows_table
 from plumbing.records import DATA
 from plumbing.rows import read_sealed, sealed
 
@@ -526,7 +526,7 @@ def measure_transfer(folder, args):
         alone = learn_stream(out, len(run.tasks), pick_device(None), run.manifest["settings"]["passes"])
     learned = lambda run: [row["stored"][row["task"]] for row in run.manifest["results"]]
     found = {"tasks": run.tasks, "read": learned(run), "own bases alone": learned(alone)}
-    print("", *transfer({"rows": [found]}), sep="\n")
+    print(*map("{}  {:.4f}, own bases alone {:.4f}".format, *found.values()), sep="\n")
     return found
 
 
@@ -574,8 +574,8 @@ def main(argv=None):
                 fine_tune(variant, seed, args, rest) if variant.lr else train_row(variant, seed, args, rest)
             )
             result[name].append(made)
-        made = one_task if args.table in ("worth", "choose", "choose-passes") else two_tasks
-        print("", *made({"rows": result}), sep="\n")
+        kind = "one-task" if args.table in ("worth", "choose", "choose-passes") else "two-tasks"
+        print("", *rows_table(kind, [{"rows": result}]), sep="\n")
     if args.json:
         write_results(args.json, "-m studies.variants", argv, indent=1, rows=result)
 

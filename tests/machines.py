@@ -86,7 +86,7 @@ GROUPS = {
     "compose": ["options"],
     "page": ["options"],
     "styles": ["options"],
-    "report": ["options"],
+    **dict.fromkeys(["report", "pictures", "answers"], ["options"]),
     "variants": ["positional arguments", "options"],
     "fuzz": ["positional arguments", "options"],
     **dict.fromkeys(

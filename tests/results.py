@@ -1,10 +1,8 @@
-"""Embedded data, figures, files of results, and the page that is made of them."""
+"""Embedded data, pictures, files of results, and the pages that are made of them."""
 
 import os
 import contextlib
-import dataclasses
 import json
-import math
 import pathlib
 import re
 import shlex
@@ -20,9 +18,7 @@ from plumbing.backbone import TINY_FOLDER
 from plumbing.records import read_records
 
 HERE = pathlib.Path(__file__).parent.parent
-from studies import architectures, report
-from studies import variants
-from studies.neurons import StudyRow
+from studies import architectures, names, pictures, report, variants
 from tests.builders import run_quietly
 
 
@@ -68,22 +64,30 @@ def test_the_tiny_tokenizer_gives_back_any_text():
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_figures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_pictures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     synthetic.main(["--variant", "clf", "--methods", "ftn-slow", "--steps", "2", "--json", "out.json"])
     with monkeypatch.context() as m:
-        m.setattr(report, "matplotlib", None)
+        m.setattr(pictures, "matplotlib", None)
         with pytest.raises(Refused, match="pip install matplotlib"):
-            report.main(["--figures", "out.json"])
+            pictures.main(["out.json"])
     pytest.importorskip("matplotlib")
-    report.main(["--figures", "out.json", "--to", "."])
+    pictures.main(["out.json", "--to", "."])
     assert all(pathlib.Path(f"ftn-{kind}-clf.png").stat().st_size > 1000 for kind in ("masks", "curves"))
     pathlib.Path("ftn-masks-clf.png").write_text("mine")
-    assert "no PNG" in run_quietly(report.main, ["--figures", "out.json", "--to", "."], capsys)
+    assert "no PNG" in run_quietly(pictures.main, ["out.json", "--to", "."], capsys)
     assert pathlib.Path("ftn-masks-clf.png").read_text() == "mine"
-    report.main(["--figures", "--to", "all"])
-    drawn = {path.stem for path in pathlib.Path("all").iterdir()}
-    assert drawn == {path.stem for path in (HERE / "assets").glob("*.png")} == {*report.PICTURES}
+    for text in ("", "null", '{"rows": []}', "[" * 100_000, pathlib.Path("out.json").read_text()[:5000]):
+        pathlib.Path("lie.json").write_text(text)
+        assert "lie.json" in run_quietly(pictures.main, ["lie.json", "--to", "new"], capsys)
+    pictures.main(["--to", "all"])
+    shown = "".join(path.read_text() for path in [*report.RESULTS.glob("*.md"), HERE / "README.md"])
+    drawn = {path.name for path in pathlib.Path("all").iterdir()}
+    assert (
+        drawn
+        == {path.name for path in (HERE / "assets").glob("*.png")}
+        == {*re.findall(r"[\w-]+\.png", shown)}
+    )
 
 
 def test_the_table_of_architectures_judges_each_family(tmp_path, capsys):
@@ -102,82 +106,6 @@ def test_the_losses_of_a_training_that_was_stopped_are_those_of_the_one_that_wen
     lines += [{"step": 3, "lm": 0.30004}, {"task": "b"}, {"step": 1, "lm": 7}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert variants.training_losses(tmp_path / "log.jsonl") == {"a": [1, 2, 0.3], "b": [7]}
-
-
-def test_a_claim_is_shown_by_a_test_or_by_a_file_of_results():
-    rows = lambda name: report.read_results(name)["rows"]
-    claims = report.niwf_claims(rows) + report.ftn_claims(rows)
-    assert {verdict for *_, verdict in claims} == {"holds", "fails", "partly", "open"}
-    tests = [HERE / "test_all.py", *(HERE / "tests").glob("*.py")]
-    here = "".join(path.read_text() for path in tests)
-    for _, _, _, see, _ in claims:
-        if see.startswith("`"):
-            assert re.search(rf"^def test_\w*{see.strip('`').split()[-1]}", here, re.MULTILINE), see
-
-
-RESULT_LIES = {
-    "variant": (None, "x", [], 1),
-    "method": ("x", "lora-ftn", None),
-    "seed": (None, 0.5, True),
-    "tasks": (None, 0, 10**12, "3", True),
-    "steps": (-1, 1.5, 10**7),
-    "search": (None, 1),
-    "R_stored": (None, [], [[]], [[0.0]] * 3, [[math.nan], [0.0] * 2, [0.0] * 3]),
-    "curve": (None, [None], {}, [], [{"step": 1000}], [{"step": "1", "stored": [0.5]}]),
-    "final_side": (None, 10**9, -1),
-    "winners": ([[0], [1], [4]], [[0], [1], [-1]], [[0]] * 2),
-    "touched": ([1, 2], None),
-    "overwritten": ([0.0], "abc"),
-    "seconds": (None, 1e400),
-}
-
-
-def test_a_result_file_is_checked_whole_before_it_is_drawn(tmp_path, capsys):
-    saved = json.loads((HERE / "studies" / "results" / "ftn-search-10.json").read_text())
-    row = saved["rows"][0]
-    row = dict(row, side=2, k=1, final_side=2, winners=[[0], [1], [2]], touched=[1, 1, 1])
-    path = tmp_path / "lie.json"
-
-    def refusal():
-        argv = ["--figures", str(path), "--to", str(tmp_path / "to")]
-        line = run_quietly(report.main, argv, capsys)
-        assert [p.name for p in tmp_path.iterdir()] == ["lie.json"]
-        return line
-
-    lies = [(name, dict(row, **{name: value})) for name, values in RESULT_LIES.items() for value in values]
-    computed = row.keys() - {f.name for f in dataclasses.fields(StudyRow)} - {"summary"}
-    for gone in computed | {"variant", "method", "seed"}:
-        lies.append((gone.replace("ms_per_step", "seconds"), {k: v for k, v in row.items() if k != gone}))
-    for name, lie in lies:
-        path.write_text(json.dumps({"rows": [row, lie]}))
-        assert refusal().startswith(f"{path}: row 1: field {name} "), lie
-    cut = json.dumps(saved)[:5000].encode()
-    for text in (
-        b"",
-        b"null",
-        b"[]",
-        b'{"rows": []}',
-        b'{"rows": {}}',
-        b'{"rows": [null]}',
-        b"\xff",
-        cut,
-        b"[" * 100_000,
-    ):
-        path.write_bytes(text)
-        assert str(path) in refusal()
-
-
-def test_rows_that_do_not_belong_together_are_not_drawn(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    row = json.loads((HERE / "studies" / "results" / "ftn-search-10.json").read_text())["rows"][0]
-    row = dict(row, side=2, k=1, final_side=2, winners=[[0], [1], [2]], touched=[1, 1, 1])
-    others = [(dict(row, seed=9, inputs="gaussian"), "inputs"), (row, "seed")]
-    others.append((dict(row, seed=9, curve=row["curve"][1:]), "curve"))
-    for other, name in others:
-        (tmp_path / "lie.json").write_text(json.dumps({"rows": [row, other]}))
-        argv = ["--figures", str(tmp_path / "lie.json"), "--to", str(tmp_path / "to")]
-        assert name in run_quietly(report.main, argv, capsys)
-        assert [p.name for p in tmp_path.iterdir()] == ["lie.json"]
 
 
 FEW_EXAMPLES = "--examples 40 --val-examples 16 --batch 8 --grad-accum 1 --lr 0.02 --device cpu".split()
@@ -251,23 +179,99 @@ def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
     assert R["nothing frozen"][0] != R["nothing frozen"][1]
 
 
-def test_tables_are_what_the_files_of_results_say():
-    assert "\n\n".join(report.results_page()) + "\n" == (report.RESULTS / "README.md").read_text()
+def tables_of_pages():
+    """(kind, names of files) of every table on a page of results and in the README."""
+    texts = [path.read_text() for path in names.PAGES.glob("*.md")]
+    found = re.findall(r"^\{\{(\S+) (.+)\}\}$", "\n".join(texts), re.MULTILINE)
+    found += re.findall(r"^<!-- (\S+) (\S+) -->$", (HERE / "README.md").read_text(), re.MULTILINE)
+    return [(kind, files.split()) for kind, files in found]
+
+
+def test_pages_are_what_the_files_of_results_say():
+    reader = report.Reader()
+    for path, text in report.results_pages(reader).items():
+        assert path.read_text() == text, path
     text = (HERE / "README.md").read_text()
-    assert report.with_tables(text) == text and text.count("<!-- end -->") == len(report.IN_README) > 1
-    assert {*report.FINDINGS} <= {title for _, _, title, _ in report.SECTIONS}
-    shown = {name for names, *_ in report.SECTIONS for name in names.split()}
-    assert shown == {path.stem for path in report.RESULTS.glob("*.json")}  # no result is kept back
+    assert report.with_blocks(text, reader) == text and text.count("<!-- end -->") == 4
+    assert {*reader.files} == {path.stem for path in report.RESULTS.glob("*.json")}  # no result is kept back
+
+
+def test_every_name_is_used_by_a_page():
+    text = "".join(path.read_text() for path in names.PAGES.glob("*.md"))
+    said = {*re.findall(r"[\w.-]+", " ".join(re.findall(r"\{([^{}\n]+)\}", text)))}
+    assert {*names.OTHERS} | {*names.FUNCTIONS} <= said
+    assert {*names.ROWS} == {
+        name.rpartition(".")[0] for name in said if name.rpartition(".")[0] in names.ROWS
+    }
+    columns = {column for columns in report.COLUMNS.values() for column in columns.split()}
+    assert {*names.QUANTITIES} <= columns | {name.rpartition(".")[2] for name in said}
+    assert {*report.TABLES} | {*report.COLUMNS} == {kind for kind, _ in tables_of_pages()}
+
+
+def test_a_figure_is_measured_and_not_typed():
+    """Prose may hold figures of the papers, without a nought before the point; the column of a table that
+    says what a paper says may hold any."""
+    measured = r"(?<![-\w])\d+\s*%|(?<![-\w])\d\.\d\d|±"
+    for path in names.PAGES.glob("*.md"):
+        text = re.sub(r"\{[^\n]*?\}+|`[^`]*`|\]\([^)]*\)", "", path.read_text())
+        for line in text.splitlines():
+            cells = line.split("|")
+            assert not re.search(
+                measured, "|".join(cells[3:]) if len(cells) > 3 else line.replace("±:", "")
+            ), line
+
+
+def test_the_page_of_results_answers_in_two_minutes():
+    text = (report.RESULTS / "README.md").read_text()
+    assert words_of(text) <= 1700
+    first, findings, claims = re.split(r"^## .*$", text, flags=re.MULTILINE)
+    assert first.count("\n|") == 2 + 8 and words_of(first) <= 330  # a screen: the answer and eight rows
+    found = re.findall(r"^\d+\. (.*)$", findings, re.MULTILINE)
+    assert len(found) == 10 and findings.count("![") <= 1
+    assert all(re.match(r"\*\*[\d.]+.*\]\(\w+\.md#[\w-]+\)\)\.$", line) for line in found)
+    rows = re.findall(r"^\| (?!---|NIWF |FTN \|)(.*) \|$", claims, re.MULTILINE)
+    words = {row.split(" | ")[-1] for row in rows}
+    assert words <= {"holds", "partly", "fails", "better", "open"} and all(
+        f"**{w}**" in claims.lower() for w in words
+    )
+    assert all(row.split(" | ")[-1] == "open" for row in rows if row.split(" | ")[-2] == "1")
+    tests = "".join(p.read_text() for p in [HERE / "test_all.py", *(HERE / "tests").glob("*.py")])
+    for name in re.findall(r"`pytest test_all.py -k (\w+)`", text):
+        assert re.search(rf"^def test_\w*{name}", tests, re.MULTILINE), name
+
+
+def words_of(text):
+    """How many words a reader reads: what has a letter or a digit, without the targets of links."""
+    return sum(bool(re.search(r"\w", word)) for word in re.sub(r"\]\([^)]*\)", "]", text).split())
+
+
+def test_a_verdict_follows_the_rule():
+    rows = {"good": [1.0, 2.0, 3.0], "bad": [4.0, 5.0, 6.0], "mixed": [0.0, 9.0, 0.0], "one": [7.0]}
+    read = lambda name: {"rows": {key: {"x": value} for key, value in rows.items()}}[name]
+    name = lambda key: f"rows/{key}/x"
+    said = lambda claim: names.verdict(re.sub(r"[a-z]{3,}(?= [<>=~]|$)", lambda m: name(m[0]), claim), read)
+    assert said("good < 4") == said("good <= 3 and bad > 3") == said("bad > good") == "holds"
+    assert said("mixed < good") == said("good < 4 and bad < 4") == "partly"
+    assert said("good > 3") == said("bad < good") == "fails"
+    assert said("bad ~ 3.1") == "holds" and said("bad ~ 2.9") == "fails"  # two deviations
+    assert said("one < 9") == said("one > 9") == "open"
+    assert (
+        names.verdict(f"{name('one')} = 7", read) == "holds"
+        and names.verdict(f"{name('one')} = 8", read) == "fails"
+    )
+    assert names.verdict(f"{name('good')} < 4 : better", read) == "better"
+    with pytest.raises(ValueError):
+        said("one < good")  # not as many seeds
 
 
 def test_rows_of_one_table_were_measured_on_the_same_items():
-    for names, draw, *_ in report.SECTIONS:
-        if draw in (report.one_task, report.two_tasks):
-            rows = [row for name in names.split() for row in report.read_results(name)["rows"].values()]
+    for kind, files in tables_of_pages():
+        if kind in ("one-task", "two-tasks"):
+            rows = [row for name in files for row in report.read_results(name)["rows"].values()]
             bases = {
                 (i, task, x["base"][task]) for row in rows for i, x in enumerate(row) for task in x["tasks"]
             }
-            assert len(bases) == len({(i, task) for i, task, _ in bases}), names
+            assert len(bases) == len({(i, task) for i, task, _ in bases}), files
 
 
 @pytest.mark.skipif(os.name != "posix" or not shutil.which("bash"), reason="no bash here")
@@ -292,36 +296,36 @@ def test_remake_runs_the_commands_that_the_files_of_results_name(tmp_path):
 
 def test_a_file_of_results_with_other_rows_is_refused_by_name(tmp_path, monkeypatch):
     damaged = {}
-    for name, draw in ((name, draw) for names, draw, *_ in report.SECTIONS for name in names.split()):
+    for kind, name in ((kind, name) for kind, files in tables_of_pages() for name in files):
         content = report.read_results(name)
         rows = content["rows"]
         first = next(iter(rows)) if isinstance(rows, dict) else 0
         others = [1, None, [{}], [[]], {"x": [{}]}, {"x": 1}]
         others += [dict(rows, **{first: None})] if isinstance(rows, dict) else [[None, *rows]]
-        damaged[name] = draw, [dict(content, rows=other) for other in others]
+        damaged[name] = kind, [dict(content, rows=other) for other in others]
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    for name, (draw, contents) in damaged.items():
+    for name, (kind, contents) in damaged.items():
         for content in contents:
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
             with contextlib.suppress(Refused):  # nothing else is raised; a table without lines is one
-                assert len(report.drawn(name, draw, report.read_results(name))) == 2
+                assert len(report.Reader().drawn(kind, name)) == 2
         with pytest.raises(Refused, match=f"{name}.json: not what"):
-            report.drawn(name, draw, report.read_results(name))
+            report.Reader().drawn(kind, name)
 
 
-@pytest.mark.parametrize("name, argv", [("baselines", []), ("regions", ["--figures", "--to", "new"])])
-def test_a_damaged_file_of_results_ends_a_page_or_its_pictures_with_one_line(
-    name, argv, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("program, name", [(report, "baselines"), (pictures, "regions")])
+def test_a_damaged_file_of_results_ends_pages_or_pictures_with_one_line(
+    program, name, tmp_path, monkeypatch, capsys
 ):
-    if argv:
+    if program is pictures:
         pytest.importorskip("matplotlib")
     results = shutil.copytree(report.RESULTS, tmp_path / "results")
-    rows = [{}] if argv else {}
+    rows = [{}] if program is pictures else {}
     damaged = json.dumps(report.read_results(f"tiny-{name}") | {"rows": rows})
     (results / f"tiny-{name}.json").write_text(damaged)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "RESULTS", results)
     monkeypatch.setattr(report, "HOME", tmp_path)
-    before = (results / "README.md").read_bytes()
-    assert "not what its command writes" in run_quietly(report.main, argv, capsys)
-    assert (results / "README.md").read_bytes() == before
+    before = {path: path.read_bytes() for path in results.glob("*.md")}
+    argv = ["--to", str(tmp_path / "new")] if program is pictures else []
+    assert "not what its command writes" in run_quietly(program.main, argv, capsys)
+    assert {path: path.read_bytes() for path in results.glob("*.md")} == before
