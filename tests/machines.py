@@ -85,6 +85,7 @@ GROUPS = {
     "stream": ["positional arguments", "options"],
     "compose": ["options"],
     "page": ["options"],
+    "sequence": ["options"],
     "styles": ["options"],
     "report": ["options"],
     "variants": ["positional arguments", "options"],
