@@ -143,6 +143,28 @@ def own_alone(field, old, top_k, z):
         field.w3.bias.view(field.layers, -1)[:, old:] += 1e4
 
 
+def weights_of_one(gating):
+    """What is active, each with weight 1 in place of the softmax."""
+
+    def changed(self, z):
+        indices, weights = gating(self, z)
+        return indices, torch.ones_like(weights)
+
+    return changed
+
+
+def orthogonal(learner, batch, h_bar, args, share, responses):
+    """O-LoRA's penalty (Wang et al. 2023) in place of the lock's: 0.5 sum_i |A_i A^T|^2, of the bases i of
+    earlier tasks with the new one, summed over all projections."""
+    bank, total = learner.model.bank, 0.0
+    for key, new in bank.live.items():
+        if key.endswith(".A"):
+            old = [block.tensors[key].to(new.device).flatten(0, 1) for block in bank.committed]
+            total = total + sum((a @ new.flatten(0, 1).mT).square().sum() for a in old)
+    terms = LOSSES(learner, batch, h_bar, args, share, responses)
+    return terms | {"lock": terms["lock"] + 0.5 * share * total}
+
+
 def fixed_coordinate(self, h_bar):
     """One random z for all inputs, the paper's ablation of section 5.4."""
     z = torch.rand(len(self.z0), generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -204,6 +226,12 @@ PATCHES = {
     "not aimed": {(CoordinateDynamics, "aim"): lambda self, h_bar: None},
     "mean alone": {(model, "mean_and_last"): mean_alone},
     "fixed coordinate": {(CoordinateDynamics, "forward"): fixed_coordinate},
+    "all bases, orthogonal": {
+        (train, "writable"): dense,
+        (train.Learner, "gating"): weights_of_one(train.Learner.gating),
+        (commit.Version, "gating"): weights_of_one(commit.Version.gating),
+        (train, "loss_terms"): orthogonal,
+    },
     "dense gating": {(train, "writable"): dense},
     "shared gating": {(WeightField, "forward"): shared_rows},
     "anchors a sample": {(Region, "fit"): fit_and_keep, (commit, "sample_anchors"): sampled},
@@ -353,9 +381,14 @@ def said(task, folder, seed, args):
 
 def train_task(folder, task, options, patch, args, seed, rest):
     """Train a task in a run folder, unless that has been done."""
-    options = train.parse_options([*said(task, folder, seed, args), *rest, *shlex.split(options)])
+    return train_with([*said(task, folder, seed, args), *rest, *shlex.split(options)], patch)
+
+
+def train_with(argv, patch):
+    """Train as train.py does with these options, under a patch. -> the run"""
+    options = train.parse_options(argv)
     options.device = pick_device(options.device)
-    with patched(patch), Run(folder).exclusive() as run:
+    with patched(patch), Run(options.out).exclusive() as run:
         train.run_task(run, options)
     return run
 

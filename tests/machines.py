@@ -85,6 +85,7 @@ GROUPS = {
     "stream": ["positional arguments", "options"],
     "compose": ["options"],
     "page": ["options"],
+    "sequence": ["options"],
     "styles": ["options"],
     **dict.fromkeys(["report", "pictures", "answers"], ["options"]),
     "variants": ["positional arguments", "options"],

@@ -282,7 +282,7 @@ def test_remake_runs_the_commands_that_the_files_of_results_name(tmp_path):
     (tmp_path / "runs" / "compose").mkdir(parents=True)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     script = ["bash", HERE / "studies" / "remake", "SmolLM2-135M", "alpaca.json", "code_alpaca.json"]
-    subprocess.run(script, cwd=tmp_path, env=os.environ | {"PATH": path}, check=True)
+    subprocess.run([*script, "sequence"], cwd=tmp_path, env=os.environ | {"PATH": path}, check=True)
 
     def named(command):  # the file, and the rest but --workers, which no result depends on
         before, name, after = re.fullmatch(r"(.*)--json studies/results/(\S+)\.json ?(.*)", command).groups()

@@ -5,14 +5,17 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import functools
 import math
 import pathlib
+import random
 import re
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -25,12 +28,13 @@ from plumbing.backbone import TINY_FOLDER
 from ftn import PrivateMLPs, unpack
 
 HERE = pathlib.Path(__file__).parent.parent
+from model import response_nll
 from plumbing import rows as kept
 from plumbing.tables import spread
-from studies import neurons, styles, tables
+from studies import likelier, neurons, sequence, styles, tables, variants
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
-from tests.builders import run_quietly
+from tests.builders import micro_model, run_quietly, snapshot_of
 
 
 try:
@@ -525,3 +529,196 @@ def test_styles_share_their_sentences_and_no_sentence_is_in_two_parts():
         "pirate": "Arr! The red Fox matey!",
     }
     assert all(r[-1] == tokenizer.eos_token_id for (examples,) in world.test for _, r in examples)
+
+
+# ---------------------------------------------------------------------------- many tasks with labels in a row
+
+METHODS = "bare niwf lora-each lora-one lora-multi average o-lora niwf-printed".split()
+LABELS = {
+    "colour": ["Red", "Deep Blue"],
+    "size": ["Small", "Large", "Very Large"],
+    "truth": ["True", "False"],
+}
+
+
+@pytest.fixture(scope="session")
+def toy(micro, tmp_path_factory):
+    """A folder of three toy tasks, and how `studies.sequence` is told to learn them."""
+    folder, r = tmp_path_factory.mktemp("toy"), random.Random(0)
+    for task, labels in LABELS.items():
+        for part, n in (("train", 20), ("choose", 9), ("test", 11)):
+            rows = [
+                {"instruction": f"Say the {task}.", "input": f"{part} {i} {r.random()}", "output": label}
+                for i, label in zip(range(n), itertools.cycle(labels))
+            ]
+            (folder / f"{task}.{part}.json").write_text(json.dumps(rows))
+    options = micro("none", folder / "none")
+    backbone = options[options.index("--backbone") + 1]
+    small = "--examples 16 --val-examples 10 --batch 8 --lr 0.02 --device cpu --field-hidden 16 --coord-dim 8"
+    said = ["--backbone", backbone, "--data", folder, "--orders", ",".join(LABELS), *small.split()]
+
+    def argv(out, *methods):
+        return [str(x) for x in [*said, "--anchors", 32, "--out", out, "--methods", *methods]]
+
+    return argv
+
+
+@pytest.fixture(scope="session")
+def sequences(toy, tmp_path_factory):
+    """Where methods of every kind have learned the toy tasks, and what was written of each."""
+    out = tmp_path_factory.mktemp("sequences") / "runs"
+    return out, learned_sequence(toy, out, *METHODS)
+
+
+def learned_sequence(toy, out, *methods):
+    """Learn the toy tasks by these methods. -> {method: what is written of it}"""
+    path = out.with_suffix(".json")
+    sequence.main([*toy(out, *methods), "--json", str(path)])
+    return {row["method"]: row for row in json.loads(path.read_text())["rows"]}
+
+
+def row_of(toy, out, method):
+    args, rest = sequence.parse_options(toy(out, method))
+    return sequence.Row(method, args.orders[0], likelier.Tasks([*LABELS], args, rest), args, rest)
+
+
+def literal_scores(model, prompt, labels, gating_of):
+    """The log-probability of every label, each in a pass of its own, without a batch or a cache."""
+    gating = gating_of(model.probe([prompt]))
+    return [-float(response_nll(*model.logits([(prompt, label)], gating))) for label in labels]
+
+
+def test_labels_are_judged_as_a_literal_loop_judges_them(toy, sequences):
+    """A label's tokens are all the likeliest if and only if greedy decoding gives it."""
+    row = row_of(toy, sequences[0], "niwf")
+    with row.opened() as (run, model):
+        for i, task in enumerate(LABELS):
+            examples, right, records = row.tasks.held_out[task]
+            gating_of, found = functools.partial(run.stored, i), row.kept.found[f"last {task}"]
+            assert [sorted(LABELS[task])[n] for n in right] == [r["output"] for r in records]
+            batch, _ = likelier.label_scores(model, examples, gating_of)
+            for n, (prompt, labels) in enumerate(examples):
+                wanted = literal_scores(model, prompt, labels, gating_of)
+                torch.testing.assert_close(batch[n], torch.tensor(wanted), rtol=1e-3, atol=1e-3)
+                best, second, *_ = sorted(wanted, reverse=True)
+                if best - second > 0.01:  # else rounding decides
+                    assert found["likelier"][n] == (wanted[right[n]] == best)
+                (said,) = model.generate([prompt], gating_of, -1, 4)
+                other = [*said[:2], said[2] + 1, said[3]]
+                _, greedy = likelier.label_scores(model, [(prompt, [said, other])], gating_of)
+                assert greedy.tolist() == [[True, False]]
+
+
+def test_who_answers_is_judged_under_the_version_that_a_router_chose(toy, sequences):
+    row, found = row_of(toy, sequences[0], "niwf"), sequences[1]["niwf"]
+    with row.opened() as (run, model):
+        for i, task in enumerate(LABELS):
+            examples, right, _ = row.tasks.held_out[task]
+            for router, sent in row.kept.found["choices"][task].items():
+                assert found["home"][router][i] == [sent.count(v) for v in range(3)]
+                judged = row.kept.found[f"routed {task}"][router]["likelier"]
+                assert found["routed"][router]["right"][i] == 100 * sum(judged) / len(judged)
+                for n, version in enumerate(sent):
+                    gating_of = functools.partial(run.stored, version)
+                    wanted = literal_scores(model, *examples[n], gating_of)
+                    best, second, *_ = sorted(wanted, reverse=True)
+                    assert best - second < 0.01 or judged[n] == (wanted[right[n]] == best)
+            h_bar = model.probe([prompt for prompt, _ in examples])
+            sent = row.kept.found["choices"][task]["regions, prompt"]
+            assert run.routed(h_bar)[1].choice.tolist() == sent
+
+
+def test_a_sequence_keeps_every_bit_where_versions_are_kept_and_only_there(sequences):
+    for method, row in sequences[1].items():
+        if not row["learned"]:
+            continue
+        exact = method in ("niwf", "lora-each")
+        assert (row["identical"]["tasks"] == 3) == exact, method
+        same, n = map(sum, zip(*row["identical"]["logits"].values()))
+        assert same == n or not exact, method
+        if exact:
+            assert row["stored"]["BWT"] == row["stored"]["forgetting"] == 0 and row["learned"] == row["last"]
+
+
+def test_rows_of_a_sequence_hold_what_their_method_says(toy, sequences):
+    out, rows = sequences
+    assert [*rows] == METHODS
+    trained = {name: [*row["seconds"]] for name, row in rows.items()}
+    assert trained["niwf"] == trained["o-lora"] == [*LABELS] and trained["lora-multi"] == ["all"]
+    assert not trained["bare"] and not trained["average"]
+    assert all(0 <= x <= 100 for row in rows.values() for x in row["last"] + row["exact"])
+    tasks = row_of(toy, out, "lora-replay").tasks
+    assert [len(tasks.records(task, 0.25)[0]) for task in LABELS] == [16, 16 + 4, 16 + 8]
+    assert len(tasks.records("all")[0]) == 3 * 16
+    once, apart = (row_of(toy, out, name) for name in ("average", "lora-each"))
+    with once.opened() as (run, model), apart.opened():  # Delta W is the mean of what the LoRAs add
+        indices, weights = once.named(run, 0)(model.probe([[5, 6, 7]]))
+        assert indices[0, 0].tolist() == [0, 1, 2] and torch.equal(weights, torch.full_like(weights, 1 / 3))
+    with row_of(toy, out, "o-lora").opened() as (run, model):
+        indices, weights = row_of(toy, out, "o-lora").named(run, 0)(model.probe([[5, 6, 7]]))
+        assert sorted(indices[0, 0].tolist()) == [0, 1, 2] and torch.equal(weights, torch.ones_like(weights))
+
+
+def test_the_penalty_of_orthogonal_loras_is_that_of_a_literal_loop(monkeypatch):
+    """Half the sum of squared products of a row of an old A and one of the new, beside Eq. (9)'s terms."""
+    model = micro_model(bases=1, committed=2)
+    learner = types.SimpleNamespace(model=model)
+    monkeypatch.setattr(variants, "LOSSES", lambda *_: {"lm": torch.tensor(1.0), "lock": torch.tensor(0.25)})
+    found = variants.orthogonal(learner, None, None, None, 0.5, None)
+    wanted = 0.0
+    for key, (new,) in model.bank.live.items():
+        if key.endswith(".A"):
+            old = model.bank.committed[0].tensors[key]
+            wanted += sum(float((a @ b).detach()) ** 2 for basis in old for a in basis for b in new)
+    assert found["lm"] == 1
+    torch.testing.assert_close(float(found["lock"].detach()), 0.25 + 0.5 * 0.5 * wanted, rtol=1e-4, atol=0)
+    found["lock"].backward()
+    assert all((p.grad is not None) == key.endswith(".A") for key, p in model.bank.live.items())
+
+
+def test_a_sequence_that_was_killed_goes_on_from_its_last_task(toy, sequences, tmp_path, monkeypatch, capsys):
+    train_with, calls = sequence.train_with, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train_with(*args)
+
+    monkeypatch.setattr(sequence, "train_with", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sequence.main(toy(tmp_path / "runs", "niwf"))
+    before = snapshot_of(tmp_path / "runs")
+    capsys.readouterr()
+    sequence.main([*toy(tmp_path / "runs", "niwf"), "--summary"])
+    assert "3 trained" in capsys.readouterr().out and snapshot_of(tmp_path / "runs") == before
+    found = learned_sequence(toy, tmp_path / "runs", "niwf")["niwf"]
+    timeless = lambda row: {key: value for key, value in row.items() if key not in ("seconds", "stored")}
+    assert timeless(found) == timeless(sequences[1]["niwf"]) and len(calls) == 6
+    after = snapshot_of(tmp_path / "runs")
+    sequence.main(toy(tmp_path / "runs", "niwf"))  # all is there: nothing is computed again
+    assert len(calls) == 6 and snapshot_of(tmp_path / "runs") == after
+
+
+@pytest.mark.parametrize(
+    "more, why",
+    [
+        (["--orders", "size,size"], "a task is there twice"),
+        (["--orders", "size,none"], "none.train.json"),
+        (["--max-len", "8"], "size.train.json: none of its records can be used"),
+        (["--methods", "lora"], "invalid choice: 'lora'"),
+        (["--nonsense"], "unrecognized"),
+    ],
+)
+def test_a_sequence_refuses_what_it_cannot_learn(more, why, toy, tmp_path, capsys):
+    said = [*toy(tmp_path / "runs", "bare"), "--orders", "size", *more]
+    assert why in run_quietly(sequence.main, said, capsys) and not (tmp_path / "runs").exists()
+
+
+def test_measures_of_a_sequence_are_those_of_a_literal_loop():
+    learned, last, alone = [50.0, 60.0, 70.0], [45.0, 62.0, 70.0], [50.0, 55.0, 71.0]
+    found = likelier.measures(learned, last, alone)
+    assert found["ACC"] == (45 + 62 + 70) / 3
+    assert found["BWT"] == ((45 - 50) + (62 - 60)) / 2 and found["forgetting"] == (5 + 0) / 2
+    assert found["FWT"] == ((60 - 55) + (70 - 71)) / 2
+    assert likelier.measures([], last) == {"ACC": found["ACC"]}
