@@ -33,7 +33,7 @@ import json
 import math
 
 from commit import Run
-from field import Plane, take_snapshot, top_k_gating
+from field import take_snapshot, top_k_gating, unsquash
 from model import perplexity, response_nll
 from plumbing import Refused
 from plumbing.backbone import pick_device
@@ -42,6 +42,7 @@ from plumbing.exact import exact_match
 from plumbing.files import atomic, latest_run
 from plumbing.openai import Answers
 from plumbing.passes import sampler
+from plumbing.plane import Plane
 from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
 from plumbing.records import read_examples
@@ -265,8 +266,8 @@ def who_answers(run, h_bar, asked=None, outside="nearest"):
     """Return the gating of one prompt, h_bar [1, features], and who answers it: {"version": its hash, None is
     the bare backbone, "name", "asked": whether it was asked for, "nearest": the name of the region in which
     the coordinate most likely lies, "probability": how likely, "known": whether that region is likelier than
-    the background, "z": the coordinate [1, d]}. asked: a version and its gating as a function of h_bar. None:
-    the prompt is routed."""
+    the background, "u": artanh of the coordinate [1, d]}. asked: a version and its gating as a function of
+    h_bar. None: the prompt is routed."""
     gating, found = run.routed(h_bar, outside)
     nearest, known = run.versions[found.choice[0]], not found.unknown[0]
     version = nearest if known or outside == "nearest" else None
@@ -274,7 +275,7 @@ def who_answers(run, h_bar, asked=None, outside="nearest"):
         version, gating = asked[0], asked[1](h_bar)
     who = {"version": version and version.hash, "name": version.task if version else "base"}
     who |= {"asked": bool(asked), "nearest": nearest.task, "probability": float(found.probability[0])}
-    return gating, who | {"known": known, "z": run.versions[-1].dynamics(h_bar)}
+    return gating, who | {"known": known, "u": unsquash(run.versions[-1].dynamics(h_bar))}
 
 
 def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, *how):

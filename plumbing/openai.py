@@ -150,7 +150,7 @@ class Answers:
     stream: Callable
     named: Callable
     bare: tuple
-    plane: object  # see `Plane` in field.py
+    plane: object  # see plane.py
     defaults: object
 
     def warm_up(self):
@@ -214,7 +214,7 @@ class Answers:
         longest, choose = min(longest, room), sampler(*how, say("seed", secrets.randbelow(2**31)))
 
         def place(who, gating):
-            (at,) = self.plane.at(who.pop("z")).tolist()
+            (at,) = self.plane.at(who.pop("u")).tolist()
             rows = zip(*(t[0].tolist() for t in gating)) if gating else ()
             bases = [[[i, round(w, 4)] for i, w in zip(*row)] for row in rows]  # [L][K]: a basis, its weight
             tell({"niwf": {**who, "coordinate": [round(x, 4) for x in at], "gating": bases}})

@@ -17,8 +17,9 @@ import torch
 
 import eval as evaluation
 from commit import Run
-from field import Plane, Region, unsquash
+from field import Region, unsquash
 from plumbing import server
+from plumbing.plane import Plane
 from plumbing.openai import Wrong, send_until
 from tests.answers import asked
 from tests.builders import copy_of, load_in_double, messages, run_quietly
@@ -583,7 +584,7 @@ def test_the_plane_is_where_means_differ_most_under_the_pooled_covariance():
     wanted = torch.tensor([[5.0, 0, 0], [0, 1 / 3, 0]], dtype=torch.double)
     torch.testing.assert_close(plane.axes.abs(), wanted)
     z = torch.tanh(torch.randn(5, 3) / 2)
-    torch.testing.assert_close(plane.at(z).abs(), (unsquash(z.double()) @ wanted.T).abs())
+    torch.testing.assert_close(plane.at(unsquash(z)).abs(), (unsquash(z.double()) @ wanted.T).abs())
     outline = plane.outline(regions[0]) - plane.axes @ mean[0]
     torch.testing.assert_close(
         outline.norm(dim=1), torch.full((64,), 2.4477, dtype=torch.double), atol=1e-4, rtol=0
