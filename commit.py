@@ -274,7 +274,7 @@ class Run(Folder):
             for whole, own in zip((indices, weights), v.gating(z[rows])):
                 whole[rows, :, : own.shape[-1]] = own
         if outside == "base":  # weight 0: the low-rank update vanishes
-            weights = weights * ~found.unknown.to(z.device)[:, None, None]
+            weights = weights * found.known().to(z.device)[:, None, None]
         return (indices, weights), found
 
     def open_model(self, backbone, tokenizer, targets=None):

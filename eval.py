@@ -269,7 +269,7 @@ def who_answers(run, h_bar, asked=None, outside="nearest"):
     the background, "u": artanh of the coordinate [1, d]}. asked: a version and its gating as a function of
     h_bar. None: the prompt is routed."""
     gating, found = run.routed(h_bar, outside)
-    nearest, known = run.versions[found.choice[0]], not found.unknown[0]
+    nearest, known = run.versions[found.choice[0]], bool(found.known()[0])
     version = nearest if known or outside == "nearest" else None
     if asked:
         version, gating = asked[0], asked[1](h_bar)

@@ -200,14 +200,18 @@ def background(regions):
 
 @dataclasses.dataclass
 class Route:
-    """Where B coordinates belong: choice [B] (index of a region), probability [B] of that choice among all
-    regions and the background, whether the background is likelier than any region (unknown [B]), and for
-    each region whether the coordinate is inside it, d_M <= tau [B, regions]."""
+    """Where B coordinates belong: choice [B] (index of a region), the probability [B] of that choice and of
+    the background (unknown [B]) among all regions and the background, and for each region whether the
+    coordinate is inside it, d_M <= tau [B, regions]."""
 
     choice: torch.Tensor
     probability: torch.Tensor
     unknown: torch.Tensor
     inside: torch.Tensor
+
+    def known(self):
+        """Return whether each coordinate's region is at least as likely as the background, [B]."""
+        return self.probability >= self.unknown
 
 
 def route(z, regions):
@@ -221,10 +225,10 @@ def route(z, regions):
     distance = mahalanobis(z.cpu().double(), mean, whiten).T  # [B, regions + 1]
     # log N(z; mu, Sigma) without its constant: log |Sigma|^(-1/2) sums the logarithms of L^-1's diagonal.
     scores = whiten.diagonal(dim1=1, dim2=2).log().sum(1) - distance.square() / 2
-    best, choice = scores[:, :-1].max(1)
-    probability = (best - scores.logsumexp(1)).exp()
+    choice, shares = scores[:, :-1].argmax(1), scores.softmax(1)
+    probability = shares.gather(1, choice[:, None])[:, 0]
     tau = torch.tensor([r.tau for r in regions], dtype=distance.dtype)
-    return Route(choice, probability, scores[:, -1] > best, distance[:, :-1] <= tau)
+    return Route(choice, probability, shares[:, -1], distance[:, :-1] <= tau)
 
 
 # ------------------------------------------------------------- anchors, and the losses of the soft lock

@@ -32,6 +32,7 @@ from model import response_nll
 from plumbing import rows as kept
 from plumbing.tables import spread
 from studies import likelier, neurons, sequence, styles, tables, variants
+from studies import sure as sure_study
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
 from tests.builders import micro_model, run_quietly, snapshot_of
@@ -722,3 +723,19 @@ def test_measures_of_a_sequence_are_those_of_a_literal_loop():
     assert found["BWT"] == ((45 - 50) + (62 - 60)) / 2 and found["forgetting"] == (5 + 0) / 2
     assert found["FWT"] == ((60 - 55) + (70 - 71)) / 2
     assert likelier.measures([], last) == {"ACC": found["ACC"]}
+
+
+def test_calibration_error_and_area_are_their_definitions():
+    torch.manual_seed(0)
+    p, right = torch.rand(200, dtype=torch.float64), torch.rand(200) < 0.5
+    p[0] = 1.0
+    wanted = 0.0
+    for low in range(10):
+        inside = [i for i in range(200) if low <= 10 * p[i] and (10 * p[i] < low + 1 or low == 9)]
+        sure, share = (sum(float(x[i]) for i in inside) / len(inside) for x in (p, right))
+        wanted += len(inside) / 200 * abs(sure - share)
+    assert sure_study.calibration_error(p, right) == pytest.approx(wanted)
+    known, unknown = torch.rand(30), torch.cat([torch.rand(20) + 0.2, torch.tensor([0.0])])
+    known[3] = unknown[5]
+    pairs = [(float(b > a) + 0.5 * float(a == b)) for a in known for b in unknown]
+    assert sure_study.area_under_curve(known, unknown) == pytest.approx(sum(pairs) / len(pairs))

@@ -1,0 +1,133 @@
+"""How sure is routing, and are prompts told that no version has learned? One task is left out at a time.
+
+    python -m studies.sure --backbone FOLDER --data FOLDER --json sure.json
+    python -m studies.sure --backbone FOLDER --data FOLDER --part choose --wide 1 1.5 2 3
+
+--data holds the files of thirteen tasks, see studies/sequence.py. Nothing is trained: the dynamics are as they
+are drawn and aimed at the first task, as in one pass, and a region is fitted to each task's first prompts.
+*Refused* are prompts for which the background is likelier than any region or, as the paper's region has it,
+those outside the tau of the region that was chosen. --wide: by what the background's covariance is multiplied.
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nsure.py: stopped\n") and 130))
+
+import functools
+import statistics
+import unittest.mock
+
+import torch
+
+import field
+from eval import probe_all
+from field import CoordinateDynamics, Region, route
+from model import NIWF
+from plumbing.backbone import load_backbone
+from plumbing.command import Parser, number, output_file, run_program, write_results
+from plumbing.prompts import pad_of, prompt_ids
+from plumbing.records import read_records
+from plumbing.tables import print_table
+from plumbing.targets import default_bare, layers_of
+
+TASKS = "mnli cb wic copa qqp boolq rte imdb yelp amazon sst2 dbpedia agnews".split()
+FIT, ASKED, LONGEST = 300, 100, 250  # prompts that a region is fitted to, that are routed; tokens of one
+WHOLE, BACKGROUND = "with the instruction", field.background
+
+
+def widened(factor, regions):
+    """Return the background with its covariance times a factor."""
+    mean, cov = BACKGROUND(regions)
+    return mean, factor * cov
+
+
+def features_of_task(model, tokenizer, path, count, instruction):
+    """Return h_bar [n, features] of the first prompts of a file, with the instruction or with the input in
+    its place."""
+    records = [r if instruction else {"instruction": r["input"]} for r in read_records(path)]
+    rows = (prompt_ids(record, tokenizer, "alpaca") for record in records)
+    rows = [(row, []) for row in rows if len(row) < LONGEST][:count]
+    return probe_all(model, rows, "prompt")
+
+
+def area_under_curve(known, unknown):
+    """How often an unknown prompt has a larger figure than a known one (AUROC); known, unknown: [n], [k]."""
+    above = (unknown[:, None] > known).double() + 0.5 * (unknown[:, None] == known)
+    return float(above.mean())
+
+
+def calibration_error(sure, right, bins=10):
+    """Expected calibration error: how far the mean of `sure` [n] is from the share that is `right` [n], in
+    ten bins of equal width, weighed by how many are in each."""
+    place = (sure * bins).long().clamp(max=bins - 1)
+    sums = torch.zeros(bins, dtype=torch.float64).index_add(0, place, sure - right.double())
+    return float(sums.abs().sum() / len(sure))
+
+
+@torch.no_grad()
+def measure(fitted, asked, seed):
+    """fitted, asked: {task: h_bar}. Return what is published of one draw of the dynamics."""
+    torch.manual_seed(seed)
+    first = next(iter(fitted.values()))
+    dynamics = CoordinateDynamics(first.shape[1])
+    dynamics.standardise(first)
+    dynamics.aim(first)
+    regions = {task: Region.fit(dynamics(h)) for task, h in fitted.items()}
+    z = {task: dynamics(h) for task, h in asked.items()}
+    found = {task: route(z[task], [*regions.values()]) for task in regions}
+    right = torch.cat([found[task].choice == i for i, task in enumerate(regions)])
+    sure = torch.cat([f.probability for f in found.values()])
+    row = {"home": float(right.double().mean()), "calibration error": calibration_error(sure, right)}
+    left = [leave_out(task, regions, z) for task in regions]
+    return row | {key: statistics.mean(x[key] for x in left) for key in left[0]}
+
+
+def leave_out(task, regions, z):
+    """Return what is measured with one task's region taken away."""
+    others = {t: r for t, r in regions.items() if t != task}
+    routed = {t: route(z[t], [*others.values()]) for t in regions}
+    known = [routed[t] for t in others]
+    outside = lambda f: ~f.inside.gather(1, f.choice[:, None])[:, 0]
+    share = lambda parts: float(torch.cat(parts).double().mean())
+    return {
+        "AUROC": area_under_curve(torch.cat([f.unknown for f in known]), routed[task].unknown),
+        "known refused": share([~f.known() for f in known]),
+        "unknown refused": share([~routed[task].known()]),
+        "known outside tau": share([outside(f) for f in known]),
+        "unknown outside tau": share([outside(routed[task])]),
+    }
+
+
+def main(argv=None):
+    p = Parser(__doc__, prog="sure.py")
+    p.add_argument("--backbone", default="tiny", help="see train.py")
+    p.add_argument("--data", required=True, metavar="FOLDER", help="where the tasks are")
+    p.add_argument("--part", choices=["choose", "test"], default="test", help="which records are routed")
+    p.add_argument("--seeds", type=number(int, 1, 100), default=3, help="of the dynamics")
+    p.add_argument("--wide", type=number(float, 0, 100), nargs="+", default=[2.0], help="of the background")
+    p.add_argument("--json", type=output_file, help="write what was measured to this file")
+    args = p.parse_args(argv)
+    backbone, tokenizer = load_backbone(args.backbone, "cpu")
+    model, rows = NIWF(backbone, pad_of(tokenizer), bare=default_bare(len(layers_of(backbone)))), {}
+    read = functools.partial(features_of_task, model, tokenizer)
+    for prompts in (WHOLE, "inputs alone"):
+        fitted, asked = (
+            {t: read(f"{args.data}/{t}.{part}.json", count, prompts == WHOLE) for t in TASKS}
+            for part, count in (("train", FIT), (args.part, ASKED))
+        )
+        for wide in args.wide:
+            with unittest.mock.patch.object(field, "background", functools.partial(widened, wide / 2)):
+                each = [measure(fitted, asked, seed) for seed in range(args.seeds)]
+            rows[f"{prompts}, background x {wide:g}"] = each
+    names = [*each[0]]
+    mean = lambda row, name: f"{statistics.mean(x[name] for x in row):.3f}"
+    means = [[what, *(mean(row, name) for name in names)] for what, row in rows.items()]
+    print_table("routing of thirteen tasks, and of one that is left out", ["", *names], means)
+    if args.json:
+        write_results(args.json, "-m studies.sure", argv, indent=1, rows=rows)
+
+
+if __name__ == "__main__":
+    run_program(main)
