@@ -3,10 +3,11 @@
     python -m studies.sure --backbone FOLDER --data FOLDER --json sure.json
     python -m studies.sure --backbone FOLDER --data FOLDER --part choose --wide 1 1.5 2 3
 
---data holds the files of thirteen tasks, see studies/sequence.py. Nothing is trained: the dynamics are as they
-are drawn and aimed at the first task, as in one pass, and a region is fitted to each task's first prompts.
-*Refused* are prompts for which the background is likelier than any region or, as the paper's region has it,
-those outside the tau of the region that was chosen. --wide: by what the background's covariance is multiplied.
+--data holds the files of thirteen tasks, see studies/sequence.py. Nothing is trained: the dynamics are as
+they are drawn and aimed at the first task, as in one pass, and a region is fitted to each task's first
+prompts. *Refused* are prompts for which the background is likelier than any region or, as the paper's region
+has it, those outside the tau of the region that was chosen. --wide: by what the background's covariance is
+multiplied.
 """
 
 import os
