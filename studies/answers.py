@@ -1,6 +1,8 @@
 """What the versions of the README's quick start answer, kept as they print it.
 
-python -m studies.answers --run runs/tiny --json studies/results/tiny-answers.json
+    python -m studies.answers --run runs/tiny --json studies/results/tiny-answers.json
+
+The commands are those of the README, and what is kept is all that eval.py prints.
 """
 
 import contextlib
@@ -24,11 +26,15 @@ def answered(run, command):
     return {"command": command, "printed": out.getvalue().strip()}
 
 
-def main(argv=None):
+def parse_options(argv=None):
     p = Parser(__doc__, prog="answers.py")
     p.add_argument("--run", required=True, help="the run folder that train.py wrote")
     p.add_argument("--json", type=output_file, metavar="FILE", help="write the answers to this file")
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_options(argv)
     rows = [answered(args.run, command) for command in COMMANDS]
     for row in rows:
         print(f"{row['command']}\n{row['printed']}\n")

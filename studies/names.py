@@ -1,13 +1,15 @@
 """The names that stand for figures in studies/pages/*.md, and how a page is filled.
 
-{exact.forgotten}              the mean over seeds of a quantity (QUANTITIES) of a row (ROWS)
-{tiny-compose/0/under/A:3}     a number in a file of results, with three digits; * on the way: of all rows
-{more free.kept; exact.kept}   how much more that is, percent; and other FUNCTIONS
-{apart}                        one of OTHERS
-{exact.forgotten±}             with its deviation; {exact.n}: how many seeds; {a/path:1%}: as percent
-{min slow.fm}, {max slow.fm}   the least and the most of all seeds; {median slow.fm}
-{count slow.fm <= .014}        in how many seeds this is so
-{? slow.fm <= .014}            the verdict on a claim; parts are joined by `and`, see `verdict`
+    {exact.forgotten}              the mean over seeds of a quantity (QUANTITIES) of a row (ROWS)
+    {tiny-compose/0/under/A:3}     a number in a file of results, with three digits; * on the way: of all rows
+    {more free.kept; exact.kept}   how much more that is, percent; and other FUNCTIONS
+    {apart}                        one of OTHERS
+    {exact.forgotten±}             with its deviation; {exact.n}: how many seeds; {a/path:1%}: as percent
+    {min slow.fm}, {max slow.fm}   the least and the most of all seeds; {median slow.fm}
+    {count slow.fm <= .014}        in how many seeds this is so
+    {? slow.fm <= .014}            the verdict on a claim; parts are joined by `and`, see `verdict`
+
+A name is one of names.txt, of the tables below, or a path in a file of results.
 """
 
 import itertools

@@ -38,6 +38,8 @@ BLUE, ORANGE = "#0072b2", "#e69f00"  # told apart whatever colours one sees
 
 def draw_ftn(rows, folder):
     """Draw all that rows of synthetic.py allow, as PNG in `folder`."""
+    if not rows:
+        raise ValueError("no rows")
     for variant in dict.fromkeys(row["variant"] for row in rows):
         by_method = {m: [r for r in rows if (r["variant"], r["method"]) == (variant, m)] for m in KNOWN}
         by_method = {m: found for m, found in by_method.items() if found}
