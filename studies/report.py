@@ -198,16 +198,8 @@ def answers(content):
     return ["```", *shown, "```"]
 
 
-TABLES = {  # kinds of tables of one file each
-    "counted": counted,
-    "families": families,
-    "timings": timings,
-    "depths": depths,
-    "decomposed": decomposed,
-    "overlaps": overlaps,
-    "answers": answers,
-    "quick-start": quick_start,
-}
+KINDS = counted, families, timings, depths, decomposed, overlaps, answers, quick_start
+TABLES = {draw.__name__.replace("_", "-"): draw for draw in KINDS}  # tables of one file each
 
 
 # ------------------------------------------------------------------------------------------------- pages
