@@ -114,15 +114,15 @@ QUANTITIES = {  # name: (head of its column, digits, function of a row with one 
     "most-shared": ("largest overlap", 2, lambda r: max(r["overlap_last"])),
     "disjoint": ("disjoint pairs, %", 0, lambda r: 100 * mean(x == 0 for x in r["overlap_last"])),
     "alike": ("tasks with an older one's adapter", 0, lambda r: r["tasks"] - len({*r["chosen"]})),
-    "memory": ("memory, answering for 3, MB", 0, lambda r: r["memory"] / 1e6),
-    "bytes": ("file, MB", 2, lambda r: r["bytes"] / 1e6),
-    "commit": ("commit, ms", 0, lambda r: r["commit_ms"]),
-    "open": ("open all, ms", 0, lambda r: r["open_ms"]),
     "bare-ms": ("ms a token: bare", 3, lambda r: r["bare_ms"]),
     "routed-ms": ("routed", 3, lambda r: r["routed_ms"]),
     "lost": ("forgotten, nats: stored", 4, lambda r: r["stored_forgetting"]),
     "lost-routed": ("routed", 4, lambda r: r["routed_forgetting"]),
     "home": ("routed home, %", 1, lambda r: 100 * r["routed_home"]),
+    "bare": ("bare model", 1, lambda r: r["bare"]), "named": ("its own version", 1, lambda r: r["stored"]),
+    "routed-home": ("routed home, %", 0, lambda r: 100 * r["routed home"]),
+    "found-1": ("found from 1, %", 1, lambda r: 100 * r["found from 1"]),
+    "found-16": ("found from 16, %", 1, lambda r: 100 * r["found from 16"]),
 }
 SAID = {  # of a row that has another value than the paper's
     "backbone": "{}", "inputs": "{} inputs", "frequency": "frequency {:g}", "generator": "generator {}",
@@ -148,7 +148,9 @@ def grouped(rows):
         return rows
     groups = {}
     for row in rows:
-        groups.setdefault(described(row) if "variant" in row else str(row["n"]), []).append(row)
+        groups.setdefault(described(row) if "variant" in row else str(row.get("n", row["task"])), []).append(
+            row
+        )
     return groups
 
 

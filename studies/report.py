@@ -61,8 +61,9 @@ COLUMNS = {  # tables with a line a row and these quantities, means over its see
     "two-tasks": "learned kept routed B B-routed home-A home-B trained size",
     "one-task": "nats learned trained choices bases inside",
     "locked": "forgotten forgotten-routed lock-loss top-k moved inside-then inside-now",
+    "found": "bare named routed-home found-1 found-16",
     "scores": "score fm score-stored fm-stored overlap parameters outputs ms",
-    "stream": "bytes commit open memory bare-ms routed-ms lost lost-routed home",
+    "stream": "bare-ms routed-ms lost lost-routed home",
 }
 
 
