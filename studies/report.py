@@ -70,16 +70,11 @@ COLUMNS = {  # tables with a line a row and these quantities, means over its see
 def rows_table(kind, contents):
     """The rows of all files in one table; the paper's score and FM beside FTN's."""
     names, lines = COLUMNS[kind].split(), []
-    for row, seeds in [item for content in contents for item in grouped(content["rows"]).items()]:
+    rows = [item for content in contents for item in grouped(content["rows"]).items()]
+    for row, seeds in rows if kind != "stream" else [*rows[:3], *rows[11::12], rows[-1]]:
         cells = [[QUANTITIES[name][2](seed) for seed in seeds] for name in names]
+        cells = [cell[:1] if name in ("trained", "size") else cell for name, cell in zip(names, cells)]
         cells = [over(cell, QUANTITIES[name][1]) for name, cell in zip(names, cells)]
-        if (
-            kind == "stream"
-            and int(row) > 3
-            and int(row) % 12
-            and row != list(grouped(contents[0]["rows"]))[-1]
-        ):
-            continue
         paper = PUBLISHED[seeds[0]["variant"]].get(row.split()[1], ("", "")) if kind == "scores" else ()
         lines.append([row, str(len(seeds)), *cells, *paper])
     heads = ["", "seeds", *(QUANTITIES[name][0] for name in names)]
