@@ -114,15 +114,15 @@ QUANTITIES = {  # name: (head of its column, digits, function of a row with one 
     "most-shared": ("largest overlap", 2, lambda r: max(r["overlap_last"])),
     "disjoint": ("disjoint pairs, %", 0, lambda r: 100 * mean(x == 0 for x in r["overlap_last"])),
     "alike": ("tasks with an older one's adapter", 0, lambda r: r["tasks"] - len({*r["chosen"]})),
-    "memory": ("memory, answering for 3, MB", 0, lambda r: r["memory"] / 1e6),
-    "bytes": ("file, MB", 2, lambda r: r["bytes"] / 1e6),
-    "commit": ("commit, ms", 0, lambda r: r["commit_ms"]),
-    "open": ("open all, ms", 0, lambda r: r["open_ms"]),
     "bare-ms": ("ms a token: bare", 3, lambda r: r["bare_ms"]),
     "routed-ms": ("routed", 3, lambda r: r["routed_ms"]),
     "lost": ("forgotten, nats: stored", 4, lambda r: r["stored_forgetting"]),
     "lost-routed": ("routed", 4, lambda r: r["routed_forgetting"]),
     "home": ("routed home, %", 1, lambda r: 100 * r["routed_home"]),
+    "bare": ("bare model", 1, lambda r: r["bare"]), "named": ("its own version", 1, lambda r: r["stored"]),
+    "routed-home": ("routed home, %", 0, lambda r: 100 * r["routed home"]),
+    "found-1": ("found from 1, %", 1, lambda r: 100 * r["found from 1"]),
+    "found-16": ("found from 16, %", 1, lambda r: 100 * r["found from 16"]),
 }
 SAID = {  # of a row that has another value than the paper's
     "backbone": "{}", "inputs": "{} inputs", "frequency": "frequency {:g}", "generator": "generator {}",
@@ -148,21 +148,20 @@ def grouped(rows):
         return rows
     groups = {}
     for row in rows:
-        groups.setdefault(described(row) if "variant" in row else str(row["n"]), []).append(row)
+        groups.setdefault(described(row) if "variant" in row else str(row.get("n", row["task"])), []).append(
+            row
+        )
     return groups
 
 
 # ------------------------------------------------------------------------ figures that no single row has
 
 
-def times(sides, ours="ours", other="bare"):
-    """How many times the other side's median a median is. sides: {side: {"seconds": one a turn}}"""
-    return statistics.median(sides[ours]["seconds"]) / statistics.median(sides[other]["seconds"])
-
-
-def time_ratio(file, what, ours="ours", other="bare"):
-    """The same, a value for each {shape}, of a file of bench.py."""
-    return lambda read: [times(read(file)[what.format(shape)], ours, other) for shape in SHAPES]
+def time_ratio(file, what, other="bare"):
+    """How many times another side's median ours is, a value for each {shape}, of a file of bench.py."""
+    median = lambda sides, side: statistics.median(sides[side]["seconds"])
+    ratio = lambda sides: median(sides, "ours") / median(sides, other)
+    return lambda read: [ratio(read(file)[what.format(shape)]) for shape in SHAPES]
 
 
 def token_ratios(read):
@@ -294,7 +293,6 @@ OTHERS = {  # name: (digits, function of read) -> values, one a seed or a shape
     "first": (2, time_ratio("first-token-bench", "{}, first token after 256")),
     "first-peft": (2, time_ratio("first-token-bench", "{}, first token after 256", other="peft")),
     "right-A": (1, right("alpaca")), "right-B": (1, right("code")), "gains": (2, gains),
-    "stream-files": (0, lambda read: [sum(r["bytes"] for r in read("stream")) / 1e6]),
     "stream-early": (2, lambda read: stream_ratios(read)[:1]),
     "stream-late": (2, lambda read: stream_ratios(read)[1:]),
     **{f"topography{v}-{which}": (3, topography(variant, which == "same"))
@@ -347,23 +345,19 @@ def seeds_of(row, read):
     return grouped(read(file))[key]
 
 
-def near(ours, theirs):
-    """Whether a number of theirs is ours, give or take two deviations."""
-    return abs(mean(ours) - theirs) <= 2 * (statistics.stdev(ours) if len(ours) > 1 else 0)
-
-
 COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "=": operator.eq}
 
 
 def reached(condition, read):
-    """In which seeds a condition is met, `near` (~) in all or none. `is` compares words."""
+    """In which seeds a condition is met; in all or none where ~ says: within two deviations. `is` compares
+    words."""
     left, sign, right = re.fullmatch(r"(.+) ([<>=~]+|is) (.+)", condition).groups()
     left = values(left, read)
     if sign == "is":
         return [word == right for word in left]
     right = values(right, read)
     if sign == "~":
-        return [near(left, right[0])] * len(left)
+        return [abs(mean(left) - right[0]) <= 2 * statistics.stdev(left)] * len(left)
     right = right * len(left) if len(right) == 1 else right
     return [COMPARE[sign](a, b) for a, b in zip(left, right, strict=True)]
 

@@ -133,7 +133,7 @@ def draw_idea():
     axis.text(36, 34.4, "A prompt finds its capability by its coordinate", ha="center", fontsize=13)
     box, middle = dict(boxstyle="round,pad=0.5", fc="white"), dict(ha="center", va="center", fontsize=10)
     axis.text(8, 26, '"Name three\nfruits."', bbox=box, **middle)
-    axis.text(8, 11, "frozen\nbackbone", bbox=dict(box, fc="0.9"), **middle)
+    axis.text(8, 11, "first layers,\nbare", bbox=dict(box, fc="0.9"), **middle)
     axis.add_patch(plt.Rectangle((19, 4.5), 27, 27, fc="none", ec="0.5"))
     axis.text(32.5, 2.4, "the plane of coordinates z", **middle)
     random = torch.Generator().manual_seed(3)
@@ -143,8 +143,8 @@ def draw_idea():
         points = torch.rand(20, 2, generator=random) * torch.tensor([8, 4.4]) + torch.tensor([x - 4, y - 2.2])
         axis.scatter(*points.T.tolist(), s=14, marker=marker, color=colour)
         axis.text(x + 2, y + 6, f"region of {task}", **middle)
-        axis.text(60.5, bottom + 9.4, f"version {task}", **middle)
-        for layer in range(4):
+        axis.text(60.5, bottom + 7.4, f"version {task}", **middle)
+        for layer in range(3):
             chosen = torch.randperm(16, generator=random)[: 8 if task == "alpaca" else 0].tolist()
             for basis in range(16):
                 look = dict(fc=colour if basis in chosen else "white", ec=colour, linewidth=0.8)
@@ -154,7 +154,7 @@ def draw_idea():
     look = dict(arrowstyle="-|>", lw=1.6, color="black", shrinkA=0, shrinkB=0)
     for start, end in (((8, 22.8), (8, 14.4)), ((12.6, 12), (28, 21.6)), ((30.2, 22.7), (52, 25.6))):
         axis.annotate("", end, start, arrowprops=look)
-    steps = (8, 18.6, "1 probe"), (25, 12, "2 coordinate"), (41, 27, "3 route"), (49.6, 19.9, "4 gate")
+    steps = (8, 18.6, "1 read"), (25, 12, "2 coordinate"), (41, 27, "3 route"), (49.6, 19.9, "4 gate")
     for x, y, step in steps:
         axis.text(x, y, step, color="white", bbox=dict(box, boxstyle="round,pad=0.25", fc="black"), **middle)
     return figure
