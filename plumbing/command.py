@@ -104,7 +104,19 @@ def provenance():
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def processor():
+    """The processor's model, as far as the system tells it: sums differ in their last bits between models."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
 
 
 def write_results(path, program, argv, indent=None, **content):
