@@ -31,7 +31,7 @@ HERE = pathlib.Path(__file__).parent.parent
 from model import response_nll
 from plumbing import rows as kept
 from plumbing.tables import spread
-from studies import likelier, neurons, sequence, styles, tables, variants
+from studies import digits, likelier, neurons, sequence, styles, support, tables, variants
 from studies import sure as sure_study
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
@@ -169,6 +169,64 @@ def test_recall_without_the_lock_changes_what_is_recovered_and_no_training():
     searched, recalled = map(run_row, rows)
     assert all(searched[key] == recalled[key] for key in ("R_stored", "winners", "overwritten"))
     assert searched["R_recovered"] != recalled["R_recovered"]
+
+
+def test_few_labels_are_tried_at_the_end_of_the_stream_that_synthetic_runs():
+    """The stored scores are those of the published stream to the last bit; where masks are disjoint and
+    recalled, a task that was found is answered as with its own mask."""
+    for method in ("random-disjoint-recall", "ftn-slow", "supsup-0.003"):
+        row = support.SupportRow("clf", method, 0, draws=2, **SMALL)
+        out, published = support.run_row(row, support.METHODS[method]), run_row(row)
+        assert out["stored"] == published["R_stored"][-1]
+        assert {*out["ways"]} == {"recall", *(["search"] if method == "ftn-slow" else [])}
+        for measured in out["ways"].values():
+            cells = [sum(map(list, measured[name]), []) for name in support.MEASURES]
+            assert [len(c) for c in cells] == [3 * len(support.SIZES)] * 3
+            assert all(0 <= x <= 1 for c in cells for x in c)
+            if method != "ftn-slow":
+                assert all(s == f for _, f, s in zip(*cells))
+                scores = zip(cells[0], cells[1], out["stored"] * len(support.SIZES))
+                assert all(score == pytest.approx(own) for score, found, own in scores if found == 1)
+
+
+def test_a_recovery_sees_as_many_labels_as_it_says_and_is_judged_by_the_mask_it_gives():
+    learner = learner_of(support.SupportRow("clf", "ftn-slow", 0, **SMALL))
+    for t in range(2):
+        learner.begin(t)
+        learner.stored[t] = torch.arange(8) + 6 * t  # two of eight neurons in common
+    seen = []
+
+    def recover(t):
+        seen.append(learner.world.support[t])
+        return learner.stored[1]
+
+    for t, size, draw in ((0, 4, 0), (0, 4, 0), (0, 4, 1), (1, 64, 0)):
+        score, found, share = support.recovered(learner, recover, t, size, draw)
+        assert score == learner.score(learner.stored[1], *learner.world.test[t])
+        assert (found, share) == ((0, 0.25) if t == 0 else (1, 1))
+    assert [len(x) for x, _ in seen] == [len(y) for _, y in seen] == [4, 4, 4, 64]
+    assert torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[0][0], seen[2][0])
+
+
+def test_tasks_on_digits_rename_the_classes_of_the_same_images(monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    small = dict(SMALL, batch=16)
+    world = digits.DigitsRow("clf", "nomask", 3, **small).world()
+    x, y = zip(*(world.batch(t, 500, synthetic.generator("x")) for t in range(3)))
+    assert torch.equal(x[0], x[1]) and torch.equal(x[0], x[2])
+    for other in y[1:]:  # one to one, and not the identity
+        pairs = {*zip(y[0].tolist(), other.tolist())}
+        assert len(pairs) == 10 == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+        assert not torch.equal(y[0], other)
+    parts = [part[0][0] for part in (world.training, world.support, world.test)]
+    assert sum(map(len, parts)) == 1797 and len(parts[1]) == digits.SUPPORT
+    assert parts[0].mean(0).abs().max() < 1e-4 and all(p.isfinite().all() for p in parts)
+    for method in ("ftn-slow-lock", "random-disjoint-recall"):
+        out = synthetic.run_row(digits.DigitsRow("clf", method, 3, **small), digits.METHODS[method])
+        assert not any(out["parameters_moved"] + out["outputs_moved"]) and not any(out["overlap_last"])
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    line = run_quietly(digits.main, ["--methods", "fixedmask", "--steps", "1", "--workers", "1"], capsys)
+    assert "pip install scikit-learn" in line
 
 
 def test_every_method_has_a_row():
