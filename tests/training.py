@@ -20,7 +20,7 @@ import commit
 import eval as evaluation
 import train
 from commit import Run
-from model import FastBank, perplexity
+from model import FastBank, perplexity, response_nll
 from plumbing import Refused
 from plumbing.backbone import pick_device
 from plumbing.command import run_program
@@ -94,7 +94,7 @@ def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
     train.complete(args, run)
     model = run.open_model(*run.open_backbone(args.backbone, "cpu"))
     torch.manual_seed(0)
-    h_bar = 3 * torch.randn(50, 32)
+    h_bar = 3 * torch.randn(50, model.features)
     learner = train.writable(run, model, h_bar, args)
     weights = learner.weights()
     assert {k.split(".")[0] for k in weights} == {"bank", "field"} and learner.reads == [run.versions[0].hash]
@@ -183,7 +183,7 @@ def test_routing_is_measured_on_what_there_is_when_a_prompt_is_asked(micro, tmp_
         counts = {t: choice.count(i) for i, t in enumerate(run.tasks)}
         assert counts == run.manifest["results"][-1]["routing"][task]
         nll = sum(
-            evaluation.total_nll(model, batch, run.routed(asked)[0])
+            float(response_nll(*model.logits(batch, run.routed(asked)[0])).sum())
             for batch, asked in evaluation.batches(examples, routes)
         )
         routed = perplexity(nll, sum(len(r) for _, r in examples))
