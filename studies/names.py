@@ -25,6 +25,7 @@ import transformers
 from field import CoordinateDynamics, WeightField
 from model import NIWF
 from plumbing.tables import spread
+from studies.likelier import home_share
 from studies.styles import StyleRow
 from studies.neurons import StudyRow
 from studies.tables import decomposition
@@ -303,6 +304,8 @@ OTHERS = {  # name: (digits, function of read) -> values, one a seed or a shape
                                       ("kwta", "clf", "kwta"))},
     "upper-lower": (2, lambda read: pair(of_method(read("lora-ftn"), "lora-ftn", "style"), 0, 1)),
     "double-pirate": (2, lambda read: pair(of_method(read("lora-ftn"), "lora-ftn", "style"), 3, 5)),
+    **{f"home-{a}-{b}": (1, lambda read, r=f"{a}, {b}": [home_share(read("sequence")[-1]["home"][r])])
+       for a in ("regions", "words") for b in ("prompt", "input")},
     "pooled-correlation": (2, lambda read: [statistics.correlation(*zip(*itertools.chain(*streams(read))))]),
     "correlations": (2, lambda read: [statistics.correlation(*zip(*x)) for x in streams(read)]),
     "apart": (3, apart), "for-all": (3, fm_of(ONE_FOR_ALL)), "printed-all": (3, fm_of(HIDDEN)),
