@@ -41,8 +41,8 @@ import torch
 from torch import nn
 
 from field import top_k_gating
-from plumbing.passes import body_of, computed_once, decode, features_of, greedy, mean_and_last, mean_over
-from plumbing.passes import on_entering, pad_left, run_padded, until
+from plumbing.passes import body_of, computed_once, continuations, decode, features_of, greedy
+from plumbing.passes import mean_and_last, mean_over, on_entering, pad_left, run_padded, until
 from plumbing.targets import adapted_targets, compute_again, device_of, find_targets, in_out, layer_numbers
 from plumbing.targets import layers_of
 
@@ -312,11 +312,7 @@ class NIWF:
 
     def generate(self, prompts, *how, **more):
         """Return continuations of B prompts, all (token lists), without EOS. Takes what `stream` takes."""
-        new = [[] for _ in prompts]
-        for tokens in self.stream(prompts, *how, **more):
-            for row, token in tokens.items():
-                new[row].append(token)
-        return new
+        return continuations(len(prompts), self.stream(prompts, *how, **more))
 
 
 # ------------------------------------------------------------------------------------------ the same, faster

@@ -8,11 +8,9 @@ import socket
 import threading
 import urllib.parse
 
-import torch
-
 from plumbing import Refused
 from plumbing.files import NAME, SHA, parse_json, read_json, validate
-from plumbing.passes import greedy, last_logits, pad_left, positions_of
+from plumbing.passes import continuations, decode, positions_of
 from plumbing.prompts import pad_of, prompt_ids, prompt_of, stop_ids, text_of
 
 PROMPTS, TOKENS = 8, 32  # how many; where an answer is cut off: the longer, the sooner roundings part
@@ -42,20 +40,13 @@ def questions(run, entry, backbone, tokenizer):
     return dict([*found.items()][:: max(1, len(found) // PROMPTS)][:PROMPTS])
 
 
-@torch.no_grad()
 def greedy_answers(backbone, tokenizer, template, asked):
     """Return a backbone's greedy answers to `questions`, cut off after TOKENS tokens."""
     if not asked:
         return []
-    ends = torch.tensor(stop_ids(backbone, tokenizer, template))
-    ids, mask = pad_left([*asked.values()], pad_of(tokenizer), backbone)
-    start, cache = ids.shape[1], None
-    for _ in range(TOKENS):
-        logits, cache = last_logits(backbone, ids, mask, cache)
-        new = greedy(logits).to(ids.device)[:, None]
-        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
-    over = torch.isin(ids[:, start:].cpu(), ends).cumsum(1) > 0  # from where an answer has ended
-    return [text_of(tokenizer, row[~end].tolist()) for row, end in zip(ids[:, start:].cpu(), over)]
+    ends = stop_ids(backbone, tokenizer, template)
+    steps = decode(backbone, pad_of(tokenizer), [*asked.values()], ends, TOKENS)
+    return [text_of(tokenizer, new) for new in continuations(len(asked), steps)]
 
 
 def write_expected(path, about, end_id, asked, bare, answers):

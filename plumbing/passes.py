@@ -19,12 +19,17 @@ def body_of(backbone):
     return getattr(backbone, "model", body) if body is backbone else body
 
 
-def features_of(backbone, bare=0):
-    """Return how wide h_bar is: twice the hidden states that enter a layer if some layers stay bare, see
-    `mean_and_last`; else as the last ones, which OPT-350m projects before its head."""
+def width_of(backbone, bare=0):
+    """Return how wide the hidden states are that give h_bar: those that enter a layer if some layers stay
+    bare, else the last ones, which OPT-350m projects before its head."""
     config = backbone.config.get_text_config()
-    width = config.hidden_size
-    return 2 * width if bare else getattr(config, "word_embed_proj_dim", None) or width
+    return not bare and getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+
+def features_of(backbone, bare=0):
+    """Return how wide h_bar is. If some layers stay bare it is two vectors side by side, see
+    `mean_and_last`."""
+    return (2 if bare else 1) * width_of(backbone, bare)
 
 
 def positions_of(backbone):
@@ -172,7 +177,7 @@ def try_passes(backbone, pad_id, rows, targets, bare):
     entering = [until(layers_of(backbone)[bare], body)] if bare else []
     early = {name for name, fits in seen.items() if fits}
     for hidden, m in zip([body().last_hidden_state, *entering], (0, bare)):
-        wanted = features_of(backbone, m) // (2 if m else 1)
+        wanted = width_of(backbone, m)
         if hidden.shape != (*ids.shape, wanted):
             raise ValueError(f"its hidden states are {[*hidden.shape]}, not {wanted} wide")
     padded = run_padded(backbone, ids, mask, use_cache=False).logits
@@ -237,6 +242,15 @@ def decode(backbone, pad_id, prompts, eos_id, max_new_tokens, choose=greedy):
         if not open_rows.any():
             return
         yield {row: int(tokens[row]) for row in open_rows.nonzero()[:, 0].tolist()}
+
+
+def continuations(count, steps):
+    """Return what `decode` gives each of `count` prompts, whole: token lists, without the end."""
+    new = [[] for _ in range(count)]
+    for tokens in steps:
+        for row, token in tokens.items():
+            new[row].append(token)
+    return new
 
 
 def sampler(temperature=0.0, top_p=1.0, seed=0):
