@@ -186,16 +186,18 @@ def mahalanobis(z, mean, whiten):
     return ((unsquash(z) - mean) @ whiten.mT).square().sum(-1).clamp(min=1e-12).sqrt()
 
 
-def background(regions):
-    """Return the mean [d] and covariance [d, d] of a wide Gaussian for what no version has learned: the
-    moments of all coordinates that the regions were fitted to, with twice their covariance. The factor 2
+@functools.lru_cache(maxsize=1)  # the regions of a run stay, and every prompt asks
+def background(regions, wide=2.0):
+    """Return a wide Gaussian, as a Region, for what no version has learned: it has the moments of all
+    coordinates that the regions (a tuple) were fitted to, with `wide` times their covariance. The factor 2
     was chosen on thirteen tasks, of which one was left out at a time."""
     share = torch.tensor([r.n for r in regions], dtype=torch.float64)
     share = (share / share.sum())[:, None]
     means = torch.stack([r.mean for r in regions])  # [regions, d]
     mean = (share * means).sum(0)
     within = (share[:, None] * torch.stack([r.cov for r in regions])).sum(0)
-    return mean, 2 * (within + (means - mean).T @ (share * (means - mean)))
+    cov = wide * (within + (means - mean).T @ (share * (means - mean)))
+    return Region(mean, cov, tau=0.0, n=sum(r.n for r in regions))
 
 
 @dataclasses.dataclass
@@ -216,12 +218,12 @@ class Route:
 
 def route(z, regions):
     """Send coordinates z [B, d] to the region under whose Gaussian they are most likely (quadratic
-    discriminant analysis). The background takes part in how sure that is: a coordinate far from all regions
-    is told from one in the nearest (as in open-set recognition). -> Route"""
+    discriminant analysis). The background takes part in the probabilities, so that a choice far from every
+    region is not called sure (open-set recognition). -> Route"""
     # Ask all regions at once: one after another, routing would slow down with every task.
-    wide = Region(*background(regions), tau=0.0, n=0)
-    whiten = torch.stack([r.whiten for r in (*regions, wide)])  # [regions + 1, d, d]
-    mean = torch.stack([r.mean for r in (*regions, wide)])[:, None]  # [regions + 1, 1, d]
+    asked = [*regions, background((*regions,))]
+    whiten = torch.stack([r.whiten for r in asked])  # [regions + 1, d, d]
+    mean = torch.stack([r.mean for r in asked])[:, None]  # [regions + 1, 1, d]
     distance = mahalanobis(z.cpu().double(), mean, whiten).T  # [B, regions + 1]
     # log N(z; mu, Sigma) without its constant: log |Sigma|^(-1/2) sums the logarithms of L^-1's diagonal.
     scores = whiten.diagonal(dim1=1, dim2=2).log().sum(1) - distance.square() / 2

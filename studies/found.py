@@ -26,17 +26,15 @@ import random
 import statistics
 import tempfile
 
-from commit import Composition, Run, weigh
+from commit import Composition, weigh
 from eval import open_run, perplexity_under, probe_all
 from plumbing.command import Parser, number, output_file, run_program, write_results
 from plumbing.prompts import encode
 from plumbing.records import DATA, HUB_DATA, read_records
 from plumbing.tables import print_table
 from studies.styles import SENTENCES, StyleStream
-from train import parse_options as training_options
-from train import run_task
+from studies.variants import LORA, train_with
 
-LORA = "--bases 1 --top-k 1 --rank 64"  # NIWF with N = K = 1, see studies/variants.py
 STYLE, KIND = "--epochs 8 --batch 8 --grad-accum 1", "--epochs 8"  # how a version is trained
 DRAWN, DRAWS = (1, 4, 16), 50  # records that a version is found from; draws of each number
 
@@ -47,10 +45,8 @@ def learn(folder, task, train, test, args, more):
         for name, records in (("train", train), ("test", test)):
             pathlib.Path(tmp, name).write_text(json.dumps(records))
         where = ["--task", task, "--data", f"{tmp}/train", "--val-data", f"{tmp}/test", "--device", "cpu"]
-        options = training_options([*where, "--backbone", args.backbone, *more.split(), *args.options])
-        with Run(folder).exclusive() as run:
-            run_task(run, options)
-    return run
+        where += ["--backbone", args.backbone, "--out", str(folder)]
+        return train_with([*where, *more.split(), *args.options], None)
 
 
 def asked(model, run, tokenizer, records):

@@ -24,7 +24,7 @@ import torch
 
 import field
 from eval import probe_all
-from field import CoordinateDynamics, Region, route
+from field import CoordinateDynamics, Region, background, route
 from model import NIWF
 from plumbing.backbone import load_backbone
 from plumbing.command import Parser, number, output_file, run_program, write_results
@@ -35,13 +35,7 @@ from plumbing.targets import default_bare, layers_of
 
 TASKS = "mnli cb wic copa qqp boolq rte imdb yelp amazon sst2 dbpedia agnews".split()
 FIT, ASKED, LONGEST = 300, 100, 250  # prompts that a region is fitted to, that are routed; tokens of one
-WHOLE, BACKGROUND = "with the instruction", field.background
-
-
-def widened(factor, regions):
-    """Return the background with its covariance times a factor."""
-    mean, cov = BACKGROUND(regions)
-    return mean, factor * cov
+WHOLE = "with the instruction"
 
 
 def features_of_task(model, tokenizer, path, count, instruction):
@@ -54,14 +48,15 @@ def features_of_task(model, tokenizer, path, count, instruction):
 
 
 def area_under_curve(known, unknown):
-    """How often an unknown prompt has a larger figure than a known one (AUROC); known, unknown: [n], [k]."""
+    """Return how often an unknown prompt has a larger figure than a known one (AUROC). known [n], unknown
+    [k]; a draw counts half."""
     above = (unknown[:, None] > known).double() + 0.5 * (unknown[:, None] == known)
     return float(above.mean())
 
 
 def calibration_error(sure, right, bins=10):
-    """Expected calibration error: how far the mean of `sure` [n] is from the share that is `right` [n], in
-    ten bins of equal width, weighed by how many are in each."""
+    """Return the expected calibration error: how far the mean of `sure` [n] is from the share that is `right`
+    [n], in bins of equal width, weighed by how many are in each."""
     place = (sure * bins).long().clamp(max=bins - 1)
     sums = torch.zeros(bins, dtype=torch.float64).index_add(0, place, sure - right.double())
     return float(sums.abs().sum() / len(sure))
@@ -119,7 +114,7 @@ def main(argv=None):
             for part, count in (("train", FIT), (args.part, ASKED))
         )
         for wide in args.wide:
-            with unittest.mock.patch.object(field, "background", functools.partial(widened, wide / 2)):
+            with unittest.mock.patch.object(field, "background", functools.partial(background, wide=wide)):
                 each = [measure(fitted, asked, seed) for seed in range(args.seeds)]
             rows[f"{prompts}, background x {wide:g}"] = each
     names = [*each[0]]

@@ -56,6 +56,7 @@ from plumbing.prompts import encode, pad_of
 from field import CoordinateDynamics, Region, WeightField
 from studies.stream import learn_stream
 from studies.report import rows_table
+from studies.sure import area_under_curve
 from plumbing.records import DATA
 from plumbing.rows import read_sealed, sealed
 
@@ -529,8 +530,7 @@ def look_at_regions(folder):
     for i, v in enumerate(run.versions):
         distance, about = {task: v.region.distance(x) for task, x in z.items()}, {}
         for task, d in distance.items():
-            own, other = distance[v.task][:, None], d
-            auroc = float(((own < other).double() + (own == other).double() / 2).mean())
+            auroc = area_under_curve(distance[v.task], d)
             about[task] = {"inside": float((d <= v.region.tau).double().mean()), "AUROC": auroc}
             print(f"region of {v.task}: {about[task]['inside']:6.1%} of {task} inside, AUROC {auroc:.3f}")
         found["regions"][v.task] = about
