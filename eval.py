@@ -37,7 +37,7 @@ from field import take_snapshot, top_k_gating, unsquash
 from model import perplexity, response_nll
 from plumbing import Refused
 from plumbing.backbone import pick_device
-from plumbing.command import Parser, number, output_file, run_program, write_results
+from plumbing.command import run_program, write_results
 from plumbing.exact import exact_match
 from plumbing.files import atomic, latest_run
 from plumbing.openai import Answers
@@ -48,7 +48,7 @@ from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_mes
 from plumbing.records import read_examples
 from plumbing.server import serve
 from plumbing.tables import print_report, print_table, table_over_runs
-from plumbing.talk import answer_options, answer_prompt, check_answer_options, talk
+from plumbing.talk import answer_prompt, parse_questions, talk
 
 import torch
 
@@ -342,6 +342,24 @@ def perplexity_by_name(run, model, tokenizer, names):
     return table
 
 
+def answer_as_asked(run, model, tokenizer, args):
+    """Serve a page, talk, or answer one prompt, as the options say."""
+    stream = functools.partial(stream_answer, run, model, tokenizer, args.outside)
+    named = functools.partial(gating_by_name, run)
+    if args.web:
+        plane = Plane.of([v.region for v in run.versions])
+        answers = Answers(run, model.backbone, tokenizer, stream, named, BARE, plane, args)
+        return serve(answers, args.host, args.port)
+    choose = sampler(args.temperature, args.top_p, args.seed)
+    ask = functools.partial(answer_prompt, run, tokenizer, stream, args.max_new_tokens, choose)
+    asked = named(args.version[0]) if args.version else None
+    asked = most_like(run, model, tokenizer, args.like) if args.like else asked
+    history_of = functools.partial(system_message, tokenizer=tokenizer, template=run.template, day=run.day)
+    if args.talk:
+        return talk(ask, run.entries, named, BARE, history_of, args.system, asked)
+    return ask({"instruction": args.prompt, "input": args.input, "history": history_of(args.system)}, asked)
+
+
 # ------------------------------------------------------------------------------------------- the command line
 
 
@@ -375,29 +393,6 @@ def measure_run(run, model, tokenizer, args):
     return out
 
 
-def parse_options(argv=None):
-    p = Parser(__doc__, prog="eval.py")
-    add = p.add_argument
-    add("--run", nargs="+", help="run folder, or several for mean and deviation [the latest under runs/]")
-    add("--backbone", help="where the run's backbone lies now [where it was]")
-    add("--device", help="cpu, cuda, mps [what is there]")
-    add("--device-map", choices=["auto"], help="spread a backbone over all GPUs, then memory, then disk")
-    about = "who answers a prompt like none learned: the nearest version or the bare backbone"
-    add("--outside", choices=["nearest", "base"], default="nearest", help=about)
-    about = "measure every task under these, or let the first answer --prompt and --talk"
-    add("--version", nargs="+", metavar="NAME", help=about)
-    about = "let who has the lowest loss on these labelled records answer --prompt and --talk"
-    add("--like", metavar="FILE", help=about)
-    add = p.add_argument_group("what is measured").add_argument
-    add("--json", type=output_file, metavar="FILE", help="write what was measured")
-    about = "count the validation prompts that are answered exactly right; print SHOW of each task"
-    add("--exact-match", nargs="?", type=number(int, 0), const=0, metavar="SHOW", help=about)
-    answer_options(p)
-    args = p.parse_args(argv)
-    check_answer_options(p, args)
-    return args
-
-
 def open_run(folder, device=None, names=(), device_map=None, backbone=None):
     """Return a run, the model that holds its versions, and the tokenizer. device: None is the best there is.
     backbone: where it lies now; None is where it was. Raises Refused if nothing has been committed there, no
@@ -415,27 +410,12 @@ def open_run(folder, device=None, names=(), device_map=None, backbone=None):
 
 @torch.no_grad()
 def main(argv=None):
-    args, outs = parse_options(argv), []
+    args, outs = parse_questions(__doc__, argv), []
     for folder in args.run or [latest_run()]:
         names = args.version or ()
         run, model, tokenizer = open_run(folder, args.device, names, args.device_map, args.backbone)
-        stream = functools.partial(stream_answer, run, model, tokenizer, args.outside)
-        named = functools.partial(gating_by_name, run)
-        if args.web:
-            plane = Plane.of([v.region for v in run.versions])
-            answers = Answers(run, model.backbone, tokenizer, stream, named, BARE, plane, args)
-            return serve(answers, args.host, args.port)
-        if args.talk or args.prompt is not None:
-            choose = sampler(args.temperature, args.top_p, args.seed)
-            ask = functools.partial(answer_prompt, run, tokenizer, stream, args.max_new_tokens, choose)
-            asked = named(args.version[0]) if args.version else None
-            asked = most_like(run, model, tokenizer, args.like) if args.like else asked
-            how = {"tokenizer": tokenizer, "template": run.template, "day": run.day}
-            history_of = functools.partial(system_message, **how)
-            if args.talk:
-                return talk(ask, run.entries, named, BARE, history_of, args.system, asked)
-            prompt = {"instruction": args.prompt, "input": args.input, "history": history_of(args.system)}
-            return ask(prompt, asked)
+        if args.web or args.talk or args.prompt is not None:
+            return answer_as_asked(run, model, tokenizer, args)
         outs.append(measure_run(run, model, tokenizer, args))
     if len(outs) > 1:
         if any(o["tasks"] != outs[0]["tasks"] for o in outs):

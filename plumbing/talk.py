@@ -1,4 +1,4 @@
-"""A prompt to talk to, and a text that comes in pieces."""
+"""A prompt to talk to, a text that comes in pieces, and what may be asked on a command line."""
 
 import contextlib
 import os
@@ -7,15 +7,31 @@ import sys
 import torch
 
 from plumbing import Refused
-from plumbing.command import number
+from plumbing.command import Parser, number, output_file
 from plumbing.prompts import prompt_ids, text_of
 
 COMMANDS = "/versions, /use NAME, /auto, /base, /system TEXT or /quit"
 
 
-def answer_options(parser):
-    """Give a parser the options that say what is asked, and how answers are drawn."""
-    add = parser.add_argument_group("answers").add_argument
+def parse_questions(doc, argv=None):
+    """Parse the command line of eval.py, whose docstring is `doc`."""
+    p = Parser(doc, prog="eval.py")
+    add = p.add_argument
+    add("--run", nargs="+", help="run folder, or several for mean and deviation [the latest under runs/]")
+    add("--backbone", help="where the run's backbone lies now [where it was]")
+    add("--device", help="cpu, cuda, mps [what is there]")
+    add("--device-map", choices=["auto"], help="spread a backbone over all GPUs, then memory, then disk")
+    about = "who answers a prompt like none learned: the nearest version or the bare backbone"
+    add("--outside", choices=["nearest", "base"], default="nearest", help=about)
+    about = "measure every task under these, or let the first answer --prompt and --talk"
+    add("--version", nargs="+", metavar="NAME", help=about)
+    about = "let who has the lowest loss on these labelled records answer --prompt and --talk"
+    add("--like", metavar="FILE", help=about)
+    add = p.add_argument_group("what is measured").add_argument
+    add("--json", type=output_file, metavar="FILE", help="write what was measured")
+    about = "count the validation prompts that are answered exactly right; print SHOW of each task"
+    add("--exact-match", nargs="?", type=number(int, 0), const=0, metavar="SHOW", help=about)
+    add = p.add_argument_group("answers").add_argument
     add("--prompt", help="an instruction to answer, instead of measuring")
     add("--input", default="", help="the input that goes with --prompt")
     add("--talk", action="store_true", help="answer what is typed or piped in, line after line")
@@ -31,25 +47,28 @@ def answer_options(parser):
     add("--port", type=number(int, 0, 65535), default=8765, help="of --web; 0: any that is free")
     about = "the address at which --web can be reached; any but this lets other machines ask"
     add("--host", default="127.0.0.1", help=about)
+    args = p.parse_args(argv)
+    check_questions(p, args)
+    return args
 
 
-def check_answer_options(parser, args):
+def check_questions(p, args):
     """End the program with one line if what these options say does not go together."""
     ways = args.talk + args.web + (args.prompt is not None)
     if ways > 1:
-        parser.error("--prompt asks once, --talk and --web go on: one of them")
+        p.error("--prompt asks once, --talk and --web go on: one of them")
     if ways and len(args.run or ()) > 1:
-        parser.error("--prompt, --talk and --web go with one run folder")
+        p.error("--prompt, --talk and --web go with one run folder")
     if not ways and args.temperature:
-        parser.error("--temperature goes with --prompt, --talk or --web: what is measured is greedy")
+        p.error("--temperature goes with --prompt, --talk or --web: what is measured is greedy")
     if args.system and (args.web or not ways):
-        parser.error("--system goes with --prompt or --talk")
+        p.error("--system goes with --prompt or --talk")
     if args.top_p < 1 and not args.temperature:
-        parser.error("--top-p goes with a --temperature")
+        p.error("--top-p goes with a --temperature")
     if args.web and args.version:
-        parser.error("--version goes with --prompt or --talk: on the page, whoever asks chooses")
+        p.error("--version goes with --prompt or --talk: on the page, whoever asks chooses")
     if args.like and (args.version or args.web or not ways):
-        parser.error("--like goes with --prompt or --talk, and not with --version")
+        p.error("--like goes with --prompt or --talk, and not with --version")
 
 
 def pieces(tokenizer, steps):
