@@ -372,16 +372,17 @@ def compose(run, names, weights, name, like=None, backbone=None):
 def weigh(model, versions, examples, kept=4, steps=15, lr=0.5):
     """Find weights for n versions by the loss on examples: FTN's Algorithm 1 over versions in place of
     neurons, without a torus. Each begins with 1 / (n + 1). -> hashes and weights of the `kept` largest"""
+    # Take four examples a pass, because a pass keeps the factors of all versions for its gradient.
     parts = [examples[i : i + 4] for i in range(0, len(examples), 4)]
     parts = [(part, model.probe([prompt for prompt, _ in part])) for part in parts]
     tokens = sum(len(response) for _, response in examples)
 
     def loss(mask):
-        shares = mask.detach().requires_grad_()  # four examples a pass: each keeps all versions' factors
+        shares = mask.detach().requires_grad_()
         for part, h_bar in parts:
             gating = Composition("", [], shares, versions).gating(h_bar)
             (response_nll(*model.logits(part, gating)).sum() / tokens).backward()
-        return mask @ shares.grad  # with the gradient that the mean loss has
+        return mask @ shares.grad  # its gradient in `mask` is that of the mean loss
 
     m = propose(loss, torch.full((len(versions),), -math.log(len(versions))), steps, lr)
     winners = k_winners(m, min(kept, len(m))).tolist()

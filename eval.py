@@ -408,9 +408,12 @@ def open_run(folder, device=None, names=(), device_map=None, backbone=None):
     return run, run.open_model(backbone, tokenizer), tokenizer
 
 
+parse_options = functools.partial(parse_questions, __doc__)
+
+
 @torch.no_grad()
 def main(argv=None):
-    args, outs = parse_questions(__doc__, argv), []
+    args, outs = parse_options(argv), []
     for folder in args.run or [latest_run()]:
         names = args.version or ()
         run, model, tokenizer = open_run(folder, args.device, names, args.device_map, args.backbone)

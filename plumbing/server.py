@@ -67,7 +67,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         super().__init__(address, Handler)
         self.answers, self.host, self.line = answers, host, queue.SimpleQueue()
         self.slots, self.lock = threading.Semaphore(CONNECTIONS), threading.Lock()
-        self.open = {}  # connections, and until when each may keep us waiting; None: as long as it takes
+        self.open = {}  # connections, and when the time of each ends; None: it may take as long as it takes
         page, models = PAGE.read_text(encoding="utf-8"), answers.models()
         policy = {"Content-Security-Policy": page_policy(page)}
         self.found = {"/": (page.encode(), "text/html; charset=utf-8", policy)}
@@ -87,19 +87,19 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 job.events.put(e if isinstance(e, Wrong) else Wrong(e))
 
     def handle_error(self, *_):
-        """Print the error that is being handled in one line. A client that breaks off is none."""
+        """Print the error that is being handled in one line. That a client breaks off is no error."""
         e = sys.exc_info()[1]
         if not isinstance(e, OSError):
             print(Refused(f"[{type(e).__name__}: {e}"[:300] + "]"), file=sys.stderr, flush=True)
 
     def grant(self, connection, seconds):
-        """Let a connection keep us waiting for so long from now, or as long as it takes, if None."""
+        """Give a connection so many seconds from now to send its request; with None as many as it takes."""
         with self.lock:
             self.open[connection] = seconds and time.monotonic() + seconds
 
     def hurry(self, late, most=None):
-        """Read no more of connections, `most` at most, that may keep us waiting until `late`. Their threads
-        find that the request ended, and say so. Return how many there were."""
+        """Stop reading from connections whose time ends before `late`, from at most `most`, the oldest first.
+        Their threads then see the end of the request, and refuse it. Return how many there were."""
         with self.lock:
             found = [c for c, until in self.open.items() if until and until < late][:most]
             for connection in found:
@@ -109,11 +109,11 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return len(found)
 
     def service_actions(self):
-        """Now and then, hurry those whose time is up."""
+        """Stop reading from those whose time is up. The standard library calls this twice a second."""
         self.hurry(time.monotonic())
 
     def process_request(self, connection, address):
-        """Give a connection a thread. If none is free, whoever has kept us waiting longest has to go."""
+        """Give a connection a thread. If none is free, the one that has waited longest is ended for it."""
         if not self.slots.acquire(blocking=False):
             if not self.hurry(math.inf, 1) or not self.slots.acquire(timeout=1):
                 with contextlib.suppress(OSError):

@@ -27,11 +27,13 @@ ANSWERS = "turns.at(-1).answers.map(a => [a.who.name, a.card.querySelector('.tex
 
 
 def a_prompt_for_each(folder):
-    """Return {version: an instruction that is routed to it}, out of what it is measured on."""
+    """Return {version: the instruction that is routed to it most surely}, out of what it is measured on: one
+    in doubt might go elsewhere alone than in a batch."""
     run, model, tokenizer = open_run(folder, "cpu")
     records = [r for task in run.tasks for r in run.validation(task) if not r.get("input")]
     _, found = answer(run, model, tokenizer, records, max_new_tokens=1)
-    return {run.tasks[i]: r["instruction"] for i, r in zip(found.choice.tolist(), records)}
+    order = found.probability.argsort().tolist()  # the surest come last, and stay
+    return {run.tasks[found.choice[i]]: records[i]["instruction"] for i in order}
 
 
 def test_in_a_browser_two_prompts_fall_into_two_regions_and_two_versions_answer(two, of_two, browser):
