@@ -76,6 +76,12 @@ def of_first(part, key, scale=1):
     return lambda row: scale * row[part][row["tasks"][0]][key] if part in row else None
 
 
+def few(way, measure, size):
+    """With so many labels, mean over tasks; None where a mask is not recovered in this way."""
+    at = lambda row: row["sizes"].index(size)
+    return lambda row: mean(row["ways"][way][measure][at(row)]) if way in row["ways"] else None
+
+
 def of_summary(key):
     return lambda row: row_summary(row).get(key)
 
@@ -122,6 +128,8 @@ QUANTITIES = {  # name: (head of its column, digits, function of a row with one 
     "home": ("routed home, %", 1, lambda r: 100 * r["routed_home"]),
     "bare": ("bare model", 1, lambda r: r["bare"]), "named": ("its own version", 1, lambda r: r["stored"]),
     "routed-home": ("routed home, %", 0, lambda r: 100 * r["routed home"]),
+    **{f"{way}-{measure}-{n}": (f"{head}, {n}", 3, few(way, measure, n)) for way in ("search", "recall")
+       for measure, head in (("found", "found"), ("score", "score")) for n in (1, 2, 4, 8, 16, 64, 256)},
     "found-1": ("found from 1, %", 1, lambda r: 100 * r["found from 1"]),
     "found-16": ("found from 16, %", 1, lambda r: 100 * r["found from 16"]),
 }

@@ -26,7 +26,7 @@ except ImportError:
 from plumbing import Refused
 from plumbing.command import Parser, run_program
 from plumbing.files import atomic
-from studies import neurons, styles
+from studies import neurons, styles, support
 from studies.names import GENERATORS, HIDDEN, ONE_FOR_ALL, of_method, shared_and_lost
 from studies.report import HOME, naming, read_results
 from synthetic import VARIANTS, SearchedMask
@@ -242,6 +242,8 @@ def main(argv=None):
                     read_results(draw)["rows"]
                 )
             save(made, args.to / f"niwf-{name}.png")
+        with naming("ftn-support"):
+            save(support.draw(read_results("ftn-support")["rows"]), args.to / "ftn-support.png")
         with naming("ftn-*"):
             save(draw_overlap(lambda name: read_results(name)["rows"]), args.to / "ftn-overlap.png")
 

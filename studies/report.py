@@ -57,12 +57,18 @@ def table(heads, lines):
     return ["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]]
 
 
+LABELS = 1, 2, 4, 8, 16, 64, 256  # in a support batch
+
 COLUMNS = {  # tables with a line a row and these quantities, means over its seeds
     "two-tasks": "learned kept routed B B-routed home-A home-B trained size",
     "one-task": "nats learned trained choices bases inside",
     "locked": "forgotten forgotten-routed lock-loss top-k moved inside-then inside-now",
     "found": "bare named routed-home found-1 found-16",
     "scores": "score fm score-stored fm-stored overlap parameters outputs ms",
+    **{
+        f"{way}-labels": " ".join(f"{way}-{what}-{n}" for what in ("found", "score") for n in LABELS)
+        for way in ("search", "recall")
+    },
     "stream": "bare-ms routed-ms lost lost-routed home",
 }
 
@@ -75,6 +81,8 @@ def rows_table(kind, contents):
         cells = [[QUANTITIES[name][2](seed) for seed in seeds] for name in names]
         cells = [cell[:1] if name in ("trained", "size") else cell for name, cell in zip(names, cells)]
         cells = [over(cell, QUANTITIES[name][1]) for name, cell in zip(names, cells)]
+        if not any(cells):
+            continue
         paper = PUBLISHED[seeds[0]["variant"]].get(row.split()[1], ("", "")) if kind == "scores" else ()
         lines.append([row, str(len(seeds)), *cells, *paper])
     heads = ["", "seeds", *(QUANTITIES[name][0] for name in names)]

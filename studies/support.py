@@ -130,7 +130,8 @@ def print_tables(outs):
 
 def draw(rows):
     """A figure: a column a variant, above the score against the size of the support batch, below the share of
-    tasks found; a colour for every method, dashed where a mask is recalled though the method searches."""
+    tasks found, dotted what chance finds; a colour for every method, dashed where a mask is recalled though
+    the method searches."""
     from matplotlib import pyplot as plt
 
     variants = list(dict.fromkeys(o["variant"] for o in rows))
@@ -141,11 +142,12 @@ def draw(rows):
             for (method, way), seeds in found.items():
                 look = dict(color=f"C{list(METHODS).index(method)}", marker=".", label=f"{method}, {way}")
                 look["linestyle"] = "--" if way == "recall" and (method, "search") in found else "-"
-                axis.errorbar(SIZES, [*map(statistics.mean, zip(*seeds))], **look)
+                axis.plot(SIZES, [*map(statistics.mean, zip(*seeds))], **look)
             axis.set_xscale("log", base=2)
             axis.set_xticks(SIZES, map(str, SIZES))
         column[0].set_title(VARIANTS[variant]["title"], fontsize=10)
         column[0].set_yscale("log" if variant == "reg" else "linear")
+        column[1].axhline(1 / rows[0]["tasks"], color="gray", linestyle=":")  # by chance
         column[1].set_ylim(0, 1.03)
     axes[0, 0].set_ylabel("score with the recovered mask", fontsize=9)
     axes[1, 0].set_ylabel("share of tasks found", fontsize=9)

@@ -171,12 +171,14 @@ def test_recall_without_the_lock_changes_what_is_recovered_and_no_training():
     assert searched["R_recovered"] != recalled["R_recovered"]
 
 
-def test_few_labels_are_tried_at_the_end_of_the_stream_that_synthetic_runs():
+def test_few_labels_are_tried_at_the_end_of_the_stream_that_synthetic_runs(capsys):
     """The stored scores are those of the published stream to the last bit; where masks are disjoint and
     recalled, a task that was found is answered as with its own mask."""
+    outs = []
     for method in ("random-disjoint-recall", "ftn-slow", "supsup-0.003"):
         row = support.SupportRow("clf", method, 0, draws=2, **SMALL)
         out, published = support.run_row(row, support.METHODS[method]), run_row(row)
+        outs.append(out)
         assert out["stored"] == published["R_stored"][-1]
         assert {*out["ways"]} == {"recall", *(["search"] if method == "ftn-slow" else [])}
         for measured in out["ways"].values():
@@ -187,6 +189,11 @@ def test_few_labels_are_tried_at_the_end_of_the_stream_that_synthetic_runs():
                 assert all(s == f for _, f, s in zip(*cells))
                 scores = zip(cells[0], cells[1], out["stored"] * len(support.SIZES))
                 assert all(score == pytest.approx(own) for score, found, own in scores if found == 1)
+    support.print_tables(outs)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("ftn-slow, search") for line in lines) == len(support.MEASURES)
+    pytest.importorskip("matplotlib")
+    assert [len(axis.lines) for axis in support.draw(outs).axes] == [4, 5]  # a line a method and way; chance
 
 
 def test_a_recovery_sees_as_many_labels_as_it_says_and_is_judged_by_the_mask_it_gives():
