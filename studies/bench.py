@@ -3,12 +3,9 @@
     python -m studies.bench niwf                         # a training step beside peft (pip install peft)
     python -m studies.bench decode                       # prefill and decoding beside peft's LoRA
     python -m studies.bench first-token                  # until a routed answer begins, beside the bare model
-    python -m studies.bench gather                       # one projection: bases a sequence, or a token
     python -m studies.bench growth --run runs/stream   # what the first n versions cost and know, for every n
     python -m studies.bench memory --layers 1 2 4      # a step's peak memory at full width, beside its count
     python -m studies.bench ftn                          # a training step against the literal Algorithm 1
-    python -m studies.bench lora-ftn --backbone tiny     # a step and a mask search against all H components
-    python -m studies.bench processes                    # a whole training in one process, and in two
 
 All sides run in turns of a few steps, in one process, on one thread (niwf: on all) and on the same batches,
 so that each finds in the cache what it would find there in training. The median turn counts, the first is
@@ -25,19 +22,15 @@ import contextlib
 import copy
 import functools
 import importlib.util
-import json
 import math
 import multiprocessing
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
 
 import torch
-import torch.nn.functional as F
 import transformers
 
 from commit import Run
@@ -54,9 +47,7 @@ from plumbing.targets import adapted_targets, default_bare, find_targets, layers
 from plumbing.training import peak_memory, resource
 from field import CoordinateDynamics, Region, WeightField, route, top_k_gating
 from ftn import SmoothKWTA
-from studies import styles
 from studies.memory import PARTS, TOKENS, count_memory
-from studies.styles import Adapters, StyleRow
 from synthetic import HEAD, METHODS, Neurons, Row, generator
 
 
@@ -261,37 +252,6 @@ def bench_first(shape, turns, passes):
         yield what, compare_sides(what, shape, passes, sides, turns, "generate", prompts, 1)
 
 
-def bench_gather(shape, turns, passes):
-    """One projection's update (section 3.1): bases gathered once a sequence, as here, and once a token."""
-    backbone, pad_id, examples = make_backbone(shape)
-    side, length = Gated(backbone, pad_id, examples, passes), max(len(p) + len(r) for p, r in examples)
-    bank, name = side.model.bank, next(iter(side.model.bank.shapes))
-    x, y = (torch.randn(len(examples), length, d) for d in bank.shapes[name])
-    with torch.no_grad():
-        gating = side.gating(side.h_bar)
-        bank.use(gating)
-        indices, weights = (part[:, 0] for part in gating)  # [B, K], of the first layer
-        A, B = (bank.live[f"{name}.{part}"] for part in "AB")
-
-        def a_token():
-            every = indices[:, None].expand(-1, length, -1)  # [B, T, K]
-            h = torch.einsum("btd,btkrd->btkr", x, A[every]) * bank.scale * weights[:, None, :, None]
-            return y + torch.einsum("btkr,btkrd->btd", h, B[every])
-
-        sides, times = {"a sequence": lambda: bank.update(name, x, y), "a token": a_token}, [[], []]
-        for _ in range(turns + 1):
-            (ours,), (theirs,) = take_turn(sides.values(), [()], times)
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    size = 4 * indices.numel() * RANK * sum(bank.shapes[name])
-    rows = {}
-    for side_name, spent, count in zip(sides, times, (size, size * length)):
-        rows[side_name] = {"seconds": spent[1:], "bytes": count}
-        print(
-            f"{shape}, {name}: {side_name} {1e3 * statistics.median(spent[1:]):.1f} ms, {count / 1e6:.1f} MB"
-        )
-    yield f"{shape}, {len(examples)} x {length} tokens", rows
-
-
 # ------------------------------------------------------------------------------------------- memory, measured
 
 
@@ -408,90 +368,6 @@ def bench_ftn(variant, turns, steps=5):
     )
 
 
-# ------------------------------------------------------------------------------------------------- the pool
-
-
-class LiteralPool:
-    """All H components on every token, with a gradient for each: FTN Eq. (1) as it is written."""
-
-    def __init__(self, learner):
-        self.learner, self.mask = learner, None
-        parts = learner.components.parts
-        self.full = {name: tuple(p.clone().requires_grad_() for p in pair) for name, pair in parts.items()}
-        parameters = [p for pair in self.full.values() for p in pair]
-        self.adam = torch.optim.AdamW(parameters, lr=learner.row.lr, weight_decay=0.0, fused=True)
-        attach(find_targets(learner.backbone, learner.TARGETS), self.update)
-
-    def update(self, name, x, y):
-        if self.mask is None:
-            return y
-        A, B = (p.flatten(0, 1) for p in self.full[name])  # [H r, d]
-        return y + (F.linear(x, A) * self.mask.repeat_interleave(self.learner.row.rank)) @ B
-
-    def copy_from(self, pool):
-        """Start from the same parameters as the pool."""
-        for name, pair in self.full.items():
-            for p, part in zip(pair, pool.parts[name]):
-                p.data.copy_(part)
-
-    @contextlib.contextmanager
-    def under(self, mask):
-        self.mask = mask
-        try:
-            yield
-        finally:
-            self.mask = None
-
-    def loss(self, mask, examples):
-        with self.under(mask):
-            return self.learner.loss(examples)
-
-    def search(self, examples):
-        search = algorithm_1(self.learner)
-        return search.configure(lambda mask: self.loss(mask, examples), self.learner.row.side)
-
-    def step(self, examples):
-        self.adam.zero_grad()
-        mask = torch.zeros(self.learner.row.side**2).index_fill(0, self.learner.stored[-1], 1.0)
-        self.loss(mask, examples).backward()
-        self.adam.step()
-
-
-def bench_lora_ftn(backbone, turns):
-    """A search and a step of LoRA-FTN in its second task, against all H components on every token."""
-    torch.manual_seed(0)
-    row = StyleRow("lora-ftn", 0, backbone)
-    ours = Adapters(row, styles.METHODS[row.method][1])
-    first, second = ours.world.training[:2]
-    ours.begin(0)
-    for _ in range(20):
-        ours.train(0, first[:8])
-    ours.end(0, None)
-    literal = LiteralPool(ours)
-    ours.begin(1)
-    ours.train(1, second[:8])
-
-    def our_search(examples):
-        return ours.mask.mask_for(ours, 1, examples)
-
-    def our_step(examples):
-        ours.optimizer.zero_grad()
-        with ours.components.applied(ours.live):
-            ours.loss(examples).backward()
-        ours.optimizer.step()
-
-    searches, steps, same = ([], []), ([], []), []
-    for i in range(turns + 1):
-        ours.components.store(ours.rows, ours.live)
-        literal.copy_from(ours.components)
-        (mask,), (mask_,) = take_turn((our_search, literal.search), [(second[16:32],)], searches)
-        same.append(len(set(mask.tolist()) & set(mask_.tolist())) / row.k)
-        start = 8 * i % (len(second) - 8)
-        take_turn((our_step, literal.step), [(second[start : start + 8],)], steps)
-    print(f"search: {compared(searches)}; the two masks share {statistics.mean(same):.1%} of their winners")
-    print(f"step: {compared(steps)}")
-
-
 # ---------------------------------------------------------------------------------- what n versions cost
 
 
@@ -575,63 +451,18 @@ def time_passes(run, model, tokenizer, turns):
     return {name: 1000 * statistics.median(spent[1:]) / tokens for name, spent in zip(passes, times)}
 
 
-# ---------------------------------------------------------------------------------------- several processes
-
-PINNED = """import os, runpy
-core = sorted(os.sched_getaffinity(0))[int(os.environ.get("LOCAL_RANK", 0))]
-os.sched_setaffinity(0, {core})
-runpy.run_path("train.py", run_name="__main__")"""
-TRAINING = "--task alpaca --device cpu --epochs 4 --grad-accum 4 --passes two"  # as published
-
-
-def train_pinned(shape, size, folder):
-    """A whole training in `size` processes, each with one thread on a core of its own. -> (wall seconds, the
-    losses of its steps)"""
-    launcher = "-m torch.distributed.run --standalone --no-python --nproc_per_node".split()
-    command = [sys.executable, *launcher, str(size)] if size > 1 else []
-    command += [sys.executable, "-c", PINNED, *TRAINING.split(), "--backbone", shape, "--out", str(folder)]
-    how = dict(cwd=pathlib.Path(__file__).parent.parent, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    began = time.perf_counter()
-    if subprocess.run(command, stdout=subprocess.DEVNULL, **how).returncode:
-        raise Refused(f"a training in {size} processes has failed")
-    seconds = time.perf_counter() - began
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return seconds, [line["lm"] for line in lines if "step" in line]
-
-
-def bench_processes(shape, turns):
-    """The same training in one process and in two, in turns, from the start of the program to its end."""
-    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
-        raise Refused("bench.py processes needs two cores, and a system that gives each process its own")
-    times, losses = {1: [], 2: []}, {}
-    with tempfile.TemporaryDirectory() as tmp:
-        for turn in range(turns):
-            for size, spent in times.items():
-                seconds, losses[size] = train_pinned(shape, size, pathlib.Path(tmp, f"{size}-{turn}"))
-                spent.append(seconds)
-    one, two = (statistics.median(spent) for spent in times.values())
-    worst, what = max(abs(a - b) for a, b in zip(*losses.values())), f"{shape}, a training"
-    print(
-        f"{what}: one process {one:.1f} s, two {two:.1f} s, ratio {two / one:.2f}; losses {worst:.1e} apart"
-    )
-    yield what, {"one": {"seconds": times[1]}, "two": {"seconds": times[2]}, "losses apart": worst}
-
-
 # ----------------------------------------------------------------------------------------- the command line
 
 
 ABOUT = {
     "ftn": "a training step of FTN against the literal Algorithm 1",
-    "lora-ftn": "a step and a search of LoRA-FTN against all components",
     "niwf": "a training step of NIWF beside peft's LoRA",
     "decode": "prefill and decoding beside peft's LoRA",
     "first-token": "the time until a routed answer begins, beside the bare model and peft's LoRA",
-    "gather": "bases gathered a sequence, and a token",
     "memory": "peak memory of a training step, measured and counted",
     "growth": "what the first n versions of a stream cost and know, for every n",
-    "processes": "a whole training of NIWF in one process, and in two",
 }
-SHAPED = {"niwf": bench_niwf, "decode": bench_decode, "first-token": bench_first, "gather": bench_gather}
+SHAPED = {"niwf": bench_niwf, "decode": bench_decode, "first-token": bench_first}
 
 
 def parse_options(argv=None):
@@ -645,9 +476,7 @@ def parse_options(argv=None):
             add("--bare-layers", type=number(int, 0, 100), default=0, help="of them [0: two passes]")
         else:
             add("--repeats", type=number(int, 1, 1000), default=5, help="turns that are timed")
-        if name == "lora-ftn":
-            add("--backbone", default="tiny", help="tiny, a Hub id, a local folder, FILE.gguf")
-        elif name != "ftn":
+        if name != "ftn":
             add("--json", type=output_file, help="write what was measured to this file")
         if name == "growth":
             add("--run", default="runs/stream", help="run folder of a stream")
@@ -669,15 +498,11 @@ def measure(args):
         return {
             what: found for shape in args.shape for what, found in bench(shape, args.repeats, args.passes)
         }
-    if args.command == "processes":
-        return dict(bench_processes("tiny", args.repeats))
     if args.command == "memory":
         return bench_memory(args.backbone, args.layers, args.bare_layers)
     torch.set_num_threads(1)
     if args.command == "growth":
         return list(bench_growth(args.run, args.repeats))
-    if args.command == "lora-ftn":
-        return bench_lora_ftn(args.backbone, args.repeats)
     for variant in HEAD:
         bench_ftn(variant, args.repeats)
 

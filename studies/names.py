@@ -26,6 +26,7 @@ from field import CoordinateDynamics, WeightField
 from model import NIWF
 from plumbing.tables import spread
 from studies.likelier import home_share
+from studies.memory import TOKENS
 from studies.styles import StyleRow
 from studies.neurons import StudyRow
 from studies.tables import decomposition
@@ -293,6 +294,7 @@ def apart(read):
 SHAPES = "tiny", "smollm2", "mistral"
 OTHERS = {  # name: (digits, function of read) -> values, one a seed or a shape
     "bank-size": (1, lambda read: mistral_sizes()[:1]), "field-size": (1, lambda read: mistral_sizes()[1:]),
+    "tokens": (0, lambda read: [TOKENS]),
     "card": (1, task_2(False)), "card-less": (1, task_2(True)),
     "count-off": (0, lambda read: [
         100 * abs(r["counted"] / r["measured"] - 1) for r in read("memory-bench")]),

@@ -97,7 +97,7 @@ GROUPS = {
     **dict.fromkeys(["commit log", "commit verify"], ["options"]),
     "bench": ["positional arguments", "options"],
     **dict.fromkeys(
-        [f"bench {c}" for c in "niwf decode first-token gather ftn lora-ftn".split()], ["options"]
+        [f"bench {c}" for c in "niwf decode first-token ftn".split()], ["options"]
     ),
 }
 
