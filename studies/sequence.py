@@ -45,7 +45,7 @@ from plumbing.files import atomic
 from plumbing.prompts import pad_of
 from plumbing.rows import read_sealed, sealed
 from studies.likelier import ROUTER, Tasks, judge, measures, summary, sent_to
-from studies.variants import EXACT, LORA, NONE, PAPER, SOFT, TWO, Variant, parameters, patched, train_with
+from studies.variants import EXACT, LORA, NONE, OWN, PAPER, SOFT, TWO, Variant, parameters, patched, train_with
 
 ORDERS = {
     "4": "mnli,cb,wic,copa,qqp,boolq,rte,imdb,yelp,amazon,sst2,dbpedia,agnews",
@@ -87,7 +87,7 @@ class Method:
         return self.variant and (self.variant.patch if first else self.variant.later or self.variant.patch)
 
 
-OWN, ORTHOGONAL = "own bases alone", "all bases, orthogonal"
+ORTHOGONAL = "all bases, orthogonal by 0.5"
 PRINTED = Variant(f"{TWO} {PAPER}", SOFT, patch="not standardised")
 METHODS = {
     "bare": Method("the backbone, untrained"),

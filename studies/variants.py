@@ -6,6 +6,7 @@
     python -m studies.variants ablations        # two tasks: NIWF with one thing changed (Figure 7)
     python -m studies.variants passes           # two tasks: one pass, and the paper's two
     python -m studies.variants choose-passes    # ways to read a prompt once, that were chosen among
+    python -m studies.variants fair             # two tasks: what else keeps an old task, each tuned by `choose-fair`
     python -m studies.variants soft-lock        # why the soft lock forgets: parts of it frozen
     python -m studies.variants regions --run RUN      # does one region tell two tasks apart? what is chosen?
     python -m studies.variants transfer --run STREAM  # what reading older bases is worth to later tasks
@@ -13,8 +14,8 @@
 
 A row is one training by train.py, or two, in a run folder of its own under runs/variants. What is there is
 not trained again, and rows that differ in their second task alone share their first. Options that this script
-does not know go to train.py. All tables but `passes` and `choose-passes` are of the paper's two passes. A row
-is its options and, where no option says it, a change of one function, made here and nowhere else.
+does not know go to train.py. All tables but `passes`, `fair` and those that choose for them are of the
+paper's two passes. A row is its options and, where no option says it, a change of one function, made here and nowhere else.
 
 The LoRAs are NIWF with N = K = 1: Eq. (7) then has one weight, 1, and there is no field to learn; the
 coordinate only routes. alpha follows K r, so that all updates have the same scale. Under the exact lock that
@@ -28,8 +29,10 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nvariants.py: stopped\n") and 130))
 
+import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -46,7 +49,7 @@ import commit
 import model
 import train
 from commit import Run
-from eval import batches, open_run, validation_set, what_is_published
+from eval import batches, open_run, perplexity_under, validation_set, what_is_published
 from model import perplexity, response_logits, response_nll
 from plumbing.backbone import load_backbone, pick_device
 from plumbing.command import number, output_file, Parser, run_program, write_results
@@ -154,16 +157,48 @@ def weights_of_one(gating):
     return changed
 
 
-def orthogonal(learner, batch, h_bar, args, share, responses):
-    """O-LoRA's penalty (Wang et al. 2023) in place of the lock's: 0.5 sum_i |A_i A^T|^2, of the bases i of
-    earlier tasks with the new one, summed over all projections."""
+def orthogonal(learner, batch, h_bar, args, share, responses, strength):
+    """O-LoRA's penalty (Wang et al. 2023) in place of the lock's: strength sum_i |A_i A^T|^2, of the bases i
+    of earlier tasks with the new one, summed over all projections."""
     bank, total = learner.model.bank, 0.0
     for key, new in bank.live.items():
         if key.endswith(".A"):
             old = [block.tensors[key].to(new.device).flatten(0, 1) for block in bank.committed]
             total = total + sum((a @ new.flatten(0, 1).mT).square().sum() for a in old)
     terms = LOSSES(learner, batch, h_bar, args, share, responses)
-    return terms | {"lock": terms["lock"] + 0.5 * share * total}
+    return terms | {"lock": terms["lock"] + strength * share * total}
+
+
+def consolidated(strength):
+    """EWC on a LoRA (Kirkpatrick et al. 2017): strength / 2 sum F (theta - theta*)^2, with F the mean squared
+    gradient of single examples, 200 of the first task's, at theta*, the weights after it."""
+    kept = {}
+
+    def terms(learner, batch, h_bar, args, share, responses):
+        live, found = learner.model.bank.live, LOSSES(learner, batch, h_bar, args, share, responses)
+        if kept.get("of") is not learner:  # the first step of the second task
+            kept.update(of=learner, at={k: (p.detach().clone(), torch.zeros_like(p)) for k, p in live.items()})
+            data = args.data and args.data.replace("code", "alpaca")
+            first = argparse.Namespace(**vars(args) | {"task": "alpaca", "data": data})
+            for example in train.load_data(first, load_backbone(args.backbone, "cpu")[1])[0][:200]:
+                gating = learner.gating(learner.dynamics(h_bar[:1]))  # N = K = 1: the same for all inputs
+                nll = response_nll(*learner.model.logits([example], gating)).sum()
+                for (_, fisher), g in zip(kept["at"].values(), torch.autograd.grad(nll, live.values())):
+                    fisher.addcmul_(g, g, value=1 / 200)
+        moved = sum((f * (live[k] - p).square()).sum() for k, (p, f) in kept["at"].items())
+        return found | {"lock": found["lock"] + strength / 2 * share * moved}
+
+    return {(train, "loss_terms"): terms}
+
+
+def orthogonal_by(strength):
+    """O-LoRA: all adapters are added up, and a new one is orthogonal to the older."""
+    return {
+        (train, "writable"): dense,
+        (train.Learner, "gating"): weights_of_one(train.Learner.gating),
+        (commit.Version, "gating"): weights_of_one(commit.Version.gating),
+        (train, "loss_terms"): functools.partial(orthogonal, strength=strength),
+    }
 
 
 def fixed_coordinate(self, h_bar):
@@ -227,12 +262,8 @@ PATCHES = {
     "not aimed": {(CoordinateDynamics, "aim"): lambda self, h_bar: None},
     "mean alone": {(model, "mean_and_last"): mean_alone},
     "fixed coordinate": {(CoordinateDynamics, "forward"): fixed_coordinate},
-    "all bases, orthogonal": {
-        (train, "writable"): dense,
-        (train.Learner, "gating"): weights_of_one(train.Learner.gating),
-        (commit.Version, "gating"): weights_of_one(commit.Version.gating),
-        (train, "loss_terms"): orthogonal,
-    },
+    **{f"all bases, orthogonal by {x:g}": orthogonal_by(x) for x in (0.05, 0.5, 5)},
+    **{f"EWC {x:g}": consolidated(x) for x in (1e2, 1e4, 1e6)},
     "dense gating": {(train, "writable"): dense},
     "shared gating": {(WeightField, "forward"): shared_rows},
     "anchors a sample": {(Region, "fit"): fit_and_keep, (commit, "sample_anchors"): sampled},
@@ -261,13 +292,16 @@ PATCHES = {
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """options: of both tasks. second: of the second, besides; None where there is one task. patch: a name
-    among PATCHES, for both tasks; later: one for the second task alone. lr: in place of all that, full
-    fine-tuning with this learning rate."""
+    among PATCHES, for both tasks; later: one for the second task alone. replay: the share of the first task's
+    records that the second trains on, too. sums: the weight of each version in a sum that answers for both
+    tasks; 0: the last version does. lr: in place of all that, full fine-tuning with this learning rate."""
 
     options: str = ""
     second: str | None = None
     patch: str | None = None
     later: str | None = None
+    replay: float = 0.0
+    sums: float | None = None
     lr: float = 0.0
 
 
@@ -317,12 +351,27 @@ CHOICES = {
     "full fine-tuning, lr 3e-4": Variant(lr=3e-4),
     "full fine-tuning, lr 1e-3": Variant(lr=1e-3),
 }
+OWN, ADDED = "own bases alone", "all bases, orthogonal by {:g}"
+FAIR = {
+    "NIWF, exact lock": Variant("", EXACT),
+    **{
+        f"LoRA r {r}, one a task": Variant(f"--bases 1 --top-k 1 --rank {r} --alpha 128", EXACT, later=OWN)
+        for r in (8, 16, 32, 64)
+    },
+    "LoRA r 64, one": Variant(LORA, NONE),
+    "one, replay of 1 %": Variant(LORA, NONE, replay=0.01),
+    "one, replay of 5 %": Variant(LORA, NONE, replay=0.05),
+    **{f"one, EWC {x:g}": Variant(LORA, NONE, later=f"EWC {x:g}") for x in (1e2, 1e4, 1e6)},
+    **{f"O-LoRA, {x:g}": Variant(LORA, EXACT, later=ADDED.format(x), sums=0) for x in (0.05, 0.5, 5)},
+    "mean of one a task": Variant(LORA, EXACT, later=OWN, sums=0.5),
+    **{f"{x:g} times their sum": Variant(LORA, EXACT, later=OWN, sums=x) for x in (0.3, 0.7, 1)},
+}
 BASELINES = {
     "full fine-tuning": Variant(lr=1e-4),
     "LoRA r 64, one": Variant(LORA, NONE),
-    "LoRA r 64, one a task": Variant(LORA, EXACT, later="own bases alone"),
+    "LoRA r 64, one a task": Variant(LORA, EXACT, later=OWN),
     "LoRA r 128, one": Variant(LARGE_LORA, NONE),
-    "LoRA r 128, one a task": Variant(LARGE_LORA, EXACT, later="own bases alone"),
+    "LoRA r 128, one a task": Variant(LARGE_LORA, EXACT, later=OWN),
     "NIWF, no lock": Variant("", NONE),
     "NIWF, soft lock": Variant("", SOFT),
     "NIWF, the paper's own": Variant(PAPER, SOFT, patch="not standardised"),
@@ -330,7 +379,7 @@ BASELINES = {
 }
 ABLATIONS = {
     "exact lock": Variant("", EXACT),
-    "older bases are not read": Variant("", EXACT, later="own bases alone"),
+    "older bases are not read": Variant("", EXACT, later=OWN),
     "fixed coordinate": Variant("", EXACT, patch="fixed coordinate"),
     "dense gating": Variant(TWICE, EXACT, patch="dense gating"),
     "shared gating": Variant("", EXACT, patch="shared gating"),
@@ -359,9 +408,14 @@ TABLES = {
     "baselines": BASELINES,
     "ablations": ABLATIONS,
     "soft-lock": SOFT_LOCK,
+    "fair": FAIR,
+    "choose-fair": FAIR,
     "passes": PASSES,
     "choose-passes": {name: dataclasses.replace(row, second=None) for name, row in PASSES.items()},
 }
+
+
+ONE_PASS = "passes", "choose-passes", "fair", "choose-fair"
 
 
 # ------------------------------------------------------------------------------------- trained and measured
@@ -370,7 +424,7 @@ TABLES = {
 def said(task, folder, seed, args):
     """The options that all rows of a table share."""
     options = ["--task", task, "--backbone", args.backbone, "--seed", str(seed), "--out", str(folder)]
-    options += [] if args.table.endswith("passes") else ["--passes", "two"]
+    options += [] if args.table in ONE_PASS else ["--passes", "two"]
     if args.data:
         return [*options, "--data", args.data[0 if task == "alpaca" else -1]]
     if args.table.startswith("choose"):
@@ -406,7 +460,7 @@ def patched(name):
 def place_of(args, seed, *parts):
     """The folder or file that belongs to a row, or to the first task of several."""
     name = " ".join(part for part in parts if part) or "default"
-    table = args.table if args.table in ("choose", "passes", "choose-passes") else "publish"
+    table = args.table if args.table in ("choose", *ONE_PASS) else "publish"
     return pathlib.Path(args.out, table, f"{seed}", "".join(c if c.isalnum() else "-" for c in name))
 
 
@@ -421,8 +475,35 @@ def train_row(variant, seed, args, rest):
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:  # whole or not at all
             pathlib.Path(shutil.copytree(first, f"{tmp}/copy")).rename(folder)
-    options = f"{variant.options} {variant.second}"
-    return describe(train_task(folder, "code", options, variant.later or variant.patch, args, seed, rest))
+    options, patch = f"{variant.options} {variant.second}", variant.later or variant.patch
+    if variant.replay:
+        options += f" --data {with_replay(folder, variant.replay)} --examples 1000000"
+    found = describe(train_task(folder, "code", options, patch, args, seed, rest))
+    return found if variant.sums is None else under_one(folder, variant.sums, patch, found)
+
+
+def with_replay(folder, share):
+    """Write the second task's records and some of the first's. -> the file"""
+    first, second = (json.loads((DATA / f"{task}.train.json").read_text()) for task in ("alpaca", "code"))
+    path = folder.with_suffix(".code.json")
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(second + first[: round(share * len(first))]))
+    return path
+
+
+def under_one(folder, weight, patch, found):
+    """-> `found`, but after the last task one sum of all adapters answers every task, or, if `weight` is 0,
+    the last version does; and nothing is routed"""
+    with patched(patch):
+        run, model, tokenizer = open_run(folder)
+        gating = functools.partial(run.stored, -1)
+        if weight:
+            gating = commit.Composition("sum", [], [weight] * len(run.versions), run.versions).gating
+        sets = [validation_set(run, model, tokenizer, task)[:2] for task in run.tasks]
+        last = [perplexity_under(model, *part, {"": gating})[""] for part in sets]
+        model.detach()
+    R = {protocol: [*rows[:-1], last] for protocol, rows in found["R"].items()}
+    return {key: value for key, value in found.items() if key != "routing"} | {"R": R}
 
 
 def parameters(run):
