@@ -206,23 +206,33 @@ def confusions(counts, names):
     return sorted((pair for pair in found if pair[0] and pair[1] != pair[2]), reverse=True)
 
 
-def summary(results):
-    """Print what is finished of all rows."""
+def accuracies(results):
+    """-> heads and lines of a table of rows as studies.sequence publishes them."""
     said = lambda value, digits=1: "" if value is None else f"{value:.{digits}f}"
-    lines, routed = [], []
+    lines = []
     for out in results:
         stored, seconds = out["stored"], sum(out["seconds"].values())
         figures = [stored.get(key) for key in ("ACC", "exact match", "BWT", "forgetting", "FWT")]
         ways = [out["routed"].get(f"regions, {what}", {}).get("ACC") for what in ("prompt", "input")]
         size = [f"{n / 1e6:.1f}" for n in out["parameters"] or ()] or ["", ""]
-        learned = f"{len(out['seconds'])} trained" if out["seconds"] or stored else "nothing yet"
-        cells = [*map(said, [*figures, *ways]), *size, f"{seconds:.0f}" if seconds else ""]
-        lines.append([f"{out['order']}  {out['about']}", learned, *cells])
+        cells = [*map(said, [*figures, *ways]), *size, str(len(out["seconds"])), f"{seconds:.0f}"]
+        lines.append([f"{out['about']}, order {out['order']}", *cells])
+    heads = ["%", "ACC", "exact match", "BWT", "forgotten", "FWT", "routed", "by input"]
+    return [*heads, "M trained", "M kept", "trainings", "seconds"], lines
+
+
+def routers(results):
+    """-> heads and lines of a table of who answers: every router of every row."""
+    lines = []
+    for out in results:
         for router, counts in out["home"].items():
-            worst = ", ".join(f"{a} to {b} {p:.0f} %" for p, a, b in confusions(counts, out["tasks"])[:4])
-            acc = out["routed"][router]["ACC"]
-            routed.append([f"{out['method']}: {router}", said(home_share(counts)), said(acc), worst])
-    heads = ["order, row", "", "ACC", "exact", "BWT", "forgot", "FWT", "routed", "by input", "M trained"]
-    print_table("accuracy, %", [*heads, "M kept", "seconds"], lines)
-    if routed:
-        print_table("who answers, %", ["router", "home", "ACC", "most often elsewhere"], routed)
+            worst = ", ".join(f"{a} to {b} {p:.0f}" for p, a, b in confusions(counts, out["tasks"])[:4])
+            acc = f"{out['routed'][router]['ACC']:.1f}"
+            lines.append([out["about"], router, f"{home_share(counts):.1f}", acc, worst])
+    return ["%", "router", "home", "ACC", "most often elsewhere"], lines
+
+
+def summary(results):
+    """Print what is finished of all rows."""
+    print_table("accuracy", *accuracies(results))
+    print_table("who answers", *routers(results))

@@ -25,7 +25,6 @@ import transformers
 from field import CoordinateDynamics, WeightField
 from model import NIWF
 from plumbing.tables import spread
-from studies.likelier import home_share
 from studies.memory import TOKENS
 from studies.styles import StyleRow
 from studies.neurons import StudyRow
@@ -34,6 +33,7 @@ from synthetic import row_summary
 
 mean = statistics.mean
 
+LABELS = 1, 2, 4, 8, 16, 64, 256  # in a support batch
 PAGES = pathlib.Path(__file__).parent / "pages"
 ROWS = {  # a name: (file of results, row), from a text that a person edits
     name: tuple(where.split(": ", 1))
@@ -130,7 +130,7 @@ QUANTITIES = {  # name: (head of its column, digits, function of a row with one 
     "bare": ("bare model", 1, lambda r: r["bare"]), "named": ("its own version", 1, lambda r: r["stored"]),
     "routed-home": ("routed home, %", 0, lambda r: 100 * r["routed home"]),
     **{f"{way}-{measure}-{n}": (f"{head}, {n}", 3, few(way, measure, n)) for way in ("search", "recall")
-       for measure, head in (("found", "found"), ("score", "score")) for n in (1, 2, 4, 8, 16, 64, 256)},
+       for measure, head in (("found", "found"), ("score", "score")) for n in LABELS},
     "found-1": ("found from 1, %", 1, lambda r: 100 * r["found from 1"]),
     "found-16": ("found from 16, %", 1, lambda r: 100 * r["found from 16"]),
 }
@@ -158,9 +158,8 @@ def grouped(rows):
         return rows
     groups = {}
     for row in rows:
-        groups.setdefault(described(row) if "variant" in row else str(row.get("n", row["task"])), []).append(
-            row
-        )
+        name = described(row) if "variant" in row else str(row.get("n", row["task"]))
+        groups.setdefault(name, []).append(row)
     return groups
 
 
@@ -241,9 +240,8 @@ def topography(variant, same):
     FTN Figure 1."""
 
     def found(read):
-        masks = [
-            [{*w} for w in r["winners"]] for r in of_method(read("ftn-experiment-1"), "ftn-slow", variant)
-        ]
+        rows = of_method(read("ftn-experiment-1"), "ftn-slow", variant)
+        masks = [[{*w} for w in r["winners"]] for r in rows]
         for one, others in ((one, [x for x in masks if x is not one]) for one in masks):
             pairs = itertools.product(enumerate(one), *[[(j, w) for x in others for j, w in enumerate(x)]])
             yield mean(len(a & b) / len(a) for (i, a), (j, b) in pairs if (i == j) == same)
@@ -283,11 +281,8 @@ def apart(read):
     """How far random masks end from searched ones under the lock, a value a generator."""
     for files in GENERATORS.values():
         rows = [row for f in files for row in read(f)]
-        ends = [
-            mean(row_summary(r)["recovered_last"] for r in of_method(rows, method))
-            for method in ("random-disjoint-recall", "ftn-slow-lock")
-        ]
-        yield abs(ends[0] - ends[1])
+        end = lambda m, rows=rows: mean(row_summary(r)["recovered_last"] for r in of_method(rows, m))
+        yield abs(end("random-disjoint-recall") - end("ftn-slow-lock"))
 
 
 # fmt: off
@@ -314,8 +309,6 @@ OTHERS = {  # name: (digits, function of read) -> values, one a seed or a shape
                                       ("kwta", "clf", "kwta"))},
     "upper-lower": (2, lambda read: pair(of_method(read("lora-ftn"), "lora-ftn", "style"), 0, 1)),
     "double-pirate": (2, lambda read: pair(of_method(read("lora-ftn"), "lora-ftn", "style"), 3, 5)),
-    **{f"home-{a}-{b}": (1, lambda read, r=f"{a}, {b}": [home_share(read("sequence")[-1]["home"][r])])
-       for a in ("regions", "words") for b in ("prompt", "input")},
     "pooled-correlation": (2, lambda read: [statistics.correlation(*zip(*itertools.chain(*streams(read))))]),
     "correlations": (2, lambda read: [statistics.correlation(*zip(*x)) for x in streams(read)]),
     "apart": (3, apart), "for-all": (3, fm_of(ONE_FOR_ALL)), "printed-all": (3, fm_of(HIDDEN)),

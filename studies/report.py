@@ -19,8 +19,9 @@ from plumbing import Refused
 from plumbing.command import Parser, run_program
 from plumbing.files import atomic
 from studies.architectures import VERDICTS
+from studies.likelier import accuracies, routers
 from studies.memory import TABLE_2, memory_lines
-from studies.names import PAGES, QUANTITIES, fill, grouped, of_method, over, pair
+from studies.names import LABELS, PAGES, QUANTITIES, fill, grouped, of_method, over, pair
 from studies.tables import PUBLISHED, decomposition
 
 HOME = pathlib.Path(__file__).resolve().parent.parent
@@ -57,8 +58,6 @@ def table(heads, lines):
     return ["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines]]
 
 
-LABELS = 1, 2, 4, 8, 16, 64, 256  # in a support batch
-
 COLUMNS = {  # tables with a line a row and these quantities, means over its seeds
     "two-tasks": "learned kept routed B B-routed home-A home-B trained size",
     "one-task": "nats learned trained choices bases inside",
@@ -91,15 +90,10 @@ def rows_table(kind, contents):
 
 def counted(content):
     """rows of studies.memory: the parts of a training's memory, in GiB, with 1, 2 and 4 devices."""
-    found = memory_lines(content["rows"])
-    lines = [
-        [
-            part,
-            *(f"{size / 2**30:.2f}" for size in sizes),
-            f"{TABLE_2[part]:.2f}" if TABLE_2.get(part) else "",
-        ]
-        for part, sizes in found.items()
-    ]
+    lines = []
+    for part, sizes in memory_lines(content["rows"]).items():
+        paper = f"{TABLE_2[part]:.2f}" if TABLE_2.get(part) else ""
+        lines.append([part, *(f"{size / 2**30:.2f}" for size in sizes), paper])
     heads = ["GiB", "task 1", "checkpointing", "task 2", "checkpointing", "the paper, Mistral-7B, GB"]
     return table(heads, lines)
 
@@ -124,16 +118,8 @@ def timings(content):
         ours, peft, bare = map(statistics.median, ms)
         memory = [found[side]["peak memory"] for side in sides[:2]]
         lines.append([what, str(len(ms[0])), *line, f"{ours / peft:.2f}", f"{ours / bare:.2f}", *memory])
-    heads = [
-        "ms, median (least-most)",
-        "repeats",
-        "ours",
-        "peft",
-        "bare backbone",
-        "ours / peft",
-        "ours / bare",
-    ]
-    return table([*heads, "peak memory, ours", "peft"], lines)
+    heads = "ms, median (least-most)|repeats|ours|peft|bare backbone|ours / peft|ours / bare"
+    return table([*heads.split("|"), "peak memory, ours", "peft"], lines)
 
 
 def depths(content):
@@ -142,9 +128,8 @@ def depths(content):
     kinds = list(dict.fromkeys(kind for _, kind in rows))
     cell = lambda m, kind: over([100 * statistics.mean(tasks) for tasks in rows.get((m, kind), [])], 1)
     shown = [m for m in dict.fromkeys(m for m, _ in rows) if m in (1, 3, 30) or m % 5 == 0]
-    return table(
-        ["m", *(f"{kind}, %" for kind in kinds)], [[str(m), *(cell(m, k) for k in kinds)] for m in shown]
-    )
+    lines = [[str(m), *(cell(m, kind) for kind in kinds)] for m in shown]
+    return table(["m", *(f"{kind}, %" for kind in kinds)], lines)
 
 
 def decomposed(content):
@@ -159,17 +144,24 @@ def decomposed(content):
     return table(["", "seeds", "lost by overlap", "lost in recall"], lines)
 
 
+def sequence(content):
+    """rows of studies.sequence: accuracy over all tasks at the end."""
+    return table(*accuracies(content["rows"]))
+
+
+def routed(content):
+    """rows of studies.sequence: to whom the routers send the prompts."""
+    return table(*routers(content["rows"]))
+
+
 STYLES = "upper", "lower", "reverse", "double", "starred", "pirate"
 
 
 def overlaps(content):
     """rows of synthetic.py --experiment 2: FTN Table 5, means over seeds."""
-    rows = of_method(content["rows"], "lora-ftn", "style")
-    lines = [
-        [a, *(over(pair(rows, i, j), 2) if i < j else "" for j in range(len(STYLES)))]
-        for i, a in enumerate(STYLES)
-    ]
-    return table(["", *STYLES], lines)
+    rows, n = of_method(content["rows"], "lora-ftn", "style"), range(len(STYLES))
+    line = lambda i: [over(pair(rows, i, j), 2) if i < j else "" for j in n]
+    return table(["", *STYLES], [[STYLES[i], *line(i)] for i in n])
 
 
 def quick_start(content):
@@ -194,15 +186,11 @@ def last_table(row):
 
 def answers(content):
     """rows of studies.answers: commands and what they print."""
-    shown = [
-        line
-        for row in content["rows"]
-        for line in (f"$ {row['command']}", re.sub("\n+", "\n", row["printed"]))
-    ]
-    return ["```", *shown, "```"]
+    said = lambda row: [f"$ {row['command']}", re.sub("\n+", "\n", row["printed"])]
+    return ["```", *(line for row in content["rows"] for line in said(row)), "```"]
 
 
-KINDS = counted, families, timings, depths, decomposed, overlaps, answers, quick_start
+KINDS = counted, families, timings, depths, decomposed, overlaps, answers, quick_start, sequence, routed
 TABLES = {draw.__name__.replace("_", "-"): draw for draw in KINDS}  # tables of one file each
 
 

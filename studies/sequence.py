@@ -45,7 +45,19 @@ from plumbing.files import atomic
 from plumbing.prompts import pad_of
 from plumbing.rows import read_sealed, sealed
 from studies.likelier import ROUTER, Tasks, judge, measures, summary, sent_to
-from studies.variants import EXACT, LORA, NONE, OWN, PAPER, SOFT, TWO, Variant, parameters, patched, train_with
+from studies.variants import (
+    EXACT,
+    LORA,
+    NONE,
+    OWN,
+    PAPER,
+    SOFT,
+    TWO,
+    Variant,
+    parameters,
+    patched,
+    train_with,
+)
 
 ORDERS = {
     "4": "mnli,cb,wic,copa,qqp,boolq,rte,imdb,yelp,amazon,sst2,dbpedia,agnews",

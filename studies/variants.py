@@ -6,7 +6,7 @@
     python -m studies.variants ablations        # two tasks: NIWF with one thing changed (Figure 7)
     python -m studies.variants passes           # two tasks: one pass, and the paper's two
     python -m studies.variants choose-passes    # ways to read a prompt once, that were chosen among
-    python -m studies.variants fair             # two tasks: what else keeps an old task, each tuned by `choose-fair`
+    python -m studies.variants fair             # two tasks: what else keeps an old task; and choose-fair
     python -m studies.variants soft-lock        # why the soft lock forgets: parts of it frozen
     python -m studies.variants regions --run RUN      # does one region tell two tasks apart? what is chosen?
     python -m studies.variants transfer --run STREAM  # what reading older bases is worth to later tasks
@@ -15,7 +15,8 @@
 A row is one training by train.py, or two, in a run folder of its own under runs/variants. What is there is
 not trained again, and rows that differ in their second task alone share their first. Options that this script
 does not know go to train.py. All tables but `passes`, `fair` and those that choose for them are of the
-paper's two passes. A row is its options and, where no option says it, a change of one function, made here and nowhere else.
+paper's two passes. A row is its options and, where no option says it, a change of one function, made here and
+nowhere else.
 
 The LoRAs are NIWF with N = K = 1: Eq. (7) then has one weight, 1, and there is no field to learn; the
 coordinate only routes. alpha follows K r, so that all updates have the same scale. Under the exact lock that
@@ -177,7 +178,9 @@ def consolidated(strength):
     def terms(learner, batch, h_bar, args, share, responses):
         live, found = learner.model.bank.live, LOSSES(learner, batch, h_bar, args, share, responses)
         if kept.get("of") is not learner:  # the first step of the second task
-            kept.update(of=learner, at={k: (p.detach().clone(), torch.zeros_like(p)) for k, p in live.items()})
+            kept.update(
+                of=learner, at={k: (p.detach().clone(), torch.zeros_like(p)) for k, p in live.items()}
+            )
             data = args.data and args.data.replace("code", "alpaca")
             first = argparse.Namespace(**vars(args) | {"task": "alpaca", "data": data})
             for example in train.load_data(first, load_backbone(args.backbone, "cpu")[1])[0][:200]:
