@@ -28,12 +28,6 @@ bit. All take `--run DIR` (default: the latest under runs/) and `--json`.
 This file covers sections 3.5 and 3.6 of the NIWF paper, Eqs. (11) and (12), and what it calls versioning.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\ncommit.py: stopped\n") and 130))
-
 import copy
 import dataclasses
 import functools

@@ -19,27 +19,22 @@ give its generator, and ours is `ConceptShift`; the methods with a lock are ours
 `studies/baselines.py`, experiment 2 in `studies/styles.py`.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nsynthetic.py: stopped\n") and 130))
-
 import dataclasses
 import hashlib
 import itertools
 import math
+import signal
 import statistics
 import time
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-
-from plumbing import Refused
+from plumbing import Refused  # first: it sets what torch reads when it is imported
 from plumbing.command import Parser, run_program
 from plumbing.rows import choose_methods, given, parser_of, run_rows, seeds_of
 from ftn import ALL, FastGrid, GridFull, SmoothKWTA, commit_mask, grow
+
+import torch
+import torch.nn.functional as F
 
 TEST = 2048  # examples of a task's test set
 # fmt: off

@@ -21,18 +21,13 @@ is not known, so we chose 2e-4, and 1e-3 for the tiny backbone, whose adapters a
 LoRA of rank K r. A new field starts with its own bases in front (`lead_with_own`), so that they are trained.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\ntrain.py: stopped\n") and 130))
-
 import collections
 import copy
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import sys

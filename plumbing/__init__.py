@@ -4,6 +4,15 @@ A reader of the seven files at the top never has to open this folder: the names 
 """
 
 import os
+import pathlib
+import signal
+import sys
+
+PROGRAM = pathlib.Path(getattr(sys.modules["__main__"], "__file__", "")).resolve()
+if pathlib.Path(__file__).resolve().parent.parent in PROGRAM.parents:
+    # Ctrl-C while torch is being imported ends a program of ours in one line. Later `run_program` does that.
+    said = f"\n{PROGRAM.name}: stopped\n".encode()
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, said) and 130))
 
 # They are read when torch and the Hub's client are first imported or used. The Hub's client draws no bars
 # (ours is the only one), and cuBLAS computes the same bits twice on a GPU.

@@ -27,17 +27,12 @@ wrong      a figure above 1, or a traceback
 not built  there is no small model without a network: no verdict on the programs
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\narchitectures.py: stopped\n") and 130))
-
 import collections
 import contextlib
 import importlib
 import json
 import multiprocessing
+import os
 import pathlib
 import tempfile
 import time

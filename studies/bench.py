@@ -12,18 +12,13 @@ so that each finds in the cache what it would find there in training. The median
 left out. What two forms of the same thing compute is compared as well.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported: one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nbench.py: stopped\n") and 130))
-
 import contextlib
 import copy
 import functools
 import importlib.util
 import math
 import multiprocessing
+import os
 import pathlib
 import statistics
 import tempfile

@@ -7,12 +7,6 @@ to each task's first prompts. The others are routed. h_bar is the mean over the 
 what the last token has. The dynamics see it along random directions or, *aimed*, along principal ones.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\ndepths.py: stopped\n") and 130))
-
 import random
 
 import torch

@@ -13,12 +13,6 @@ bare backbone, the nearest region, the best single version on 16 or 64 records, 
 same records, and a LoRA trained on them.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nfound.py: stopped\n") and 130))
-
 import itertools
 import json
 import pathlib

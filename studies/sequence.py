@@ -19,12 +19,6 @@ instruction; and beside them by a logistic regression on TF-IDF of the same two 
 the whole prompt, however it was chosen.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nsequence.py: stopped\n") and 130))
-
 import contextlib
 import dataclasses
 import functools

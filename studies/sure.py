@@ -10,12 +10,6 @@ has it, those outside the tau of the region that was chosen. --wide: by what the
 multiplied.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nsure.py: stopped\n") and 130))
-
 import functools
 import statistics
 import unittest.mock

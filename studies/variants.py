@@ -24,12 +24,6 @@ is an adapter a task, and *stored* means that the task's name is given; without 
 trained on.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is being imported: one line, no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nvariants.py: stopped\n") and 130))
-
 import argparse
 import contextlib
 import dataclasses
