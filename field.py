@@ -67,8 +67,8 @@ class WeightField(nn.Module):
 
 
 class CoordinateDynamics(nn.Module):
-    """What the backbone saw -> coordinate (section 3.3). features: width of h_bar, the mean of the backbone's
-    last hidden states."""
+    """h_bar, what the backbone makes of an input, -> its coordinate (section 3.3). features: the width of
+    h_bar, see model.py."""
 
     def __init__(self, features, coord_dim=64):
         super().__init__()
@@ -116,7 +116,7 @@ def top_k_gating(logits, k):
 
 
 def unsquash(z):
-    """Undo the tanh of Eq. (8): artanh(z). A Gaussian fits what was squashed."""
+    """Undo the tanh of Eq. (8): artanh(z), to which a Gaussian fits better than to z."""
     return torch.atanh(z.clamp(-1 + 1e-6, 1 - 1e-6))
 
 

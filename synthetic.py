@@ -170,7 +170,7 @@ def recall(mask, learner, t):
 class Mask:
     """A way to choose. `mask_for` a batch of task t gives indices of neurons, or of adapters, or ALL."""
 
-    place = 9  # rows are computed in this order: one soon, then the longest first
+    place = 9  # rows are computed in this order: the oracle's first, to show something soon, then the longest
 
     def recover(self, learner, t):
         """The mask for task t's support batch, at test time."""
