@@ -292,7 +292,8 @@ OTHERS = {  # name: (digits, function of read) -> values, one a seed or a shape
     "tokens": (0, lambda read: [TOKENS]),
     "card": (1, task_2(False)), "card-less": (1, task_2(True)),
     "count-off": (0, lambda read: [
-        100 * abs(r["counted"] / r["measured"] - 1) for r in read("memory-bench")]),
+        100 * abs(r["counted"] / r["measured"] - 1)
+        for f in ("memory-bench", "memory-one-bench") for r in read(f)]),
     "prefill": (1, time_ratio("decode-bench", "{}, prefill")), "token": (2, token_ratios),
     "step": (2, time_ratio("niwf-bench", "{}, a step", other="peft")),
     "one-step": (2, time_ratio("niwf-one-bench", "{}, a step", other="peft")),
