@@ -175,8 +175,8 @@ def consolidated(strength):
             kept.update(
                 of=learner, at={k: (p.detach().clone(), torch.zeros_like(p)) for k, p in live.items()}
             )
-            data = args.data and args.data.replace("code", "alpaca")
-            first = argparse.Namespace(**vars(args) | {"task": "alpaca", "data": data})
+            data, val = f"{DATA}/alpaca.train.json", f"{DATA}/alpaca.choose.json"
+            first = argparse.Namespace(**vars(args) | {"task": "alpaca", "data": data, "val_data": val})
             for example in train.load_data(first, load_backbone(args.backbone, "cpu")[1])[0][:200]:
                 gating = learner.gating(learner.dynamics(h_bar[:1]))  # N = K = 1: the same for all inputs
                 nll = response_nll(*learner.model.logits([example], gating)).sum()
@@ -424,10 +424,10 @@ def said(task, folder, seed, args):
     options += [] if args.table in ONE_PASS else ["--passes", "two"]
     if args.data:
         return [*options, "--data", args.data[0 if task == "alpaca" else -1]]
-    if args.table.startswith("choose"):
-        data = DATA / task
-        options += ["--data", f"{data}.train.json", "--val-data", f"{data}.choose.json"]
-        options += ["--val-examples", "200"]
+    if args.table.startswith("choose") or args.table == "fair":
+        part, count = ("val", "400") if args.table == "fair" else ("choose", "200")
+        options += ["--data", f"{DATA / task}.train.json", "--val-data", f"{DATA / task}.{part}.json"]
+        options += ["--val-examples", count]
     return options
 
 
@@ -474,18 +474,18 @@ def train_row(variant, seed, args, rest):
             pathlib.Path(shutil.copytree(first, f"{tmp}/copy")).rename(folder)
     options, patch = f"{variant.options} {variant.second}", variant.later or variant.patch
     if variant.replay:
-        options += f" --data {with_replay(folder, variant.replay)} --examples 1000000"
+        options += with_replay(folder, variant.replay, run.head(run.find("alpaca"))["config"]["examples"])
     found = describe(train_task(folder, "code", options, patch, args, seed, rest))
     return found if variant.sums is None else under_one(folder, variant.sums, patch, found)
 
 
-def with_replay(folder, share):
-    """Write the second task's records and some of the first's. -> the file"""
+def with_replay(folder, share, count):
+    """Write the second task's first `count` records and a share of as many of the first's. -> options"""
     first, second = (json.loads((DATA / f"{task}.train.json").read_text()) for task in ("alpaca", "code"))
     path = folder.with_suffix(".code.json")
     with atomic(path) as tmp:
-        tmp.write_text(json.dumps(second + first[: round(share * len(first))]))
-    return path
+        tmp.write_text(json.dumps(second[:count] + first[: round(share * count)]))
+    return f" --data {path} --examples 1000000"
 
 
 def under_one(folder, weight, patch, found):
@@ -660,6 +660,8 @@ def parse_options(argv):
     args, rest = parser.parse_known_args(argv)
     if (args.table in TABLES) == bool(args.run):
         parser.error("--run names the run folders of `regions` and `transfer`")
+    if args.table.endswith("fair") and args.data:
+        parser.error(f"{args.table} is of the embedded sets: no --data")
     name = pathlib.Path(args.backbone).name
     args.out = args.out or "runs/variants" + f"-{name}" * (name != "tiny")
     if args.table in TABLES:

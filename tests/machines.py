@@ -96,9 +96,7 @@ GROUPS = {
     ),
     **dict.fromkeys(["commit log", "commit verify"], ["options"]),
     "bench": ["positional arguments", "options"],
-    **dict.fromkeys(
-        [f"bench {c}" for c in "niwf decode first-token ftn".split()], ["options"]
-    ),
+    **dict.fromkeys([f"bench {c}" for c in "niwf decode first-token ftn".split()], ["options"]),
 }
 
 

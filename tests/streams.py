@@ -730,7 +730,7 @@ def test_the_penalty_of_orthogonal_loras_is_that_of_a_literal_loop(monkeypatch):
     model = micro_model(bases=1, committed=2)
     learner = types.SimpleNamespace(model=model)
     monkeypatch.setattr(variants, "LOSSES", lambda *_: {"lm": torch.tensor(1.0), "lock": torch.tensor(0.25)})
-    found = variants.orthogonal(learner, None, None, None, 0.5, None)
+    found = variants.orthogonal(learner, None, None, None, 0.5, None, strength=0.5)
     wanted = 0.0
     for key, (new,) in model.bank.live.items():
         if key.endswith(".A"):
@@ -740,6 +740,47 @@ def test_the_penalty_of_orthogonal_loras_is_that_of_a_literal_loop(monkeypatch):
     torch.testing.assert_close(float(found["lock"].detach()), 0.25 + 0.5 * 0.5 * wanted, rtol=1e-4, atol=0)
     found["lock"].backward()
     assert all((p.grad is not None) == key.endswith(".A") for key, p in model.bank.live.items())
+
+
+def test_the_penalty_of_ewc_is_that_of_a_literal_loop(monkeypatch):
+    """It is 0 where the second task starts, and strength / 2 sum F (theta - theta*)^2 from there on."""
+    model = micro_model(bases=1)
+    gating = torch.zeros(1, model.bank.layers, 1, dtype=torch.long), torch.ones(1, model.bank.layers, 1)
+    learner = types.SimpleNamespace(model=model, dynamics=lambda h: h, gating=lambda z: gating)
+    examples = [([5, 6], [7, 8]), ([9], [10, 11])]
+    monkeypatch.setattr(variants, "LOSSES", lambda *_: {"lm": torch.tensor(1.0), "lock": torch.tensor(0.0)})
+    monkeypatch.setattr(train, "load_data", lambda *_: (examples, None))
+    (terms,) = variants.consolidated(3.0).values()
+    args = types.SimpleNamespace(task="code", data=None, val_data=None, backbone="tiny")
+    penalty = lambda: float(terms(learner, None, torch.zeros(1, 4), args, 0.5, None)["lock"].detach())
+    assert penalty() == 0
+    wanted = 0.0
+    for p in model.bank.live.values():
+        nll = (response_nll(*model.logits([example], gating)).sum() for example in examples)
+        fisher = sum(torch.autograd.grad(each, p)[0].square() for each in nll) / 200
+        wanted += 0.5 * 3.0 / 2 * float((fisher * 0.01**2).sum())
+    for p in model.bank.live.values():
+        p.data += 0.01
+    assert penalty() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_what_else_keeps_a_task_is_trained_and_asked_as_it_says(micro, tmp_path):
+    rows = ["one, replay of 5 %", "one, EWC 10000", "O-LoRA, 0.5", "mean of one a task"]
+    argv = ["fair", "--backbone", micro("alpaca", tmp_path)[3], "--out", tmp_path / "v", "--seeds", 0]
+    argv += ["--json", tmp_path / "v.json", "--rows", *rows]
+    few = "--examples 40 --val-examples 16 --batch 8 --grad-accum 1 --lr 0.02 --device cpu".split()
+    variants.main([str(x) for x in [*argv, *few]])
+    made = json.loads((tmp_path / "v.json").read_text())["rows"]
+    found = {name: seeds[0] for name, seeds in made.items()}
+    sizes = {name: row["config"]["code"]["examples"] for name, row in found.items()}
+    assert sizes == dict.fromkeys(rows, 40) | {rows[0]: 42}
+    assert len({row["R"]["stored"][0][0] for row in found.values()}) == 1  # the first task is the same
+    assert [name for name in rows if "routing" not in found[name]] == rows[2:]
+    assert (
+        found[rows[3]]["R"]["stored"][1]
+        == found[rows[3]]["R"]["routed"][1]
+        != found[rows[3]]["R"]["stored"][0]
+    )
 
 
 def test_a_sequence_that_was_killed_goes_on_from_its_last_task(toy, sequences, tmp_path, monkeypatch, capsys):
