@@ -38,7 +38,6 @@ from model import perplexity, response_nll
 from plumbing import Refused
 from plumbing.backbone import pick_device
 from plumbing.command import run_program, write_results
-from plumbing.exact import exact_match
 from plumbing.files import atomic, latest_run
 from plumbing.openai import Answers
 from plumbing.passes import sampler
@@ -47,7 +46,7 @@ from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
 from plumbing.records import read_examples
 from plumbing.server import serve
-from plumbing.tables import print_report, print_table, table_over_runs
+from plumbing.tables import exact_match, print_report, print_table, table_over_runs
 from plumbing.talk import answer_prompt, parse_questions, talk
 
 import torch

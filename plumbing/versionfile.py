@@ -8,18 +8,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from plumbing import Refused
-from plumbing.files import NAME, SHA, atomic, refuse_constant, validate
+from plumbing.files import STRICT, atomic, validate
+from plumbing.manifest import COMPOSITION, VERSION
 from plumbing.targets import layer_numbers
-
-COUNT = range(1, 2**31)
-POSITIVE = lambda x: type(x) in (int, float) and 0 < x < 1e300
-NOT_NEGATIVE = lambda x: x == 0 and type(x) in (int, float) or POSITIVE(x)
-LOCKS = ("first", "exact", "soft", "none")  # of a version; the first had nothing to protect
-# fmt: off
-VERSION = {"task": NAME, "lock": LOCKS, "reads": [SHA], "writes": COUNT, "top_k": COUNT, "n": COUNT,
-           "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed?": False, "config": {NAME: (None, bool, float, str)}}
-COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
-# fmt: on
 
 
 def write_version(folder, head, tensors):
@@ -51,7 +42,7 @@ def read_version_file(path, tensors=False):
         if digest != path.stem:
             raise ValueError(f"its contents hash to {digest[:12]}")
         with safe_open(path, "pt") as f:
-            head = json.loads(f.metadata()["version"], parse_constant=refuse_constant)
+            head = json.loads(f.metadata()["version"], **STRICT)
         found = map_tensors(path) if tensors else {}
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise Refused(f"{path}: corrupted version file ({e}); restore it from a copy") from None
