@@ -26,17 +26,10 @@ from plumbing.targets import offloaded
 # bits differ. So one thread makes it.
 torch.ones(1).cos()
 
-RANDOM = {  # shapes to be had with random weights, for memory and speed
-    "random:mistral-7b": dict(model_type="mistral"),  # its defaults are Mistral-7B-v0.1
-    "random:llama-70b": dict(
-        model_type="llama",
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
-}
+LLAMA_70B = dict(model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80)
+LLAMA_70B |= dict(num_attention_heads=64, num_key_value_heads=8)
+# Shapes to be had with random weights, for memory and speed. The defaults of mistral are Mistral-7B-v0.1.
+RANDOM = {"random:mistral-7b": dict(model_type="mistral"), "random:llama-70b": LLAMA_70B}
 SAMPLE = 2**16  # a fingerprint sees at least a third as many values of a weight, or all
 TINY_FOLDER = str(pathlib.Path(__file__).parent.parent / "assets" / "tiny")
 

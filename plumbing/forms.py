@@ -64,7 +64,8 @@ def plain_record(record, where, template, verdicts, ignored):
 
 def own_record(record, where, template):
     """Return a record of a run folder: a plain one."""
-    plain = {key: an_object(record, where)[key] for key in PLAIN if record.get(key) not in (None, [])}
+    record = an_object(record, where)
+    plain = {key: record[key] for key in PLAIN if record.get(key) not in (None, [])}
     if "history" in plain:
         plain["history"] = chat_of(plain["history"], f"{where}: history", set())
     if "tools" in plain:

@@ -56,6 +56,15 @@ def part_of(tensors, part):
     return {rest: t for (name, _, rest), t in found if name == part}
 
 
+def check_shapes(tensors, shapes):
+    """Raise ValueError, or KeyError, unless there are tensors of these shapes and no others, in float32 or,
+    of a region, in float64, with finite numbers in each."""
+    for key in sorted({*shapes, *tensors}):
+        t, kind = tensors[key], torch.float64 if key.startswith("region.") else torch.float32
+        if t.dtype != kind or t.shape != shapes[key] or not t.numel() or not t.isfinite().all():
+            raise ValueError(f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {(*shapes[key],)} or not finite")
+
+
 def check_tensors(head, tensors, parts, bases, first):
     """Raise ValueError if the tensors of a version file, by key and by part, do not fit its header, each
     other, N = `bases` (those that it writes and reads) or the run's first version. Field and dynamics check
@@ -73,10 +82,7 @@ def check_tensors(head, tensors, parts, bases, first):
     rank = min(shape[0] for shape in one_basis.values())
     of_first = first.shapes if first else {key: (rank, *shape[1:]) for key, shape in one_basis.items()}
     shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in of_first.items()}
-    for key in sorted({*shapes, *tensors}):
-        t, kind = tensors[key], torch.float64 if key.startswith("region.") else torch.float32
-        if t.dtype != kind or t.shape != shapes.get(key, t.shape) or not t.numel() or not t.isfinite().all():
-            raise ValueError(f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {shapes.get(key, '')} or finite")
+    check_shapes(tensors, {key: t.shape for key, t in tensors.items()} | shapes)
     cov = tensors["region.cov"]
     if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1]:
         raise ValueError("region.cov is no covariance")
