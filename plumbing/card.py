@@ -36,15 +36,6 @@ def base_of(name):
     return os.path.abspath(path) if os.path.isdir(path) else path, options.get("gguf_file", "")
 
 
-def about_version(run, entry, rank, merged, name):
-    """Return {key: text} that says which version an export is, and on which backbone. It has no date and no
-    path of this machine, so two exports have the same bytes. name: the backbone's."""
-    base = name if on_hub(name) else os.path.basename(os.path.abspath(name))
-    about = {"kind": "merged" if merged else "adapter", "task": entry["task"], "version": entry["hash"]}
-    about |= {"rank": str(rank), "base_model": base}
-    return about | {"base_fingerprint": run.manifest["backbone"]["fingerprint"]}
-
-
 def label(path, about):
     """Write `about` into the header of a safetensors file, beside what its metadata says. safetensors itself
     writes metadata in no promised order; here the keys are sorted, so that equal files have equal bytes."""
@@ -115,8 +106,9 @@ def measured(run, entry):
 
 
 def write_card(folder, run, entry, tokenizer, about, name, at, asked):
-    """Write the model card. Return what was exported and where answers end, as a dict. name: the backbone's.
-    at: what the export is called in its commands. asked: how many answers are in expected.json."""
+    """Write the model card. Return what was exported and where answers end, as a dict. about: what goes into
+    the tensors' metadata, too. name: the backbone's. at: what the export is called in its commands. asked:
+    how many answers are in expected.json."""
     prompt = prompt_of("Say hello.", tokenizer, run.template, run.day)
     end = end_token(tokenizer, run.template)
     text, merged = tokenizer.convert_ids_to_tokens(end), about["kind"] == "merged"

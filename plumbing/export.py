@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import re
 import warnings
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from plumbing import Refused
 from plumbing.backbone import from_shape, load_backbone, pick_device
-from plumbing.card import about_version, base_of, check_push, label, push, write_card
+from plumbing.card import base_of, check_push, label, on_hub, push, write_card
 from plumbing.expected import greedy_answers, questions, write_expected
 from plumbing.files import atomic_folder
 from plumbing.prompts import end_token, prompt_ids
@@ -222,7 +223,10 @@ def export(run, name, folder, merged=False, backbone=None, to_hub=None):
     with atomic_folder(folder) as tmp:
         update = update_of(run, entry)
         rank = len(next(iter(update.values()))[0])
-        about = about_version(run, entry, rank, merged, where)
+        # Say neither a date nor a path of this machine: two exports have the same bytes.
+        about = {"kind": "merged" if merged else "adapter", "task": entry["task"], "version": entry["hash"]}
+        about["rank"], base = str(rank), where if on_hub(where) else os.path.basename(os.path.abspath(where))
+        about |= {"base_model": base, "base_fingerprint": run.manifest["backbone"]["fingerprint"]}
         model, tokenizer = run.open_backbone(where, "cpu" if merged else pick_device(None))
         asked = questions(run, entry, model, tokenizer)
         ask = functools.partial(greedy_answers, tokenizer=tokenizer, template=run.template, asked=asked)

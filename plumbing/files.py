@@ -86,7 +86,10 @@ def read_json(path, own=True):
     path = pathlib.Path(path)
     if not path.is_file() or own and path.is_symlink():
         raise Refused(f"{path}: no such file" if not path.exists() else f"{path}: not a plain file")
-    return parse_json(path.read_bytes(), path)
+    try:
+        return parse_json(path.read_bytes(), path)
+    except OSError as e:
+        raise Refused(f"{path}: not readable ({e.strerror})") from None
 
 
 @contextlib.contextmanager

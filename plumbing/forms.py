@@ -45,13 +45,14 @@ def plain_record(record, where, template, verdicts, ignored):
         advice = "no preferences are learned: rename 'chosen' to 'completion' to learn it"
         raise Refused(f"{where} is a pair of 'chosen' and 'rejected' without an output; {advice}")
     aside = unlearned(rest, (*verdicts, "weight"), where)
-    turns, name = take_chat(rest)
-    if name:
-        chat = chat_of(turns, f"{where}: {name}", ignored)
-        plain = from_chat(chat, where, ignored, "; 'chosen' and 'rejected' are not learned" * bool(pair))
-        aside = aside or unlearned({**turns[-1]}, FLAGS, f"{where}: the last message")
-    else:
-        plain = from_texts(rest, where, ignored)
+    turns, name = take_turns(rest, where)
+    chat = chat_of(turns, f"{where}: {name}", ignored)
+    plain = from_chat(chat, where, ignored, "; 'chosen' and 'rejected' are not learned" * bool(pair))
+    aside = aside or unlearned({**turns[-1]}, FLAGS, f"{where}: the last message")
+    if name == "history":  # of texts, beside which an input may stand: the first that says something
+        for key in sorted((key for key in GIVEN if key in rest), key=lambda key: not rest[key])[:1]:
+            plain["input"] = a_text(rest, key, where)
+            del rest[key]
     plain |= {"kind": rest.pop("kind")} if "kind" in rest else {}
     history, system = plain.get("history", []), next((key for key in SYSTEM if key in rest), None)
     if system and a_text(rest, system, where).strip() and (not history or history[0]["role"] != "system"):
@@ -86,41 +87,29 @@ def a_text(holder, key, where):
     return holder.get(key, "")
 
 
-def names_of(rest):
-    """Return the keys under which a record has its question and its answer, or should have them."""
-    asked = next((key for key in ASKED if key in rest), "input" if rest.get("input") else ASKED[0])
-    return asked, next((key for key in SAID if key in rest), "completion" if asked == "prompt" else SAID[0])
-
-
-def take_chat(rest):
-    """Take the messages out of a record. -> (messages, what they are called), or (None, None) if it has none.
-    Where the question or the answer alone is a list of messages, the other one is a message, too."""
+def take_turns(rest, where):
+    """Take the messages out of a record, which may be texts, with a history, in place of messages. -> (what
+    they are, what they are called). Where the question or the answer alone is a list of messages, the other
+    one is a message, too."""
     for key in CHATS:
         if key in rest:
             return from_json(rest.pop(key)), key
-    names = names_of(rest)
-    if not any(isinstance(rest.get(key), list) for key in names):
-        return None, None
-    sides = [(role, rest.pop(key, None)) for role, key in zip(("user", "assistant"), names)]
-    sides = [side if isinstance(side, list) else [{"role": role, "content": side}] for role, side in sides]
-    return sides[0] + sides[1], " and ".join(names)
-
-
-def from_texts(rest, where, ignored):
-    """Take a plain record out of `rest` whose question and answer are texts."""
-    asked, said = names_of(rest)
-    for key in (asked, said):
+    asked = next((key for key in ASKED if key in rest), "input" if rest.get("input") else ASKED[0])
+    said = next((key for key in SAID if key in rest), "completion" if asked == "prompt" else SAID[0])
+    texts, turns = not any(isinstance(rest.get(key), list) for key in (asked, said)), []
+    for key in (asked, said) if texts else ():
         if not isinstance(rest.get(key), str):
             hint = f" (it has {', '.join(map(ascii, rest))[:80]})" if key not in rest and rest else ""
             raise Refused(f"{where} has no text under {key!r}{hint}")
-    plain = {"instruction": rest.pop(asked), "output": rest.pop(said)}
-    given = sorted((key for key in GIVEN if key in rest), key=lambda key: not rest[key])
-    for key in given[:1]:  # the first that says something
-        plain["input"] = a_text(rest, key, where)
-        del rest[key]
-    if before := rest.pop("history", None):
-        plain["history"] = chat_of(spread(before), f"{where}: history", ignored)
-    return plain
+    if texts and (before := rest.pop("history", None)):
+        before = before if isinstance(before, list) else [before]
+        pairs = all(isinstance(turn, list) and len(turn) == 2 for turn in before)
+        spread = [(role, text) for turn in before for role, text in zip(("user", "assistant"), turn)]
+        turns = [{"role": role, "content": text} for role, text in spread] if pairs else before
+    for role, key in zip(("user", "assistant"), (asked, said)):
+        side = rest.pop(key, None)
+        turns = turns + (side if isinstance(side, list) else [{"role": role, "content": side}])
+    return turns, "history" if texts else f"{asked} and {said}"
 
 
 def from_chat(turns, where, ignored, hint):
@@ -215,13 +204,6 @@ def from_json(value):
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return value
-
-
-def spread(history):
-    """Turn pairs of a question and its answer into messages; anything else stays."""
-    if not isinstance(history, list) or not all(isinstance(t, list) and len(t) == 2 for t in history):
-        return history
-    return [{"role": r, "content": text} for turn in history for r, text in zip(("user", "assistant"), turn)]
 
 
 def unlearned(holder, keys, where):

@@ -20,23 +20,17 @@ def print_table(title, heads, lines):
         print("  ".join([first.ljust(widths[0]), *cells]))
 
 
-def table_over_runs(outs):
-    """Yield the lines of a table over several runs of the same tasks: mean and standard deviation."""
-    over = lambda values: f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-    heads = ("base", "learned", "now", "forgetting %", "routed home %")
-    yield f"{'task':8}  protocol" + "".join(f"  {head:>16}" for head in heads)
+def print_over_runs(outs):
+    """Print a table over several runs of the same tasks: mean and standard deviation."""
+    heads, lines = ["", "protocol", "base", "learned", "now", "forgetting %", "routed home %"], []
     for i, t in enumerate(outs[0]["tasks"]):
+        home = [100 * o["routing"][t][t] / sum(o["routing"][t].values()) for o in outs]
         for protocol in ("stored", "routed"):
             R = [o["R"][protocol] for o in outs]
-            columns = [
-                [o["base"][t] for o in outs],
-                [r[i][i] for r in R],
-                [r[-1][i] for r in R],
-                [o["forgetting"][protocol][t] for o in outs],
-            ]
-            if protocol == "routed":
-                columns.append([100 * o["routing"][t][t] / sum(o["routing"][t].values()) for o in outs])
-            yield f"{t:8}  {protocol}" + "".join(f"  {over(column):>16}" for column in columns)
+            lost = [o["forgetting"][protocol][t] for o in outs]
+            columns = [[o["base"][t] for o in outs], [r[i][i] for r in R], [r[-1][i] for r in R], lost]
+            lines.append([t, protocol, *map(spread, [*columns, home if protocol == "routed" else []])])
+    print_table(f"mean and standard deviation over {len(outs)} runs", heads, lines)
 
 
 DRIFT_REPORT = """
