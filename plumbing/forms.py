@@ -88,8 +88,8 @@ def a_text(holder, key, where):
 
 
 def take_turns(rest, where):
-    """Take the messages out of a record, which may be texts, with a history, in place of messages. -> (what
-    they are, what they are called). Where the question or the answer alone is a list of messages, the other
+    """Take the messages out of a record. -> (messages, what they are called). A question and an answer that
+    are texts become two messages, after their history. Where one of them is a list of messages, the other
     one is a message, too."""
     for key in CHATS:
         if key in rest:
