@@ -88,12 +88,11 @@ def measured(run, entry):
     """Return what the run folder knows of a version's perplexity, with the command that measures it and the
     date, as text. Nothing is kept of a composition."""
     folder, task = run.folder.name if run.folder.is_absolute() else run.folder, entry["task"]
-    command = f"`python eval.py --run {folder}`"
-    rows = [row for row in run.manifest["results"] if task in row["stored"]]
-    if not rows:
-        which = f" --version {task}`" if entry["lock"] == "composed" else "`"
-        return f"The run folder holds no figure of it. {command[:-1]}{which} measures its perplexity."
-    row, version = rows[-1], run.find(rows[-1]["version"])
+    command = f"`python eval.py --run {folder}{f' --version {task}' * (entry['lock'] == 'composed')}`"
+    row = next((row for row in reversed(run.manifest["results"]) if task in row["stored"]), None)
+    if not row:
+        return f"The run folder holds no figure of it. {command} measures its perplexity."
+    version = run.find(row["version"])
     figures = " | ".join(f"{row[key][task]:.3f}" for key in ("base", "stored", "routed"))
     return (
         f"| perplexity | bare base model | version, given | version, routed |\n| --- | --- | --- | --- |\n"

@@ -52,10 +52,9 @@ def parse_questions(doc, argv=None):
         "--system goes with --prompt or --talk": args.system and elsewhere,
         "--top-p goes with a --temperature": args.top_p < 1 and not args.temperature,
         "--version goes with --prompt or --talk; on a page, whoever asks chooses": args.version and args.web,
-        "--like goes with --prompt or --talk, and without --version": args.like
-        and (args.version or elsewhere),
+        "--like goes with --prompt or --talk, not --version": args.like and (args.version or elsewhere),
     }
-    for why in [why for why, found in wrong.items() if found][:1]:
+    if why := next((why for why, found in wrong.items() if found), None):
         p.error(why)
     return args
 

@@ -66,23 +66,19 @@ def check_shapes(tensors, shapes):
 
 
 def check_tensors(head, tensors, parts, bases, first):
-    """Raise ValueError if the tensors of a version file, by key and by part, do not fit its header, each
-    other, N = `bases` (those that it writes and reads) or the run's first version. Field and dynamics check
-    their own shapes when they are loaded."""
-    wanted = {"bank", "field", "region", "anchors", "snapshot", *(() if head["reads"] else ["dynamics"])}
-    modules = {key[:-2] for key in parts["bank"]}
-    keys = {"bank": {f"{m}.{p}" for m in modules for p in "AB"}, "region": {"mean", "cov"}}
-    keys |= {"anchors": {""}, "snapshot": {""}}
-    if {*parts} != wanted or any({*parts[part]} != known for part, known in keys.items()):
-        raise ValueError("some are missing, or unknown")
+    """Raise ValueError, KeyError or IndexError if the tensors of a version file, by key and by part, do not
+    fit its header, each other, N = `bases` (those that it writes and reads) or the run's first version. Field
+    and dynamics check their own shapes when they are loaded."""
     (_, layers, _), (hidden, d) = tensors["snapshot"].shape, parts["field"]["w1.weight"].shape
-    shapes = {"snapshot": (head["anchors"], layers, bases), "anchors": (head["anchors"], d)}
+    own = ("field.",) if head["reads"] else ("field.", "dynamics.")
+    shapes = {key: t.shape for key, t in tensors.items() if key.startswith(own)}
+    shapes |= {"snapshot": (head["anchors"], layers, bases), "anchors": (head["anchors"], d)}
     shapes |= {"region.mean": (d,), "region.cov": (d, d), "field.w3.weight": (layers * bases, hidden)}
-    one_basis = {key: t.shape[1:] for key, t in parts["bank"].items()}
-    rank = min(shape[0] for shape in one_basis.values())
-    of_first = first.shapes if first else {key: (rank, *shape[1:]) for key, shape in one_basis.items()}
-    shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in of_first.items()}
-    check_shapes(tensors, {key: t.shape for key, t in tensors.items()} | shapes)
+    bank, modules = parts["bank"], {key[:-2] for key in parts["bank"]}
+    rank, keys = min(t.shape[1] for t in bank.values()), [f"{m}.{p}" for m in modules for p in "AB"]
+    one_basis = first.shapes if first else {key: (rank, *bank[key].shape[2:]) for key in keys}
+    shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in one_basis.items()}
+    check_shapes(tensors, shapes)
     cov = tensors["region.cov"]
     if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1]:
         raise ValueError("region.cov is no covariance")
