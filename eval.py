@@ -32,7 +32,6 @@ from model import perplexity, response_nll
 from plumbing import Refused
 from plumbing.backbone import pick_device
 from plumbing.command import run_program, write_results
-from plumbing.exact import exact_match
 from plumbing.files import atomic, latest_run
 from plumbing.openai import Answers
 from plumbing.passes import sampler
@@ -41,7 +40,7 @@ from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
 from plumbing.records import read_examples
 from plumbing.server import serve
-from plumbing.tables import print_report, print_table, table_over_runs
+from plumbing.tables import exact_match, print_over_runs, print_report, print_table
 from plumbing.talk import answer_prompt, parse_questions, talk
 
 import torch
@@ -417,8 +416,7 @@ def main(argv=None):
     if len(outs) > 1:
         if any(o["tasks"] != outs[0]["tasks"] for o in outs):
             raise Refused("the run folders hold different tasks: no mean over them")
-        print(f"\nmean and standard deviation over {len(outs)} runs")
-        print("\n".join(table_over_runs(outs)))
+        print_over_runs(outs)
     if args.json:
         write_results(args.json, "eval.py", argv, indent=1, rows=outs)
 

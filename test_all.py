@@ -402,7 +402,7 @@ def test_conv1d_of_gpt2_is_patched_by_exact_name():
     assert not torch.equal(backbone(ids).logits, plain)
     detach(handles)
     assert torch.equal(backbone(ids).logits, plain)
-    with pytest.raises(Refused, match="no linear module"):
+    with pytest.raises(Refused, match="no such linear module"):
         find_targets(backbone, ("attn",))  # a block, not a leaf
 
 

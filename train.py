@@ -39,10 +39,9 @@ from field import CoordinateDynamics, WeightField, lock_loss, separation_loss, t
 from model import NIWF, response_nll
 from plumbing import Refused
 from plumbing.backbone import pick_device
-from plumbing.command import Parser, number, run_program
+from plumbing.command import Option, Parser, add_options, column, fill_in, number, run_program
 from plumbing.files import check_name
 from plumbing.folder import OLDER
-from plumbing.options import Option, add_options, column, fill_in
 from plumbing.passes import choose_targets, positions_of
 from plumbing.processes import first_alone, rank_and_size
 from plumbing.prompts import asks_for_day

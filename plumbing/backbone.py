@@ -26,17 +26,10 @@ from plumbing.targets import offloaded
 # bits differ. So one thread makes it.
 torch.ones(1).cos()
 
-RANDOM = {  # shapes to be had with random weights, for memory and speed
-    "random:mistral-7b": dict(model_type="mistral"),  # its defaults are Mistral-7B-v0.1
-    "random:llama-70b": dict(
-        model_type="llama",
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
-}
+LLAMA_70B = dict(model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80)
+LLAMA_70B |= dict(num_attention_heads=64, num_key_value_heads=8)
+# Shapes to be had with random weights, for memory and speed. The defaults of mistral are Mistral-7B-v0.1.
+RANDOM = {"random:mistral-7b": dict(model_type="mistral"), "random:llama-70b": LLAMA_70B}
 SAMPLE = 2**16  # a fingerprint sees at least a third as many values of a weight, or all
 TINY_FOLDER = str(pathlib.Path(__file__).parent.parent / "assets" / "tiny")
 
@@ -78,10 +71,14 @@ def loading(name):
     except (MemoryError, Refused):
         raise
     except Exception as e:
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise Refused(
-            f"backbone {name} cannot be loaded ({reason}); `--backbone` names another, or its new place"
-        ) from e
+        reason, advice = f"{type(e).__name__}: {str(e)[:200]}", "`--backbone` names another, or its new place"
+        raise Refused(f"backbone {name} cannot be loaded ({reason}); {advice}") from e
+
+
+def refuse_without(what, *packages):
+    for package in packages:
+        if not importlib.util.find_spec(package):
+            raise Refused(f"{what} needs `pip install {package}`")
 
 
 def find_backbone(name):
@@ -89,9 +86,7 @@ def find_backbone(name):
     Raises Refused if it cannot be read."""
     path, options = TINY_FOLDER if name == "tiny" else name, {"trust_remote_code": False}
     if name.endswith(".gguf"):
-        for package in ("gguf", "accelerate"):
-            if not importlib.util.find_spec(package):
-                raise Refused(f"backbone {name} needs `pip install {package}`")
+        refuse_without(f"backbone {name}", "gguf", "accelerate")
         path, options["gguf_file"] = os.path.split(os.path.abspath(name))
     elif os.path.isdir(path) and not list(pathlib.Path(path).glob("*.safetensors")):
         raise Refused(f"backbone {name} has no .safetensors file; `save_pretrained` writes one")
@@ -126,10 +121,11 @@ def forget_tokens(tokenizer, size):
     tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
-def load_tokenizer(name, size):
-    """Return the tokenizer of a backbone that has `size` embeddings, see `load_backbone`. Raises Refused if
-    it cannot be had, or does not fit."""
+def load_tokenizer(name, backbone):
+    """Return the tokenizer of a backbone, see `load_backbone`. Raises Refused if it cannot be had, or does
+    not fit."""
     path, options = (TINY_FOLDER, {}) if name in RANDOM else find_backbone(name)
+    size = backbone.get_input_embeddings().num_embeddings
     with loading(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         if "gguf_file" in options and len(tokenizer) > size:
@@ -137,11 +133,6 @@ def load_tokenizer(name, size):
         if tokenizer.eos_token_id is None or len(tokenizer) > size:
             raise ValueError("its tokenizer has no end-of-sequence token, or more tokens than the model")
     return tokenizer
-
-
-def size_of(backbone):
-    """Return how many embeddings a backbone has."""
-    return backbone.get_input_embeddings().num_embeddings
 
 
 def load_backbone(name, device, device_map=None):
@@ -155,63 +146,54 @@ def load_backbone(name, device, device_map=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dtype = torch.float32 if torch.device(device).type == "cpu" or name == "tiny" else torch.bfloat16
-    if device_map and name in RANDOM:
-        raise Refused(f"--device-map spreads weights that are read, and {name} has none to read")
-    if device_map and not importlib.util.find_spec("accelerate"):
-        raise Refused("--device-map needs `pip install accelerate`")
+    if device_map:
+        refuse_without("--device-map", "accelerate")
     if name in RANDOM:
+        if device_map:
+            raise Refused(f"--device-map spreads weights that are read, and {name} has none to read")
         torch.manual_seed(0)
         with torch.device(device):
             backbone = from_shape(name, dtype)
-        return backbone, load_tokenizer(name, size_of(backbone))
+        return backbone, load_tokenizer(name, backbone)
     path, options = find_backbone(name)
     weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "device_map": device_map}
     with loading(name):
         backbone, about = transformers.AutoModelForCausalLM.from_pretrained(path, **weights, **options)
         if about["missing_keys"]:
             raise ValueError(f"weights are missing: {min(about['missing_keys'])}")
-    tokenizer = load_tokenizer(name, size_of(backbone))
+    tokenizer = load_tokenizer(name, backbone)
     return backbone if device_map else backbone.to(device), tokenizer
 
 
-def weights_of(backbone):
-    """Yield (name, values) of every weight, wherever it is kept."""
+def digest_of(backbone, sample, left_out=()):
+    """Return a sha256 over name, shape and a sample of the values of every weight, wherever it is kept."""
+    digest = hashlib.sha256()
     for name, p in backbone.named_parameters():
-        owner, _, own = name.rpartition(".")
-        hook = offloaded(backbone.get_submodule(owner))
-        yield name, (hook.weights_map[own] if hook else p.detach())
+        if name not in left_out:
+            owner, _, own = name.rpartition(".")
+            hook = offloaded(backbone.get_submodule(owner))
+            values = hook.weights_map[own] if hook else p.detach()
+            digest.update(f"{name}{tuple(values.shape)}".encode())
+            digest.update(sample(values.flatten()).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint(backbone):
-    """Return a sha256 over name, shape and values of every weight: do adapters for one backbone fit this one?
+    """Return what identifies a backbone: do adapters for one fit this one?
 
     Values are rounded to bfloat16, so it is the same in whatever type they are held; and of a large weight
     they are some 100,000 at equal distances, enough that a slight tuning shows in spite of the rounding. The
     distance is odd: a power of two would see few columns. A tied weight counts once."""
-    digest, tied = hashlib.sha256(), backbone.all_tied_weights_keys
-    for name, values in weights_of(backbone):
-        if name not in tied:
-            digest.update(f"{name}{tuple(values.shape)}".encode())
-            sample = values.flatten()[:: values.numel() // SAMPLE | 1].to(torch.bfloat16)
-            digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def old_fingerprints(backbone):
-    """Yield what older run folders have as their fingerprint: 64 values a weight, in the type that they were
-    trained in, which was this one or bfloat16."""
-    for dtype in (torch.float32, torch.bfloat16):
-        digest = hashlib.sha256()
-        for name, values in weights_of(backbone):
-            digest.update(f"{name}{tuple(values.shape)}".encode())
-            sample = values.flatten()[:: max(1, values.numel() // 64)][:64].to(dtype).float()
-            digest.update(sample.cpu().numpy().tobytes())
-        yield digest.hexdigest()
+    sample = lambda x: x[:: len(x) // SAMPLE | 1].to(torch.bfloat16).view(torch.int16)
+    return digest_of(backbone, sample, backbone.all_tied_weights_keys)
 
 
 def is_backbone(backbone, digest):
-    """Is it the one that has this fingerprint?"""
-    return digest == fingerprint(backbone) or digest in old_fingerprints(backbone)
+    """Is it the one that has this fingerprint? Older run folders have one of 64 values a weight, in the type
+    that they were trained in, which was this one or bfloat16."""
+    old = lambda dtype: lambda x: x[:: max(1, len(x) // 64)][:64].to(dtype).float()
+    kinds = [old(torch.float32), old(torch.bfloat16)]
+    return digest == fingerprint(backbone) or digest in (digest_of(backbone, kind) for kind in kinds)
 
 
 def place_of(name):

@@ -36,15 +36,6 @@ def base_of(name):
     return os.path.abspath(path) if os.path.isdir(path) else path, options.get("gguf_file", "")
 
 
-def about_version(run, entry, rank, merged, name):
-    """Return {key: text} that says which version an export is, and on which backbone. It has no date and no
-    path of this machine, so two exports have the same bytes. name: the backbone's."""
-    base = name if on_hub(name) else os.path.basename(os.path.abspath(name))
-    about = {"kind": "merged" if merged else "adapter", "task": entry["task"], "version": entry["hash"]}
-    about |= {"rank": str(rank), "base_model": base}
-    return about | {"base_fingerprint": run.manifest["backbone"]["fingerprint"]}
-
-
 def label(path, about):
     """Write `about` into the header of a safetensors file, beside what its metadata says. safetensors itself
     writes metadata in no promised order; here the keys are sorted, so that equal files have equal bytes."""
@@ -97,12 +88,11 @@ def measured(run, entry):
     """Return what the run folder knows of a version's perplexity, with the command that measures it and the
     date, as text. Nothing is kept of a composition."""
     folder, task = run.folder.name if run.folder.is_absolute() else run.folder, entry["task"]
-    command = f"`python eval.py --run {folder}`"
-    rows = [row for row in run.manifest["results"] if task in row["stored"]]
-    if not rows:
-        which = f" --version {task}`" if entry["lock"] == "composed" else "`"
-        return f"The run folder holds no figure of it. {command[:-1]}{which} measures its perplexity."
-    row, version = rows[-1], run.find(rows[-1]["version"])
+    command = f"`python eval.py --run {folder}{f' --version {task}' * (entry['lock'] == 'composed')}`"
+    row = next((row for row in reversed(run.manifest["results"]) if task in row["stored"]), None)
+    if not row:
+        return f"The run folder holds no figure of it. {command} measures its perplexity."
+    version = run.find(row["version"])
     figures = " | ".join(f"{row[key][task]:.3f}" for key in ("base", "stored", "routed"))
     return (
         f"| perplexity | bare base model | version, given | version, routed |\n| --- | --- | --- | --- |\n"
@@ -115,8 +105,9 @@ def measured(run, entry):
 
 
 def write_card(folder, run, entry, tokenizer, about, name, at, asked):
-    """Write the model card. Return what was exported and where answers end, as a dict. name: the backbone's.
-    at: what the export is called in its commands. asked: how many answers are in expected.json."""
+    """Write the model card. Return what was exported and where answers end, as a dict. about: what goes into
+    the tensors' metadata, too. name: the backbone's. at: what the export is called in its commands. asked:
+    how many answers are in expected.json."""
     prompt = prompt_of("Say hello.", tokenizer, run.template, run.day)
     end = end_token(tokenizer, run.template)
     text, merged = tokenizer.convert_ids_to_tokens(end), about["kind"] == "merged"

@@ -1,4 +1,4 @@
-"""What the command lines of all programs share."""
+"""What the command lines of all programs share: options in a table, numbers in a range, files of results."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -70,6 +71,46 @@ def number(kind, low, high=1e9):
     return parse
 
 
+class Option(NamedTuple):
+    """A line of a table {title: {flag: Option}}. how: for `add_argument`. preset: what takes the place of the
+    default where a preset is asked for. fixed: whether the value that a run's first task had stays."""
+
+    how: dict
+    help: str
+    default: object = None
+    preset: object = None
+    fixed: bool = False
+
+
+def column(table, field):
+    """Return {name: value} of one field of all options that have one."""
+    options = [line for part in table.values() for line in part.items()]
+    found = {flag[2:].replace("-", "_"): getattr(option, field) for flag, option in options}
+    return {key: value for key, value in found.items() if value is not None and value is not False}
+
+
+def add_options(parser, table):
+    """Give a parser the options, a group for each part of the table. One with a default is absent from what
+    is parsed if it is not said, so that `fill_in` knows what was said."""
+    for title, options in table.items():
+        group = parser.add_argument_group(title)
+        for flag, (how, text, default, *_) in options.items():
+            if default is not None:
+                text, how = f"{text} [{default}]", {**how, "default": argparse.SUPPRESS}
+            group.add_argument(flag, help=text, **how)
+
+
+def fill_in(args, defaults, preset, fixed, where):
+    """Fill in what was not said: what a first task fixed, then the preset, then the defaults. Raises Refused,
+    naming `where`, if what was said is not what was fixed."""
+    for key, value in {**defaults, **preset, **fixed}.items():
+        given = getattr(args, key, value)
+        if key in fixed and given != value:
+            option = f"--{key.replace('_', '-')} {given}"
+            raise Refused(f"{option} does not fit {where}: its first task fixed {value}")
+        setattr(args, key, given)
+
+
 def output_file(text):
     """Check a JSON file to write results to, before anything is computed; an argparse type. An older file of
     results may be replaced, any other file may not."""
@@ -77,9 +118,8 @@ def output_file(text):
     try:
         if path.is_dir():
             raise OSError(0, "it is a folder")
-        if path.exists():
-            if not {"command", "rows"} <= {*read_json(path, own=False)}:
-                raise ValueError
+        if path.exists() and not {"command", "rows"} <= {*read_json(path, own=False)}:
+            raise ValueError
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as e:
@@ -96,6 +136,8 @@ def provenance():
         revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         revision = None
+    cpus = pathlib.Path("/proc/cpuinfo")  # Sums differ in their last bits between models of processors.
+    model = re.search(r"^model name\s*: (.*)", cpus.read_text() if cpus.exists() else "", re.MULTILINE)
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "git": revision,
@@ -104,19 +146,9 @@ def provenance():
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "processor": processor(),
+        "processor": model[1] if model else platform.processor(),
         "kernels": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def processor():
-    """The processor's model, as far as the system tells it: sums differ in their last bits between models."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
 
 
 def write_results(path, program, argv, indent=None, **content):

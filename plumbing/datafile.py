@@ -5,14 +5,14 @@ import pathlib
 import re
 
 from plumbing import Refused
-from plumbing.files import refuse_constant, refuse_twice
+from plumbing.files import STRICT
 from plumbing.forms import ASKED, CHATS, SAID
 
 SPACE = re.compile("[ \t\r\n\ufeff]*")  # a byte-order mark is no text, also where files were joined
-FRAME = (
-    "write it as JSON lines first: pandas.read_{}({!r}).to_json('data.jsonl', orient='records', lines=True)"
-)
-ARROW = "write it as JSON lines first: Dataset.to_json of the package datasets does"
+TABLE = re.compile(r"\W?(instruction|prompt|question)\W?[,\t;]")
+LINES = "write it as JSON lines first: "
+FRAME = LINES + "pandas.read_{}({!r}).to_json('data.jsonl', orient='records', lines=True)"
+ARROW = LINES + "Dataset.to_json of the package datasets does"
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "zip"}
 MAGIC = {start: (f"packed with {name}", "unpack it first") for start, name in MAGIC.items()}
 MAGIC |= {b"PAR1": ("Parquet", FRAME), b"ARROW1": ("Arrow", ARROW), b"\xff\xff\xff\xff": ("Arrow", ARROW)}
@@ -33,12 +33,9 @@ def text_of_file(path):
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as e:
-        line = data.count(b"\n", 0, e.start) + 1
-        latin = encoding.startswith("utf-8")
-        how = "iconv -f LATIN1 -t UTF-8 makes UTF-8 of Latin-1" if latin else e.reason
-        raise Refused(
-            f"{path}: line {line} is not {encoding.upper()} (byte {data[e.start]:#04x}): {how}"
-        ) from None
+        how = "iconv -f LATIN1 -t UTF-8 makes UTF-8 of Latin-1" if encoding.startswith("utf-8") else e.reason
+        line, byte = data.count(b"\n", 0, e.start) + 1, f"byte {data[e.start]:#04x}"
+        raise Refused(f"{path}: line {line} is not {encoding.upper()} ({byte}): {how}") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise Refused(f"{path}: line {line} holds a NUL byte: the file is damaged, or no text")
@@ -48,18 +45,14 @@ def text_of_file(path):
 def values_of(text, path):
     """Return [(where it stands, value)] of the JSON values in a text, which follow one another, as in JSON
     lines. Raises Refused, with the number and the line of the value, if one is not JSON."""
-    place, line, values = SPACE.match(text).end(), 1, []
+    place, line, counted, values = SPACE.match(text).end(), 1, 0, []
     start = text[place:].partition("\n")[0][:60].strip()
     if start and start[0] not in "[{":
-        reader = "table" if "\t" in start else "csv"
-        how = f" is a table: {FRAME.format(reader, path.name)}"
-        if path.suffix not in (".csv", ".tsv") and not re.match(
-            r"\W?(instruction|prompt|question)\W?[,\t;]", start
-        ):
-            how = f": not readable as JSON: it begins with {ascii(start)}"
-        raise Refused(f"{path}{how}")
-    decoder = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=refuse_twice)
-    counted = 0
+        if path.suffix in (".csv", ".tsv") or TABLE.match(start):
+            reader = "table" if "\t" in start else "csv"
+            raise Refused(f"{path} is a table: {FRAME.format(reader, path.name)}")
+        raise Refused(f"{path}: not readable as JSON: it begins with {ascii(start)}")
+    decoder = json.JSONDecoder(**STRICT)
     while place < len(text):
         line, counted = line + text.count("\n", counted, place), place
         where = f"{path}: record {len(values) + 1} (line {line})"
@@ -86,20 +79,16 @@ def rows_of(path):
         return values, set()
     if isinstance(value, list):
         return [(f"{path}: record {i}", row) for i, row in enumerate(value, 1)], set()
-    lists = [
-        key for key, v in value.items() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)
-    ]
+    holds_records = lambda v: isinstance(v, list) and v and all(isinstance(row, dict) for row in v)
+    lists = [key for key, v in value.items() if holds_records(v)]
     known = [key for key in (*ASKED, *SAID, *CHATS) if key in value]
     if known and all(value[k] and isinstance(value[k], (list, dict)) and k not in lists for k in known):
-        raise Refused(
-            f"{path} holds columns in place of records: pandas' to_json(orient='records') writes records"
-        )
+        how = "pandas' to_json(orient='records') writes records"
+        raise Refused(f"{path} holds columns in place of records: {how}")
     if known or not lists:
         return values, set()
     if len(lists) > 1:
-        names = ", ".join(map(repr, lists))
-        raise Refused(
-            f"{path} holds more than one list of records ({names}): put each into a file of its own"
-        )
+        which = f"more than one list of records ({', '.join(map(repr, lists))})"
+        raise Refused(f"{path} holds {which}: put each into a file of its own")
     rows = [(f"{path}: record {i} of {lists[0]!r}", row) for i, row in enumerate(value[lists[0]], 1)]
     return rows, value.keys() - {*lists}

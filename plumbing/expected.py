@@ -4,8 +4,7 @@ import contextlib
 import http.client
 import json
 import os
-import socket
-import threading
+import time
 import urllib.parse
 
 from plumbing import Refused
@@ -67,8 +66,7 @@ def ask_server(at, path, model=None):
 
     Prompts go to /v1/completions, which takes a text as it is: they are in the run's template already, and
     /v1/chat/completions would put them into the server's a second time. Raises Refused if the file is not
-    such a file, or the server gives no answer that can be read, see `post` and
-    `refuse_status`."""
+    such a file, or the server gives no answer that can be read, see `text_from`."""
     expected = validate(read_json(path, own=False), EXPECTED, path)
     if not expected["answers"]:
         raise Refused(f"{path}: answers: there is none")
@@ -78,14 +76,13 @@ def ask_server(at, path, model=None):
     more = {"repetition_penalty": 1.0, "stop_token_ids": [expected["end_id"]]}
     rows, lines = [], []
     for number, row in enumerate(expected["answers"], 1):
-        reply, data = post(at, {**how, **more, "prompt": row["prompt"]})
-        if reply.status in (400, 422):  # a server that takes OpenAI's names alone
-            reply, data = post(at, {**how, "prompt": row["prompt"]})
-        refuse_status(at, reply, data)
-        found = text_in(data, at)
-        rows.append({"prompt": row["prompt"], "answer": row["answer"], "found": found})
-        rows[-1]["wrong"] = difference(found.strip(), row["answer"].strip(), row["base"].strip())
-        lines.append(f"{number}  {rows[-1]['wrong'] or 'the same'}")
+        reply = post(at, {**how, **more, "prompt": row["prompt"]})
+        if reply[0].status in (400, 422):  # a server that takes OpenAI's names alone
+            reply = post(at, {**how, "prompt": row["prompt"]})
+        found = text_from(at, *reply)
+        wrong = difference(found.strip(), row["answer"].strip(), row["base"].strip())
+        rows.append({"prompt": row["prompt"], "answer": row["answer"], "found": found, "wrong": wrong})
+        lines.append(f"{number}  {wrong or 'the same'}")
     same = sum(not row["wrong"] for row in rows)
     lines.append(f"{same} of {len(rows)} answers are those of version {expected['version'][:12]}")
     return rows, "\n".join(lines)
@@ -116,60 +113,40 @@ def address_of(at):
 def post(at, body):
     """Return what a server answers to a body: its head, and at most LARGEST + 1 bytes. Raises Refused if it
     cannot be reached, speaks no HTTP, or takes more than WAIT seconds."""
-    url, late = address_of(at), []
+    url, data, ends = address_of(at), b"", time.monotonic() + WAIT
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    connection = kind(url.hostname, url.port, timeout=WAIT)
-
-    def hang_up(sock):  # A timeout alone would let a server send a byte now and then, for ever.
-        late.append(sock)
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-
     try:
-        with contextlib.closing(connection):
-            connection.connect()
-            timer = threading.Timer(WAIT, hang_up, [connection.sock])
-            timer.daemon = True
-            timer.start()
-            try:
-                path = url.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
-                header = {"Content-Type": "application/json"}
-                connection.request("POST", path, json.dumps(body).encode(), header)
-                reply = connection.getresponse()
-                data = reply.read(LARGEST + 1)
-            finally:
-                timer.cancel()
-        if late:
-            raise TimeoutError
+        with contextlib.closing(kind(url.hostname, url.port, timeout=WAIT)) as connection:
+            path = url.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
+            header = {"Content-Type": "application/json"}
+            connection.request("POST", path, json.dumps(body).encode(), header)
+            reply = connection.getresponse()
+            while len(data) <= LARGEST and (more := reply.read1(LARGEST + 1 - len(data))):
+                data += more
+                if time.monotonic() > ends:  # each byte resets a timeout
+                    raise TimeoutError
     except (OSError, http.client.HTTPException, ValueError) as e:
-        slow = late or isinstance(e, TimeoutError)
+        slow = isinstance(e, TimeoutError)
         why = f"no whole answer within {WAIT} s" if slow else f"{type(e).__name__}: {str(e)[:200]}"
         raise Refused(f"--at {at}: no answer ({why})") from e
     return reply, data
 
 
-def refuse_status(at, reply, data):
-    """Raise Refused if a server sends elsewhere, sends more than LARGEST bytes, or says that something is
-    wrong."""
+def text_from(at, reply, data):
+    """Return the text in what `post` gives. Raises Refused if the server sends elsewhere, sends more than
+    LARGEST bytes, says that something is wrong, or sends no JSON, or one without a text."""
     if 300 <= reply.status < 400:
         to = reply.getheader("Location", "nowhere")[:200]
-        raise Refused(
-            f"--at {at}: it sends on to {to}, which is not followed: give that address if it is right"
-        )
-    if len(data) > LARGEST:
-        raise Refused(f"--at {at}: an answer of more than {LARGEST} bytes")
-    if reply.status != 200:
+        why = f"it sends on to {to}, which is not followed: give that address if it is right"
+    elif len(data) > LARGEST:
+        why = f"an answer of more than {LARGEST} bytes"
+    elif reply.status != 200:
         hint = "; --model says under which name the export is served" * (reply.status == 404)
-        said = data.decode("utf-8", "replace")[:200]
-        raise Refused(f"--at {at}: it says {reply.status} {reply.reason[:40]}: {said}{hint}")
-
-
-def text_in(data, at):
-    """Return the text in a server's answer. Raises Refused if it is no JSON, or holds no text."""
-    try:
-        text = parse_json(data, f"--at {at}")["choices"][0]["text"]
-        if isinstance(text, str):
-            return text
-    except (KeyError, IndexError, TypeError):
-        pass
-    raise Refused(f"--at {at}: the answer has no text under choices[0].text: {ascii(data[:60])[2:-1]}")
+        why = f"it says {reply.status} {reply.reason[:40]}: {data.decode('utf-8', 'replace')[:200]}{hint}"
+    else:
+        why = f"the answer has no text under choices[0].text: {ascii(data[:60])[2:-1]}"
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            text = parse_json(data, f"--at {at}")["choices"][0]["text"]
+            if isinstance(text, str):
+                return text
+    raise Refused(f"--at {at}: {why}")

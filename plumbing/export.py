@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import re
 import warnings
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from plumbing import Refused
 from plumbing.backbone import from_shape, load_backbone, pick_device
-from plumbing.card import about_version, base_of, check_push, label, push, write_card
+from plumbing.card import base_of, check_push, label, on_hub, push, write_card
 from plumbing.expected import greedy_answers, questions, write_expected
 from plumbing.files import atomic_folder
 from plumbing.prompts import end_token, prompt_ids
@@ -23,17 +24,16 @@ MERGE = "`--merged` writes a whole model in place of an adapter"
 
 
 def targets_of(update, backbone):
-    """Return {name: module} for the modules that an update is made for.
-
-    Raises Refused if the backbone lacks one of them, or has it in another size or in quantised form."""
-    modules = dict(backbone.named_modules())
+    """Return {name: module} for the modules that an update is made for. Raises Refused if the backbone lacks
+    one of them, or has it in another size or in quantised form."""
+    modules = {name: module for name, module in backbone.named_modules() if name in update}
     for name, (A, B) in update.items():
         module, sizes = modules.get(name), (A.shape[1], B.shape[1])
         if not isinstance(module, LINEAR) or in_out(module) != sizes:
             raise Refused(f"the version was made for another backbone: this one has no {name} of {sizes}")
         if module.weight.dtype != torch.float32 or module.weight.numel() != sizes[0] * sizes[1]:
             raise Refused(f"{name} of the backbone is quantised, so nothing can be added to it")
-    return {name: modules[name] for name in update}
+    return modules
 
 
 # ------------------------------------------------------------------------------------------------- an adapter
@@ -44,8 +44,7 @@ def write_adapter(update, name, tokenizer, about, folder):
     has tried it.
 
     update: {module: (A [r, d_in], B [r, d_out])}. name: the backbone's, as in `load_backbone`. about: goes
-    into the tensors' metadata. Raises Refused if the backbone is not there, has other modules, or has modules
-    that peft would take for others."""
+    into the tensors' metadata. Raises Refused as `targets_of` and `try_adapter` do."""
     with torch.device("meta"):
         backbone = from_shape(name, torch.float32)
     targets, tensors = targets_of(update, backbone), {}
@@ -69,15 +68,10 @@ def target_names(update, backbone):
     expect; else the full names. If they mean our modules alone in the layers that are adapted, return those
     layers, too: `layers_to_transform`. peft finds them by the only number in a name."""
 
-    def named(end, names):
-        return {name for name in names if name.rpartition(".")[2] == end}
-
     def short(names):
-        found = []
-        for end in {name.rpartition(".")[2] for name in update}:
-            ours = named(end, update)
-            found += [end] if ours == named(end, names) else ours
-        return sorted(found)
+        named = lambda end, names: {name for name in names if name.rpartition(".")[2] == end}
+        ends = {end: named(end, update) for end in {name.rpartition(".")[2] for name in update}}
+        return sorted(n for end, ours in ends.items() for n in ([end] if ours == named(end, names) else ours))
 
     there = [name for name, _ in backbone.named_modules()]
     numbers = {name: re.findall(r"\.(\d+)(?=\.)", name) for name in there}
@@ -105,8 +99,7 @@ def try_adapter(folder, backbone, tensors):
             raise Refused(f"peft may take {min(risky)} for part of an expert; {MERGE}") from None
         return False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             adapted = peft.get_peft_model(backbone, peft.PeftConfig.from_pretrained(folder))
             result = peft.set_peft_model_state_dict(adapted, tensors)
     except Exception as e:
@@ -131,8 +124,9 @@ def write_merged(update, backbone, tokenizer, template, about, folder):
     targets, ids = targets_of(update, backbone), prompt_ids("Say hello.", tokenizer, template)
     if len({id(module.weight) for module in targets.values()}) < len(targets):
         raise Refused("several layers share one weight, which cannot hold an update for each; an adapter can")
+    logits_of = lambda backbone: backbone(torch.tensor([ids]), use_cache=False).logits
     with beside(update, backbone):
-        wanted, end = logits_of(backbone, ids), end_token(tokenizer, template)
+        wanted, end = logits_of(backbone), end_token(tokenizer, template)
     for name, (A, B) in update.items():
         added = B.T @ A  # [d_out, d_in]
         targets[name].weight += added.T if isinstance(targets[name], transformers.Conv1D) else added
@@ -146,24 +140,17 @@ def write_merged(update, backbone, tokenizer, template, about, folder):
     values = sample_of(backbone)
     backbone.to("meta")  # Free its memory for what is read back.
     try:
-        saved, saved_tokenizer = load_backbone(str(folder), "cpu")
-        same = prompt_ids("Say hello.", saved_tokenizer, template) == ids
-        same = same and end_token(saved_tokenizer, template) == end
+        saved, tokenizer = load_backbone(str(folder), "cpu")
+        same = prompt_ids("Say hello.", tokenizer, template) == ids and end_token(tokenizer, template) == end
     except Refused as e:
         raise Refused(f"the checkpoint cannot be opened once it is saved: {e}") from e
     found = sample_of(saved)
     if not (same and found.keys() == values.keys() and all(found[n].equal(t) for n, t in values.items())):
         raise Refused("the checkpoint is not the same once it is saved: transformers does not save it whole")
-    if not (logits_of(saved, ids) - wanted).abs().max() <= 1e-3 * wanted.abs().max():  # or nan
-        raise Refused(
-            "the checkpoint would not answer as the version: the model has a use of its own for them"
-        )
+    if not (logits_of(saved) - wanted).abs().max() <= 1e-3 * wanted.abs().max():  # or nan
+        why = "the model has a use of its own for weights that were changed"
+        raise Refused(f"the checkpoint would not answer as the version: {why}")
     return saved
-
-
-def logits_of(backbone, ids):
-    """Return the logits of a prompt."""
-    return backbone(torch.tensor([ids]), use_cache=False).logits
 
 
 @contextlib.contextmanager
@@ -196,8 +183,7 @@ def stop_at(end, path):
     known = config.get("eos_token_id")
     known = known if isinstance(known, list) else [known] * (known is not None)
     if end not in known:
-        config["eos_token_id"] = [*known, end]
-        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+        path.write_text(json.dumps({**config, "eos_token_id": [*known, end]}, indent=2), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------- a version of a run
@@ -207,9 +193,8 @@ def update_of(run, entry):
     """Return what a version adds to the backbone's weights, gated at its region's mean coordinate: {target:
     (A [K r, d_in], B [K r, d_out])} with Delta W = B^T A. The chosen A_i are stacked, and the chosen B_i,
     times (alpha / r) w_i. A composition joins its versions'. Raises Refused as `read_version` does."""
-    settings = run.manifest["settings"]
     run.refuse_shared()
-    versions = run.read_versions()
+    settings, versions = run.manifest["settings"], run.read_versions()
     parts = [(v, 1.0) for v in versions if v.hash == entry["hash"]]
     if not parts:
         composition = run.read_version(entry, versions)
@@ -238,7 +223,10 @@ def export(run, name, folder, merged=False, backbone=None, to_hub=None):
     with atomic_folder(folder) as tmp:
         update = update_of(run, entry)
         rank = len(next(iter(update.values()))[0])
-        about = about_version(run, entry, rank, merged, where)
+        # Say neither a date nor a path of this machine: two exports have the same bytes.
+        about = {"kind": "merged" if merged else "adapter", "task": entry["task"], "version": entry["hash"]}
+        about["rank"], base = str(rank), where if on_hub(where) else os.path.basename(os.path.abspath(where))
+        about |= {"base_model": base, "base_fingerprint": run.manifest["backbone"]["fingerprint"]}
         model, tokenizer = run.open_backbone(where, "cpu" if merged else pick_device(None))
         asked = questions(run, entry, model, tokenizer)
         ask = functools.partial(greedy_answers, tokenizer=tokenizer, template=run.template, asked=asked)

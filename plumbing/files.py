@@ -15,8 +15,8 @@ NAME, SHA = re.compile(r"\w[\w.-]{0,63}"), re.compile(r"[0-9a-f]{64}")
 
 def validate(value, form, where):
     """Return the value. Raises Refused, naming the field, unless it has this form: a type, pattern, range,
-    test or constant; [form] for a list; {key: form} for these keys, where "key?" may be absent; {pattern:
-    form} for keys like it; (form, ...) for one of them."""
+    test or constant; [form] for a list of any length, [form, form] for a pair; {key: form} for these keys,
+    where "key?" may be absent; {pattern: form} for keys like it; (form, ...) for one of them."""
     if isinstance(form, tuple):
         for option in form[:-1]:
             with contextlib.suppress(Refused):
@@ -24,17 +24,17 @@ def validate(value, form, where):
         return validate(value, form[-1], where)
     if isinstance(form, dict) and isinstance(value, dict):
         likeness = next((key for key in form if isinstance(key, re.Pattern)), None)
-        if not likeness:
-            form = {key.rstrip("?"): f for key, f in form.items() if key[-1] != "?" or key[:-1] in value}
-        for key in value if likeness else dict.fromkeys((*form, *value)):
-            if likeness is None and (key not in form or key not in value):
-                raise Refused(f"{where}: {key!r} is {'missing' if key in form else 'unknown'}")
-            if likeness:
-                validate(key, likeness, where)
-            validate(value[key], form[likeness or key], f"{where}: {key}")
+        forms = {key: form[likeness] for key in value} if likeness else form
+        forms = {key.rstrip("?"): f for key, f in forms.items() if key[-1:] != "?" or key[:-1] in value}
+        for key in dict.fromkeys((*forms, *value)):
+            if key not in forms or key not in value:
+                raise Refused(f"{where}: {key!r} is {'missing' if key in forms else 'unknown'}")
+            validate(key, likeness or str, where)
+            validate(value[key], forms[key], f"{where}: {key}")
         return value
-    if isinstance(form, list) and isinstance(value, list):
-        return [validate(part, form[0], f"{where}[{i}]") for i, part in enumerate(value)]
+    if isinstance(form, list) and isinstance(value, list) and len(form) in (1, len(value)):
+        forms = form if len(form) > 1 else form * len(value)
+        return [validate(part, f, f"{where}[{i}]") for i, (part, f) in enumerate(zip(value, forms))]
     if isinstance(form, re.Pattern):
         fits = isinstance(value, str) and form.fullmatch(value)
     elif form is float:
@@ -57,41 +57,39 @@ def check_name(option, name):
 
 
 def refuse_constant(text):
-    """Raise ValueError: NaN and infinities are no JSON."""
     raise ValueError(f"{text} is no number")
 
 
 def refuse_twice(pairs):
-    """Return a dict of pairs. Raises ValueError if a key is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = sorted(key for key, _ in pairs)
-        raise ValueError(f"{next(a for a, b in zip(keys, keys[1:]) if a == b)!r} is there twice")
+        seen = set()
+        raise ValueError(f"{next(key for key, _ in pairs if key in seen or seen.add(key))!r} is there twice")
     return found
 
 
-def parse_json(text, where):
-    """Return what a JSON text holds. Raises Refused if it is not JSON, or an object has a key twice."""
+STRICT = {"parse_constant": refuse_constant, "object_pairs_hook": refuse_twice}  # no nan, no key twice
+
+
+def parse_json(data, where):
+    """Return what a JSON text, or its bytes in UTF-8, holds. Raises Refused if it is not JSON, has a number
+    that is none, or an object with a key twice."""
     try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_twice)
+        return json.loads(data.decode() if isinstance(data, bytes) else data, **STRICT)
     except (ValueError, RecursionError) as e:
         raise Refused(f"{where}: not readable as JSON ({e})") from None
 
 
-def read_text(path, own):
-    """Return the text of a file. own: it lies in a run folder. Raises Refused if it is not plain UTF-8."""
+def read_json(path, own=True):
+    """Return what a JSON file holds. own: it lies in a run folder, where no link is followed. Raises Refused
+    as `parse_json` does, and if it is no plain file."""
     path = pathlib.Path(path)
     if not path.is_file() or own and path.is_symlink():
         raise Refused(f"{path}: no such file" if not path.exists() else f"{path}: not a plain file")
     try:
-        return path.read_text(encoding="utf-8")
-    except (ValueError, OSError) as e:
-        raise Refused(f"{path}: not readable as JSON ({e})") from None
-
-
-def read_json(path, own=True):
-    """Return what a JSON file holds. Raises Refused as `read_text` and `parse_json` do."""
-    return parse_json(read_text(path, own), path)
+        return parse_json(path.read_bytes(), path)
+    except OSError as e:
+        raise Refused(f"{path}: not readable ({e.strerror})") from None
 
 
 @contextlib.contextmanager
@@ -103,8 +101,7 @@ def atomic(path):
         return
     path.parent.mkdir(exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.niwf-tmp")
-    with open(tmp, "xb"):  # never through a link, never over another file
-        pass
+    open(tmp, "xb").close()  # never through a link, never over another file
     try:
         yield tmp
         with open(tmp, "rb+") as f:
@@ -141,9 +138,14 @@ def atomic_folder(folder):
         tmp.rename(folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        with contextlib.suppress(OSError):  # Those of a folder that was written are not empty.
-            for parent in made:
-                parent.rmdir()
+        remove_empty(made)
+
+
+def remove_empty(folders):
+    """Remove folders, the innermost first, up to one that is not empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def put_aside(path):
@@ -158,7 +160,7 @@ def put_aside(path):
 
 def latest_run(root="runs"):
     """Return the run folder under `root` whose manifest was written last. Raises Refused if there is none."""
-    manifests = sorted(pathlib.Path(root).glob("*/manifest.json"), key=lambda p: p.stat().st_mtime)
-    if not manifests:
+    manifests = pathlib.Path(root).glob("*/manifest.json")
+    if not (last := max(manifests, key=lambda p: p.stat().st_mtime, default=None)):
         raise Refused(f"no run folder under {root}/: start one with train.py, or name one with --run")
-    return manifests[-1].parent
+    return last.parent

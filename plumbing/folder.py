@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import pathlib
-import re
 import shutil
 import time
 
@@ -20,28 +19,25 @@ except ImportError:  # Windows
     fcntl = None
 
 from plumbing import Refused
-from plumbing.files import SHA, atomic, put_aside, read_json, validate
+from plumbing.backbone import fingerprint, is_backbone, load_backbone, place_of
+from plumbing.files import SHA, atomic, put_aside, read_json, remove_empty, validate
+from plumbing.manifest import DIGEST, MANIFEST, contradictions
 from plumbing.processes import first_alone
 from plumbing.prompts import today
 from plumbing.records import read_records
-from plumbing.backbone import fingerprint, is_backbone, load_backbone, place_of
-from plumbing.manifest import MANIFEST, contradictions
 from plumbing.versionfile import read_version_file
 
 OLDER = {"targets": "all", "passes": "two", "bare_layers": 0}  # settings that older run folders lack
-FOLDERS = ("versions", "versions/orphans", "data", "data/orphans")
-FILES = ("manifest.json", "log.jsonl", "training.safetensors", ".lock")
-KINDS = r"manifest\.json|training\.safetensors|[0-9a-f]{64}\.safetensors|\w[\w.-]*\.(val|logits)\.json"
-TEMPORARY = re.compile(rf"\.({KINDS})\.\d+\.niwf-tmp")  # what a killed command of ours can leave
+PLACES = dict.fromkeys(("versions", "versions/orphans", "data", "data/orphans"), "folder")
+PLACES |= dict.fromkeys(("manifest.json", "log.jsonl", "training.safetensors", ".lock"), "file")
 
 
 class Folder:
     """A run folder: one backbone, the settings fixed by its first task, and its versions in the order of
-    commitment. `manifest` says all of that; `held` is true within `exclusive`."""
+    commitment. `manifest` says all of that; `held` is true within `exclusive`. Raises Refused as `read`."""
 
     def __init__(self, folder):
-        """Raises Refused as `read` does."""
-        self.folder, self.held = pathlib.Path(folder), False  # held: within `exclusive`
+        self.folder, self.held = pathlib.Path(folder), False
         self.read()
 
     def read(self):
@@ -49,34 +45,28 @@ class Folder:
         a file of ours belongs, or a manifest that is not whole."""
         self.manifest = {"format": 1, "backbone": None, "settings": {}}
         self.manifest |= {"versions": [], "results": [], "compositions": []}
-        for name in FOLDERS + FILES:
+        for name, kind in PLACES.items():
             path = self.folder / name
-            plain = path.is_dir if name in FOLDERS else path.is_file
-            if (
-                path.is_symlink() or path.exists() and not plain()
-            ):  # in this order, as it may be made between the two
-                raise Refused(f"{path}: a link, or no plain {'folder' if name in FOLDERS else 'file'}")
-        path = self.manifest_file
-        if path.exists():
-            self.manifest = read_json(path)
+            plain = path.is_dir if kind == "folder" else path.is_file
+            if path.is_symlink() or path.exists() and not plain():  # it may be made between the two
+                raise Refused(f"{path}: a link, or no plain {kind}")
+        if self.manifest_file.exists():
+            self.manifest = read_json(self.manifest_file)
             self.check_manifest()
-            if self.manifest["settings"]:
-                for key, value in OLDER.items():
-                    self.manifest["settings"].setdefault(key, value)
-                self.manifest["settings"].pop("fixed_coordinate", None)
-            if not self.tasks and self.unnamed([]) and not (self.folder / "training.safetensors").exists():
-                raise Refused(
-                    f"{path}: names no version, but versions/ holds some: restore it, or move them away"
-                )
+            if settings := self.manifest["settings"]:
+                settings.update({**OLDER, **settings})
+                settings.pop("fixed_coordinate", None)
+            if not self.tasks and self.unnamed() and not (self.folder / "training.safetensors").exists():
+                why = "names no version, but versions/ holds some: restore it, or move them away"
+                raise Refused(f"{self.manifest_file}: {why}")
         elif self.folder.exists() and (not self.folder.is_dir() or {*os.listdir(self.folder)} - {".lock"}):
             raise Refused(f"{self.folder}: not a run folder (no manifest.json); nothing is written there")
 
     def check_manifest(self):
         """Raise Refused if the manifest has not the form of one, or its parts contradict each other."""
         validate(self.manifest, MANIFEST, self.manifest_file)
-        for why, found in contradictions(self.manifest).items():
-            if found:
-                raise Refused(f"{self.manifest_file}: {why}")
+        for why in contradictions(self.manifest):
+            raise Refused(f"{self.manifest_file}: {why}")
 
     @property
     def manifest_file(self):
@@ -132,6 +122,13 @@ class Folder:
         data = [self.data_file(entry["task"], kind) for kind in ("val", "logits")]
         return [self.path(entry["hash"])] + data * (entry["lock"] != "composed")
 
+    def unnamed(self):
+        """Return version files that the manifest does not name: a command was killed before it could, or
+        after it no longer did."""
+        named = {e["hash"] for e in self.entries}
+        files = [p for p in (self.folder / "versions").glob("*.safetensors") if SHA.fullmatch(p.stem)]
+        return [p for p in files if p.stem not in named and p.is_file() and not p.is_symlink()]
+
     def validation(self, task):
         """Read a task's validation records. Raises Refused if they are not there, or not whole."""
         return read_records(self.data_file(task, "val"), self.template, own=True)
@@ -148,7 +145,7 @@ class Folder:
     def digests(self, task):
         """Read a task's digests. Raises Refused if they are not there, or not one for each record."""
         path = self.data_file(task, "logits")
-        digests = validate(read_json(path), [re.compile("[0-9a-f]{16}")], path)
+        digests = validate(read_json(path), [DIGEST], path)
         if len(digests) != (records := len(self.validation(task))):
             raise Refused(f"{path}: {len(digests)} digests for {records} validation records")
         return digests
@@ -210,11 +207,9 @@ class Folder:
 
     def leave(self, made):
         """Remove the lock file and the folders that were made, if nothing else is in them."""
-        if [p.name for p in self.folder.iterdir()] == [".lock"]:
+        if os.listdir(self.folder) == [".lock"]:
             (self.folder / ".lock").unlink()
-            with contextlib.suppress(OSError):
-                for folder in made:
-                    folder.rmdir()
+            remove_empty(made)
 
     @first_alone
     def save(self, removed=()):
@@ -224,11 +219,23 @@ class Folder:
         with atomic(self.manifest_file) as tmp:
             tmp.write_text(json.dumps(self.manifest, indent=1), encoding="utf-8")
         litter = [p for part in (".", "versions", "data") for p in (self.folder / part).glob(".*.niwf-tmp")]
-        for path in [*removed, *(p for p in litter if TEMPORARY.fullmatch(p.name))]:
+        for path in [*removed, *litter]:
             if path.is_file() and not path.is_symlink():
                 path.unlink()
-        for path in self.unnamed([e["hash"] for e in self.entries]):
+        for path in self.unnamed():
             put_aside(path)
+
+    def enter(self, entry):
+        """Put an entry where it belongs in the manifest."""
+        self.manifest["compositions" if entry["lock"] == "composed" else "versions"].append(entry)
+
+    def commit(self, version):
+        """Add a version: its file first, then the manifest that names it. A kill in between leaves an unnamed
+        file, which the same training writes again under the same name."""
+        version.save(self.folder / "versions")
+        entry = {"hash": version.hash, "task": version.task, "lock": version.lock}
+        self.enter({**entry, "date": time.strftime("%Y-%m-%d %H:%M:%S")})
+        self.save()
 
     def take(self, other, entries):
         """Take in entries of another run folder, with their files and results. Raises Refused, with nothing
@@ -241,26 +248,10 @@ class Folder:
             with atomic(target) as tmp:
                 shutil.copyfile(source, tmp)
         for e in entries:
-            self.manifest["compositions" if e["lock"] == "composed" else "versions"].append(e)
-        hashes = {e["hash"] for e in entries}
-        self.manifest["results"] += [r for r in other.manifest["results"] if r["version"] in hashes]
+            self.enter(e)
+            self.manifest["results"] += [r for r in other.manifest["results"] if r["version"] == e["hash"]]
         if entries:
             self.save()
-
-    def unnamed(self, hashes):
-        """Return version files that are not among `hashes`: a command was killed before the manifest could
-        name them, or after it no longer did."""
-        files = [p for p in (self.folder / "versions").glob("*.safetensors") if SHA.fullmatch(p.stem)]
-        return [p for p in files if p.stem not in hashes and p.is_file() and not p.is_symlink()]
-
-    def commit(self, version):
-        """Add a version: its file first, then the manifest that names it. A kill in between leaves an unnamed
-        file, which the same training writes again under the same name."""
-        version.save(self.folder / "versions")
-        listed = self.manifest["compositions" if version.lock == "composed" else "versions"]
-        date = time.strftime("%Y-%m-%d %H:%M:%S")
-        listed.append({"hash": version.hash, "task": version.task, "lock": version.lock, "date": date})
-        self.save()
 
     def open_backbone(self, name, device, device_map=None):
         """Load the backbone. Return (backbone, tokenizer). If it has another name than it had, the manifest
@@ -272,9 +263,10 @@ class Folder:
             self.manifest["backbone"] = {"name": place_of(name), "fingerprint": fingerprint(backbone)}
         elif not is_backbone(backbone, owner["fingerprint"]):
             raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")
+        elif self.held:
+            owner["name"] = place_of(name)
         elif owner["name"] not in (name, place_of(name)):
-            with contextlib.nullcontext() if (held := self.held) else self.exclusive():
+            with self.exclusive():
                 self.manifest["backbone"]["name"] = place_of(name)
-                if not held:
-                    self.save()
+                self.save()
         return backbone, tokenizer

@@ -5,7 +5,9 @@ are any, "input", "kind", "history" (the messages before) and "tools" (a list of
 instruction, input, output (Alpaca); instruction, context, response (Dolly); prompt, completion, as texts or
 as messages (TRL); question or query, answer or response; messages, or conversations (ShareGPT).
 
-A key that changes what is asked is used, or the record is refused: nobody should train on half a question."""
+A key that changes what is asked is used, or the record is refused: nobody should train on half a question.
+Every function here that is told `where` raises Refused, naming it, if what it is given has not its form; the
+keys that have no use are added to the set `ignored`."""
 
 import json
 
@@ -35,29 +37,25 @@ LOST_IN_RECORD |= dict.fromkeys(("thinking", "reasoning_content"), "write it int
 
 
 def plain_record(record, where, template, verdicts, ignored):
-    """Turn a record into (plain record, why its answer must not be learned or None).
-
-    verdicts: the keys that say so, as KTO's label. ignored: a set, to which the keys without use are added.
-    Raises Refused if the record is of no form above, or if something that is asked would be lost."""
-    if not isinstance(record, dict):
-        raise Refused(f"{where} is not a JSON object")
-    rest = {key: value for key, value in record.items() if value is not None}
-    if {"chosen", "rejected"} & {*rest} and rest.keys().isdisjoint((*SAID, *CHATS)):
+    """Turn a record into (plain record, why its answer must not be learned or None). verdicts: the keys that
+    say so, as KTO's label. Raises Refused, too, if something that is asked would be lost."""
+    rest = {key: value for key, value in an_object(record, where).items() if value is not None}
+    pair = {"chosen", "rejected"} & {*rest}
+    if pair and rest.keys().isdisjoint((*SAID, *CHATS)):
         advice = "no preferences are learned: rename 'chosen' to 'completion' to learn it"
         raise Refused(f"{where} is a pair of 'chosen' and 'rejected' without an output; {advice}")
     aside = unlearned(rest, (*verdicts, "weight"), where)
-    turns, name = take_chat(rest)
-    if name:
-        plain = from_chat(chat_of(turns, f"{where}: {name}", ignored), rest, where, ignored)
-        aside = aside or unlearned({**turns[-1]}, FLAGS, f"{where}: the last message")
-    else:
-        plain = from_texts(rest, where, ignored)
+    turns, name = take_turns(rest, where)
+    chat = chat_of(turns, f"{where}: {name}", ignored)
+    plain = from_chat(chat, where, ignored, "; 'chosen' and 'rejected' are not learned" * bool(pair))
+    aside = aside or unlearned({**turns[-1]}, FLAGS, f"{where}: the last message")
+    if name == "history":  # of texts, beside which an input may stand: the first that says something
+        for key in sorted((key for key in GIVEN if key in rest), key=lambda key: not rest[key])[:1]:
+            plain["input"] = a_text(rest, key, where)
+            del rest[key]
     plain |= {"kind": rest.pop("kind")} if "kind" in rest else {}
-    history = plain.get("history", [])
-    system = next((key for key in SYSTEM if key in rest), None)
-    if system and not isinstance(rest[system], str):
-        raise Refused(f"{where} has something other than text under {system!r}")
-    if system and rest[system].strip() and (not history or history[0]["role"] != "system"):
+    history, system = plain.get("history", []), next((key for key in SYSTEM if key in rest), None)
+    if system and a_text(rest, system, where).strip() and (not history or history[0]["role"] != "system"):
         plain["history"] = [{"role": "system", "content": rest.pop(system)}, *history]
     if tools := tools_of(rest.pop("tools", ""), where):
         plain["tools"] = tools
@@ -66,9 +64,8 @@ def plain_record(record, where, template, verdicts, ignored):
 
 
 def own_record(record, where, template):
-    """Return a record of a run folder: a plain one. Raises Refused if it is not one."""
-    if not isinstance(record, dict):
-        raise Refused(f"{where} is not a JSON object")
+    """Return a record of a run folder: a plain one."""
+    record = an_object(record, where)
     plain = {key: record[key] for key in PLAIN if record.get(key) not in (None, [])}
     if "history" in plain:
         plain["history"] = chat_of(plain["history"], f"{where}: history", set())
@@ -77,58 +74,58 @@ def own_record(record, where, template):
     return checked(plain, where, template)
 
 
-def names_of(rest):
-    """Return the keys under which a record has its question and its answer, or should have them."""
-    asked = next((key for key in ASKED if key in rest), "input" if rest.get("input") else ASKED[0])
-    return asked, next((key for key in SAID if key in rest), "completion" if asked == "prompt" else SAID[0])
+def an_object(value, where):
+    if not isinstance(value, dict):
+        raise Refused(f"{where} is not a JSON object")
+    return value
 
 
-def take_chat(rest):
-    """Take the messages out of a record. -> (messages, what they are called), or (None, None) if it has none.
-    Where the question or the answer alone is a list of messages, the other one is a message, too."""
+def a_text(holder, key, where):
+    """Return the text under a key, or "" if there is none."""
+    if not isinstance(holder.get(key, ""), str):
+        raise Refused(f"{where} has something other than text under {key!r}")
+    return holder.get(key, "")
+
+
+def take_turns(rest, where):
+    """Take the messages out of a record. -> (messages, what they are called). A question and an answer that
+    are texts become two messages, after their history. Where one of them is a list of messages, the other
+    one is a message, too."""
     for key in CHATS:
         if key in rest:
             return from_json(rest.pop(key)), key
-    names = names_of(rest)
-    if not any(isinstance(rest.get(key), list) for key in names):
-        return None, None
-    sides = [(role, rest.pop(key, None)) for role, key in zip(("user", "assistant"), names)]
-    sides = [side if isinstance(side, list) else [{"role": role, "content": side}] for role, side in sides]
-    return sides[0] + sides[1], " and ".join(names)
-
-
-def from_texts(rest, where, ignored):
-    """Take a plain record out of `rest` whose question and answer are texts."""
-    asked, said = names_of(rest)
-    for key in (asked, said):
+    asked = next((key for key in ASKED if key in rest), "input" if rest.get("input") else ASKED[0])
+    said = next((key for key in SAID if key in rest), "completion" if asked == "prompt" else SAID[0])
+    texts, turns = not any(isinstance(rest.get(key), list) for key in (asked, said)), []
+    for key in (asked, said) if texts else ():
         if not isinstance(rest.get(key), str):
             hint = f" (it has {', '.join(map(ascii, rest))[:80]})" if key not in rest and rest else ""
             raise Refused(f"{where} has no text under {key!r}{hint}")
-    plain = {"instruction": rest.pop(asked), "output": rest.pop(said)}
-    for key in sorted((key for key in GIVEN if key in rest), key=lambda key: not rest[key])[:1]:
-        plain["input"] = rest.pop(key)  # the first that says something
-        if not isinstance(plain["input"], str):
-            raise Refused(f"{where} has something other than text under {key!r}")
-    if before := rest.pop("history", None):
-        plain["history"] = chat_of(spread(before), f"{where}: history", ignored)
-    return plain
+    if texts and (before := rest.pop("history", None)):
+        before = before if isinstance(before, list) else [before]
+        pairs = all(isinstance(turn, list) and len(turn) == 2 for turn in before)
+        spread = [(role, text) for turn in before for role, text in zip(("user", "assistant"), turn)]
+        turns = [{"role": role, "content": text} for role, text in spread] if pairs else before
+    for role, key in zip(("user", "assistant"), (asked, said)):
+        side = rest.pop(key, None)
+        turns = turns + (side if isinstance(side, list) else [{"role": role, "content": side}])
+    return turns, "history" if texts else f"{asked} and {said}"
 
 
-def from_chat(turns, rest, where, ignored):
+def from_chat(turns, where, ignored, hint):
     """Make a plain record of a chat: the last message, of the assistant, is what is learned."""
-    if turns[-1]["role"] != "assistant":
-        pair = "; 'chosen' and 'rejected' are not learned" if {"chosen", "rejected"} & {*rest} else ""
-        said = f"the last message is of {turns[-1]['role']!r}, not of the assistant, whose answer is learned"
-        raise Refused(f"{where}: {said}{pair}")
-    if len(turns) < 2 or turns[-2]["role"] != "user":
-        before = f"a message of {turns[-2]['role']!r}" if len(turns) > 1 else "nothing"
+    *history, prompt, response = [{"role": None}, *turns]
+    if response["role"] != "assistant":
+        said = f"the last message is of {response['role']!r}, not of the assistant, whose answer is learned"
+        raise Refused(f"{where}: {said}{hint}")
+    if prompt["role"] != "user":
+        before = f"a message of {prompt['role']!r}" if history else "nothing"
         raise Refused(f"{where}: before the last answer stands {before}: only a user's message is answered")
-    *history, prompt, response = turns
     for key in response.keys() & {*KEPT[1:]}:
         raise Refused(f"{where}: the answer has {key!r}: only its content is learned, so write it there")
     ignored.update(f"{key} of the last messages" for key in {*prompt, *response} & {*KEPT})
     plain = {"instruction": prompt["content"], "output": response["content"]}
-    return plain | ({"history": history} if history else {})
+    return plain | ({"history": history[1:]} if history[1:] else {})
 
 
 def chat_of(turns, where, ignored):
@@ -151,9 +148,7 @@ def message_of(turn, where, ignored):
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(dict.fromkeys(ROLES.values()))
         raise Refused(f"{where}: role: {ascii(role)[:40]} is none of {known}")
-    for key in rest.keys() & {*LOST}:
-        if rest[key]:
-            raise Refused(f"{where} has {key!r}, which would be lost: {LOST[key]}")
+    refuse_lost(rest, LOST, where)
     if "tool_calls" in rest:
         rest["tool_calls"], content = calls_of(rest["tool_calls"], where), content or ""
     if content is None:
@@ -161,15 +156,18 @@ def message_of(turn, where, ignored):
     ignored.update(f"{key} of messages" for key in rest.keys() - {*KEPT, *FLAGS})
     kept = {key: rest[key] for key in KEPT if rest.get(key)}
     for key in kept.keys() - {"tool_calls"}:
-        if not isinstance(kept[key], str):
-            raise Refused(f"{where} has something other than text under {key!r}")
+        a_text(kept, key, where)
     return {"role": ROLES[role], "content": text_of_parts(content, where), **kept}
+
+
+def refuse_lost(rest, lost, where):
+    for key in rest.keys() & {*lost}:
+        if rest[key]:
+            raise Refused(f"{where} has {key!r}, which would be lost: {lost[key]}")
 
 
 def text_of_parts(content, where):
     """Return the text of a message's content: a text, or a list of parts that all are texts."""
-    if isinstance(content, str):
-        return content
     texts = []
     for part in content if isinstance(content, list) else [content]:
         text = part.get("text") if isinstance(part, dict) else part
@@ -182,15 +180,14 @@ def text_of_parts(content, where):
 
 def calls_of(value, where):
     """Return tool calls as templates want them, with the arguments as an object."""
-    calls = []
-    value = from_json(value)
+    calls, value = [], from_json(value)
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Refused(f"{where}: {ascii(call)[:60]} is no tool call: it has no name")
         function = {**function, "arguments": from_json(function.get("arguments", {}))}
-        calls.append({"type": "function", **call, "function": function} if "function" in call else function)
-    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
+        calls.append({"type": "function", **(call if "function" in call else {}), "function": function})
+    return calls
 
 
 def tools_of(value, where):
@@ -209,13 +206,6 @@ def from_json(value):
         return value
 
 
-def spread(history):
-    """Turn pairs of a question and its answer into messages; anything else stays."""
-    if not isinstance(history, list) or not all(isinstance(t, list) and len(t) == 2 for t in history):
-        return history
-    return [{"role": r, "content": text} for turn in history for r, text in zip(("user", "assistant"), turn)]
-
-
 def unlearned(holder, keys, where):
     """Take out of `holder` what says whether it is to be learned. -> why not, or None"""
     found = None
@@ -230,18 +220,16 @@ def unlearned(holder, keys, where):
 
 def check_rest(rest, plain, where, ignored):
     """Look at the keys that were not used. Raises Refused if one of them changes what is asked."""
+    refuse_lost(rest, LOST_IN_RECORD, where)
     asked = [plain["instruction"], plain.get("input", ""), *(m["content"] for m in plain.get("history", ()))]
     for key, value in rest.items():
-        if value in ("", [], {}):
-            continue
-        if value and key in LOST_IN_RECORD:
-            raise Refused(f"{where} has {key!r}, which would be lost: {LOST_IN_RECORD[key]}")
-        if key in (*ASKED, *GIVEN, *SYSTEM, "history"):  # it may repeat what is asked, or hold it whole
+        if key in (*ASKED, *GIVEN, *SYSTEM, "history") and value not in ("", [], {}):
+            # It may repeat what is asked, or hold it whole.
             text = value.strip() if isinstance(value, str) else None
             whole = key in ASKED and text and asked[0].strip() in text
             if text is None or not whole and not any(text in part for part in asked):
                 raise Refused(f"{where} has {key!r} beside what is asked, and it would be lost: put it there")
-        ignored.add(key)
+    ignored.update(key for key, value in rest.items() if value not in ("", [], {}))
 
 
 def checked(plain, where, template):
@@ -250,8 +238,7 @@ def checked(plain, where, template):
         if not isinstance(plain.get(key), str):
             raise Refused(f"{where} has no text under {key!r}")
     for key in ("input", "kind"):
-        if not isinstance(plain.get(key, ""), str):
-            raise Refused(f"{where} has something other than text under {key!r}")
+        a_text(plain, key, where)
     try:
         json.dumps(plain, ensure_ascii=False).encode()
     except ValueError:
@@ -261,7 +248,6 @@ def checked(plain, where, template):
         if history or "tools" in plain:
             what = "is a chat of more than a prompt and its answer" if history else "has 'tools'"
             what = "has a system message" if [m["role"] for m in history] == ["system"] else what
-            raise Refused(
-                f"{where} {what}, and the template alpaca has no place for it: --template chat takes it"
-            )
+            place = "the template alpaca has no place for it: --template chat takes it"
+            raise Refused(f"{where} {what}, and {place}")
     return {key: plain[key] for key in PLAIN if key in plain}

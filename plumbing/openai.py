@@ -51,13 +51,9 @@ def between(low, high, *kinds):
     return lambda value: type(value) in kinds and low <= value <= high
 
 
-def stops_of(value):
-    """Return a field "stop" as a list of texts, or None if it is none."""
-    stops = [value] if isinstance(value, str) else value
-    fits = (
-        isinstance(stops, list) and len(stops) <= 4 and all(is_text(s) and 0 < len(s) <= 500 for s in stops)
-    )
-    return stops if fits else None
+def are_stops(value):
+    stops = value if isinstance(value, list) else [value]
+    return len(stops) <= 4 and all(is_text(stop) and 0 < len(stop) <= 500 for stop in stops)
 
 
 COUNT = between(1, 10**6, int), "a whole number from 1 to 1000000"
@@ -72,7 +68,7 @@ FIELDS = {  # those that are read, each with a test and what it says if it is wr
     "max_completion_tokens": COUNT,
     "seed": (between(-(2**63), 2**63 - 1, int), "a whole number of 64 bits"),
     "n": (between(1, 1, int), "1: one answer is computed at a time"),
-    "stop": (lambda x: stops_of(x) is not None, "a text of at most 500 characters, or a list of up to four"),
+    "stop": (are_stops, "a text of at most 500 characters, or a list of up to four"),
 }
 
 
@@ -92,19 +88,18 @@ def read_request(body):
     """Return what a body asks for: the fields above that it has, and "messages" as `message_of` makes them.
     Other fields are ignored. Raises Wrong if one of these is wrong."""
     try:
-        found = parse_json(body.decode(), "the body")
-    except (ValueError, Refused) as e:
-        raise Wrong(e if isinstance(e, Refused) else "the body: not UTF-8") from None
+        found = parse_json(body, "the body")
+    except Refused as e:
+        raise Wrong(e) from None
     if not isinstance(found, dict):
         raise Wrong("the body: it is no JSON object")
     asked = {key: found[key] for key in FIELDS if found.get(key) is not None}
-    for key in ("model", "messages"):
+    for key in ("model", "messages", *asked):
         if key not in asked:
             raise Wrong(f"{key}: it is missing", param=key)
-    for key, value in asked.items():
         fits, what = FIELDS[key]
-        if not fits(value):
-            raise Wrong(f"{key}: {ascii(value)[:60]} is not {what}", param=key)
+        if not fits(asked[key]):
+            raise Wrong(f"{key}: {ascii(asked[key])[:60]} is not {what}", param=key)
     asked["messages"] = [message_of(m, f"messages[{i}]") for i, m in enumerate(asked["messages"])]
     if asked["messages"][-1]["role"] != "user":
         raise Wrong("messages: the last is not the user's", param="messages")
@@ -131,13 +126,6 @@ def send_until(texts, stops, send):
     return False
 
 
-def seconds_of(date):
-    """Return a manifest's date as seconds of Unix's time, 0 if it is none."""
-    with contextlib.suppress(ValueError, OverflowError):
-        return int(time.mktime(time.strptime(date, "%Y-%m-%d %H:%M:%S")))
-    return 0
-
-
 @dataclasses.dataclass
 class Answers:
     """What a server answers. named(NAME): a version and its gating, bare: the same of the bare backbone,
@@ -153,17 +141,14 @@ class Answers:
     plane: object  # see plane.py
     defaults: object
 
-    def warm_up(self):
-        """Answer something, because a first pass is slow, and for whoever asks first it should not be."""
-        with contextlib.suppress(Refused):  # a template may insist on a system message
-            hello = [{"role": "user", "content": "Hello."}]
-            self.answer({"model": AUTO, "messages": hello, "max_tokens": 2}, lambda _: None)
-
     def models(self):
         """Return the list of models: auto, base, and every version and composition under its hash."""
         known = [{"id": name, "name": name, "created": 0} for name in (AUTO, BASE)]
         for e in self.run.entries:
-            known.append({"id": e["hash"], "name": e["task"], "created": seconds_of(e["date"])})
+            created = 0
+            with contextlib.suppress(ValueError, OverflowError):  # what has a date's characters may be none
+                created = int(time.mktime(time.strptime(e["date"], "%Y-%m-%d %H:%M:%S")))
+            known.append({"id": e["hash"], "name": e["task"], "created": created})
         return {"object": "list", "data": [{**m, "object": "model", "owned_by": "niwf"} for m in known]}
 
     def draw_plane(self):
@@ -184,7 +169,7 @@ class Answers:
     def asked(self, name):
         """Return who is to answer, as `stream_answer` takes it. Raises Wrong if there is no such model."""
         try:
-            return {AUTO: None, BASE: self.bare}[name] if name in (AUTO, BASE) else self.named(name)
+            return None if name == AUTO else self.bare if name == BASE else self.named(name)
         except Refused:
             why = f"model: there is no {name[:80]!r}, see /v1/models"
             raise Wrong(why, 404, "model", "model_not_found") from None
@@ -196,7 +181,8 @@ class Answers:
         history, last = messages[:-1], messages[-1]["content"]
         if history and history[0]["role"] == "system":
             history[:1] = system_message(history[0]["content"], *how)
-        ids, room = prompt_ids({"instruction": last, "history": history}, *how), context_of(self.backbone)
+        room = context_of(self.backbone) or 2048
+        ids = prompt_ids({"instruction": last, "history": history}, *how)
         if len(ids) >= room:
             why = f"messages: {len(ids)} tokens leave no room for an answer in a context of {room}"
             raise Wrong(why, param="messages", code="context_length_exceeded")
@@ -221,7 +207,8 @@ class Answers:
 
         with contextlib.closing(self.stream(ids, place, asked, longest, choose)) as steps:
             texts = pieces(self.tokenizer, (new.append(step) or step for step in steps))
-            stopped = send_until(texts, stops_of(say("stop", [])), lambda text: tell({"text": text}))
+            stops = [stop] if isinstance(stop := say("stop", []), str) else stop
+            stopped = send_until(texts, stops, lambda text: tell({"text": text}))
         counts = {"prompt_tokens": len(ids), "completion_tokens": len(new)}
         ended = "stop" if stopped or len(new) < longest else "length"
         tell({"finish_reason": ended, "usage": {**counts, "total_tokens": sum(counts.values())}})
@@ -245,25 +232,21 @@ def completion(events):
     return {**about, "choices": [choice], "usage": said["usage"], "niwf": said["niwf"]}
 
 
-class Chunks:
-    """The answer to a request as a stream of objects."""
+def chunks(events, request):
+    """Yield the objects of a stream, as the events of `Answers.answer` come."""
+    said = begin("chat.completion.chunk")
 
-    def __init__(self, request):
-        self.usage = request.get("stream_options", {}).get("include_usage") is True
-        self.said = begin("chat.completion.chunk")
-
-    def of(self, event):
-        """Yield what is sent of one event."""
-        if "niwf" in event:
-            self.said["model"] = event["niwf"]["version"] or BASE
-            yield self.chunk({"role": "assistant", "content": ""}, niwf=event["niwf"])
-        if event.get("text"):
-            yield self.chunk({"content": event["text"]})
-        if "finish_reason" in event:
-            yield self.chunk({}, event["finish_reason"])
-            if self.usage:
-                yield {**self.said, "choices": [], "usage": event["usage"]}
-
-    def chunk(self, delta, finish=None, **more):
+    def chunk(delta, finish=None, **more):
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return {**self.said, "choices": [choice], **more}
+        return {**said, "choices": [choice], **more}
+
+    for event in events:
+        if "niwf" in event:
+            said["model"] = event["niwf"]["version"] or BASE
+            yield chunk({"role": "assistant", "content": ""}, niwf=event["niwf"])
+        if event.get("text"):
+            yield chunk({"content": event["text"]})
+        if "finish_reason" in event:
+            yield chunk({}, event["finish_reason"])
+            if request.get("stream_options", {}).get("include_usage") is True:
+                yield {**said, "choices": [], "usage": event["usage"]}

@@ -7,7 +7,7 @@ import transformers
 
 from plumbing import Refused
 from plumbing.prompts import pad_of
-from plumbing.targets import adapted_targets, asked_targets, device_of, layers_of
+from plumbing.targets import adapted_targets, device_of, find_targets, layers_of
 
 TEXT = "Below is a line of text that a model of language can read, from its first word to its last: 1 2 3."
 LIMITS = "max_position_embeddings", "max_seq_len", "max_target_positions"  # names of one number
@@ -27,23 +27,21 @@ def width_of(backbone, bare=0):
 
 
 def features_of(backbone, bare=0):
-    """Return how wide h_bar is. If some layers stay bare it is two vectors side by side, see
-    `mean_and_last`."""
+    """Return how wide h_bar is: twice as wide if some layers stay bare, see `mean_and_last`."""
     return (2 if bare else 1) * width_of(backbone, bare)
+
+
+def context_of(backbone):
+    """Return how many tokens a backbone was made to read at once, 0 if it does not say."""
+    config = backbone.config.get_text_config()
+    return max(0, *(getattr(config, key, None) or 0 for key in LIMITS))
 
 
 def positions_of(backbone):
     """Return how many positions a backbone has a number for, or None if it has no last one: rotary
     embeddings are computed for any."""
-    config = backbone.config.get_text_config()
-    found = [getattr(config, key, None) or 0 for key in LIMITS]
-    return None if getattr(config, "rope_parameters", None) or max(found) <= 0 else max(found)
-
-
-def context_of(backbone):
-    """Return how many tokens a backbone was made to read at once."""
-    config = backbone.config.get_text_config()
-    return next((n for key in LIMITS if (n := getattr(config, key, None) or 0) > 0), 2048)
+    rotary = getattr(backbone.config.get_text_config(), "rope_parameters", None)
+    return None if rotary else context_of(backbone) or None
 
 
 def pad_left(rows, pad_id, backbone):
@@ -98,33 +96,6 @@ def until(layer, run):
     raise ValueError("its layers are not entered in their order")
 
 
-@contextlib.contextmanager
-def computed_once(layers):
-    """Within this block `layers` compute the first pass alone, and give in each later one what they gave
-    then: for passes over the same batch that differ above them."""
-
-    def once(forward):
-        kept = []
-
-        def first_or_kept(*args, **kwargs):
-            if not kept:
-                kept.append(forward(*args, **kwargs))
-            return kept[0]
-
-        return first_or_kept
-
-    before = [(layer, vars(layer).get("forward")) for layer in layers]
-    for layer in layers:
-        layer.forward = once(layer.forward)
-    try:
-        yield
-    finally:
-        for layer, forward in before:
-            del layer.forward
-            if forward:  # a layer may have had one of its own
-                layer.forward = forward
-
-
 def mean_over(hidden, lengths):
     """Hidden states [B, T, features], padded on the left, and how many tokens each row has -> their means
     [B, features], float32."""
@@ -177,8 +148,7 @@ def try_passes(backbone, pad_id, rows, targets, bare):
     entering = [until(layers_of(backbone)[bare], body)] if bare else []
     early = {name for name, fits in seen.items() if fits}
     for hidden, m in zip([body().last_hidden_state, *entering], (0, bare)):
-        wanted = width_of(backbone, m)
-        if hidden.shape != (*ids.shape, wanted):
+        if hidden.shape != (*ids.shape, wanted := width_of(backbone, m)):
             raise ValueError(f"its hidden states are {[*hidden.shape]}, not {wanted} wide")
     padded = run_padded(backbone, ids, mask, use_cache=False).logits
     for handle in handles:
@@ -186,19 +156,19 @@ def try_passes(backbone, pad_id, rows, targets, bare):
     _, cache = last_logits(backbone, ids, mask)
     ids = torch.cat([ids, ids.new_tensor([row[-1:] for row in rows])], 1)
     step, _ = last_logits(backbone, ids, torch.cat([mask, mask[:, -1:]], 1), cache)
-    parts = [(x[1 - len(p) :], p[:-1]) for x, p in zip(padded, plain)]
-    found = {"a left-padded batch with position_ids": parts}
-    found["a decoding step with what is cached"] = [(x[None], p[-1:]) for x, p in zip(step, plain)]
-    apart = {what: torch.cat([difference(*pair) for pair in pairs]) for what, pairs in found.items()}
-    return apart, [name for name, fits in seen.items() if fits and all(fits) and name not in early]
+    apart = [difference(x[1 - len(p) :], p[:-1]) for x, p in zip(padded, plain)]
+    found = {"a left-padded batch with position_ids": torch.cat(apart)}
+    found["a decoding step with what is cached"] = difference(step, torch.stack([p[-1] for p in plain]))
+    return found, [name for name, fits in seen.items() if fits and all(fits) and name not in early]
 
 
 def choose_targets(backbone, tokenizer, asked="all", bare=0):
     """Return {full name: module} of what is to be adapted, once it is seen that the backbone can be used:
-    padded rows, and decoding with what is cached, must give what each row gives alone. asked: see
-    `asked_targets`. bare: how many layers are not adapted. Raises Refused if they do not, or if a module that
-    is asked for by name sees tokens without their sequence."""
-    targets = adapted_targets(backbone, asked_targets(backbone, asked), bare)
+    padded rows, and decoding with what is cached, must give what each row gives alone. asked: the option
+    --targets, names for `find_targets` with commas between them. bare: how many layers are not adapted.
+    Raises Refused if they do not, or if a module that is asked for by name sees tokens without their
+    sequence."""
+    targets = adapted_targets(backbone, find_targets(backbone, asked.split(","), each=True), bare)
     ids = (tokenizer(TEXT, add_special_tokens=False).input_ids or [0]) * 21
     try:
         rows = [ids[:9], ids[9:14], ids[14:21]]

@@ -26,9 +26,8 @@ def joined_processes():
     def end(*_):  # torchrun sends it to all as soon as one has ended
         raise KeyboardInterrupt(ENDED)
 
-    # Functions of this module take the group as a default, if there is one when it is imported. transformers
-    # imports it while it loads a model. The group would then outlive its end, and its threads may abort a
-    # process that exits: so import it before there is a group.
+    # Import this before there is a group, which its functions take as a default. transformers imports it
+    # while it loads a model: the group would outlive its end, and its threads may abort a process that exits.
     import torch.distributed.nn.functional  # noqa: F401
 
     signal.signal(signal.SIGTERM, end)
@@ -92,9 +91,9 @@ def first_alone(change):
 
     @functools.wraps(change)
     def alone(*args, **kwargs):
-        sum_over_processes(torch.zeros(1))
+        any_process(False)
         if rank_and_size()[0] == 0:
             change(*args, **kwargs)
-        sum_over_processes(torch.zeros(1))
+        any_process(False)
 
     return alone

@@ -123,12 +123,6 @@ def ids_of(text, tokenizer):
     return renamed(tokenizer, edge).encode(unquote(text, tokenizer), add_special_tokens=False).ids
 
 
-def messages_of(record):
-    """Return a record's prompt as a chat. An input follows its instruction, after an empty line."""
-    given = f"\n\n{record['input']}" if record.get("input") else ""
-    return [*(record.get("history") or ()), {"role": "user", "content": record["instruction"] + given}]
-
-
 def render_chat(messages, tokenizer, day, **how):
     """Return what a tokenizer's chat template makes of messages. Raises Refused if it has none, or fails."""
     if not tokenizer.chat_template:
@@ -137,41 +131,33 @@ def render_chat(messages, tokenizer, day, **how):
         with clock_at(day):
             return tokenizer.apply_chat_template(messages, tokenize=False, **how)
     except Exception as e:  # a template raises what it likes
-        which, why = f"the chat that ends with {said(messages, tokenizer)!r}", unquote(str(e), tokenizer)
-        raise Refused(f"--template chat: the tokenizer's template cannot write {which} ({why})") from e
+        which = f"the chat that ends with {unquote(messages[-1]['content'], tokenizer)[:40]!r}"
+        why = f"the tokenizer's template cannot write {which} ({unquote(str(e), tokenizer)})"
+        raise Refused(f"--template chat: {why}") from e
 
 
-def said(messages, tokenizer):
-    """Return the beginning of the last message, to name a chat by."""
-    return unquote(messages[-1]["content"], tokenizer)[:40]
-
-
-def render_prompt(record, tokenizer, template, day):
-    """Return a record's prompt as text. Raises Refused as `render_chat` does, and if the template alpaca has
-    no place for all of the record."""
-    messages = messages_of(record)
-    if template == "chat":
-        how = {"tools": record.get("tools") or None, "add_generation_prompt": True}
-        return render_chat(messages, tokenizer, day, **how)
-    if kept := next((key for key in ("history", "tools") if record.get(key)), None):
-        asked = said(messages, tokenizer)
-        raise Refused(f"{asked!r} has {kept}, which alpaca has no place for: --template chat takes it")
-    given = f"\n\n### Input:\n{record['input']}" if record.get("input") else ""
-    return f"### Instruction:\n{record['instruction']}{given}\n\n### Response:\n"
-
-
-def render_answer(record, prompt, tokenizer, template, day):
-    """The text that follows a record's prompt: the answer, and what a chat template adds to it. Raises
-    Refused as `render_chat` does, and if with the answer the template writes the prompt differently, so that
-    what is trained would not be what is asked."""
+def render(record, tokenizer, template, day, answered=False):
+    """Return the text of a record's prompt and, if `answered`, what follows it: the answer, and what a chat
+    template adds to it. Raises Refused as `render_chat` does; if the template alpaca has no place for all of
+    the record; and if with the answer a template writes the prompt differently, so that what is trained would
+    not be what is asked."""
+    asked, given = unquote(record["instruction"], tokenizer)[:40], record.get("input")
     if template == "alpaca":
-        return record["output"]
-    messages = [*messages_of(record), {"role": "assistant", "content": record["output"]}]
-    whole = render_chat(messages, tokenizer, day, tools=record.get("tools") or None)
+        if kept := next((key for key in ("history", "tools") if record.get(key)), None):
+            raise Refused(f"{asked!r} has {kept}, which alpaca has no place for: --template chat takes it")
+        given = f"\n\n### Input:\n{given}" if given else ""
+        prompt = f"### Instruction:\n{record['instruction']}{given}\n\n### Response:\n"
+        return prompt, record["output"] if answered else ""
+    messages, tools = [*(record.get("history") or ())], record.get("tools") or None
+    messages.append({"role": "user", "content": record["instruction"] + (f"\n\n{given}" if given else "")})
+    prompt = render_chat(messages, tokenizer, day, tools=tools, add_generation_prompt=True)
+    if not answered:
+        return prompt, ""
+    messages.append({"role": "assistant", "content": record["output"]})
+    whole = render_chat(messages, tokenizer, day, tools=tools)
     if not whole.startswith(prompt):
-        asked = said(messages[:-1], tokenizer)
         raise Refused(f"--template chat: the template writes {asked!r} otherwise once it is answered")
-    return whole[len(prompt) :]
+    return prompt, whole[len(prompt) :]
 
 
 def end_token(tokenizer, template):
@@ -203,13 +189,14 @@ def stop_ids(backbone, tokenizer, template):
 
 def system_message(text, tokenizer, template, day):
     """Return a prompt's history with this system message, if any. Raises Refused if a template takes none."""
-    if text and template == "alpaca":
+    if not text:
+        return []
+    if template == "alpaca":
         raise Refused("the template alpaca has no place for a system message: --template chat takes it")
-    history = [{"role": "system", "content": text}] if text else []
-    alone = None
+    history, alone = [{"role": "system", "content": text}], None
     with contextlib.suppress(Refused):  # a template may insist on a system message
         alone = prompt_of(text, tokenizer, template, day)
-    if text and prompt_of({"instruction": text, "history": history}, tokenizer, template, day) == alone:
+    if prompt_of({"instruction": text, "history": history}, tokenizer, template, day) == alone:
         raise Refused("--template chat: the tokenizer's template leaves a system message out")
     return history
 
@@ -218,7 +205,7 @@ def prompt_of(record, tokenizer, template, day=None):
     """The text of the prompt of a record, or of an instruction alone. template "alpaca": Alpaca's without its
     preamble, which says the same before every instruction. "chat": the tokenizer's chat template, up to where
     the answer begins. day: what a chat template is told that asks for it (ISO); None is today."""
-    return unquote(render_prompt(quoted(record, tokenizer), tokenizer, template, day), tokenizer)
+    return unquote(render(quoted(record, tokenizer), tokenizer, template, day)[0], tokenizer)
 
 
 @functools.lru_cache(maxsize=4)
@@ -233,7 +220,7 @@ def first_ids(tokenizer, template):
 
 def prompt_ids(record, tokenizer, template, day=None):
     """Return the tokens of `prompt_of`."""
-    text = render_prompt(quoted(record, tokenizer), tokenizer, template, day)
+    text, _ = render(quoted(record, tokenizer), tokenizer, template, day)
     return first_ids(tokenizer, template) + ids_of(text, tokenizer)
 
 
@@ -256,11 +243,9 @@ def following_ids(prompt, first, answer, tokenizer):
 def encode(record, tokenizer, template="alpaca", day=None):
     """A record as `read_records` gives it -> (prompt ids, response ids that end with `end_token`). All that a
     chat template writes into an answer, the tags of an empty thought say, belongs to the response. Raises
-    Refused as `render_prompt`, `render_answer` and `end_token` do, and if the answer does not end with that
-    token."""
-    record = quoted(record, tokenizer)
-    prompt = render_prompt(record, tokenizer, template, day)
-    answer, first = render_answer(record, prompt, tokenizer, template, day), ids_of(prompt, tokenizer)
+    Refused as `render` and `end_token` do, and if the answer does not end with that token."""
+    prompt, answer = render(quoted(record, tokenizer), tokenizer, template, day, answered=True)
+    first = ids_of(prompt, tokenizer)
     response, end = following_ids(prompt, first, answer, tokenizer), end_token(tokenizer, template)
     prompt = first_ids(tokenizer, template) + first
     if template == "alpaca":

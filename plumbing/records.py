@@ -25,8 +25,6 @@ HUB_DATA = {
     "code": ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"),
 }
 
-# --------------------------------------------------------------------------------------------- reading a file
-
 
 @dataclasses.dataclass
 class Source:
@@ -38,14 +36,14 @@ class Source:
     tally: collections.Counter  # {reason: number of records}
     ignored: set  # keys
 
-    def account(self, **used):
+    def account(self):
         """One line in which all that were read are counted once."""
-        parts = [f"{n} {what}" for what, n in (used | self.tally).items() if n]
+        parts = [f"{n} {what}" for what, n in self.tally.items() if n]
         return f"{self.path}: {self.read} read: {', '.join(parts)}"
 
-    def say(self, **used):
+    def say(self):
         """Print that line, and what a reader may expect to be used and is not."""
-        print(f"data      {self.account(**used)}")
+        print(f"data      {self.account()}")
         if self.ignored:
             names = sorted(key if key.isprintable() else ascii(key) for key in self.ignored)
             more = f" and {len(names) - 12} more" if len(names) > 12 else ""
@@ -61,14 +59,9 @@ def read_source(path, template="alpaca"):
     rows, ignored = rows_of(path)
     said = lambda key: {str(row.get(key, True)).lower() for _, row in rows if isinstance(row, dict)}
     verdicts = [key for key in ("label", "kto_tag") if said(key) <= {*GOOD, *BAD, "none"}]  # else a class
-    source = Source(path, [], len(rows), collections.Counter(), ignored)
-    for where, row in rows:
-        plain, aside = plain_record(row, where, template, verdicts, ignored)
-        if aside:
-            source.tally[aside] += 1
-        else:
-            source.records.append(plain)
-    return source
+    found = [plain_record(row, where, template, verdicts, ignored) for where, row in rows]
+    tally = collections.Counter(aside for _, aside in found if aside)
+    return Source(path, [plain for plain, aside in found if not aside], len(rows), tally, ignored)
 
 
 def read_records(path, template="alpaca", own=False):
@@ -79,9 +72,6 @@ def read_records(path, template="alpaca", own=False):
     if not isinstance(rows, list) or not rows:
         raise Refused(f"{path}: expected a JSON list of records")
     return [own_record(row, f"{path}: record {i}", template) for i, row in enumerate(rows, 1)]
-
-
-# ------------------------------------------------------------------------------------ training and validation
 
 
 def prompt_key(record):
@@ -95,15 +85,13 @@ def by_prompt(source):
     found = collections.defaultdict(dict)
     for record in source.records:
         found[prompt_key(record)].setdefault(record["output"], record)
-    found = {prompt: [*answers.values()] for prompt, answers in found.items()}
     source.tally["repeats"] += len(source.records) - sum(map(len, found.values()))
-    return found
+    return {prompt: [*answers.values()] for prompt, answers in found.items()}
 
 
 def take_usable(records, tokenizer, args, option):
     """Return the first usable records, as many as the option says, their encoding, a tally of the rest."""
-    count, long = getattr(args, option), f"over {args.max_len} tokens"
-    kept, examples, tally = [], [], collections.Counter()
+    count, kept, examples, tally = getattr(args, option), [], [], collections.Counter()
     for record in records:
         if len(kept) == count:
             break
@@ -112,7 +100,7 @@ def take_usable(records, tokenizer, args, option):
             continue
         example = encode(record, tokenizer, args.template, getattr(args, "day", None))
         if len(example[0]) + len(example[1]) > args.max_len:
-            tally[long] += 1
+            tally[f"over {args.max_len} tokens"] += 1
             continue
         kept.append(record)
         examples.append(example)
@@ -128,9 +116,9 @@ def read_examples(path, tokenizer, template, day):
     refuse_unwritten(source, tokenizer)
     how = argparse.Namespace(template=template, day=day, max_len=math.inf, like=len(source.records))
     _, examples, tally = take_usable(source.records, tokenizer, how, "like")
-    source.tally += tally
     if not len(examples) == source.read > 0:
-        raise Refused(f"{source.account(usable=len(examples))}: all must be usable, and one must be there")
+        source.tally = {"usable": len(examples), **source.tally, **tally}
+        raise Refused(f"{source.account()}: all must be usable, and one must be there")
     return examples
 
 
@@ -177,35 +165,34 @@ def load_data(args, tokenizer):
     """Return (training examples, validation records), and print what became of every record that was read.
     Raises Refused if a side stays empty, or if the template cannot write what a record asks."""
     path, val_path = find_data(args)
-    source = read_source(path, args.template)
-    held = read_source(val_path, args.template) if val_path else source
+    sources = [read_source(file, args.template) for file in (path, val_path) if file]
+    source, held = sources[0], sources[-1]
     answers = by_prompt(source)
     prompts = sorted(answers)
     random.Random(args.seed).shuffle(prompts)
+    for each in sources:
+        refuse_unwritten(each, tokenizer)
     if val_path:
         asked = by_prompt(held)
-        refuse_unwritten(held, tokenizer)
-        val, _, tally = take_usable([r for rs in asked.values() for r in rs], tokenizer, args, "val_examples")
+        val, _, others = take_usable(
+            [r for rs in asked.values() for r in rs], tokenizer, args, "val_examples"
+        )
         source.tally[f"asked in {val_path}, too"] = sum(len(answers[p]) for p in prompts if p in asked)
         prompts = [p for p in prompts if p not in asked]
     else:
-        val, tally, prompts = hold_out(answers, prompts, tokenizer, args)
-    held.tally += tally
-    refuse_unwritten(source, tokenizer)
+        val, others, prompts = hold_out(answers, prompts, tokenizer, args)
     # One answer to every prompt, then a second to every prompt that has one: --examples may not reach all.
     in_turn = itertools.zip_longest(*(answers[p] for p in prompts))
     records = [record for turn in in_turn for record in turn if record]
     _, examples, tally = take_usable(records, tokenizer, args, "examples")
-    source.tally += tally
-    used = [(source, {"training": len(examples)}), (held, {"validation": len(val)})]
-    if held is source:
-        used = [(source, used[0][1] | used[1][1])]
+    held.tally = collections.Counter(validation=len(val)) + held.tally + others
+    source.tally = collections.Counter(training=len(examples)) + source.tally + tally
     if not examples or not val:
         why = "; --val-data FILE takes the validation from another file" if val and not val_path else ""
         if why and len(answers) == 1 < len(source.records):
             why = "; all ask the same, and no prompt is on both sides: name others with --val-data FILE"
-        lines = "; ".join(file.account(**counts) for file, counts in used)
+        lines = "; ".join(each.account() for each in sources)
         raise Refused(f"no usable records for {'validation' if examples else 'training'}: {lines}{why}")
-    for file, counts in used:
-        file.say(**counts)
+    for each in sources:
+        each.say()
     return examples, val

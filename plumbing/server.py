@@ -7,10 +7,10 @@ time; a client that goes away stops its answer. Everything here is for pages of 
 
 import base64
 import contextlib
-import functools
 import hashlib
 import http.server
 import ipaddress
+import itertools
 import json
 import math
 import pathlib
@@ -23,7 +23,7 @@ import threading
 import time
 
 from plumbing import Refused
-from plumbing.openai import Chunks, Wrong, completion, read_request
+from plumbing.openai import Wrong, chunks, completion, read_request
 
 PAGE = pathlib.Path(__file__).parent.parent / "assets" / "page.html"
 CONNECTIONS = 64  # open at a time, each with a thread
@@ -197,23 +197,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Wrong(f"the body: {len(body)} bytes came of {lengths[0]}", 408)
         return body
 
-    def do_GET(self):
-        found = self.server.found
-        self.route({path: functools.partial(self.reply, 200, *what) for path, what in found.items()})
-
-    def do_POST(self):
-        self.route({"/v1/chat/completions": self.complete})
-
-    def route(self, routes):
-        """Answer one request. routes: {path: what answers it}."""
+    def route(self):
+        """Answer one request."""
+        path, found = self.path.partition("?")[0], self.server.found
         try:
             self.check_origin()
-            path = self.path.partition("?")[0]
-            if path not in routes:
+            if self.command == "GET" and path in found:
+                self.reply(200, *found[path])
+            elif self.command == "POST" and path == "/v1/chat/completions":
+                self.complete()
+            else:
                 raise Wrong(f"{self.command} {path[:80]}: there is nothing at this path", 404)
-            routes[path]()
         except Wrong as e:
             self.reply(e.status, e.body())
+
+    do_GET = do_POST = route
 
     def complete(self):
         """Put a request in line, and send its answer as it comes, or when it is whole."""
@@ -222,7 +220,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.line.put(job)
         try:
             if job.request.get("stream"):
-                self.send_stream(self.events(job), Chunks(job.request))
+                self.send_stream(chunks(self.events(job), job.request))
             else:
                 self.reply(200, completion([*self.events(job)]))
         finally:
@@ -244,20 +242,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise ConnectionAbortedError
             self.connection.settimeout(self.timeout)
 
-    def send_stream(self, events, chunks):
-        """Send an answer as server-sent events. What goes wrong once it has begun is one of them."""
-        begun, send = False, lambda text: self.wfile.write(f"data: {text}\n\n".encode())
+    def send_stream(self, found):
+        """Send objects as server-sent events. What goes wrong once there was one is the last of them."""
+        send = lambda text: self.wfile.write(f"data: {text}\n\n".encode())
+        first = next(found)
+        self.begin(200, "text/event-stream")
         try:
-            for event in events:
-                if not begun:
-                    self.begin(200, "text/event-stream")
-                begun = True
-                for chunk in chunks.of(event):
-                    send(json.dumps(chunk))
+            for chunk in itertools.chain([first], found):
+                send(json.dumps(chunk))
             send("[DONE]")
         except Wrong as e:
-            if not begun:
-                raise
             send(json.dumps(e.body()))
 
 
@@ -267,7 +261,6 @@ def serve(answers, host, port):
         server = Server(answers, host, port)
     except (OSError, UnicodeError) as e:
         raise Refused(f"--host {host} --port {port}: {getattr(e, 'strerror', None) or e}") from None
-    answers.warm_up()
     address, port = server.server_address[:2]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:

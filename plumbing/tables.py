@@ -1,5 +1,6 @@
 """Print tables of text: means with deviations, in columns as wide as they must be; and how a run stands."""
 
+import collections
 import statistics
 
 
@@ -19,23 +20,17 @@ def print_table(title, heads, lines):
         print("  ".join([first.ljust(widths[0]), *cells]))
 
 
-def table_over_runs(outs):
-    """Yield the lines of a table over several runs of the same tasks: mean and standard deviation."""
-    over = lambda values: f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-    heads = ("base", "learned", "now", "forgetting %", "routed home %")
-    yield f"{'task':8}  protocol" + "".join(f"  {head:>16}" for head in heads)
+def print_over_runs(outs):
+    """Print a table over several runs of the same tasks: mean and standard deviation."""
+    heads, lines = ["", "protocol", "base", "learned", "now", "forgetting %", "routed home %"], []
     for i, t in enumerate(outs[0]["tasks"]):
+        home = [100 * o["routing"][t][t] / sum(o["routing"][t].values()) for o in outs]
         for protocol in ("stored", "routed"):
             R = [o["R"][protocol] for o in outs]
-            columns = [
-                [o["base"][t] for o in outs],
-                [r[i][i] for r in R],
-                [r[-1][i] for r in R],
-                [o["forgetting"][protocol][t] for o in outs],
-            ]
-            if protocol == "routed":
-                columns.append([100 * o["routing"][t][t] / sum(o["routing"][t].values()) for o in outs])
-            yield f"{t:8}  {protocol}" + "".join(f"  {over(column):>16}" for column in columns)
+            lost = [o["forgetting"][protocol][t] for o in outs]
+            columns = [[o["base"][t] for o in outs], [r[i][i] for r in R], [r[-1][i] for r in R], lost]
+            lines.append([t, protocol, *map(spread, [*columns, home if protocol == "routed" else []])])
+    print_table(f"mean and standard deviation over {len(outs)} runs", heads, lines)
 
 
 DRIFT_REPORT = """
@@ -70,3 +65,25 @@ def print_report(tasks, results, lost):
         )
     for t, d in row["drift"].items():
         print(DRIFT_REPORT.format(task=t, **d))
+
+
+def exact_match(task, records, ask, wanted_of, show=0):
+    """Count a task's records whose answer is the text that is trained, and print a line for each kind of
+    instruction (a record's "kind"; a record without one counts under its task). -> {kind: [right, of]}
+
+    ask(records) yields (text, who answered); wanted_of(record) is what was trained. Print `show` of them."""
+    kinds = collections.defaultdict(lambda: [0, 0])
+    for i, (record, (text, who)) in enumerate(zip(records, ask(records))):
+        wanted = wanted_of(record)
+        right = text.strip() == wanted.strip()
+        count = kinds[record.get("kind", task)]
+        count[0], count[1] = count[0] + right, count[1] + 1
+        if show and i % max(1, len(records) // show) == 0:
+            asked = record["instruction"] + (f" | {record['input']}" if record.get("input") else "")
+            wrong = "" if right else f"   expected {wanted!r}"
+            print(f"[{who}] {asked}\n    {text!r}{wrong}")
+    right, n = (sum(c) for c in zip(*kinds.values()))
+    print(f"\n{task}: {right} of {n} answers exactly right ({100 * right / n:.1f} %)")
+    for kind, (hits, of) in sorted(kinds.items(), key=lambda k: -k[1][0] / k[1][1]):
+        print(f"  {kind:16} {hits:3} of {of:3}  {100 * hits / of:5.1f} %")
+    return dict(kinds)

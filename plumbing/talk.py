@@ -23,10 +23,8 @@ def parse_questions(doc, argv=None):
     add("--device-map", choices=["auto"], help="spread a backbone over all GPUs, then memory, then disk")
     about = "who answers a prompt like none learned: the nearest version or the bare backbone"
     add("--outside", choices=["nearest", "base"], default="nearest", help=about)
-    about = "measure every task under these, or let the first answer --prompt and --talk"
-    add("--version", nargs="+", metavar="NAME", help=about)
-    about = "let who has the lowest loss on these labelled records answer --prompt and --talk"
-    add("--like", metavar="FILE", help=about)
+    add("--version", nargs="+", metavar="NAME", help="measure under these, or let the first of them answer")
+    add("--like", metavar="FILE", help="ask who has the lowest loss on these labelled records")
     add = p.add_argument_group("what is measured").add_argument
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
     about = "count the validation prompts that are answered exactly right; print SHOW of each task"
@@ -37,38 +35,28 @@ def parse_questions(doc, argv=None):
     add("--talk", action="store_true", help="answer what is typed or piped in, line after line")
     add("--system", default="", metavar="TEXT", help="the system message that goes before either")
     add("--max-new-tokens", type=number(int, 1, 10**6), default=128, help="where an answer is cut off")
-    about = "draw answers at this temperature, with --web where none is asked for; 0: the likeliest tokens"
-    add("--temperature", type=number(float, 0, 100), default=0.0, help=about)
+    add("--temperature", type=number(float, 0, 100), default=0.0, help="of draws; 0: the likeliest tokens")
     about = "draw from the likeliest tokens that together have this probability"
     add("--top-p", type=number(float, 0, 1), default=1.0, help=about)
     add("--seed", type=number(int, 0, 2**31), default=0, help="of the draws")
-    about = "open a page to talk to, which is also a server for OpenAI's clients"
-    add("--web", action="store_true", help=about)
+    add("--web", action="store_true", help="open a page to talk to; OpenAI's clients can ask there, too")
     add("--port", type=number(int, 0, 65535), default=8765, help="of --web; 0: any that is free")
-    about = "the address at which --web can be reached; any but this lets other machines ask"
-    add("--host", default="127.0.0.1", help=about)
+    add("--host", default="127.0.0.1", help="of --web; any but this lets other machines ask")
     args = p.parse_args(argv)
-    check_questions(p, args)
-    return args
-
-
-def check_questions(p, args):
-    """End the program with one line if what these options say does not go together."""
     ways = args.talk + args.web + (args.prompt is not None)
-    if ways > 1:
-        p.error("--prompt asks once, --talk and --web go on: one of them")
-    if ways and len(args.run or ()) > 1:
-        p.error("--prompt, --talk and --web go with one run folder")
-    if not ways and args.temperature:
-        p.error("--temperature goes with --prompt, --talk or --web: what is measured is greedy")
-    if args.system and (args.web or not ways):
-        p.error("--system goes with --prompt or --talk")
-    if args.top_p < 1 and not args.temperature:
-        p.error("--top-p goes with a --temperature")
-    if args.web and args.version:
-        p.error("--version goes with --prompt or --talk: on the page, whoever asks chooses")
-    if args.like and (args.version or args.web or not ways):
-        p.error("--like goes with --prompt or --talk, and not with --version")
+    elsewhere = args.web or not ways
+    wrong = {
+        "--prompt asks once, --talk and --web go on: one of them": ways > 1,
+        "--prompt, --talk and --web go with one run folder": ways and len(args.run or ()) > 1,
+        "--temperature goes with --prompt, --talk or --web": args.temperature and not ways,
+        "--system goes with --prompt or --talk": args.system and elsewhere,
+        "--top-p goes with a --temperature": args.top_p < 1 and not args.temperature,
+        "--version goes with --prompt or --talk; on a page, whoever asks chooses": args.version and args.web,
+        "--like goes with --prompt or --talk, not --version": args.like and (args.version or elsewhere),
+    }
+    if why := next((why for why, found in wrong.items() if found), None):
+        p.error(why)
+    return args
 
 
 def pieces(tokenizer, steps):

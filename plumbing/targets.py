@@ -23,36 +23,23 @@ def text_layers(backbone):
     return {n: m for n, m in backbone.named_modules() if id(m) in inside and re.search(r"\.\d+\.", n)}
 
 
-def find_targets(backbone, names=None):
-    """Return {full name: module} of the linear modules in the layers of the text model, or of those with one
-    of these last names. A router is left out unless it is named: a small change of it sends tokens to other
-    experts. Raises Refused if there are none."""
-    found = {n: m for n, m in text_layers(backbone).items() if isinstance(m, LINEAR)}
-    if names is None:
-        found = {n: m for n, m in found.items() if not ROUTER.search(n)}
-    else:
-        found = {n: m for n, m in found.items() if any(f".{n}".endswith(f".{name}") for name in names)}
-    if not found:
-        raise Refused(f"the backbone's layers have no linear module named {', '.join(names or ['anything'])}")
-    return found
+def find_targets(backbone, names=("all",), each=False):
+    """Return {full name: module} of the linear modules in the layers of the text model that have one of these
+    last names; "all" means all but routers: a small change of one sends tokens to other experts. Raises
+    Refused if there are none, or, if `each` is asked for, none of one of the names."""
+    linear = {n: m for n, m in text_layers(backbone).items() if isinstance(m, LINEAR)}
+    fits = lambda n, name: not ROUTER.search(n) if name == "all" else f".{n}".endswith(f".{name}")
+    for asked in zip(names) if each else [names]:
+        if not any(fits(n, name) for n in linear for name in asked):
+            known = ", ".join(sorted({n.rpartition(".")[2] for n in linear})) or "none"
+            why = f"the backbone's layers have no such linear module, but {known}"
+            raise Refused(f"--targets {','.join(asked)}: {why}")
+    return {n: m for n, m in linear.items() if any(fits(n, name) for name in names)}
 
 
 def named_targets(backbone, names):
     """Return {full name: module} of the modules with these full names, in the backbone's order."""
     return {n: m for n, m in backbone.named_modules() if n in names and isinstance(m, LINEAR)}
-
-
-def asked_targets(backbone, text):
-    """Return what `find_targets` finds for the option --targets: "all", or names with commas between them.
-    Raises Refused if a name is none of the backbone's."""
-    if text == "all":
-        return find_targets(backbone)
-    names, linear = text.split(","), [n for n, m in text_layers(backbone).items() if isinstance(m, LINEAR)]
-    for name in names:
-        if not any(f".{n}".endswith(f".{name}") for n in linear):
-            known = ", ".join(sorted({n.rpartition(".")[2] for n in linear}))
-            raise Refused(f"--targets {name}: the backbone's layers have no such linear module, but {known}")
-    return find_targets(backbone, names)
 
 
 def layers_of(backbone):
@@ -92,17 +79,13 @@ def describe_targets(backbone, names):
     weights, stack = {}, lambda name: re.split(r"\.\d+\.", name, maxsplit=1)[0]
     stacks = {stack(name) for name in names}  # others, such as a tower's, are not of the text model
     for full, module in text_layers(backbone).items():
-        if stack(full) not in stacks:
-            continue
         for own, p in module.named_parameters(recurse=False):
-            if p.dim() > 1:
+            if p.dim() > 1 and stack(full) in stacks:
                 weights[full if own == "weight" else f"{full}.{own}"] = p.numel()
-    kinds = {kind_of(name) for name in weights}
-    adapted = {kind_of(name) for name in names}
-    share = sum(size for name, size in weights.items() if name in names) / sum(weights.values())
-    left = ", ".join(sorted(kinds - adapted))
-    line = f"{len(adapted)} of {len(kinds)} kinds of projection, {100 * share:.1f} % of the layers' weights"
-    return f"{line} (not: {left})" if left else line
+    kinds, adapted = {kind_of(name) for name in weights}, {kind_of(name) for name in names}
+    share = 100 * sum(size for name, size in weights.items() if name in names) / sum(weights.values())
+    left = f" (not: {', '.join(sorted(kinds - adapted))})" if kinds - adapted else ""
+    return f"{len(adapted)} of {len(kinds)} kinds of projection, {share:.1f} % of the layers' weights{left}"
 
 
 def layer_numbers(targets):
@@ -141,8 +124,7 @@ def compute_again(backbone, contexts):
 
 
 def offloaded(module):
-    """Return accelerate's hook, if it keeps the module's weights elsewhere and brings them when they are
-    used."""
+    """Return accelerate's hook, if it keeps the module's weights elsewhere until they are used."""
     hook = getattr(module, "_hf_hook", None)
     return hook if getattr(hook, "offload", False) else None
 

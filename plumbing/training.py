@@ -19,15 +19,15 @@ from tqdm import tqdm
 
 from plumbing import Refused
 from plumbing.command import provenance
-from plumbing.files import atomic, validate
+from plumbing.files import atomic
 from plumbing.processes import any_process, first_alone, rank_and_size, sum_over_processes
+from plumbing.versionfile import check_shapes, map_tensors
 
 SAVE_EVERY = 20  # seconds between two saved states; more where saving takes over 5 % of the time
 
 
 class Training:
-    """The state of a training: weights, moments and the number of steps done; and the file that can bring it
-    all back.
+    """Weights, moments and the number of steps done; and the file that can bring it all back.
 
     about identifies the training (task, options, data): a saved state is only taken up by the same one. rate:
     the learning rate as a function of the step. As a context it shows a bar, keeps `log.jsonl`, and turns an
@@ -61,26 +61,22 @@ class Training:
         try:
             with safe_open(self.path, "pt") as f:
                 about, step = json.loads(f.metadata()["about"]), int(f.metadata()["step"])
-                for key in sorted({*validate(about, dict, self.path), *self.about}):
-                    before, now = (known.get(key, "unsaid") for known in (about, self.about))
-                    if before != now:
-                        raise Refused(
-                            f"{self.path}: an unfinished training with {key} {before}, not {now}; finish it "
-                            "as it was started, or delete that file"
-                        )
-                tensors = {key: f.get_tensor(key) for key in f.keys()}
-            for key in {*shapes, *tensors}:
-                t = tensors[key]
-                if t.shape != shapes[key] or t.dtype != torch.float32 or not t.isfinite().all():
-                    raise ValueError(f"{key} has another shape or type, or is not finite")
-                if key.startswith("step.") and t != step or key.startswith("exp_avg_sq.") and t.min() < 0:
-                    raise ValueError(f"{key} is not what AdamW has after {step} steps")
-            if not 0 < step <= self.total:
-                raise ValueError(f"step {step} of {self.total}")
-        except Refused:
-            raise
+            said = {
+                key: [known.get(key, "unsaid") for known in (about, self.about)] for key in about | self.about
+            }
+            others = sorted(key for key, (before, now) in said.items() if before != now)
+            if not others:
+                check_shapes(tensors := map_tensors(self.path), shapes)
+                for key, t in tensors.items():
+                    if key.startswith("step.") and t != step or key.startswith("exp_avg_sq.") and t.min() < 0:
+                        raise ValueError(f"{key} is not what AdamW has after {step} steps")
+                if not 0 < step <= self.total:
+                    raise ValueError(f"step {step} of {self.total}")
         except Exception as e:  # safetensors raises its own error type, a KeyError or a ValueError
             raise Refused(f"{self.path}: damaged training state ({e}); delete it to start anew") from e
+        for key in others:
+            what = "an unfinished training with {} {}, not {}".format(key, *said[key])
+            raise Refused(f"{self.path}: {what}; finish it as it was started, or delete that file")
         self.step = step
         for key, p in self.weights.items():
             p.data.copy_(tensors[key])

@@ -8,18 +8,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from plumbing import Refused
-from plumbing.files import NAME, SHA, atomic, refuse_constant, validate
+from plumbing.files import STRICT, atomic, validate
+from plumbing.manifest import COMPOSITION, VERSION
 from plumbing.targets import layer_numbers
-
-COUNT = range(1, 2**31)
-POSITIVE = lambda x: type(x) in (int, float) and 0 < x < 1e300
-NOT_NEGATIVE = lambda x: x == 0 and type(x) in (int, float) or POSITIVE(x)
-LOCKS = ("first", "exact", "soft", "none")  # of a version; the first had nothing to protect
-# fmt: off
-VERSION = {"task": NAME, "lock": LOCKS, "reads": [SHA], "writes": COUNT, "top_k": COUNT, "n": COUNT,
-           "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed?": False, "config": {NAME: (None, bool, float, str)}}
-COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
-# fmt: on
 
 
 def write_version(folder, head, tensors):
@@ -51,7 +42,7 @@ def read_version_file(path, tensors=False):
         if digest != path.stem:
             raise ValueError(f"its contents hash to {digest[:12]}")
         with safe_open(path, "pt") as f:
-            head = json.loads(f.metadata()["version"], parse_constant=refuse_constant)
+            head = json.loads(f.metadata()["version"], **STRICT)
         found = map_tensors(path) if tensors else {}
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise Refused(f"{path}: corrupted version file ({e}); restore it from a copy") from None
@@ -65,27 +56,29 @@ def part_of(tensors, part):
     return {rest: t for (name, _, rest), t in found if name == part}
 
 
-def check_tensors(head, tensors, parts, bases, first):
-    """Raise ValueError if the tensors of a version file, by key and by part, do not fit its header, each
-    other, N = `bases` (those that it writes and reads) or the run's first version. Field and dynamics check
-    their own shapes when they are loaded."""
-    wanted = {"bank", "field", "region", "anchors", "snapshot", *(() if head["reads"] else ["dynamics"])}
-    modules = {key[:-2] for key in parts["bank"]}
-    keys = {"bank": {f"{m}.{p}" for m in modules for p in "AB"}, "region": {"mean", "cov"}}
-    keys |= {"anchors": {""}, "snapshot": {""}}
-    if {*parts} != wanted or any({*parts[part]} != known for part, known in keys.items()):
-        raise ValueError("some are missing, or unknown")
-    (_, layers, _), (hidden, d) = tensors["snapshot"].shape, parts["field"]["w1.weight"].shape
-    shapes = {"snapshot": (head["anchors"], layers, bases), "anchors": (head["anchors"], d)}
-    shapes |= {"region.mean": (d,), "region.cov": (d, d), "field.w3.weight": (layers * bases, hidden)}
-    one_basis = {key: t.shape[1:] for key, t in parts["bank"].items()}
-    rank = min(shape[0] for shape in one_basis.values())
-    of_first = first.shapes if first else {key: (rank, *shape[1:]) for key, shape in one_basis.items()}
-    shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in of_first.items()}
+def check_shapes(tensors, shapes):
+    """Raise ValueError, or KeyError, unless there are tensors of these shapes and no others, in float32 or,
+    of a region, in float64, with finite numbers in each."""
     for key in sorted({*shapes, *tensors}):
         t, kind = tensors[key], torch.float64 if key.startswith("region.") else torch.float32
-        if t.dtype != kind or t.shape != shapes.get(key, t.shape) or not t.numel() or not t.isfinite().all():
-            raise ValueError(f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {shapes.get(key, '')} or finite")
+        if t.dtype != kind or t.shape != shapes[key] or not t.numel() or not t.isfinite().all():
+            raise ValueError(f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {(*shapes[key],)} or not finite")
+
+
+def check_tensors(head, tensors, parts, bases, first):
+    """Raise ValueError, KeyError or IndexError if the tensors of a version file, by key and by part, do not
+    fit its header, each other, N = `bases` (those that it writes and reads) or the run's first version. Field
+    and dynamics check their own shapes when they are loaded."""
+    (_, layers, _), (hidden, d) = tensors["snapshot"].shape, parts["field"]["w1.weight"].shape
+    own = ("field.",) if head["reads"] else ("field.", "dynamics.")
+    shapes = {key: t.shape for key, t in tensors.items() if key.startswith(own)}
+    shapes |= {"snapshot": (head["anchors"], layers, bases), "anchors": (head["anchors"], d)}
+    shapes |= {"region.mean": (d,), "region.cov": (d, d), "field.w3.weight": (layers * bases, hidden)}
+    bank, modules = parts["bank"], {key[:-2] for key in parts["bank"]}
+    rank, keys = min(t.shape[1] for t in bank.values()), [f"{m}.{p}" for m in modules for p in "AB"]
+    one_basis = first.shapes if first else {key: (rank, *bank[key].shape[2:]) for key in keys}
+    shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in one_basis.items()}
+    check_shapes(tensors, shapes)
     cov = tensors["region.cov"]
     if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1]:
         raise ValueError("region.cov is no covariance")
