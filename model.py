@@ -41,8 +41,8 @@ import torch
 from torch import nn
 
 from field import top_k_gating
-from plumbing.passes import body_of, continuations, decode, features_of, greedy, mean_and_last, mean_over
-from plumbing.passes import on_entering, pad_left, run_padded, until
+from plumbing.passes import body_of, computed_once, continuations, decode, features_of, greedy
+from plumbing.passes import mean_and_last, mean_over, on_entering, pad_left, run_padded, until
 from plumbing.targets import adapted_targets, compute_again, device_of, find_targets, in_out, layer_numbers
 from plumbing.targets import layers_of
 
@@ -300,8 +300,9 @@ class NIWF:
     @torch.no_grad()
     def nll_under(self, examples, h_bar, gatings):
         """Return the negative log-likelihood of B responses under each of several gatings, [gatings, B], in
-        nats. gatings: functions of h_bar [B, features]."""
-        return torch.stack([response_nll(*self.logits(examples, g(h_bar))) for g in gatings])
+        nats. gatings: functions of h_bar [B, features]. What all share, the bare layers, is computed once."""
+        with computed_once(layers_of(self.backbone)[: self.bare]):
+            return torch.stack([response_nll(*self.logits(examples, g(h_bar))) for g in gatings])
 
     def stream(self, prompts, gating_of, eos_id, max_new_tokens=128, choose=greedy, probe_gating=None):
         """Yield what `decode` yields. gating_of makes a gating of h_bar [B, features], and the gating stays.

@@ -96,6 +96,32 @@ def until(layer, run):
     raise ValueError("its layers are not entered in their order")
 
 
+@contextlib.contextmanager
+def computed_once(layers):
+    """Within this block `layers` compute the first pass alone, and give in each later one what they gave
+    then: for passes over the same batch that differ above them."""
+
+    def once(forward):
+        kept = []
+
+        def first_or_kept(*args, **kwargs):
+            if not kept:
+                kept.append(forward(*args, **kwargs))
+            return kept[0]
+
+        return first_or_kept
+
+    before = [(layer, vars(layer).get("forward")) for layer in layers]  # a layer may have one of its own
+    for layer in layers:
+        layer.forward = once(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in before:
+            del layer.forward
+            vars(layer).update({"forward": forward} if forward else {})
+
+
 def mean_over(hidden, lengths):
     """Hidden states [B, T, features], padded on the left, and how many tokens each row has -> their means
     [B, features], float32."""

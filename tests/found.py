@@ -9,12 +9,14 @@ import commit
 import eval as evaluation
 from commit import Run, weigh
 from eval import most_like, open_run
-from model import response_nll
+from model import NIWF, response_nll
+from plumbing.passes import computed_once
 from plumbing.prompts import encode
+from plumbing.targets import layers_of
 from studies import found
 from tests.answers import asked
-from tests.builders import RECORD, answers, copy_of, fake_commit, micro_backbone, opened
-from tests.builders import random_examples, run_quietly, snapshot_of
+from tests.builders import RECORD, answers, copy_of, fake_commit, micro_backbone, opened, random_bank
+from tests.builders import random_examples, random_gating, run_quietly, snapshot_of
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,24 @@ def test_the_weights_of_versions_are_those_of_algorithm_1_written_out(five, coun
     hashes, weights = weigh(model, run.versions, examples, kept=kept, steps=4)
     assert hashes == [run.versions[i].hash for i in winners] and len(hashes) == min(kept, n)
     assert weights == pytest.approx(m[winners].sigmoid().tolist(), rel=1e-4)
+
+
+def test_bare_layers_are_computed_once_for_all_gatings_and_then_as_before():
+    model = NIWF(micro_backbone(layers=3), pad_id=0, rank=3, alpha=5, bare=2)
+    random_bank(model.bank, 6)
+    layers, calls, examples = layers_of(model.backbone), [], random_examples(5)
+    torch.manual_seed(3)
+    gatings = [lambda h, g=g: g for g in (None, *(random_gating(5, 1, 6) for _ in range(3)))]
+    alone = torch.stack([response_nll(*model.logits(examples, gating(None))) for gating in gatings])
+    for layer in layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.nll_under(examples, torch.zeros(5, model.features), gatings), alone)
+    assert len(calls) == 2 * 1 + 4 and len({*alone[:, 0].tolist()}) == 4
+    assert not any("forward" in vars(layer) for layer in layers)
+    layers[0].forward = own = layers[0].forward
+    with pytest.raises(ZeroDivisionError), computed_once(layers[:2]):
+        raise ZeroDivisionError
+    assert layers[0].forward is own and "forward" not in vars(layers[1])
 
 
 @torch.no_grad()
