@@ -8,47 +8,33 @@ short training goes is no promise.
 
 Where the equations are, and which test holds each:
 
-NIWF (1) bank
-    model.py: AdapterBank
+NIWF (1) bank. model.py: AdapterBank
     test_fresh_bases_change_nothing_and_detach_restores_every_bit
-NIWF (2)-(5) factored update
-    model.py: AdapterBank.update
+NIWF (2)-(5) factored update. model.py: AdapterBank.update
     test_update_is_equation_2
-NIWF (6) field, (7) gating
-    field.py: WeightField, top_k_gating
+NIWF (6) field, (7) gating. field.py: WeightField, top_k_gating
     test_field_is_equation_6_and_gating_equation_7
-NIWF (8) dynamics
-    field.py: CoordinateDynamics
+NIWF (8) dynamics. field.py: CoordinateDynamics
     test_dynamics_are_equation_8_written_out
-NIWF (9) loss
-    train.py: loss_terms
+NIWF (9) loss. train.py: loss_terms
     test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches
-NIWF (10), (13)
-    field.py: separation_loss, lock_loss
+NIWF (10), (13). field.py: separation_loss, lock_loss
     test_lock_and_separation_losses_are_equations_13_and_10
-NIWF (11) region
-    field.py: Region.fit, Region.distance
+NIWF (11) region. field.py: Region.fit, Region.distance
     test_region_distance_is_mahalanobis
-NIWF (12) snapshot
-    field.py: take_snapshot, sample_anchors
+NIWF (12) snapshot. field.py: take_snapshot, sample_anchors
     test_anchors_lie_inside_their_region
-NIWF (14)-(15) sizes
-    model.py: AdapterBank.parameter_count
+NIWF (14)-(15) sizes. model.py: AdapterBank.parameter_count
     test_mistral_7b_has_the_shapes_we_publish
-FTN section 2
-    ftn.py: NeuronGrid
+FTN section 2. ftn.py: NeuronGrid
     test_private_mlps_are_the_literal_networks_and_their_gradient
-FTN Algorithm 1
-    ftn.py: SmoothKWTA, propose
+FTN Algorithm 1. ftn.py: SmoothKWTA, propose
     test_the_fast_search_and_step_are_algorithm_1_written_out
-FTN Theorem 2.1
-    synthetic.py: FixedMask
+FTN Theorem 2.1. synthetic.py: FixedMask
     test_fixed_masks_keep_every_bit_unless_a_precaution_is_left_out
-FTN (1)-(2) pool
-    ftn.py: LoRAPool.update
+FTN (1)-(2) pool. ftn.py: LoRAPool.update
     test_the_pool_adds_equation_1_and_nothing_when_off
-FTN Theorem D.1
-    ftn.py: LoRAPool
+FTN Theorem D.1. ftn.py: LoRAPool
     test_unselected_components_get_no_gradient_and_move_only_by_decay_or_old_moments
 """
 
@@ -86,11 +72,6 @@ from studies import fuzz, report
 
 fuzz.SECONDS = 300  # on a machine that does other things besides, a command may take longer than ten
 
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows
-    fcntl = resource = None
 
 if hasattr(os, "register_at_fork"):  # a child makes PyTorch's thread pool anew: two threads at once may fail
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
@@ -135,11 +116,7 @@ def test_field_is_equation_6_and_gating_equation_7():
             assert indices[b, layer].tolist() == best
             e = [math.exp(logits[b, layer, i].item()) for i in best]
             torch.testing.assert_close(weights[b, layer], torch.tensor([x / sum(e) for x in e]))
-
-
-def test_a_grown_field_keeps_its_old_logits():
-    phi, z = WeightField(3, 5, 4, 7), torch.randn(6, 4)
-    torch.testing.assert_close(phi.grown(9)(z)[..., :5], phi(z))
+    torch.testing.assert_close(phi.grown(9)(z)[..., :5], logits)  # what is grown keeps them
 
 
 def test_coordinates_are_bounded_and_depend_on_their_input():
@@ -202,12 +179,10 @@ def test_region_distance_is_mahalanobis():
     torch.manual_seed(0)
     u = torch.randn(500, 6, dtype=torch.double) @ torch.randn(6, 6, dtype=torch.double)
     region, z = Region.fit(torch.tanh(u), 0.95), torch.tanh(u)
-    d = [
-        float(((x - region.mean) @ torch.linalg.inv(region.cov) @ (x - region.mean)).sqrt())
-        for x in field.unsquash(z)
-    ]
-    torch.testing.assert_close(region.distance(z), torch.tensor(d, dtype=torch.double))
-    inside = torch.tensor(d, dtype=torch.double).quantile(0.95)  # leaving one out moves it further away
+    inverse, rows = torch.linalg.inv(region.cov), field.unsquash(z) - region.mean
+    d = torch.stack([(x @ inverse @ x).sqrt() for x in rows])
+    torch.testing.assert_close(region.distance(z), d)
+    inside = d.quantile(0.95)  # leaving one out moves it further away
     assert region.tau > inside, "the quantile of distances from a Gaussian fitted to the others"
     share, scale = field.shrinkage(field.unsquash(z) - region.mean)
     cov = (1 - share) * torch.cov(field.unsquash(z).T) + share * scale * torch.eye(6)
@@ -282,8 +257,7 @@ def test_routing_goes_to_the_likeliest_gaussian():
     torch.manual_seed(0)
     groups = [torch.tanh(torch.randn(n, 4) @ torch.randn(4, 4) / 3 + torch.randn(4)) for n in (100, 300)]
     regions = [Region.fit(g) for g in groups]
-    x = field.unsquash(torch.cat(groups).double())
-    mean = sum(r.n * r.mean for r in regions) / 400
+    mean, x = sum(r.n * r.mean for r in regions) / 400, field.unsquash(torch.cat(groups).double())
     cov = sum(r.n * (r.cov + torch.outer(r.mean - mean, r.mean - mean)) for r in regions) / 400
     torch.testing.assert_close(mean, x.mean(0))
     torch.testing.assert_close(cov, x.T.cov(), rtol=0.1, atol=0.01)  # which shrinks nothing
@@ -296,9 +270,8 @@ def test_routing_goes_to_the_likeliest_gaussian():
         likelihood = [float(g.log_prob(row).exp()) for g in gauss]
         best = max(likelihood[:2])
         assert choice == likelihood.index(best)
-        assert [float(p), float(unknown)] == pytest.approx(
-            [x / sum(likelihood) for x in (best, likelihood[2])]
-        )
+        wanted = [x / sum(likelihood) for x in (best, likelihood[2])]
+        assert [float(p), float(unknown)] == pytest.approx(wanted)
     assert found.known()[:400].double().mean() > 0.8 > 0.2 > found.known()[400:].double().mean()
 
 
@@ -315,10 +288,8 @@ def test_lock_and_separation_losses_are_equations_13_and_10(double):
     torch.testing.assert_close(field.lock_loss(phi.grown(7), [old]), expected)
     x = torch.tanh(torch.randn(6, 4)).requires_grad_()
     loss = field.separation_loss(x, [region], margin=1.0)
-    torch.testing.assert_close(
-        loss,
-        sum(max(0.0, region.tau + 1 - region.distance(v[None]).item()) ** 2 for v in x) / 6 * torch.ones(()),
-    )
+    missing = [max(0.0, region.tau + 1 - region.distance(v[None]).item()) for v in x]
+    torch.testing.assert_close(loss, torch.tensor(sum(m**2 for m in missing) / 6))
     loss.backward()
     assert (region.distance(x - 1e-3 * x.grad) > region.distance(x)).any(), "the gradient must push outwards"
 
@@ -327,19 +298,13 @@ def test_lock_and_separation_losses_are_equations_13_and_10(double):
 
 
 @pytest.mark.parametrize(
-    "committed,live,dtype,tolerance",
-    [
-        (0, 6, torch.float32, {}),
-        (6, 0, torch.float32, {}),
-        (4, 2, torch.float32, {}),
-        (4, 2, torch.bfloat16, dict(rtol=3e-2, atol=3e-2)),
-    ],
+    "committed, live, dtype",
+    [(0, 6, torch.float32), (6, 0, torch.float32), (4, 2, torch.float32), (4, 2, torch.bfloat16)],
 )
-def test_update_is_equation_2(committed, live, dtype, tolerance):
-    model = micro_model(live, committed, dtype)
-    name, module = next(
-        (n, m) for n, m in find_targets(model.backbone).items() if n.endswith("1.mlp.down_proj")
-    )
+def test_update_is_equation_2(committed, live, dtype):
+    model, name = micro_model(live, committed, dtype), "model.layers.1.mlp.down_proj"
+    tolerance = dict(rtol=3e-2, atol=3e-2) if dtype == torch.bfloat16 else {}
+    module = find_targets(model.backbone)[name]
     x, gating = torch.randn(3, 5, 48, dtype=dtype), random_gating(3, 2, 6)
     y = module(x)
     with model.gated(gating):
@@ -348,10 +313,8 @@ def test_update_is_equation_2(committed, live, dtype, tolerance):
     A, B = (torch.cat([tensors[f"{name}.{p}"] for tensors in all_bases(model.bank)]) for p in "AB")
     for b in range(3):
         for t in range(5):
-            update = sum(
-                w * B[i].T @ (A[i] @ x[b, t].float())
-                for i, w in zip(gating[0][b, 1].tolist(), gating[1][b, 1])
-            )
+            chosen = zip(gating[0][b, 1].tolist(), gating[1][b, 1])
+            update = sum(w * B[i].T @ (A[i] @ x[b, t].float()) for i, w in chosen)
             torch.testing.assert_close(adapted[b, t].float(), y[b, t] + 5 / 3 * update, **tolerance)
     assert torch.equal(module(x), y), "gating must be off again"
 
@@ -389,14 +352,13 @@ def test_fresh_bases_change_nothing_and_detach_restores_every_bit():
 
 
 def test_conv1d_of_gpt2_is_patched_by_exact_name():
-    config = transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
-    backbone = transformers.GPT2LMHeadModel(config).eval()
+    backbone = micro_gpt2()
     targets = find_targets(backbone, ("c_attn",))
     assert list(targets) == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
     bank = AdapterBank(targets, rank=2)
-    assert bank.shapes["transformer.h.0.attn.c_attn"] == (16, 48)
+    assert bank.shapes["transformer.h.0.attn.c_attn"] == (24, 72)
     random_bank(bank, 3)
-    handles, ids = attach(targets, bank.update), torch.randint(0, 50, (2, 6))
+    handles, ids = attach(targets, bank.update), torch.randint(0, 300, (2, 6))
     plain = backbone(ids).logits
     bank.use(random_gating(2, 2, 3))
     assert not torch.equal(backbone(ids).logits, plain)
@@ -446,10 +408,8 @@ def test_under_the_chat_template_prompt_and_response_are_the_templates_own_text(
     tokenizer = chat_tokenizer()
     record = {"instruction": "Say hello.", "input": "Now.", "output": " Hello. ", "history": history}
     prompt, response = encode(record, tokenizer, "chat")
-    asked = [*history, {"role": "user", "content": "Say hello.\n\nNow."}]
-    whole = tokenizer.apply_chat_template(
-        [*asked, {"role": "assistant", "content": " Hello. "}], tokenize=False
-    )
+    *asked, answer = [*history, *messages("Say hello.\n\nNow.", " Hello. ")]
+    whole = tokenizer.apply_chat_template([*asked, answer], tokenize=False)
     assert tokenizer.decode(prompt + response) + "\n" == whole  # nothing is trained after the end of the turn
     assert prompt == tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids
     assert prompt.count(tokenizer.bos_token_id) == 1 and tokenizer.decode(response) == f"Hello.{END}"
@@ -474,12 +434,8 @@ UNSURE = "{% for m in messages %}{{ m.content }}{% if m.content != 'Hi.' %}</s>{
 )
 def test_a_chat_template_whose_answers_cannot_be_trained_or_end_is_refused(template, message):
     record = {"instruction": "Hello?", "output": "Hi."}
-    with pytest.raises(Refused, match=message):
+    with refused(message):
         encode(record, chat_tokenizer(template), "chat")
-
-
-def hidden_of(model, ids):
-    return model.backbone.base_model(torch.tensor([ids])).last_hidden_state
 
 
 def test_the_probe_reads_the_prompt_only_and_no_adapter():
@@ -489,7 +445,8 @@ def test_the_probe_reads_the_prompt_only_and_no_adapter():
     torch.testing.assert_close(model.probe([p])[0], hidden[0].mean(0))
     assert not torch.allclose(model.probe([p], random_gating(1, 2, 6))[0], hidden[0].mean(0))
     # So what h_bar is made of says nothing about the response, unless it is asked to.
-    prompt_alone, (whole,) = evaluation.probe_all(model, [(p, r)], "prompt"), hidden_of(model, p + r)
+    prompt_alone = evaluation.probe_all(model, [(p, r)], "prompt")
+    (whole,) = model.backbone.base_model(torch.tensor([p + r])).last_hidden_state
     assert torch.equal(prompt_alone, evaluation.probe_all(model, [(p, r[::-1] + r)], "prompt"))
     torch.testing.assert_close(prompt_alone[0], hidden[0].mean(0))
     torch.testing.assert_close(evaluation.probe_all(model, [(p, r)], "sequence")[0], whole.mean(0))
@@ -505,9 +462,8 @@ def clear_model():
 
 def test_generation_with_a_cache_is_greedy_decoding_without_one():
     model, prompts, gating = clear_model()
-    for i, (prompt, new) in enumerate(
-        zip(prompts, model.generate(prompts, lambda h: gating, eos_id=2, max_new_tokens=12))
-    ):
+    found = model.generate(prompts, lambda h: gating, eos_id=2, max_new_tokens=12)
+    for i, (prompt, new) in enumerate(zip(prompts, found)):
         ids = list(prompt)
         with model.gated(tuple(g[i : i + 1] for g in gating)):
             while len(ids) < len(prompt) + 12:
@@ -578,18 +534,17 @@ def test_mistral_7b_has_the_shapes_we_publish():
         field, dynamics = WeightField(32, 16), CoordinateDynamics(model.features)
     count = lambda m: sum(p.numel() for p in m.parameters())
     assert count(backbone) == 7_241_732_096 and len(model.bank.shapes) == 7 * 32
-    assert model.bank.shapes["model.layers.0.self_attn.o_proj"] == (
-        4096,
-        4096,
-    )  # the paper's table says 1024 -> 4096
+    o_proj = "model.layers.0.self_attn.o_proj"
+    assert model.bank.shapes[o_proj] == (4096, 4096)  # the paper's table says 1024 -> 4096
     assert model.bank.parameter_count(16) == 335_544_320  # and so 323 M
     assert count(dynamics.gru) > 780_000 and 990_000 < count(field) + count(dynamics) < 1_100_000
 
 
-def test_checkpointing_gives_the_same_gradients_to_the_bit_under_the_gating_of_the_forward_pass():
+@pytest.mark.parametrize("bare", [0, 2])
+def test_checkpointing_gives_the_same_gradients_to_the_bit_under_the_gating_of_the_forward_pass(bare):
     gradients, examples = {}, random_examples(4)
     for checkpointing in (False, True):
-        model = micro_model(bases=4, committed=3)
+        model = micro_model(4, 3, bare=bare, backbone=micro_backbone(layers=2 + bare))
         if checkpointing:
             model.checkpoint()
         indices, weights = random_gating(4, 2, 7)
@@ -603,10 +558,9 @@ def test_checkpointing_gives_the_same_gradients_to_the_bit_under_the_gating_of_t
 
 
 def test_checkpointing_keeps_inputs_of_layers_brings_no_dropout_and_ends_with_the_hooks(monkeypatch):
-    config = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=3, n_head=2)
-    model = NIWF(transformers.GPT2LMHeadModel(config), pad_id=0)
+    model = NIWF(micro_gpt2().train(), pad_id=0)
     random_bank(model.bank, 4)
-    examples, gating = random_examples(3), random_gating(3, 3, 4)
+    examples, gating = random_examples(3), random_gating(3, 2, 4)
 
     def run():
         kept = []
@@ -624,23 +578,17 @@ def test_checkpointing_keeps_inputs_of_layers_brings_no_dropout_and_ends_with_th
     forward = type(model.backbone.transformer.h[0]).forward
     assert all(layer.forward.__func__ is forward for layer in model.backbone.transformer.h)
     monkeypatch.setattr("plumbing.targets.find_layers", lambda backbone: [])
-    with pytest.raises(Refused, match="no layers that can be computed again"):
+    with refused("no layers that can be computed again"):
         model.checkpoint()
 
 
 @pytest.mark.parametrize("bare", [0, 2])
 def test_layers_that_are_kept_on_disk_give_the_same_logits_gradients_and_fingerprint(tmp_path, bare):
     pytest.importorskip("accelerate")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    micro_backbone(len(tokenizer), layers=4).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    places = {f"model.layers.{i}": "disk" if i in (1, 2) else "cpu" for i in range(4)}
-    places |= {
-        "model.embed_tokens": "disk",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "disk",
-    }
+    saved(micro_backbone(VOCABULARY, layers=4), tmp_path)
+    cpu = "model.layers.0", "model.layers.3", "model.norm", "model.rotary_emb"
+    disk = "model.layers.1", "model.layers.2", "model.embed_tokens", "lm_head"
+    places = dict.fromkeys(cpu, "cpu") | dict.fromkeys(disk, "disk")
     examples, gating, found = random_examples(3), random_gating(3, 4 - bare, 4), []
     for device_map, checkpointing in ((None, False), (places, False), (places, True)):
         backbone, _ = load_backbone(str(tmp_path), "cpu", device_map)
@@ -659,11 +607,10 @@ def test_layers_that_are_kept_on_disk_give_the_same_logits_gradients_and_fingerp
 
 
 def test_a_device_map_without_accelerate_or_without_weights_is_one_line(monkeypatch):
-    with pytest.raises(Refused, match="none to read"):
-        load_backbone("random:mistral-7b", "cpu", "auto")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Refused, match="pip install accelerate"):
-        load_backbone("tiny", "cpu", "auto")
+    for name, match in (("random:mistral-7b", "none to read"), ("tiny", "pip install accelerate")):
+        with refused(match):
+            load_backbone(name, "cpu", "auto")
 
 
 # ----------------------------------------------------------------------------------------------------- ftn.py
@@ -749,8 +696,7 @@ def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bia
         grid.zero_grad()
         loss(y_hat, y).backward()
         gradients.append([p.grad.clone() for p in grid.parameters()])
-    for ours, theirs in zip(*gradients):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*gradients)
     others = torch.ones(16, dtype=torch.bool).index_fill(0, winners, False)
     assert gradients[0][0][winners].abs().sum() > 0
     assert (gradients[0][0][others] == 0).all() and (gradients[0][1][:, others] == 0).all()
@@ -783,9 +729,10 @@ def pool_on(backbone, names, components=9, b_std=0.1):
     return targets, pool
 
 
-@pytest.mark.parametrize(
-    "make, names", [(micro_backbone, ("q_proj", "k_proj", "v_proj")), (micro_gpt2, ("c_attn",))]
-)
+QKV = "q_proj", "k_proj", "v_proj"
+
+
+@pytest.mark.parametrize("make, names", [(micro_backbone, QKV), (micro_gpt2, ("c_attn",))])
 def test_the_pool_adds_equation_1_and_nothing_when_off(make, names):
     backbone = make()
     ids = torch.randint(0, 300, (3, 11))
@@ -808,7 +755,7 @@ def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient()
     """Silent components are left out by `loss_of_mask`; the literal search runs all of them. Nothing is
     smoothed: on 3 x 3 neurons a kernel of 3 makes all alike, and what then wins is rounding."""
     backbone = micro_backbone()
-    targets, pool = pool_on(backbone, ("q_proj", "k_proj", "v_proj"), b_std=0.0)
+    targets, pool = pool_on(backbone, QKV, b_std=0.0)
     torch.manual_seed(9)
     first = SmoothKWTA(k=2, kernel=3, rounds=1, steps=3, lr=0.5).configure(pool.loss_of_mask(None), 3)
     assert first.tolist() == [0, 1]  # all are silent: the backbone is not asked, ties go to the lower index
@@ -872,7 +819,7 @@ PAGES = {path: path.read_text() for path in (HERE / "README.md", *report.RESULTS
 
 def test_every_equation_is_in_a_function_and_a_test_that_are_there():
     numbers = collections.defaultdict(set)
-    rows = re.findall(r"^(NIWF|FTN) (.*)\n    (.*)\n    (test_\w+)$", __doc__, re.MULTILINE)
+    rows = re.findall(r"^(NIWF|FTN) (.*)\. (\w+\.py: .*)\n    (test_\w+)$", __doc__, re.MULTILINE)
     for paper, title, where, tests in rows:
         for first, last in re.findall(r"\((\d+)\)(?:-\((\d+)\))?", title):
             numbers[paper] |= {*range(int(first), int(last or first) + 1)}
@@ -933,9 +880,8 @@ def test_every_option_that_the_readme_names_is_one_of_ours():
 
 def test_no_figure_that_was_measured_is_typed():
     measured = r"\d\s*%|\d\.\d\d|±|\d\.\d+ (M|GB|GiB|nats|ms)\b"
-    made = re.sub(
-        r"<!-- [\w-]+ -->.*?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)", "", README, flags=re.DOTALL
-    )
+    blocks = r"<!-- [\w-]+ -->.*?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)"
+    made = re.sub(blocks, "", README, flags=re.DOTALL)
     assert not re.search(measured, made.replace("arXiv:2602.18628", ""))
 
 

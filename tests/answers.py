@@ -1,37 +1,25 @@
 """Measuring and answering: what is printed, what is asked, and what a talk survives."""
 
-import os
 import contextlib
 import json
-import pathlib
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-import transformers
 
-import commit
 import eval as evaluation
 import train
 from commit import Run
 from model import NIWF
-from plumbing import Refused
-from plumbing.backbone import TINY_FOLDER, from_shape
-from field import CoordinateDynamics, Region, WeightField, sample_anchors
-
-HERE = pathlib.Path(__file__).parent.parent
+from plumbing.backbone import from_shape
+from field import CoordinateDynamics, WeightField
 from plumbing.talk import pieces
 from studies import memory
-from tests.builders import a_version_of, copy_of, load_in_double, run_quietly
-
-
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows
-    fcntl = resource = None
+from tests.builders import HERE, a_region, a_version_of, asked, copy_of, evaluate, git, load_in_double
+from tests.builders import refused, run_quietly, tiny_tokenizer
 
 
 @torch.no_grad()
@@ -39,9 +27,7 @@ def test_the_drift_of_a_grown_bank_is_told_over_all_its_bases():
     """Half of the new field's choices at the anchors fall on bases that were not there at commit. Its logits
     are what its biases are, so no order of summation has a say."""
     torch.manual_seed(4)
-    dynamics, then = CoordinateDynamics(3, 4), WeightField(1, 4, 4, 7)
-    region = Region.fit(torch.tanh(torch.randn(40, 4)))
-    anchors = sample_anchors(region, 8, 0)
+    dynamics, then, (region, anchors) = CoordinateDynamics(3, 4), WeightField(1, 4, 4, 7), a_region(4)
     then.w3.weight.zero_()
     old = a_version_of(then, dynamics, region, anchors, {})
     now = then.grown(6)
@@ -59,33 +45,18 @@ def test_forgetting_is_relative_to_the_perplexity_when_learned():
     assert evaluation.forgetting(rows, "stored") == {"a": 25.0, "b": 0.0}
 
 
-def test_prompt_and_exact_match_and_log(first, tmp_path, capsys):
-    evaluation.main(["--run", str(first), "--prompt", "Name three fruits.", "--max-new-tokens", "5"])
-    said = f"[version {Run(first).entries[0]['hash'][:12]}; nearest region: alpaca, "
-    out = capsys.readouterr().out
-    assert said in out and " % sure" in out
-    evaluation.main(
-        [
-            "--run",
-            str(first),
-            "--exact-match",
-            "3",
-            "--max-new-tokens",
-            "3",
-            "--json",
-            str(tmp_path / "e.json"),
-        ]
-    )
+def test_prompt_and_exact_match(first, tmp_path, capsys):
+    _, note = asked(first, capsys, "--prompt", "Name three fruits.", "--max-new-tokens", "5")
+    assert note.startswith(f"[version {Run(first).entries[0]['hash'][:12]}; nearest region: alpaca, ")
+    assert " % sure" in note
+    evaluate(first, "--exact-match 3 --max-new-tokens 3 --json", tmp_path / "e.json")
     counts = json.loads((tmp_path / "e.json").read_text())["rows"][0]["exact_match"]["alpaca"]
-    assert (
-        sum(n for _, n in counts.values()) == 32 and "of 32 answers exactly right" in capsys.readouterr().out
-    )
-    run = Run(first)
-    assert "(lock: first)" in "\n".join(commit.log([commit.describe(run, e) for e in run.entries]))
+    assert sum(n for _, n in counts.values()) == 32
+    assert "of 32 answers exactly right" in capsys.readouterr().out
 
 
 def test_a_text_that_comes_in_pieces_is_the_whole_text_without_halves_of_characters():
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    tokenizer = tiny_tokenizer()
     for text in ("naïve café 漢字 🙂", "  def f(x):\n    return  x , y !  \n", "🙂\n\n", " ", ""):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         parts = [*pieces(tokenizer, ({0: i} for i in ids))]
@@ -93,14 +64,6 @@ def test_a_text_that_comes_in_pieces_is_the_whole_text_without_halves_of_charact
         assert sum(map(bool, parts)) >= len(text.split())
     half = tokenizer("a🙂", add_special_tokens=False).input_ids[:-1]
     assert "".join(pieces(tokenizer, ({0: i} for i in half))) == "a\ufffd"
-
-
-def asked(run, capsys, *argv):
-    """What eval.py prints: the text of an answer, and who gave it."""
-    capsys.readouterr()
-    evaluation.main(["--run", str(run), "--device", "cpu", *argv])
-    text, _, note = capsys.readouterr().out.rstrip("\n").rpartition("\n\n")
-    return text, note
 
 
 def test_the_lines_of_python_in_the_readme_answer_as_the_program_does(two, tmp_path, monkeypatch, capsys):
@@ -112,9 +75,8 @@ def test_the_lines_of_python_in_the_readme_answer_as_the_program_does(two, tmp_p
     monkeypatch.chdir(tmp_path)
     (lines,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     exec(lines, said := {})
-    for text, name, sure, prompt in zip(
-        said["texts"], said["names"], said["sure"], re.findall('"([A-Z].*?)"', lines)
-    ):
+    prompts = re.findall('"([A-Z].*?)"', lines)
+    for text, name, sure, prompt in zip(said["texts"], said["names"], said["sure"], prompts):
         shown, note = asked(out, capsys, "--prompt", prompt)
         percent = float(re.search(rf"nearest region: {name}, (.*) % sure", note)[1])
         assert shown == text.strip() and percent == pytest.approx(100 * float(sure), abs=0.06)
@@ -137,18 +99,13 @@ def test_a_sampled_answer_is_the_same_with_the_same_seed(first, capsys):
 
 
 def test_prompts_that_are_piped_in_get_an_answer_each_and_nothing_ends_the_talk(two, capsys):
-    lines = [
-        b"Name three fruits.",
-        b"",
-        b"/use nobody",
-        b"/frob \x1b",
-        b"\xff\xed\xa0\x80\0 \x1b na\xc3\xafve",
-        b"/versions",
-    ]
-    lines += [b"/use code", b"Hi.", b"/base", b"Hi.", b"/auto", b"Name three fruits."]
+    lines = (
+        b"Name three fruits.\n\n/use nobody\n/frob \x1b\n\xff\xed\xa0\x80\0 \x1b na\xc3\xafve\n/versions\n"
+    )
+    lines += b"/use code\nHi.\n/base\nHi.\n/auto\nName three fruits."
     command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(two)]
     command += ["--device", "cpu", "--max-new-tokens", "5"]
-    process = subprocess.run(command, input=b"\n".join(lines), capture_output=True, timeout=600)
+    process = subprocess.run(command, input=lines, capture_output=True, timeout=600)
     assert process.returncode == 0 and not process.stderr and b"\r" not in process.stdout
     out, entries = process.stdout.decode(), Run(two).entries
     few, code = ("--max-new-tokens", "5"), entries[1]["hash"][:12]
@@ -170,13 +127,9 @@ def talk_on_a_terminal(run):
     termios.tcsetattr(its, termios.TCSANOW, how)
     command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(run)]
     command += ["--device", "cpu", "--max-new-tokens", "100000"]
-    process = subprocess.Popen(
-        command,
-        **dict.fromkeys(("stdin", "stdout", "stderr"), its),
-        env=os.environ | {"TERM": "dumb"},
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
-    )
+    ends = dict.fromkeys(("stdin", "stdout", "stderr"), its) | {"env": os.environ | {"TERM": "dumb"}}
+    own = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal
+    process = subprocess.Popen(command, **ends, start_new_session=True, preexec_fn=own)
     os.close(its)
     return process, ours
 
@@ -223,20 +176,13 @@ def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(chat):
 
 
 def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp_path, capsys):
-    def composed(out):
-        only = ["compose", "alpaca", "code", "--weights", "1", "0", "--name", "onlyA", "--run", str(out)]
-        commit.main(only)
-        names = ["--version", "alpaca", "code", "onlyA", "--json", str(tmp_path / "u.json")]
-        evaluation.main(["--run", str(out), *names])
-        return json.loads((tmp_path / "u.json").read_text())["rows"][0]["under"]
-
-    out = copy_of(two, tmp_path)
-    table, stored = composed(out), Run(two).manifest["results"][-1]["stored"]
-    evaluation.main(["--run", str(out), "--version", "onlyA", "--prompt", "Hi.", "--max-new-tokens", "3"])
-    assert "as asked" in capsys.readouterr().out
-    for task, row in table.items():
+    out, stored = copy_of(two, tmp_path), Run(two).manifest["results"][-1]["stored"]
+    git(out, "compose alpaca code --weights 1 0 --name onlyA")
+    evaluate(out, "--version alpaca code onlyA --json", tmp_path / "u.json")
+    for task, row in json.loads((tmp_path / "u.json").read_text())["rows"][0]["under"].items():
         assert row[task] == pytest.approx(stored[task], rel=1e-6)
         assert row["onlyA"] == pytest.approx(row["alpaca"], rel=1e-5)  # weight 0 takes code out again
+    assert "as asked" in asked(out, capsys, *"--version onlyA --prompt Hi. --max-new-tokens 3".split())[1]
 
 
 def by_row(rows):
@@ -248,11 +194,8 @@ def by_row(rows):
 def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
     """From two depths: a layer more adds the same, however many there are."""
     shallow, deep = (by_row(memory.count_memory("random:mistral-7b", depth)) for depth in (2, 4))
-    whole = {
-        key: [a + 15 * (b - a) for a, b in zip(shallow[key], deep[key])]
-        for key in shallow
-        if key[2:] == (1, 0)
-    }
+    grown = lambda key: [a + 15 * (b - a) for a, b in zip(shallow[key], deep[key])]
+    whole = {key: grown(key) for key in shallow if key[2:] == (1, 0)}
     parts = dict(zip(memory.PARTS, whole[2, False, 1, 0]))
     assert parts["backbone"] == 2 * 7_241_732_096 and parts["bases written"] == 4 * 335_544_320
     assert parts["bases read"] == parts["bases written"] and parts["moments"] == 2 * parts["gradients"]
@@ -292,5 +235,5 @@ def test_memory_is_counted_without_a_run_folder(tmp_path, capsys):
     assert len(rows) == 4 * (1 + 2 + 4) and all(row["activations"] > 0 for row in rows if row["devices"] < 4)
     assert sum(any(line.startswith(part) for part in memory.PARTS) for line in lines) == 7
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(Refused, match="cannot be loaded"):
+    with refused("cannot be loaded", tmp_path):
         memory.main(["--backbone", str(tmp_path)])

@@ -13,27 +13,27 @@ import torch
 import transformers
 
 import commit
-import eval as evaluation
 import train
 from commit import Run
 from model import NIWF, response_nll
-from plumbing import Refused
-from plumbing.backbone import TINY_FOLDER, fingerprint, is_backbone, load_backbone
+from plumbing.backbone import fingerprint, is_backbone, load_backbone
 from plumbing.passes import choose_targets, features_of, positions_of
 from plumbing.targets import LINEAR, describe_targets, find_targets, kind_of
-from tests.builders import copy_of, micro_backbone, random_bank, random_examples, random_gating, snapshot_of
+from tests.builders import VOCABULARY, asked, copy_of, edit_json, evaluate, git, micro_backbone, random_bank
+from tests.builders import random_examples, random_gating, refused, saved, snapshot_of, tiny_tokenizer
 
-# ----------------------------------------------------------------------------------------------- micro models
 
-VOCABULARY = 3584  # of tiny's tokenizer
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
 MODERN = SIZES | dict(num_key_value_heads=2, max_position_embeddings=256)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 FUSED = "mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate"
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-RG_LRU = ", ".join(
-    f"temporal_block.rg_lru.{g}_gate_{p}" for g in ("input", "recurrent") for p in ("bias", "weight")
-)
+RECURRENT = VISION | dict(num_hidden_layers=3, lru_width=32)
+RG_LRU = "temporal_block.rg_lru.{0}_gate_bias, temporal_block.rg_lru.{0}_gate_weight"
+RG_LRU = f"{RG_LRU.format('input')}, {RG_LRU.format('recurrent')}"
+SHARED, MAMBA = f"{FUSED}, mlp.shared_expert_gate", "mixer.A_log, mixer.conv1d, mixer.dt_proj"
+LLAMA_4 = "feed_forward.experts.down_proj, feed_forward.experts.gate_up_proj, feed_forward.router"
+# fmt: off
 SHAPES = {  # class: (options of its configuration, kinds of projection that are adapted, those that are not)
     "Mistral": (MODERN, 7, ""),
     "Llama": (MODERN, 7, ""),
@@ -49,59 +49,33 @@ SHAPES = {  # class: (options of its configuration, kinds of projection that are
     "Lfm2": (MODERN | dict(layer_types=["conv", "full_attention"]), 9, "conv.conv"),
     "Mixtral": (MODERN | dict(num_local_experts=4), 4, FUSED),
     "Qwen3Moe": (MODERN | EXPERTS, 4, FUSED),
-    "Qwen2Moe": (
-        MODERN | EXPERTS | dict(shared_expert_intermediate_size=24),
-        7,
-        f"{FUSED}, mlp.shared_expert_gate",
-    ),
-    "Llama4": (
-        MODERN | dict(intermediate_size_mlp=48, num_local_experts=4),
-        7,
-        "feed_forward.experts.down_proj, feed_forward.experts.gate_up_proj, feed_forward.router",
-    ),
-    "Mamba": (
-        dict(hidden_size=32, state_size=8, num_hidden_layers=2),
-        3,
-        "mixer.A_log, mixer.conv1d, mixer.dt_proj",
-    ),
+    "Qwen2Moe": (MODERN | EXPERTS | dict(shared_expert_intermediate_size=24), 7, SHARED),
+    "Llama4": (MODERN | dict(intermediate_size_mlp=48, num_local_experts=4), 7, LLAMA_4),
+    "Mamba": (dict(hidden_size=32, state_size=8, num_hidden_layers=2), 3, MAMBA),
     "Gemma3": (dict(text_config=MODERN, vision_config=VISION | dict(image_size=28, patch_size=14)), 7, ""),
-    "RecurrentGemma": (
-        dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, lru_width=32, intermediate_size=48),
-        10,
-        f"temporal_block.conv_1d, {RG_LRU}",
-    ),
+    "RecurrentGemma": (RECURRENT, 10, f"temporal_block.conv_1d, {RG_LRU}"),
     "Bart": (dict(d_model=32, decoder_layers=2, encoder_layers=2, decoder_ffn_dim=48), None, ""),
     "Roberta": (SIZES | dict(is_decoder=True, max_position_embeddings=256), None, ""),
 }
+# fmt: on
 USABLE = [name for name, (_, kinds, _) in SHAPES.items() if kinds]
 
 
-def micro_of(name):
-    """A micro model of a family, with weights that are large enough to matter."""
-    options, special = SHAPES[name][0], dict(pad_token_id=2, eos_token_id=1, bos_token_id=0)
+def micro_of(name, **more):
+    """A micro model of a family, with weights that are large enough to matter. more: for its config."""
+    options = SHAPES[name][0] | more
+    special = dict(pad_token_id=2, eos_token_id=1, bos_token_id=0, vocab_size=VOCABULARY)
     if "text_config" in options:
-        inner = options["text_config"] | special | {"vocab_size": VOCABULARY}
-        options = options | {"text_config": inner, "mm_tokens_per_image": 4, "image_token_index": 5}
+        inner = {"text_config": options["text_config"] | special}
+        options = options | inner | {"mm_tokens_per_image": 4, "image_token_index": 5}
         model, config = transformers.Gemma3ForConditionalGeneration, transformers.Gemma3Config
     else:
-        options = options | special | {"vocab_size": VOCABULARY}
-        if name == "Bart":
-            options |= {"decoder_attention_heads": 4, "encoder_attention_heads": 4}
+        heads = {"decoder_attention_heads": 4, "encoder_attention_heads": 4} if name == "Bart" else {}
+        options = special | options | heads
         model = getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}")
         config = model.config_class
     torch.manual_seed(5)
     return model(config(**options)).eval()
-
-
-def tiny_tokenizer():
-    return transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-
-
-def saved(backbone, folder):
-    """A folder with a backbone and tiny's tokenizer."""
-    for part in (backbone, tiny_tokenizer()):
-        part.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +89,10 @@ def on_folder(micro):
     return options
 
 
-# ------------------------------------------------------------------------------------------- what is adapted
-
-
 @pytest.mark.parametrize("name", USABLE)
 def test_all_linear_modules_of_the_text_layers_are_adapted(name):
-    """Towers, routers and fused experts are not, and the line that is printed names them."""
+    """Towers, routers and fused experts are not, and the line that is printed names them. Families that were
+    adapted before have the same modules in the same order, so that their versions keep their bits."""
     backbone, (_, kinds, left) = micro_of(name), SHAPES[name]
     targets = choose_targets(backbone, tiny_tokenizer())
     line = describe_targets(backbone, targets)
@@ -128,16 +100,11 @@ def test_all_linear_modules_of_the_text_layers_are_adapted(name):
     assert (re.search(r"\(not: (.*)\)", line) or ["", ""])[1] == left
     assert not left and "100.0 %" in line or left and "100.0 %" not in line
     assert not any("vision" in n or "lm_head" in n or "embed" in n for n in targets)
-
-
-@pytest.mark.parametrize("name", ["Mistral", "Llama", "Qwen2", "Gemma2", "GPT2"])
-def test_families_adapted_before_keep_their_modules_and_order(name):
-    """So their versions keep their bits."""
-    old = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj c_attn c_proj c_fc".split()
-    backbone = micro_of(name)
-    leaves = [full for full, m in backbone.named_modules() if isinstance(m, LINEAR)]
-    wanted = [full for full in leaves if full.rpartition(".")[2] in old]
-    assert list(find_targets(backbone)) == list(choose_targets(backbone, tiny_tokenizer())) == wanted
+    if name in ("Mistral", "Llama", "Qwen2", "Gemma2", "GPT2"):
+        old = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj c_attn c_proj c_fc".split()
+        leaves = [full for full, m in backbone.named_modules() if isinstance(m, LINEAR)]
+        wanted = [full for full in leaves if full.rpartition(".")[2] in old]
+        assert [*find_targets(backbone)] == [*targets] == wanted
 
 
 @torch.no_grad()
@@ -151,6 +118,9 @@ def test_rows_of_a_batch_have_gatings_of_their_own_everywhere(name):
     alone = [[part[i : i + 1] for part in gating] for i in range(3)]
     logits, labels = model.logits(examples, gating)
     assert model.probe([p for p, _ in examples]).shape == (3, model.features) == (3, features_of(backbone))
+    with torch.enable_grad():
+        response_nll(*model.logits(examples, gating)).sum().backward()
+    assert all(p.grad.any() for p in model.bank.live.values())
     bare, _ = model.logits(examples, None)
     new = model.generate([p for p, _ in examples], lambda h: gating, -1, 4)
     for i, (prompt, _) in enumerate(examples):
@@ -162,17 +132,6 @@ def test_rows_of_a_batch_have_gatings_of_their_own_everywhere(name):
             whole = backbone(torch.tensor([prompt + new[i]]), use_cache=False).logits[0]
         for logit, token in zip(whole[len(prompt) - 1 :], new[i]):
             assert logit.max() - logit[token] < 1e-3  # a near tie may go either way
-
-
-def test_gradients_reach_the_bases_of_a_shared_expert():
-    """It sees the tokens of all rows in one list."""
-    backbone = micro_of("Qwen2Moe")
-    model = NIWF(backbone, 2, rank=2, targets=choose_targets(backbone, tiny_tokenizer()))
-    random_bank(model.bank, 4)
-    gating = random_gating(3, 2, 4)
-    response_nll(*model.logits(random_examples(3), gating)).sum().backward()
-    grads = {key: p.grad for key, p in model.bank.live.items() if "shared_expert" in key}
-    assert grads and all(g.any() for g in grads.values())
 
 
 class Routed(torch.nn.Module):
@@ -199,67 +158,54 @@ def test_an_expert_that_sees_some_tokens_is_left_out_and_named():
     assert {kind_of(n) for n in targets} == {f"self_attn.{c}_proj" for c in "qkvo"}
     assert "4 of 5 kinds" in describe_targets(backbone, targets)
     assert describe_targets(backbone, targets).endswith("(not: mlp.experts)")
-    with pytest.raises(Refused, match=r"experts\.\d cannot be adapted: .*--targets"):
+    with refused(r"experts\.\d cannot be adapted: .*--targets"):
         choose_targets(backbone, tiny_tokenizer(), "q_proj,mlp.experts.0,mlp.experts.1")
 
 
 def test_targets_are_named_at_the_first_task_and_then_stay(on_folder, tmp_path, capsys):
-    """A name that no module has is refused, and so are others at a later task."""
+    """A name that no module has is refused, and so are others at a later task. A run older than targets
+    adapts what its version does."""
     folder, out = saved(micro_of("Phi3"), tmp_path / "backbone"), tmp_path / "run"
     for wrong, why in (("x", "no such linear module, but down_proj, gate_up_proj"), ("o_proj,", "no such")):
-        with pytest.raises(Refused, match=why):
+        with refused(why, tmp_path):
             train.main(on_folder(folder, out, "--targets", wrong))
-        assert not out.exists()
     train.main(on_folder(folder, out, "--targets", "self_attn.o_proj,down_proj"))
     assert "adapts    2 of 4 kinds of projection" in capsys.readouterr().out
     assert Run(out).manifest["settings"]["targets"] == "self_attn.o_proj,down_proj"
-    before = snapshot_of(out)
-    with pytest.raises(Refused, match="its first task fixed self_attn.o_proj,down_proj"):
+    old = copy_of(out, tmp_path, "old")
+    with refused("its first task fixed self_attn.o_proj,down_proj", out):
         train.main(on_folder(folder, out, "--lock", "--task", "more", "--targets", "all"))
-    assert snapshot_of(out) == before
     train.main(on_folder(folder, out, "--lock", "--task", "more"))
-    commit.main(["verify", "--run", str(out)])
+    git(out, "verify")
     text = capsys.readouterr().out
     assert "2 of 4 kinds" in text and "bit-identical on 4 of 4" in text and text.count(" ok") == 2
     names = {key.rpartition(".")[0] for key in Run(out).read_versions()[1].shapes}
     assert {kind_of(n) for n in names} == {"self_attn.o_proj", "mlp.down_proj"}
-    manifest = (out / "manifest.json").read_text()
-    (out / "manifest.json").write_text(manifest.replace("self_attn.o_proj,down_proj", "all"))
-    with pytest.raises(Refused, match="settings: targets all, not self_attn.o_proj,down_proj"):
-        evaluation.main(["--run", str(out), "--device", "cpu"])
-
-
-def test_a_run_older_than_targets_adapts_what_its_version_does(on_folder, tmp_path, capsys):
-    """A Phi-3 of which o_proj and down_proj alone were adapted opens with these, and goes on with them."""
-    folder, out = saved(micro_of("Phi3"), tmp_path / "backbone"), tmp_path / "run"
-    train.main(on_folder(folder, out, "--targets", "o_proj,down_proj"))
-    head, tensors = commit.read_version_file(next((out / "versions").iterdir()), tensors=True)
+    edit_json(out / "manifest.json", lambda m: m["settings"].update(targets="all"))
+    with refused("settings: targets all, not self_attn.o_proj,down_proj", out):
+        evaluate(out)
+    head, tensors = commit.read_version_file(next((old / "versions").iterdir()), tensors=True)
     del head["config"]["targets"]
-    digest = commit.write_version(out / "versions", head, tensors)
-    manifest = (out / "manifest.json").read_text()
-    old = json.loads(manifest.replace(json.loads(manifest)["versions"][0]["hash"], digest))
-    del old["settings"]["targets"]
-    (out / "manifest.json").write_text(json.dumps(old))
-    evaluation.main(["--run", str(out), "--device", "cpu"])
-    train.main(on_folder(folder, out, "--lock", "--task", "more"))
+    digest = commit.write_version(old / "versions", head, tensors)
+    edit_json(
+        old / "manifest.json", lambda m: (m["settings"].pop("targets"), m["versions"][0].update(hash=digest))
+    )
+    edit_json(old / "manifest.json", lambda m: m["results"][0].update(version=digest))
+    evaluate(old)
+    train.main(on_folder(folder, old, "--lock", "--task", "more"))
     text = capsys.readouterr().out
-    assert "2 of 4 kinds" in text and text.count("bit-identical on 4 of 4") == 4
-
-
-# --------------------------------------------------------------------------------------- what cannot be used
+    assert "2 of 4 kinds" in text and text.count("bit-identical on 4 of 4") == 3
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name not in USABLE])
 def test_a_backbone_that_pads_wrongly_is_refused_before_training(name, on_folder, tmp_path):
     """BART ignores the positions that it is given, and RoBERTa counts them from another number."""
     folder, out = saved(micro_of(name), tmp_path / "backbone"), tmp_path / "run"
-    with pytest.raises(Refused, match="cannot be used: .*each row alone"):
+    with refused("cannot be used: .*each row alone", tmp_path):
         train.main(on_folder(folder, out))
-    assert not out.exists()
 
 
 def test_a_cache_that_does_not_work_is_refused_before_training():
-    """Here the model forgets what was cached whenever it goes on."""
     backbone = micro_backbone(VOCABULARY)
     forward = backbone.forward
 
@@ -267,19 +213,16 @@ def test_a_cache_that_does_not_work_is_refused_before_training():
         return forward(past_key_values=past_key_values and transformers.DynamicCache(), **more)
 
     backbone.forward = forgetful
-    with pytest.raises(Refused, match="cannot be used"):
+    with refused("cannot be used"):
         choose_targets(backbone, tiny_tokenizer())
 
 
 def test_the_trial_leaves_random_numbers_and_the_backbone_as_they_were():
     """So what is trained afterwards has the bits that it had without one."""
     backbone = micro_backbone(VOCABULARY)
-    before = {key: t.clone() for key, t in backbone.state_dict().items()}
-    torch.manual_seed(1)
-    wanted = torch.rand(3)
-    torch.manual_seed(1)
+    before, wanted = {key: t.clone() for key, t in backbone.state_dict().items()}, torch.get_rng_state()
     choose_targets(backbone, tiny_tokenizer())
-    assert torch.equal(torch.rand(3), wanted)
+    assert torch.equal(torch.get_rng_state(), wanted)
     assert all(torch.equal(t, before[key]) for key, t in backbone.state_dict().items())
     assert not any(m._forward_hooks for m in backbone.modules())
 
@@ -293,12 +236,12 @@ def test_where_positions_end_so_do_records_prompts_and_answers(on_folder, tmp_pa
     run = Run(out)
     assert run.head(run.entries[0])["config"]["max_len"] == 64
     assert "bit-identical on 4 of 4" in capsys.readouterr().out
-    with pytest.raises(Refused, match="tokens in one row are more than the 64 positions"):
-        evaluation.main(["--run", str(out), "--device", "cpu", "--prompt", "many words " * 40])
+    with refused("tokens in one row are more than the 64 positions", out):
+        evaluate(out, "--prompt", "many words " * 40)
     typed = io.TextIOWrapper(io.BytesIO(b"Hello.\n" + b"many words " * 40 + b"\nHello.\n"))
     monkeypatch.setattr("sys.stdin", typed)
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), write_through=True))
-    evaluation.main(["--run", str(out), "--device", "cpu", "--talk", "--max-new-tokens", "500"])
+    evaluate(out, "--talk --max-new-tokens 500")
     said = sys.stdout.buffer.getvalue().decode()
     assert said.count("[version") == 2 and "64 positions of this backbone]" in said
     model = NIWF(backbone, 2)
@@ -306,9 +249,6 @@ def test_where_positions_end_so_do_records_prompts_and_answers(on_folder, tmp_pa
     prompts = [[5] * 60, [6] * 9]
     new = model.generate(prompts, lambda h: random_gating(2, 2, 2), -1, 500)
     assert len(new[0]) == 64 - 60 + 1  # the last one is never read
-
-
-# ------------------------------------------------------------------------------------------------ GGUF files
 
 
 def byte_level_tokenizer():
@@ -327,41 +267,34 @@ def write_gguf(path, backbone, tokenizer):
     gguf, config = pytest.importorskip("gguf"), backbone.config
     w, vocab = gguf.GGUFWriter(path, "llama"), tokenizer.get_vocab()
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    w.add_context_length(config.max_position_embeddings)
-    w.add_embedding_length(config.hidden_size)
-    w.add_block_count(config.num_hidden_layers)
-    w.add_feed_forward_length(config.intermediate_size)
-    w.add_head_count(heads["q_proj"])
-    w.add_head_count_kv(heads["k_proj"])
-    w.add_rope_dimension_count(config.head_dim)
-    w.add_layer_norm_rms_eps(config.rms_norm_eps)
-    w.add_rope_freq_base(10000.0)
-    w.add_vocab_size(len(vocab))
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("llama-bpe")
-    w.add_token_list(sorted(vocab, key=vocab.get))
-    w.add_token_types([3 if i < 3 else 1 for i in range(len(vocab))])  # 3 is a control token, 1 is text
-    w.add_token_merges([" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]])
-    w.add_bos_token_id(0)
-    w.add_eos_token_id(1)
+    said = dict(context_length=config.max_position_embeddings, embedding_length=config.hidden_size)
+    said |= dict(block_count=config.num_hidden_layers, feed_forward_length=config.intermediate_size)
+    said |= dict(head_count=heads["q_proj"], head_count_kv=heads["k_proj"], vocab_size=len(vocab))
+    said |= dict(rope_dimension_count=config.head_dim, layer_norm_rms_eps=config.rms_norm_eps)
+    said |= dict(rope_freq_base=10000.0, tokenizer_model="gpt2", tokenizer_pre="llama-bpe")
+    said |= dict(token_list=sorted(vocab, key=vocab.get), bos_token_id=0, eos_token_id=1)
+    said |= dict(token_types=[3] * 3 + [1] * (len(vocab) - 3))  # 3 is a control token, 1 is text
+    said |= dict(token_merges=[*map(" ".join, json.loads(tokenizer.to_str())["model"]["merges"])])
+    for name, value in said.items():
+        getattr(w, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, t in backbone.state_dict().items():
         for part in {*heads} & {*name.split(".")}:  # its rotary halves lie in turn, not one after the other
             t = t.view(heads[part], 2, -1, t.shape[1]).transpose(1, 2).reshape(t.shape)
         w.add_tensor(names.get_name(name, (".weight",)), t.contiguous().numpy())
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
+    for part in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(w, part)()
+
+
+def llama_for(tokenizer):
+    return micro_of("Llama", vocab_size=tokenizer.get_vocab_size(), pad_token_id=None)
 
 
 def test_a_gguf_of_llama_3s_shape_loads_with_its_own_tokens(on_folder, tmp_path, capsys):
     """transformers adds a token that the file has not; here it is text as any other."""
     pytest.importorskip("accelerate")
     tokenizer = byte_level_tokenizer()
-    torch.manual_seed(5)
-    options = {**MODERN, "vocab_size": tokenizer.get_vocab_size(), "bos_token_id": 0, "eos_token_id": 1}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).eval()
+    model = llama_for(tokenizer)
     write_gguf(tmp_path / "model.gguf", model, tokenizer)
     backbone, ours = load_backbone(str(tmp_path / "model.gguf"), "cpu")
     assert len(ours) == tokenizer.get_vocab_size() and ours.eos_token_id == 1
@@ -373,18 +306,12 @@ def test_a_gguf_of_llama_3s_shape_loads_with_its_own_tokens(on_folder, tmp_path,
     assert fingerprint(backbone) == fingerprint(model) == fingerprint(backbone.to(torch.bfloat16))
     out = tmp_path / "run"
     train.main(on_folder(tmp_path / "model.gguf", out, "--max-len", "256"))
-    evaluation.main(
-        ["--run", str(out), "--device", "cpu", "--prompt", "<|endoftext|>", "--max-new-tokens", "3"]
-    )
     assert "bit-identical on 4 of 4" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------- one fingerprint
+    assert "% sure" in asked(out, capsys, "--prompt", "<|endoftext|>", "--max-new-tokens", "3")[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_a_checkpoint_has_one_fingerprint_in_any_type_and_place(dtype, tmp_path):
-    """Whatever type it is stored in, and wherever its weights are held, on the disk or tied to others."""
     pytest.importorskip("accelerate")
     backbone = micro_backbone(VOCABULARY)
     backbone.config.tie_word_embeddings = True
@@ -431,14 +358,12 @@ def test_run_folders_with_an_older_fingerprint_are_accepted(dtype, first, tmp_pa
         flat = p.detach().flatten()
         digest.update(f"{name}{tuple(p.shape)}".encode())
         digest.update(flat[:: max(1, len(flat) // 64)][:64].float().numpy().tobytes())
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["backbone"]["fingerprint"] = digest.hexdigest()
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    edit_json(out / "manifest.json", lambda m: m["backbone"].update(fingerprint=digest.hexdigest()))
     before = snapshot_of(out)
-    evaluation.main(["--run", str(out), "--device", "cpu"])
+    evaluate(out)
     assert snapshot_of(out) == before
-    with pytest.raises(Refused, match="another backbone"):
-        evaluation.main(["--run", str(out), "--device", "cpu", "--backbone", "tiny"])
+    with refused("another backbone", out):
+        evaluate(out, "--backbone tiny")
 
 
 def test_a_run_trained_in_bfloat16_is_opened_in_float32(first, tmp_path, monkeypatch, capsys):
@@ -448,16 +373,11 @@ def test_a_run_trained_in_bfloat16_is_opened_in_float32(first, tmp_path, monkeyp
         backbone, tokenizer = load_backbone(name, *more)
         return backbone.to(torch.bfloat16), tokenizer
 
-    name = Run(first).manifest["backbone"]["name"]
-    with monkeypatch.context() as m:
-        m.setattr("plumbing.folder.load_backbone", in_bfloat16)
-        run = Run(tmp_path / "run")
-        run.open_backbone(name, "cpu")
-    out = copy_of(first, tmp_path, "copy")
+    monkeypatch.setattr("plumbing.folder.load_backbone", in_bfloat16)
+    run, out = Run(tmp_path / "run"), copy_of(first, tmp_path, "copy")
+    run.open_backbone(Run(first).manifest["backbone"]["name"], "cpu")
     assert Run(out).manifest["backbone"] == run.manifest["backbone"]
-    with monkeypatch.context() as m:
-        m.setattr("plumbing.folder.load_backbone", in_bfloat16)
-        evaluation.main(["--run", str(out), "--device", "cpu"])
+    evaluate(out)
     assert "alpaca" in capsys.readouterr().out
 
 
@@ -465,29 +385,28 @@ def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_
     """By each of the three programs; another backbone in its place is refused, and nothing is changed."""
     out, old = copy_of(first, tmp_path), Run(first).manifest["backbone"]
     place = shutil.copytree(old["name"], tmp_path / "moved")
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["backbone"]["name"] = str(tmp_path / "gone")
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    before, at = snapshot_of(out), ["--run", str(out)]
-    export = ["export", "alpaca", "--merged", "--to", str(tmp_path / "x")]
-    other = saved(micro_of("Llama"), tmp_path / "other")
+    edit_json(out / "manifest.json", lambda m: m["backbone"].update(name=str(tmp_path / "gone")))
+    other, export = saved(micro_of("Llama"), tmp_path / "other"), f"export alpaca --to {tmp_path}/"
     for wrong, why in (
-        (None, "cannot be loaded"),
-        (other, "another backbone"),
-        ("nowhere", "cannot be loaded"),
+        ([], "cannot be loaded"),
+        (["--backbone", other], "another backbone"),
+        (["--backbone", "nowhere"], "cannot be loaded"),
     ):
-        more = ["--backbone", str(wrong)] if wrong else []
-        for program, argv in ((evaluation, ["--device", "cpu"]), (commit, export)):
-            with pytest.raises(Refused, match=why):
-                program.main([*argv, *at, *more])
-        assert snapshot_of(out) == before and not (tmp_path / "x").exists()
+        with refused(why, tmp_path):
+            evaluate(out, "", *wrong)
+        for kind in ("lora", "new/merged --merged"):
+            with refused(why, tmp_path):
+                git(out, export + kind, *wrong)
     monkeypatch.chdir(tmp_path)
-    evaluation.main([*at, "--device", "cpu", "--backbone", "moved"])
+    evaluate(out, "--backbone moved")
     assert Run(out).manifest["backbone"] == {**old, "name": str(place)}
     monkeypatch.chdir("/")
-    evaluation.main([*at, "--device", "cpu", "--prompt", "Say hello.", "--max-new-tokens", "3"])
+    evaluate(out, "--prompt Hello. --max-new-tokens 3")
     place = place.rename(tmp_path / "again")
-    commit.main([*export, *at, "--backbone", str(place)])
+    git(out, export + "new/merged --merged", "--backbone", place)
+    git(out, export + "lora", "--backbone", place)
+    base = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(place)
     assert Run(out).manifest["backbone"]["name"] == str(place)
     place = place.rename(tmp_path / "third")
     train.main(micro("alpaca", out, "--backbone", str(place)))

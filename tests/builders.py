@@ -26,25 +26,18 @@ from plumbing.backbone import TINY_FOLDER
 from plumbing.files import atomic
 from plumbing.prompts import encode
 from plumbing.targets import find_targets
+from studies import fuzz
 
+outcome = fuzz.outcome_of
 HERE = pathlib.Path(__file__).parent.parent
 
 
 def micro_backbone(vocab=300, layers=2):
     torch.manual_seed(7)
-    return transformers.MistralForCausalLM(
-        transformers.MistralConfig(
-            vocab_size=vocab,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=256,
-            sliding_window=None,
-        )
-    ).eval()
+    sizes = dict(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, head_dim=8)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=None)
+    config = transformers.MistralConfig(**sizes, **heads, max_position_embeddings=256)
+    return transformers.MistralForCausalLM(config).eval()
 
 
 def micro_gpt2(vocab=300):
@@ -57,6 +50,20 @@ def micro_gpt2(vocab=300):
 one_backbone = functools.cache(micro_backbone)  # for those that take their hooks off again
 
 
+VOCABULARY = 3584  # of tiny's tokenizer
+
+
+def tiny_tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+
+
+def saved(backbone, folder, tokenizer=None, **how):
+    """A folder with a backbone and a tokenizer, tiny's if none is given. how: for its `save_pretrained`."""
+    backbone.save_pretrained(folder, **how)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
 def random_bank(bank, n, seed=0):
     """n live bases whose B is not zero."""
     torch.manual_seed(seed)
@@ -65,8 +72,8 @@ def random_bank(bank, n, seed=0):
         p.data.normal_(std=0.2)
 
 
-def micro_model(bases=6, committed=0, dtype=torch.float32):
-    model = NIWF(micro_backbone().to(dtype), pad_id=0, rank=3, alpha=5)
+def micro_model(bases=6, committed=0, dtype=torch.float32, bare=0, backbone=None):
+    model = NIWF((backbone or micro_backbone()).to(dtype), pad_id=0, rank=3, alpha=5, bare=bare)
     if committed:
         random_bank(model.bank, committed, seed=1)
         tensors, model.bank.live = {k: p.data for k, p in model.bank.live.items()}, {}
@@ -87,13 +94,8 @@ def random_gating(batch, layers, n, k=2):
 
 def random_examples(n, seed=0):
     r = random.Random(seed)
-    return [
-        (
-            [r.randrange(3, 300) for _ in range(r.randrange(4, 15))],
-            [r.randrange(3, 300) for _ in range(r.randrange(1, 8))] + [2],
-        )
-        for _ in range(n)
-    ]
+    ids = lambda low, high: [r.randrange(3, 300) for _ in range(r.randrange(low, high))]
+    return [(ids(4, 15), [*ids(1, 8), 2]) for _ in range(n)]
 
 
 @contextlib.contextmanager
@@ -142,12 +144,8 @@ def as_many_threads_as_before():
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
     """A folder with a micro backbone, and the options of a small run on it."""
-    folder = tmp_path_factory.mktemp("micro") / "backbone"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
-    micro_backbone(len(tokenizer), layers=3).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    data = HERE / "assets" / "data"
-
+    folder, data = tmp_path_factory.mktemp("micro") / "backbone", HERE / "assets" / "data"
+    saved(micro_backbone(VOCABULARY, layers=3), folder)
     small = "--device cpu --examples 96 --val-examples 32 --batch 8 --grad-accum 2 --lr 0.02 --epochs 2"
     small += " --bases 4 --top-k 2 --rank 2 --field-hidden 16 --coord-dim 8 --anchors 32"
 
@@ -182,7 +180,7 @@ CHAT += "{% if add_generation_prompt %}[assistant]{% endif %}"
 
 def chat_tokenizer(template=CHAT):
     """Tiny's tokenizer with a chat template, whose turns end with a token that is not EOS."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_FOLDER)
+    tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": [END]})
     tokenizer.chat_template = template
     return tokenizer
@@ -236,8 +234,7 @@ def chat(micro, tmp_path_factory):
     set by hand: how well a short one goes is no promise."""
     folder, tokenizer = tmp_path_factory.mktemp("chat"), chat_tokenizer()
     prompt, response = encode({**RECORD, "history": []}, tokenizer, "chat")
-    for part in (chain_backbone(tokenizer, [prompt[-1], *response]), tokenizer):
-        part.save_pretrained(folder / "backbone")
+    saved(chain_backbone(tokenizer, [prompt[-1], *response]), folder / "backbone", tokenizer)
     rows = [{"messages": messages(f"Say {i}.", "Hello.")} for i in range(54)]
     rows += [{"messages": messages("Be kind.", f"Say {i}.", "Hello.", first="system")} for i in range(6)]
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -253,13 +250,57 @@ def copy_of(run, tmp_path, name="run"):
 
 
 def snapshot_of(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """{path: contents or kind} of what is in a folder, or None if it is not there. A run folder may keep its
+    empty .lock."""
+    found = fuzz.snapshot(folder) if folder.exists() else None
+    return found and {path: what for path, what in found.items() if not path.endswith(".lock")}
 
 
-def outcome(run):
-    """What must not depend on how often a training was killed."""
-    manifest = json.loads((run / "manifest.json").read_text())
-    return [v["hash"] for v in manifest["versions"]], manifest["results"]
+def forked(run, *args):
+    """Run a function in a child process. -> its id; it ends with 0 if nothing was raised"""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            run(*args)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+@contextlib.contextmanager
+def refused(match, *folders):
+    """See that what runs in this block is refused in one line, and changes no byte of these folders."""
+    before = [snapshot_of(folder) for folder in folders]
+    with pytest.raises(Refused, match=match) as e:
+        yield
+    assert "\n" not in str(e.value) and [snapshot_of(folder) for folder in folders] == before
+
+
+def edit_json(path, change):
+    """Change what a JSON file holds: change(content), in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def git(run, words, *more):
+    """Give a run folder a command of commit.py, whose words are parted by spaces."""
+    commit.main([*words.split(), *map(str, more), "--run", str(run)])
+
+
+def evaluate(run, words="", *more):
+    """Give a run folder a command of eval.py, whose words are parted by spaces."""
+    evaluation.main(["--run", str(run), "--device", "cpu", *words.split(), *map(str, more)])
+
+
+def asked(run, capsys, *argv):
+    """What eval.py prints: the text of an answer, and who gave it."""
+    capsys.readouterr()
+    evaluate(run, "", *argv)
+    text, _, note = capsys.readouterr().out.rstrip("\n").rpartition("\n\n")
+    return text, note
 
 
 def tensors_of(run, i):
@@ -280,34 +321,16 @@ def a_version_of(phi, dynamics, region, anchors, bases, **more):
     tensors = {"anchors": anchors, "snapshot": take_snapshot(phi, anchors)}
     tensors |= {f"field.{key}": t for key, t in phi.state_dict().items()}
     tensors |= {f"bank.{key}": t for key, t in bases.items()}
-    return Version(
-        **{
-            **dict(
-                task="a",
-                lock="first",
-                reads=[],
-                top_k=2,
-                dynamics=dynamics,
-                region=region,
-                source=tensors,
-                shapes={key: (*t.shape[1:],) for key, t in bases.items()},
-                writes=len(next(iter(bases.values()), ())),
-                config={"seed": 1},
-                index=torch.arange(phi.bases),
-            ),
-            **more,
-        }
-    )
+    about = dict(task="a", lock="first", reads=[], top_k=2, config={"seed": 1}, source=tensors)
+    about |= dict(dynamics=dynamics, region=region, index=torch.arange(phi.bases))
+    about |= dict(shapes={key: (*t.shape[1:],) for key, t in bases.items()})
+    return Version(writes=len(next(iter(bases.values()), ())), **about | more)
 
 
-def a_version(tmp_path):
-    phi, z = WeightField(2, 3, 4, 7), torch.tanh(torch.randn(40, 4))
-    region = Region.fit(z)
-    anchors = sample_anchors(region, 8, 0)
-    bases = {f"layers.{i}.m.{part}": torch.randn(3, 2, 6) for i in range(2) for part in "AB"}
-    v = a_version_of(phi, CoordinateDynamics(5, 4), region, anchors, bases)
-    v.save(tmp_path)
-    return v, tmp_path / f"{v.hash}.safetensors"
+def a_region(d):
+    """A region of d dimensions, and 8 anchors in it."""
+    region = Region.fit(torch.tanh(torch.randn(40, d) + torch.randn(d)))
+    return region, sample_anchors(region, 8, 0)
 
 
 def fake_commit(folder, task, seed, reads_all=True, backbone=None):
@@ -317,46 +340,33 @@ def fake_commit(folder, task, seed, reads_all=True, backbone=None):
     reads = [v.hash for v in run.versions] if reads_all else [v.hash for v in run.versions[:1]]
     random_bank(model.bank, 2, seed)
     bases = {k: p.data for k, p in model.bank.live.items()}
-    field = WeightField(model.bank.layers, 2 * len(reads) + 2, 6, 8)
+    phi = WeightField(model.bank.layers, 2 * len(reads) + 2, 6, 8).requires_grad_(False)
     dynamics = run.versions[0].dynamics if run.versions else CoordinateDynamics(model.features, 6)
-    z = torch.tanh(torch.randn(40, 6) + torch.randn(6))
-    region = Region.fit(z)
-    anchors = sample_anchors(region, 8, 0)
-    settings = {
-        "rank": 2,
-        "alpha": 16.0,
-        "coord_dim": 6,
-        "probe": "bare",
-        "pool": "prompt",
-        "template": "alpaca",
-    }
+    settings = dict(rank=2, alpha=16.0, coord_dim=6, probe="bare", pool="prompt", template="alpaca")
     run.manifest |= {"settings": settings, "backbone": {"name": "micro", "fingerprint": "0" * 64}}
     run.folder.mkdir(exist_ok=True)
     for kind, content in (("val", [RECORD]), ("logits", ["0" * 16])):
         with atomic(run.data_file(task, kind)) as tmp:
             tmp.write_text(json.dumps(content))
     about = dict(task=task, reads=reads, config=settings, lock="exact" if run.versions else "first")
-    run.commit(a_version_of(field.requires_grad_(False), dynamics, region, anchors, bases, **about))
+    run.commit(a_version_of(phi, dynamics, *a_region(6), bases, **about))
     model.detach()
-    digest = run.manifest["versions"][-1]["hash"]
-    row = {
-        "task": task,
-        "version": digest,
-        **dict.fromkeys(("base", "stored", "routed"), {task: 2.0}),
-        "drift": {},
-    }
-    row |= {"routing": {task: {task: 1}}, "inside": {task: {task: 1}}, "identical": {task: [1, 1]}}
-    run.manifest["results"].append(row | {"gating": {task: {"sets": 1.0, "bases": 1.0}}})
+    row = {"task": task, "version": run.manifest["versions"][-1]["hash"], "drift": {}}
+    row |= dict.fromkeys(("base", "stored", "routed"), {task: 2.0})
+    row |= dict.fromkeys(("routing", "inside"), {task: {task: 1}})
+    row |= {"identical": {task: [1, 1]}, "gating": {task: {"sets": 1.0, "bases": 1.0}}}
+    run.manifest["results"].append(row)
     run.save()
-    return digest
+    return row["version"]
 
 
 def answers(folder, backbone, examples):
     """{hash: logits} of every version and composition, each at its own coordinates."""
     run, model = opened(folder, backbone)
     h_bar = model.probe([p for p, _ in examples])
-    out = {v.hash: model.logits(examples, run.stored(i, h_bar))[0] for i, v in enumerate(run.versions)}
-    out |= {c.hash: model.logits(examples, c.gating(h_bar))[0] for c in run.compositions}
+    gatings = {v.hash: run.stored(i, h_bar) for i, v in enumerate(run.versions)}
+    gatings |= {c.hash: c.gating(h_bar) for c in run.compositions}
+    out = {digest: model.logits(examples, gating)[0] for digest, gating in gatings.items()}
     model.detach()
     return out
 

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-import commit
 import eval as evaluation
 from commit import Run, weigh
 from eval import most_like, open_run
@@ -14,9 +13,8 @@ from plumbing.passes import computed_once
 from plumbing.prompts import encode
 from plumbing.targets import layers_of
 from studies import found
-from tests.answers import asked
-from tests.builders import RECORD, answers, copy_of, fake_commit, micro_backbone, opened, random_bank
-from tests.builders import random_examples, random_gating, run_quietly, snapshot_of
+from tests.builders import RECORD, answers, asked, copy_of, evaluate, fake_commit, git, micro_backbone, opened
+from tests.builders import random_bank, random_examples, random_gating, refused, snapshot_of
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +75,7 @@ def test_bare_layers_are_computed_once_for_all_gatings_and_then_as_before():
 def test_like_asks_who_has_the_lowest_loss(two, task, tmp_path, capsys):
     """Literally: each alone, the versions, a composition of weight 2, and the backbone."""
     out = copy_of(two, tmp_path)
-    commit.main(["compose", "code", "--weights", "2", "--name", "twice", "--run", str(out)])
+    git(out, "compose code --weights 2 --name twice")
     run, model, tokenizer = open_run(out, "cpu")
     records = run.validation(task)[:3]
     (tmp_path / "few.json").write_text(json.dumps(records))
@@ -113,59 +111,38 @@ def test_a_found_composition_is_an_ordinary_one_and_nothing_else_moves(two, tmp_
     hashes, weights = weigh(model, run.versions, [encode(record, tokenizer) for record in records])
     examples, before = random_examples(3), snapshot_of(out)
     was = answers(out, model.backbone, examples)
-    commit.main(["compose", "--like", str(tmp_path / "few.json"), "--name", "AB", "--run", str(out)])
+    git(out, "compose --name AB --like", tmp_path / "few.json")
+    git(out, "compose code --name one --like", tmp_path / "few.json")
     run = Run(out)
-    assert run.head(run.find("AB"))["reads"] == hashes == [v["hash"] for v in run.manifest["versions"]]
-    assert run.head(run.find("AB"))["weights"] == weights and all(0 < w < 1 for w in weights)
-    one = ["compose", "code", "--like", str(tmp_path / "few.json"), "--name", "one", "--run", str(out)]
-    commit.main(one)
-    assert run.head(Run(out).find("one"))["reads"] == hashes[1:]
+    composed, one = (run.head(run.find(name)) for name in ("AB", "one"))
+    assert composed["reads"] == hashes == [v["hash"] for v in run.manifest["versions"]]
+    assert composed["weights"] == weights and all(0 < w < 1 for w in weights) and one["reads"] == hashes[1:]
     after, now = snapshot_of(out), answers(out, model.backbone, examples)
-    new = {f"versions/{Run(out).find(name)['hash']}.safetensors" for name in ("AB", "one")}
+    new = {f"versions/{run.find(name)['hash']}.safetensors" for name in ("AB", "one")}
     moved = {str(path) for path in after if after[path] != before.get(path)}
     assert moved == {"manifest.json", *new} and before.keys() <= after.keys()
     assert all(torch.equal(now[digest], logits) for digest, logits in was.items()) and len(now) == 4
-    commit.main(["verify", "--run", str(out)])
-    evaluation.main(["--run", str(out), "--version", "AB", "--prompt", "Hi.", "--max-new-tokens", "2"])
-    assert "as asked" in capsys.readouterr().out
+    git(out, "verify")
+    assert "as asked" in asked(out, capsys, *"--version AB --prompt Hi. --max-new-tokens 2".split())[1]
 
 
 @pytest.mark.parametrize(
     "text, why",
     [
-        (None, "few.json"),
         ("[]", "there are none"),
-        ("[{", "few.json"),
         (json.dumps([RECORD, {"instruction": "x"}]), "record 2"),
         (json.dumps([RECORD, RECORD | {"output": " "}]), "2 read: 1 usable, 1 empty"),
         (json.dumps([RECORD | {"label": False}]), "1 read"),
-        (json.dumps([RECORD | {"output": 7}]), "record 1"),
     ],
 )
-def test_records_to_be_like_are_all_usable_or_refused(two, text, why, tmp_path, capsys):
-    if text is not None:
-        (tmp_path / "few.json").write_text(text)
-    before, like = snapshot_of(two), ["--like", str(tmp_path / "few.json"), "--run", str(two)]
-    assert why in run_quietly(evaluation.main, ["--prompt", "x", *like], capsys)
-    assert why in run_quietly(commit.main, ["compose", "--name", "new", *like], capsys)
-    assert snapshot_of(two) == before
-
-
-@pytest.mark.parametrize(
-    "program, argv",
-    [
-        (evaluation, ["--like", "few.json"]),
-        (evaluation, ["--like", "few.json", "--prompt", "x", "--version", "alpaca"]),
-        (commit, ["compose", "alpaca", "--like", "few.json", "--weights", "1", "--name", "x"]),
-        (commit, ["compose", "alpaca", "--name", "x"]),
-        (commit, ["compose", "--weights", "1", "--name", "x"]),
-        (commit, ["compose", "--like", "few.json"]),
-    ],
-)
-def test_like_stands_in_for_names_and_weights(program, argv, capsys):
-    with pytest.raises(SystemExit):
-        program.parse_options(argv)
-    assert len(capsys.readouterr().err.splitlines()) == 1
+def test_records_to_be_like_are_all_usable_or_refused(two, text, why, tmp_path):
+    (tmp_path / "few.json").write_text(text)
+    for command in (
+        lambda *like: evaluate(two, "--prompt x --like", *like),
+        lambda *like: git(two, "compose --name new --like", *like),
+    ):
+        with refused(why, two):
+            command(tmp_path / "few.json")
 
 
 def test_the_study_counts_what_it_says(micro, tmp_path, capsys):

@@ -1,8 +1,7 @@
 """The environment: help, signals, little memory, full disks, folders that cannot be written."""
 
+import importlib
 import os
-import importlib.util
-import pathlib
 import re
 import signal
 import subprocess
@@ -11,12 +10,9 @@ import sys
 import pytest
 
 from plumbing.command import Parser
-
-HERE = pathlib.Path(__file__).parent.parent
 from studies import fuzz
-from tests.builders import PROGRAMS
-from tests.hostile import argv_of, refuses, unchanged, works
-
+from tests.builders import HERE, PROGRAMS
+from tests.hostile import argv_of, refuses, untouched, works
 
 try:
     import fcntl
@@ -53,70 +49,49 @@ def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(two):
     assert (process.stderr, process.returncode) == ("", 1)
 
 
-@pytest.mark.parametrize("program", ["train", "synthetic"])
-def test_where_there_is_no_terminal_a_report_is_a_line_and_no_bar_is_drawn(
-    program, micro, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize(
+    "program, report", [("train", "^step 2/2 "), ("synthetic", "^clf fixedmask seed 0 ")]
+)
+def test_without_a_terminal_no_bar_is_drawn(program, report, micro, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    few = ("--examples", "32", "--val-examples", "8", "--epochs", "1")
-    argv, report = {
-        "train": (micro("alpaca", "run", *few), r"^step 2/2 "),
-        "synthetic": (
-            "--variant clf --methods fixedmask --tasks 2 --steps 5".split(),
-            "^clf fixedmask seed 0 ",
-        ),
-    }[program]
+    argv = "--variant clf --methods fixedmask --tasks 2 --steps 5".split()
+    if program == "train":
+        argv = micro("alpaca", "run", *"--examples 32 --val-examples 8 --epochs 1".split())
     ours, its = os.pipe()
     with open(its, "w") as pipe:
         monkeypatch.setattr(sys, "stderr", pipe)
-        importlib.import_module(program).main(argv)
+        PROGRAMS[program].main(argv)
     with open(ours, newline="") as pipe:
         err, out = pipe.read(), capsys.readouterr().out
     assert "\r" not in err + out and not re.search(r"/s\]|%\|", err)
     assert len(re.findall(report, out, re.MULTILINE)) == 1
 
 
-GROUPS = {
-    "train": ["optimisation", "bank, field and coordinate (sections 3.1-3.3)", "commitment and locks"],
-    "eval": ["options", "what is measured", "answers"],
-    "synthetic": ["options"],
-    "neurons": ["options"],
-    "memory": ["options"],
-    "stream": ["positional arguments", "options"],
-    "compose": ["options"],
-    "page": ["options"],
-    "sequence": ["options"],
-    "styles": ["options"],
-    **dict.fromkeys(["report", "pictures", "answers"], ["options"]),
-    "variants": ["positional arguments", "options"],
-    "fuzz": ["positional arguments", "options"],
-    **dict.fromkeys(
-        ["commit", *(f"commit {c}" for c in "show rollback compose merge export".split())],
-        ["positional arguments", "options"],
-    ),
-    **dict.fromkeys(["commit log", "commit verify"], ["options"]),
-    "bench": ["positional arguments", "options"],
-    **dict.fromkeys([f"bench {c}" for c in "niwf decode first-token ftn".split()], ["options"]),
-}
+GROUPS = dict.fromkeys(
+    "synthetic neurons memory compose page sequence styles report pictures".split(), ["options"]
+)
+GROUPS |= dict.fromkeys(["answers", "commit log", "commit verify"], ["options"])
+GROUPS |= dict.fromkeys([f"bench {c}" for c in "niwf decode first-token ftn".split()], ["options"])
+GROUPS |= dict.fromkeys("stream variants fuzz commit bench".split(), ["positional arguments", "options"])
+GROUPS |= {f"commit {c}": GROUPS["commit"] for c in "show rollback compose merge export".split()}
+GROUPS["train"] = ["optimisation", "bank, field and coordinate (sections 3.1-3.3)", "commitment and locks"]
+GROUPS["eval"] = ["options", "what is measured", "answers"]
 
 
 @pytest.mark.parametrize("command", GROUPS)
 def test_help_explains_every_option_and_has_an_example(command, monkeypatch, capsys):
     program, *argv = command.split()
+    module = importlib.import_module(program if program in PROGRAMS else f"studies.{program}")
     asked, show = [], Parser.print_help
     monkeypatch.setattr(Parser, "print_help", lambda self: [asked.append(self), show(self)])
     with pytest.raises(SystemExit) as e:
-        importlib.import_module(program if program in PROGRAMS else f"studies.{program}").main(
-            [*argv, "--help"]
-        )
+        module.main([*argv, "--help"])
     text = capsys.readouterr().out
     assert e.value.code == 0 and "\x1b" not in text
     for group in GROUPS[command]:
         assert re.search(rf"^{re.escape(group)}.*:$", text, re.MULTILINE), group
-    examples = text.partition("\nexamples:\n")[2].splitlines()
-    assert examples and all(
-        re.match(rf"    python (-m studies\.)?{program}(\.py)?( |$)", line) for line in examples
-    )
+    examples, ours = text.partition("\nexamples:\n")[2].splitlines(), rf"    python (-m studies\.)?{program}"
+    assert examples and all(re.match(rf"{ours}(\.py)?( |$)", line) for line in examples)
     for action in asked[0]._actions:
         assert action.help and (not action.option_strings or action.option_strings[0] in text), action
         if type(action.default) in (int, float):
@@ -150,9 +125,8 @@ def test_a_full_disk_is_one_line_and_the_training_goes_on_later(base, world):
     says_in_one_line(process.returncode, process.stderr, "train.py: .*(large|space)")
     after = fuzz.snapshot(world)
     assert fuzz.entries_of(after, "first") == fuzz.entries_of(before, "first")
-    assert all(
-        after.get(k) == v for k, v in before.items() if k not in ("first/log.jsonl", "first/manifest.json")
-    )
+    written = "first/log.jsonl", "first/manifest.json"
+    assert all(after.get(k) == v for k, v in before.items() if k not in written)
     assert not [k for k in after if k.endswith(".niwf-tmp") and k not in before]
     works("train", command)
     assert fuzz.outcome_of(world / "first") == fuzz.outcome_of(world / "run")
@@ -160,11 +134,19 @@ def test_a_full_disk_is_one_line_and_the_training_goes_on_later(base, world):
 
 @pytest.mark.skipif(not resource, reason="no limits here")
 def test_little_memory_is_one_line(base, world):
-    before = fuzz.snapshot(world)
     command = fuzz.options(base, "third", world / "new", *"--rank 4096 --bases 4096 --top-k 1".split())
-    process = train_limited(command, resource.RLIMIT_DATA, 2**31)
+    with untouched(world):
+        process = train_limited(command, resource.RLIMIT_DATA, 2**31)
     says_in_one_line(process.returncode, process.stderr, "train.py: not enough memory")
-    unchanged(world, before)
+
+
+def only_readers_work(base, world, match, system=False):
+    """See that commands that write refuse to, that others work, and that nothing changes."""
+    with untouched(world):
+        for command in ("rollback", "compose", "into", "train"):
+            refuses(*argv_of(command, base, world / "run"), match, system)
+        for command in ("log", "verify", "eval"):
+            works(*argv_of(command, base, world / "run"))
 
 
 def test_a_run_folder_that_cannot_be_written_is_one_line(base, world):
@@ -174,12 +156,7 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(base, world):
     try:
         if os.access(folders[0], os.W_OK):
             pytest.skip("root writes everywhere")
-        before = fuzz.snapshot(world)
-        for command in ("rollback", "compose", "into", "train"):
-            refuses(*argv_of(command, base, world, world / "run"), "denied|read-only|cannot", system=True)
-        unchanged(world, before)
-        for command in ("log", "verify", "eval"):
-            works(*argv_of(command, base, world, world / "run"))
+        only_readers_work(base, world, "denied|read-only|cannot", system=True)
     finally:
         for folder in folders:
             folder.chmod(0o755)
@@ -187,11 +164,6 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(base, world):
 
 @pytest.mark.skipif(not fcntl, reason="no fcntl here")
 def test_of_two_processes_the_second_is_told_to_wait(base, world):
-    before = fuzz.snapshot(world)
     with open(world / "run" / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in ("rollback", "compose", "into", "train"):
-            refuses(*argv_of(command, base, world, world / "run"), "another process")
-        for command in ("log", "verify", "eval"):
-            works(*argv_of(command, base, world, world / "run"))
-    unchanged(world, before)
+        only_readers_work(base, world, "another process")

@@ -1,6 +1,7 @@
 """Prompts and responses: what is trained, what is asked, where it ends, and the day of a template."""
 
 import datetime
+import functools
 import io
 import itertools
 import json
@@ -16,14 +17,13 @@ import transformers
 from tokenizers import decoders, normalizers
 from transformers.utils import chat_template_utils
 
-import commit
-import eval as evaluation
 import train
 from commit import Run
 from model import NIWF
 from plumbing import Refused
 from plumbing.prompts import encode, end_token, prompt_ids, prompt_of, stop_ids, text_of
-from tests.builders import CHAT, END, RECORD, chat_tokenizer, copy_of, messages, micro_backbone, outcome
+from tests.builders import CHAT, END, RECORD, asked, chat_tokenizer, copy_of, edit_json, evaluate, git
+from tests.builders import messages, micro_backbone, outcome, refused, saved
 
 TODAY = "[system]Today is {{ strftime_now('%A %d %b %Y, %H:%M') }}." + END
 DATED = CHAT.replace("{{ bos_token }}", "{{ bos_token }}" + TODAY)
@@ -42,9 +42,8 @@ SAID += "<s> <pad>", "@control-5@ </s> @control-", "Zoë </s> 日本 🎉", "  t
 def sentencepiece(scheme, eos_last=False):
     """A tokenizer of the family of Llama 2 and Mistral 7B: a space begins a text, bytes are a fallback."""
     specials, data = ["<unk>", "<s>", "</s>", END], [f"<0x{i:02X}>" for i in range(256)]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
+    bpe = tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = tokenizers.Tokenizer(bpe)
     if scheme == "legacy":
         parts = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
         tokenizer.normalizer = normalizers.Sequence([*parts])
@@ -52,11 +51,9 @@ def sentencepiece(scheme, eos_last=False):
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", scheme, split=scheme == "always")
     parts = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence([*parts])
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=420, special_tokens=specials + data, show_progress=False
-    )
+    how = dict(vocab_size=420, special_tokens=specials + data, show_progress=False)
     texts = "Hello there, say hello. [INST] user [/INST] The tag ends it. ### Response: 3".split() * 9
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(**how))
     about = json.loads(tokenizer.to_str())
     about["added_tokens"] = about["added_tokens"][: len(specials)]  # bytes are no added tokens
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(about))
@@ -67,13 +64,8 @@ def sentencepiece(scheme, eos_last=False):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-FAMILIES = {
-    "tiny": chat_tokenizer,
-    "first": lambda: sentencepiece("first"),
-    "always": lambda: sentencepiece("always"),
-    "legacy": lambda: sentencepiece("legacy"),
-    "eos last": lambda: sentencepiece("first", eos_last=True),
-}
+FAMILIES = {"tiny": chat_tokenizer, "eos last": lambda: sentencepiece("first", eos_last=True)}
+FAMILIES |= {scheme: functools.partial(sentencepiece, scheme) for scheme in ("first", "always", "legacy")}
 
 
 def control_ids(tokenizer, ids):
@@ -86,21 +78,20 @@ def control_ids(tokenizer, ids):
 def test_prompt_and_response_are_the_whole_text_cut(family):
     """Without a word boundary between them, and without a control token that only the user's text names."""
     tokenizer = FAMILIES[family]()
-    for template, asked, answer in itertools.product((None, CHAT, INST), ASKED, SAID):
-        tokenizer.chat_template, record = template, {"instruction": asked, "output": answer}
+    for template, question, answer in itertools.product((None, CHAT, INST), ASKED, SAID):
+        tokenizer.chat_template, record = template, {"instruction": question, "output": answer}
         name = "chat" if template else "alpaca"
         prompt, response = encode(record, tokenizer, name)
         assert prompt == prompt_ids(record, tokenizer, name) and prompt[-1] != tokenizer.eos_token_id
         assert response[-1] == end_token(tokenizer, name)
         whole = f"<s>{prompt_of(record, tokenizer, 'alpaca')}{answer}</s>"
         if template:
-            whole = tokenizer.apply_chat_template(messages(asked, answer), tokenize=False)
+            whole = tokenizer.apply_chat_template(messages(question, answer), tokenize=False)
             whole = whole.removesuffix("\n")  # after the end of the turn nothing is trained
         decoded = tokenizer.decode(prompt + response, clean_up_tokenization_spaces=False)
-        begun = lambda text: re.sub(
-            rf"(^<s>|{re.escape(END)}) ", r"\1", text
-        )  # some begin each part with a space
-        assert begun(decoded) == begun(whole), (asked, answer)
+        # Some begin each part with a space.
+        begun = lambda text: re.sub(rf"(^<s>|{re.escape(END)}) ", r"\1", text)
+        assert begun(decoded) == begun(whole), (question, answer)
         assert len(control_ids(tokenizer, prompt + response)) == {None: 2, CHAT: 3, INST: 2}[template]
         assert text_of(tokenizer, response).strip() == answer.strip()
 
@@ -123,10 +114,8 @@ def test_ordinary_texts_have_the_tokens_they_have_together(family):
 
 def test_a_users_text_names_no_control_token_anywhere():
     """Nor in a history, in tools or in the arguments of a call; the template's own stay what they are."""
-    tokenizer = chat_tokenizer(
-        CHAT.replace("{{ m.content | trim", "{{ (m.tool_calls or []) | tojson }}{{ m.content | trim")
-    )
-    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    calls = CHAT.replace("{{ m.content | trim", "{{ (m.tool_calls or []) | tojson }}{{ m.content | trim")
+    tokenizer = chat_tokenizer("{{ tools | tojson }}" + calls)
     call = {"type": "function", "function": {"name": "f", "arguments": {END: ["</s>", {"x": "<s>"}]}}}
     history = [{"role": "system", "content": f"Be kind.{END}"}, *messages("Hi. </s>", "Yes?")]
     history[-1]["tool_calls"] = [call]
@@ -135,9 +124,8 @@ def test_a_users_text_names_no_control_token_anywhere():
     assert len(control_ids(tokenizer, prompt)) == 5 and len(control_ids(tokenizer, response)) == 1
     told = messages(f"Be kind.{END}", "Hi. </s>", "Yes?", f"Go{END}", first="system")
     told[2]["tool_calls"] = [call]
-    text = tokenizer.apply_chat_template(
-        told, [{"name": "f</s>"}], tokenize=False, add_generation_prompt=True
-    )
+    how = dict(tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(told, record["tools"], **how)
     assert tokenizer.decode(prompt) == text == prompt_of(record, tokenizer, "chat")
 
 
@@ -153,18 +141,16 @@ def test_a_control_token_is_text_though_its_tokenizer_calls_it_ordinary():
     assert encode(record, tokenizer) == encode(record, chat_tokenizer())
     slow = transformers.ByT5Tokenizer()
     assert prompt_ids("Hi.", slow, "alpaca")[-1] != slow.eos_token_id
-    with pytest.raises(Refused, match="tokenizer takes the name of a control token in a text for that token"):
+    with refused("tokenizer takes the name of a control token in a text for that token"):
         encode(record, slow)
 
 
 def test_alpaca_has_no_place_for_a_history_or_tools():
-    """They are refused in one line, and not dropped."""
+    tokenizer = chat_tokenizer()
     for more in ({"history": messages("Be kind.", first="system")}, {"tools": [{"name": "f"}]}):
-        with pytest.raises(Refused, match="'Say hello.' has (history|tools).*--template chat takes it"):
-            encode({**RECORD, **more}, chat_tokenizer())
-    assert encode({**RECORD, "history": [], "tools": []}, chat_tokenizer()) == encode(
-        RECORD, chat_tokenizer()
-    )
+        with refused("'Say hello.' has (history|tools).*--template chat takes it"):
+            encode({**RECORD, **more}, tokenizer)
+    assert encode({**RECORD, "history": [], "tools": []}, tokenizer) == encode(RECORD, tokenizer)
 
 
 def test_a_refusal_quotes_the_users_text_alone():
@@ -194,8 +180,7 @@ def learn_by_chat(tmp_path):
         folder = tmp_path / f"backbone {abs(hash(template))}"
         if not folder.exists():
             tokenizer = chat_tokenizer(template)
-            for part in (micro_backbone(len(tokenizer)), tokenizer):
-                part.save_pretrained(folder)
+            saved(micro_backbone(len(tokenizer)), folder, tokenizer)
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         where = ["--task", task, "--backbone", folder, "--data", tmp_path / "rows.json", "--out", out]
         more = [*more] if "--template" in more else ["--template", "chat", *more]
@@ -236,9 +221,7 @@ def test_a_run_keeps_the_day_of_its_first_task(learn_by_chat, tmp_path, monkeypa
     learn_by_chat("one", out, DATED)
     assert outcome(out) == outcome(run.folder)
     for month in (1, 2):
-        capsys.readouterr()
-        evaluation.main(["--run", str(out), "--prompt", "Say 3.", "--max-new-tokens", "9"])
-        answers.append(capsys.readouterr().out)
+        answers.append(asked(out, capsys, "--prompt", "Say 3.", "--max-new-tokens", "9"))
         set_clock(monkeypatch, 2027, month, 3, 4, 5)
     assert answers[0] == answers[1]
     rows = [{"instruction": f"Add {i}.", "output": f"{i + 1}"} for i in range(18)]
@@ -254,17 +237,15 @@ def test_a_run_keeps_the_day_of_its_first_task(learn_by_chat, tmp_path, monkeypa
 def test_without_a_day_in_its_template_a_run_has_none(learn_by_chat, tmp_path, monkeypatch):
     """So two days give the same versions."""
     for how in (), ("--template", "alpaca"):
-        hashes = []
+        runs = []
         for day in (1, 2):
             set_clock(monkeypatch, 2026, 5, day)
-            run = learn_by_chat("one", tmp_path / f"{day}{how}", CHAT, *how)
-            assert "day" not in run.manifest["settings"] | run.head(run.find("one"))["config"]
-            hashes.append(outcome(run.folder)[0])
-        assert hashes[0] == hashes[1]
+            runs.append(learn_by_chat("one", tmp_path / f"{day}{how}", CHAT, *how))
+            assert "day" not in runs[-1].manifest["settings"] | runs[-1].head(runs[-1].find("one"))["config"]
+        assert outcome(runs[0].folder)[0] == outcome(runs[1].folder)[0]
 
 
 def test_a_run_folder_older_than_its_day_goes_on(learn_by_chat, tmp_path, monkeypatch):
-    """Its first version's date says which day it was."""
     out = tmp_path / "run"
     set_clock(monkeypatch, 2026, 11, 28, 9)
     with monkeypatch.context() as m:
@@ -274,12 +255,10 @@ def test_a_run_folder_older_than_its_day_goes_on(learn_by_chat, tmp_path, monkey
     set_clock(monkeypatch, 2026, 12, 24, 9)
     run = learn_by_chat("two", out, DATED, "--lock")
     assert run.day == "2026-11-28" and all(same == of for same, of in identical(run))
-    commit.main(["verify", "--run", str(out)])
-    lie = json.loads(run.manifest_file.read_text())
-    lie["settings"]["day"] = "2026-12-24"
-    run.manifest_file.write_text(json.dumps(lie))
-    with pytest.raises(Refused, match="settings: day 2026-12-24, not 2026-11-28"):
-        evaluation.main(["--run", str(out)])
+    git(out, "verify")
+    edit_json(run.manifest_file, lambda m: m["settings"].update(day="2026-12-24"))
+    with refused("settings: day 2026-12-24, not 2026-11-28", out):
+        evaluate(out)
 
 
 def test_runs_of_two_days_merge_where_the_first_is_one(learn_by_chat, tmp_path, monkeypatch):
@@ -290,13 +269,13 @@ def test_runs_of_two_days_merge_where_the_first_is_one(learn_by_chat, tmp_path, 
     set_clock(monkeypatch, 2026, 11, 29)
     learn_by_chat("two", theirs, DATED, "--lock", rows=ROWS[:9] * 2)
     other = learn_by_chat("one", tmp_path / "other", DATED)
-    commit.main(["merge", str(theirs), "--run", str(ours.folder)])
+    git(ours.folder, "merge", theirs)
     set_clock(monkeypatch, 2026, 11, 30)
-    evaluation.main(["--run", str(ours.folder), "--json", str(tmp_path / "e.json")])
+    evaluate(ours.folder, "--json", tmp_path / "e.json")
     same = json.loads((tmp_path / "e.json").read_text())["rows"][0]["identical"]
     assert {*same} == {"one", "two"} and all(a == b for a, b in same.values())
-    with pytest.raises(Refused, match="no common first version"):
-        commit.main(["merge", str(other.folder), "--run", str(ours.folder)])
+    with refused("no common first version", ours.folder, other.folder):
+        git(ours.folder, "merge", other.folder)
 
 
 @pytest.mark.parametrize("template", [None, CHAT, THINKING])
@@ -314,7 +293,7 @@ def test_an_exact_match_compares_with_what_is_trained(learn_by_chat, tmp_path, m
 
     monkeypatch.setattr(NIWF, "generate", repeat)
     capsys.readouterr()
-    evaluation.main(["--run", str(run.folder), "--exact-match", "1"])
+    evaluate(run.folder, "--exact-match 1")
     said = capsys.readouterr().out
     assert "one: 1 of 1 answers exactly right" in said and "</s>, <|end|> no end.'" in said
     assert ("<think>" in said) == (template == THINKING)
@@ -325,9 +304,8 @@ def test_an_answer_stops_at_each_of_several_ends(learn_by_chat, tmp_path, monkey
     run, backbone = learn_by_chat("one", tmp_path / "run"), micro_backbone(300)
     tokenizer = chat_tokenizer()
     assert stop_ids(backbone, tokenizer, "chat") == sorted({2, end_token(tokenizer, "chat")})
-    for named in (None, 7, [7, 9]):
+    for named, more in ((None, []), (7, [7]), ([7, 9], [7, 9])):
         backbone.generation_config.eos_token_id = named
-        more = [] if named is None else [7, 9] if named == [7, 9] else [7]
         assert stop_ids(backbone, tokenizer, "alpaca") == sorted({tokenizer.eos_token_id, *more})
     model, gone = NIWF(backbone, pad_id=0, rank=2), []
     endless = model.generate([[5, 6]], lambda h: None, -1, 12)[0]
@@ -335,66 +313,63 @@ def test_an_answer_stops_at_each_of_several_ends(learn_by_chat, tmp_path, monkey
         assert model.generate([[5, 6]], lambda h: None, ends, 12)[0] == endless[: endless.index(endless[4])]
     model.detach()
 
-    def stream(model, ids, gating_of, ends, *_):
-        gone.append(ends)
-        gating_of(model.probe(ids))
-        return nothing()
-
-    monkeypatch.setattr(NIWF, "stream", stream)
-    ask(monkeypatch, run, "Hi.\n/base\nHi.\n/use one\nHi.")
+    said_nothing(monkeypatch, lambda ids, ends: gone.append(ends))
+    talk(monkeypatch, run, "Hi.\n/base\nHi.\n/use one\nHi.")
     assert gone == [sorted({2, end_token(tokenizer, "chat")})] * 3
 
 
-def nothing():
-    """The tokens of an empty answer."""
-    yield from ()
+def said_nothing(monkeypatch, see=lambda ids, ends: None):
+    """Let every answer be empty, once `see` has seen the prompt and the tokens that end it."""
+
+    def stream(model, ids, gating_of, ends, *_):
+        gating_of(model.probe(ids))
+        see(ids[0], ends)
+        return (token for token in ())
+
+    monkeypatch.setattr(NIWF, "stream", stream)
 
 
-def ask(monkeypatch, run, lines, *more):
+def talk(monkeypatch, run, lines, *more):
     """Pipe lines into a talk."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    evaluation.main(["--run", str(run.folder), "--device", "cpu", "--talk", *more])
+    evaluate(run.folder, "--talk", *more)
 
 
 def test_a_system_message_goes_before_a_prompt(learn_by_chat, tmp_path, monkeypatch, capsys):
     """By --system and by /system, whose empty text takes it away; and its name of a token is text."""
-    run, asked = learn_by_chat("one", tmp_path / "run"), []
-    tokenizer = chat_tokenizer()
+    run, written, tokenizer = learn_by_chat("one", tmp_path / "run"), [], chat_tokenizer()
 
-    def stream(model, ids, gating_of, *_):
-        gating_of(model.probe(ids))
-        asked.append(tokenizer.decode(ids[0], clean_up_tokenization_spaces=False))
-        assert len(control_ids(tokenizer, ids[0])) == asked[-1].replace("kind </s>", "").count("<")
-        return nothing()
+    def see(ids, _):
+        written.append(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        assert len(control_ids(tokenizer, ids)) == written[-1].replace("kind </s>", "").count("<")
 
-    monkeypatch.setattr(NIWF, "stream", stream)
-    plain, kind = (
-        f"<s>[user]Hi.{END}\n[assistant]",
-        f"<s>[system]Be kind </s>{END}\n[user]Hi.{END}\n[assistant]",
-    )
-    ask(monkeypatch, run, "Hi.\n/system Be kind </s>\nHi.\n/system\nHi.", "--system", "Be kind </s>")
-    evaluation.main(["--run", str(run.folder), "--prompt", "Hi.", "--system", "Be kind </s>"])
-    evaluation.main(["--run", str(run.folder), "--prompt", "Hi."])
-    assert asked == [kind, kind, plain, kind, plain]
+    said_nothing(monkeypatch, see)
+    plain = f"<s>[user]Hi.{END}\n[assistant]"
+    kind = plain.replace("<s>", f"<s>[system]Be kind </s>{END}\n")
+    talk(monkeypatch, run, "Hi.\n/system Be kind </s>\nHi.\n/system\nHi.", "--system", "Be kind </s>")
+    evaluate(run.folder, "--prompt Hi. --system", "Be kind </s>")
+    evaluate(run.folder, "--prompt Hi.")
+    assert written == [kind, kind, plain, kind, plain]
     with pytest.raises(SystemExit):
-        evaluation.main(["--run", str(run.folder), "--system", "Be kind."])
+        evaluate(run.folder, "--system x")
     assert "--system goes with --prompt or --talk" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("template", [None, NO_SYSTEM, DEAF])
-def test_a_system_message_without_a_place_is_refused(learn_by_chat, tmp_path, monkeypatch, capsys, template):
+@pytest.mark.parametrize(
+    "template, message",
+    [(None, "no place for a system"), (NO_SYSTEM, "'Be kind.' .no system"), (DEAF, "leaves a system")],
+)
+def test_a_system_message_without_a_place_is_refused(
+    learn_by_chat, tmp_path, monkeypatch, capsys, template, message
+):
     """In one line that quotes the user; the talk goes on without it."""
     how = ("--template", "alpaca") if template is None else ()
     run = learn_by_chat("one", tmp_path / "run", template or CHAT, *how)
-    silent = lambda model, prompts, gating_of, *_: (gating_of(model.probe(prompts)), nothing())[1]
-    monkeypatch.setattr(NIWF, "stream", silent)
-    message = {None: "no place for a system", NO_SYSTEM: "'Be kind.' .no system", DEAF: "leaves a system"}[
-        template
-    ]
-    for more in (["--prompt", "Hi."], ["--talk"]):
-        with pytest.raises(Refused, match=message):
-            evaluation.main(["--run", str(run.folder), "--system", "Be kind.", *more])
+    said_nothing(monkeypatch)
+    for more in ("--prompt Hi.", "--talk"):
+        with refused(message, run.folder):
+            evaluate(run.folder, more, "--system", "Be kind.")
     capsys.readouterr()
-    ask(monkeypatch, run, "/system Be kind.\nHi.")
+    talk(monkeypatch, run, "/system Be kind.\nHi.")
     said = capsys.readouterr().out
     assert said.count("[") == 2 and "% sure" in said and "Be kind" not in said.replace("'Be kind.'", "")

@@ -8,13 +8,11 @@ import random
 import re
 
 import pytest
-import transformers
 
 import train
-from plumbing import Refused
-from plumbing.backbone import TINY_FOLDER
 from plumbing.records import load_data, prompt_key, read_records
-from tests.builders import chat_tokenizer, END, HERE, messages, RECORD
+from tests import builders
+from tests.builders import END, HERE, RECORD, chat_tokenizer, messages, refused
 
 ASKED, ANSWER = messages("Say hello.", "Hello.")
 HELLO = {"instruction": "Say hello.", "output": "Hello."}
@@ -71,11 +69,11 @@ FORMS = [  # a record, and what the rest of the program has of it
 # fmt: on
 
 
-@pytest.mark.parametrize(
-    "name", ["list.json", "lines.jsonl", "lines.json", "windows.txt", "pretty.jsonl", "within"]
-)
+PLACES = ["list.json", "lines.jsonl", "lines.json", "windows.txt", "pretty.jsonl", "within"]
+
+
+@pytest.mark.parametrize("name", PLACES)
 def test_records_of_all_forms_come_in_a_list_or_in_lines(tmp_path, name):
-    """Every form gives its plain record, whatever the file is called and however its values are laid out."""
     rows = [row for row, _ in FORMS]
     empty_line = "\r\n\r\n" if name == "windows.txt" else "\n\n"
     text = empty_line.join(json.dumps(r, ensure_ascii=False, indent=name[:1] == "p" or None) for r in rows)
@@ -140,25 +138,20 @@ BAD_RECORDS = [
 
 @pytest.mark.parametrize("bad, message", BAD_RECORDS)
 def test_a_bad_record_is_named_by_its_number_and_its_line(tmp_path, bad, message):
-    """The refusal says which record it is, in a list and in lines, and what is wrong with it."""
-    for text, where in (
-        (json.dumps([RECORD, bad]), "record 2"),
-        (f"{json.dumps(RECORD)}\n\n{json.dumps(bad)}", r"record 2 \(line 3\)"),
-    ):
+    lines = f"{json.dumps(RECORD)}\n\n{json.dumps(bad)}"
+    for text, where in ((json.dumps([RECORD, bad]), "record 2"), (lines, r"record 2 \(line 3\)")):
         (tmp_path / "bad.jsonl").write_text(text)
-        with pytest.raises(Refused, match=rf"bad\.jsonl: {where}.*{message}"):
+        with refused(rf"bad\.jsonl: {where}.*{message}"):
             read_records(tmp_path / "bad.jsonl")
 
 
+ENCODINGS = "utf-8 utf-8-sig utf-16 utf-16-le utf-16-be utf-32 utf-32-le utf-32-be".split()
 TEXT = json.dumps([{**RECORD, "output": "Grüße"}], ensure_ascii=False)
 LINE = json.dumps(RECORD)
 
 
-@pytest.mark.parametrize(
-    "encoding", ["utf-8", "utf-8-sig", *(f"utf-{n}{e}" for n in (16, 32) for e in ("", "-le", "-be"))]
-)
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_file_is_read_in_every_unicode_encoding(tmp_path, encoding):
-    """UTF-8, UTF-16 and UTF-32 are told apart, with a byte-order mark or without."""
     (tmp_path / "x").write_bytes(TEXT.encode(encoding))
     assert read_records(tmp_path / "x")[0]["output"] == "Grüße"
     joined = f"\ufeff{LINE}\r\n\r\n\ufeff{LINE}\r{LINE}\n"
@@ -196,21 +189,18 @@ NOT_RECORDS = [
 
 @pytest.mark.parametrize("data, message", NOT_RECORDS)
 def test_a_file_of_another_format_is_refused_by_its_name(tmp_path, data, message):
-    """What is no JSON is named for what it is, with the line or with what to do."""
     (tmp_path / "x").write_bytes(data)
-    with pytest.raises(Refused, match=rf"x.*{message}") as e:
+    with refused(rf"x.*{message}"):
         read_records(tmp_path / "x")
-    assert "\n" not in str(e.value)
 
 
 def test_a_folder_is_not_a_file_of_records(tmp_path):
-    """A folder is told apart from a file that is missing."""
     for path, message in ((tmp_path, "a folder: name a file in it"), (tmp_path / "no", "no such file")):
-        with pytest.raises(Refused, match=message):
+        with refused(message):
             read_records(path)
 
 
-tiny_tokenizer = functools.cache(lambda: transformers.AutoTokenizer.from_pretrained(TINY_FOLDER))
+tiny_tokenizer = functools.cache(builders.tiny_tokenizer)
 
 
 def divided(tmp_path, capsys, rows, val=None, tokenizer=None, **more):
@@ -236,7 +226,6 @@ def say(n, answer="Hello."):
 
 
 def test_every_record_read_is_accounted_for(tmp_path, capsys):
-    """The line that is printed counts each record once: used, or left out for a reason."""
     rows = [say(i) for i in range(90)] + [say(0), say(1)] + [say(0, " "), say(95, "")]
     rows += [say(i, "word " * 99) for i in range(96, 99)] + [{**say(i), "label": False} for i in range(3)]
     examples, held, line = divided(tmp_path, capsys, rows)
@@ -244,13 +233,10 @@ def test_every_record_read_is_accounted_for(tmp_path, capsys):
     assert "3 labelled false" in line and "not needed (--examples 64)" in line and "ignored" not in line
     examples, held, line = divided(tmp_path, capsys, rows, examples=999)
     assert "2 empty" in line and "3 over 64 tokens" in line and "needed" not in line
-    examples, held, line = divided(
-        tmp_path, capsys, rows, rows[:20] * 2 + [say(99)], examples=999, val_examples=5
-    )
-    assert (
-        "21 asked in" in line
-        and "41 read: 5 validation, 20 repeats, 16 not needed (--val-examples 5)" in line
-    )
+    val = rows[:20] * 2 + [say(99)]
+    examples, held, line = divided(tmp_path, capsys, rows, val, examples=999, val_examples=5)
+    assert "21 asked in" in line
+    assert "41 read: 5 validation, 20 repeats, 16 not needed (--val-examples 5)" in line
     assert {prompt for prompt, _ in examples}.isdisjoint(f"### Instruction:\nSay {i}." for i in range(20))
 
 
@@ -263,7 +249,7 @@ def test_all_answers_to_a_prompt_are_kept_on_one_side(tmp_path, capsys):
     assert len({*examples}) == 54 and len({r["output"] for r in held}) == 6
     assert len({prompt for prompt, _ in examples[:9]}) == 9
     joke = [say(0, f"Joke {i}.") for i in range(24)]
-    with pytest.raises(Refused, match="no usable records for training: .*all ask the same.*--val-data"):
+    with refused("no usable records for training: .*all ask the same.*--val-data"):
         divided(tmp_path, capsys, joke)
     examples, held, line = divided(tmp_path, capsys, joke, [say(1)])
     assert len(examples) == 24 and "24 read: 24 training\n" in line
@@ -278,7 +264,6 @@ def test_a_prompt_is_all_that_is_asked(tmp_path, capsys):
 
 
 def test_validation_goes_on_until_a_record_is_usable(tmp_path, capsys):
-    """A held-out record that is empty or too long does not stop a training that has others."""
     rows = [say(i, "word " * 99) for i in range(12)] + [say(20), say(21)]
     for seed in range(4):
         examples, held, line = divided(tmp_path, capsys, rows, seed=seed)
@@ -288,11 +273,9 @@ def test_validation_goes_on_until_a_record_is_usable(tmp_path, capsys):
 def test_the_embedded_records_keep_their_order(tmp_path, capsys):
     """Prompts in alphabetical order are shuffled with the seed; validation records keep the file's order."""
     data = HERE / "assets" / "data"
-    records = sorted(
-        json.loads((data / "code.train.json").read_text()), key=lambda r: (r["instruction"], r["input"])
-    )
-    random_order = random.Random(3)
-    random_order.shuffle(records)
+    records = json.loads((data / "code.train.json").read_text())
+    records.sort(key=lambda r: (r["instruction"], r["input"]))
+    random.Random(3).shuffle(records)
     examples, held, line = divided(tmp_path, capsys, None, task="code", seed=3)
     assert [answer for _, answer in examples] == [r["output"] for r in records[:64]]
     assert held == json.loads((data / "code.val.json").read_text())[:16]
@@ -316,11 +299,11 @@ def test_labels_leave_out_what_must_not_be_learned(tmp_path, capsys):
 
 def test_chats_reach_the_template_whole(tmp_path, capsys):
     """System messages, calls and results of tools are written; that the last answer is learned is said."""
-    tokenizer = chat_tokenizer(
+    template = (
         "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
-        "{{ m.tool_calls | tojson if m.tool_calls }}" + END + "{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
+    template += "{{ m.tool_calls | tojson if m.tool_calls }}" + END + "{% endfor %}"
+    tokenizer = chat_tokenizer(template + "{% if add_generation_prompt %}[assistant]{% endif %}")
     rows = [{"messages": [*BE_KIND, *CALLED, *messages(f"Say {i}.", "Hello.")]} for i in range(30)]
     how = dict(template="chat", max_len=256)
     examples, held, line = divided(tmp_path, capsys, rows, tokenizer=tokenizer, **how)
@@ -329,9 +312,7 @@ def test_chats_reach_the_template_whole(tmp_path, capsys):
     assert "          30 chats hold several answers: the last of each is learned\n" in line
     for more in ({"tools": [TOOL]}, {"messages": [*CALLED, *messages("Say it.", "Hello.")]}):
         rows = [{"messages": messages(f"Say {i}.", "Hello."), **more} for i in range(30)]
-        with pytest.raises(
-            Refused, match=r"has 'tool(s|_calls)', which the tokenizer's chat template does not"
-        ):
+        with refused(r"has 'tool(s|_calls)', which the tokenizer's chat template does not"):
             divided(tmp_path, capsys, rows, tokenizer=chat_tokenizer(), **how)
 
 
@@ -355,10 +336,7 @@ def test_the_validation_of_a_run_folder_is_read_strictly(tmp_path):
         ({**RECORD, "history": [["a", "b"]]}, r"history\[0\]"),
     ):
         (tmp_path / "x.json").write_text(json.dumps([row]))
-        with pytest.raises(Refused, match=message):
+        with refused(message):
             read_records(tmp_path / "x.json", "chat", own=True)
     (tmp_path / "x.json").write_text(json.dumps([{**RECORD, "history": []}]))  # as earlier versions wrote it
     assert read_records(tmp_path / "x.json", own=True) == [RECORD]
-
-
-__all__ = [name for name in globals() if name.startswith("test_")]
