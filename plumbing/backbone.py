@@ -146,11 +146,11 @@ def load_backbone(name, device, device_map=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dtype = torch.float32 if torch.device(device).type == "cpu" or name == "tiny" else torch.bfloat16
+    if device_map and name in RANDOM:
+        raise Refused(f"--device-map spreads weights that are read, and {name} has none to read")
     if device_map:
         refuse_without("--device-map", "accelerate")
     if name in RANDOM:
-        if device_map:
-            raise Refused(f"--device-map spreads weights that are read, and {name} has none to read")
         torch.manual_seed(0)
         with torch.device(device):
             backbone = from_shape(name, dtype)
