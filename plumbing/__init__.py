@@ -8,9 +8,12 @@ import pathlib
 import signal
 import sys
 
-PROGRAM = pathlib.Path(getattr(sys.modules["__main__"], "__file__", "")).resolve()
-if pathlib.Path(__file__).resolve().parent.parent in PROGRAM.parents:
+HOME = pathlib.Path(__file__).resolve().parent.parent
+PROGRAM = pathlib.Path(getattr(sys.modules["__main__"], "__file__", None) or "-").resolve()
+OURS = [HOME / f"{name}.py" for name in ("commit", "eval", "synthetic", "train")]
+if PROGRAM in OURS or PROGRAM.parent == HOME / "studies" and PROGRAM.suffix:
     # Ctrl-C while torch is being imported ends a program of ours in one line. Later `run_program` does that.
+    # A script that imports the seven files, and an interpreter, keep Python's own way.
     said = f"\n{PROGRAM.name}: stopped\n".encode()
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, said) and 130))
 

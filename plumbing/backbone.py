@@ -76,6 +76,7 @@ def loading(name):
 
 
 def refuse_without(what, *packages):
+    """Raise Refused, with the command that installs it, if a package is missing that `what` needs."""
     for package in packages:
         if not importlib.util.find_spec(package):
             raise Refused(f"{what} needs `pip install {package}`")

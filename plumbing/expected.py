@@ -4,7 +4,8 @@ import contextlib
 import http.client
 import json
 import os
-import time
+import socket
+import threading
 import urllib.parse
 
 from plumbing import Refused
@@ -113,20 +114,33 @@ def address_of(at):
 def post(at, body):
     """Return what a server answers to a body: its head, and at most LARGEST + 1 bytes. Raises Refused if it
     cannot be reached, speaks no HTTP, or takes more than WAIT seconds."""
-    url, data, ends = address_of(at), b"", time.monotonic() + WAIT
+    url, late = address_of(at), []
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    connection = kind(url.hostname, url.port, timeout=WAIT)
+
+    def hang_up(sock):  # A timeout alone would let a server send a byte now and then, for ever.
+        late.append(sock)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
     try:
-        with contextlib.closing(kind(url.hostname, url.port, timeout=WAIT)) as connection:
-            path = url.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
-            header = {"Content-Type": "application/json"}
-            connection.request("POST", path, json.dumps(body).encode(), header)
-            reply = connection.getresponse()
-            while len(data) <= LARGEST and (more := reply.read1(LARGEST + 1 - len(data))):
-                data += more
-                if time.monotonic() > ends:  # each byte resets a timeout
-                    raise TimeoutError
+        with contextlib.closing(connection):
+            connection.connect()
+            timer = threading.Timer(WAIT, hang_up, [connection.sock])
+            timer.daemon = True
+            timer.start()
+            try:
+                path = url.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
+                header = {"Content-Type": "application/json"}
+                connection.request("POST", path, json.dumps(body).encode(), header)
+                reply = connection.getresponse()
+                data = reply.read(LARGEST + 1)
+            finally:
+                timer.cancel()
+        if late:
+            raise TimeoutError
     except (OSError, http.client.HTTPException, ValueError) as e:
-        slow = isinstance(e, TimeoutError)
+        slow = late or isinstance(e, TimeoutError)
         why = f"no whole answer within {WAIT} s" if slow else f"{type(e).__name__}: {str(e)[:200]}"
         raise Refused(f"--at {at}: no answer ({why})") from e
     return reply, data

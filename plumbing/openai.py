@@ -141,6 +141,12 @@ class Answers:
     plane: object  # see plane.py
     defaults: object
 
+    def warm_up(self):
+        """Answer something, because a first pass is slow, and for whoever asks first it should not be."""
+        with contextlib.suppress(Refused):  # a template may insist on a system message
+            hello = [{"role": "user", "content": "Hello."}]
+            self.answer({"model": AUTO, "messages": hello, "max_tokens": 2}, lambda _: None)
+
     def models(self):
         """Return the list of models: auto, base, and every version and composition under its hash."""
         known = [{"id": name, "name": name, "created": 0} for name in (AUTO, BASE)]

@@ -261,6 +261,7 @@ def serve(answers, host, port):
         server = Server(answers, host, port)
     except (OSError, UnicodeError) as e:
         raise Refused(f"--host {host} --port {port}: {getattr(e, 'strerror', None) or e}") from None
+    answers.warm_up()
     address, port = server.server_address[:2]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:

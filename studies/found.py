@@ -13,7 +13,6 @@ bare backbone, the nearest region, the best single version on 16 or 64 records, 
 same records, and a LoRA trained on them.
 """
 
-import itertools
 import json
 import pathlib
 import random
@@ -24,8 +23,8 @@ from commit import Composition, weigh
 from eval import open_run, perplexity_under, probe_all
 from plumbing.command import Parser, number, output_file, run_program, write_results
 from plumbing.prompts import encode
-from plumbing.records import DATA, HUB_DATA, read_records
 from plumbing.tables import print_table
+from studies.stream import kinds_in_turn
 from studies.styles import SENTENCES, StyleStream
 from studies.variants import LORA, train_with
 
@@ -95,18 +94,9 @@ def styles_table(rows):
 # ----------------------------------------------------------------------------------------- kinds not learned
 
 
-def all_kinds():
-    """Return {kind: (training records, validation records)} of the embedded sets."""
-    found = {}
-    for name, part in itertools.product(HUB_DATA, ("train", "val")):
-        for record in read_records(DATA / f"{name}.{part}.json"):
-            found.setdefault(f"{name}-{record['kind']}", ([], []))[part == "val"].append(record)
-    return found
-
-
 def kinds(args, seed):
     """Learn some kinds of instruction. Yield a row for each of some others."""
-    found = all_kinds()
+    found = {kind: [*records.values()] for kind, records in kinds_in_turn().items()}
     order = random.Random(seed).sample(sorted(found), args.learned + args.held)
     for kind in order[args.held :]:
         learn(args.out / f"kinds-{seed}", kind, *found[kind], args, f"{KIND} --lock --seed {seed}")

@@ -28,12 +28,12 @@ from plumbing.tables import spread
 from studies.memory import TOKENS
 from studies.styles import StyleRow
 from studies.neurons import StudyRow
+from studies.support import SIZES
 from studies.tables import decomposition
 from synthetic import row_summary
 
 mean = statistics.mean
 
-LABELS = 1, 2, 4, 8, 16, 64, 256  # in a support batch
 PAGES = pathlib.Path(__file__).parent / "pages"
 ROWS = {  # a name: (file of results, row), from a text that a person edits
     name: tuple(where.split(": ", 1))
@@ -130,7 +130,7 @@ QUANTITIES = {  # name: (head of its column, digits, function of a row with one 
     "bare": ("bare model", 1, lambda r: r["bare"]), "named": ("its own version", 1, lambda r: r["stored"]),
     "routed-home": ("routed home, %", 0, lambda r: 100 * r["routed home"]),
     **{f"{way}-{measure}-{n}": (f"{head}, {n}", 3, few(way, measure, n)) for way in ("search", "recall")
-       for measure, head in (("found", "found"), ("score", "score")) for n in LABELS},
+       for measure, head in (("found", "found"), ("score", "score")) for n in SIZES},
     "found-1": ("found from 1, %", 1, lambda r: 100 * r["found from 1"]),
     "found-16": ("found from 16, %", 1, lambda r: 100 * r["found from 16"]),
 }

@@ -21,7 +21,8 @@ from plumbing.files import atomic
 from studies.architectures import VERDICTS
 from studies.likelier import accuracies, routers
 from studies.memory import TABLE_2, memory_lines
-from studies.names import LABELS, PAGES, QUANTITIES, fill, grouped, of_method, over, pair
+from studies.names import PAGES, QUANTITIES, fill, grouped, of_method, over, pair
+from studies.support import SIZES
 from studies.tables import PUBLISHED, decomposition
 
 HOME = pathlib.Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ COLUMNS = {  # tables with a line a row and these quantities, means over its see
     "found": "bare named routed-home found-1 found-16",
     "scores": "score fm score-stored fm-stored overlap parameters outputs ms",
     **{
-        f"{way}-labels": " ".join(f"{way}-{what}-{n}" for what in ("found", "score") for n in LABELS)
+        f"{way}-labels": " ".join(f"{way}-{what}-{n}" for what in ("found", "score") for n in SIZES)
         for way in ("search", "recall")
     },
     "stream": "bare-ms routed-ms lost lost-routed home",

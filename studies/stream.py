@@ -28,8 +28,8 @@ from train import parse_options as training_options
 from train import run_task
 
 
-def kinds_in_turn(count):
-    """Return {task: {"train", "val": its records}} of the first `count` kinds."""
+def kinds_in_turn(count=None):
+    """Return {task: {"train", "val": its records}} of the first `count` kinds, or of all."""
     found = {name: {} for name in HUB_DATA}
     for name, part in itertools.product(HUB_DATA, ("train", "val")):
         for record in read_records(DATA / f"{name}.{part}.json"):

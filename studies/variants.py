@@ -166,7 +166,8 @@ def orthogonal(learner, batch, h_bar, args, share, responses, strength):
 
 def consolidated(strength):
     """EWC on a LoRA (Kirkpatrick et al. 2017): strength / 2 sum F (theta - theta*)^2, with F the mean squared
-    gradient of single examples, 200 of the first task's, at theta*, the weights after it."""
+    gradient of single examples, 200 of the first task's, at theta*, the weights after it. They are
+    taken at the second task's first step, so a row that was killed in that task is to be deleted."""
     kept = {}
 
     def terms(learner, batch, h_bar, args, share, responses):
