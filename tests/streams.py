@@ -27,7 +27,7 @@ from model import response_nll
 from plumbing import Refused
 from plumbing import rows as kept
 from plumbing.tables import spread
-from studies import digits, likelier, neurons, sequence, styles, support, tables, variants
+from studies import digits, likelier, neurons, sequence, settings, styles, support, tables, variants
 from studies import sure as sure_study
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
@@ -217,6 +217,19 @@ def test_tasks_on_digits_rename_the_classes_of_the_same_images(monkeypatch, caps
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     line = run_quietly(digits.main, ["--methods", "fixedmask", "--steps", "1", "--workers", "1"], capsys)
     assert "pip install scikit-learn" in line
+
+
+def test_a_setting_changes_one_thing_and_an_order_the_tasks_alone():
+    """A row of the study of settings is FTN-Slow but for one setting, or has the same tasks in its order."""
+    row = lambda name: settings.SettingsRow("clf", name, 3, **settings.OF_ROW.get(name, {}))
+    alone = {name: dataclasses.asdict(row(name)) for name in settings.METHODS}
+    changed = {n: [k for k in d if k != "method" and d[k] != alone["paper"][k]] for n, d in alone.items()}
+    assert all(len(changed[n]) == (n != "paper" and n not in settings.OF_MASK) for n in changed)
+    masks = {name: how[1] for name, how in settings.METHODS.items()}
+    assert masks["paper"] == masks["k-64"] == neurons.KNOWN["ftn-slow"][1] and masks["T-5"].rounds == 5
+    x = torch.rand(20, 2)
+    plain, turned = row("paper").world(), row("order-1-2-0").world()
+    assert [torch.equal(plain.signal(1, x), turned.signal(t, x)) for t in range(3)] == [True, False, False]
 
 
 def test_one_generator_serves_all_seeds_where_one_is_named():
