@@ -78,9 +78,9 @@ def of_first(part, key, scale=1):
 
 
 def few(way, measure, size):
-    """With so many labels, mean over tasks; None where a mask is not recovered in this way."""
-    at = lambda row: row["sizes"].index(size)
-    return lambda row: mean(row["ways"][way][measure][at(row)]) if way in row["ways"] else None
+    """With so many labels, mean over tasks; None where a mask is not recovered in this way, or with so many."""
+    tried = lambda row: way in row["ways"] and size in row["sizes"]
+    return lambda row: mean(row["ways"][way][measure][row["sizes"].index(size)]) if tried(row) else None
 
 
 def of_summary(key):

@@ -1,11 +1,12 @@
-"""How few labels does a mask need at test time? Experiment 1, with support batches of 1 to 256 examples.
+"""How few labels does a mask need at test time? Support batches of 1 to 256 examples, or 1 to 16 sentences.
 
-    python -m studies.support                        # both variants, all methods, one seed
+    python -m studies.support                        # experiment 1: both variants, all methods, one seed
     python -m studies.support --seeds 8 --methods ftn-slow ftn-slow-lock
+    python -m studies.support --variant style        # experiment 2, LoRA-FTN
 
-Every method learns the stream of synthetic.py once, with batches of 256. Only then is the size of the
-support batch varied from which each task's mask is recovered: a few labelled examples of the task, drawn
-anew `draws` times, never seen in training nor scored on. A mask is recovered in one or two ways:
+Every method learns its stream once, as in synthetic.py. Only then is the size of the support batch varied
+from which each task's mask is recovered: a few labelled examples of the task, drawn anew `draws` times, never
+seen in training nor scored on. A mask is recovered in one or two ways:
 
     search     Algorithm 1 from a cold start, as FTN does without a lock
     recall     the stored mask with the lowest loss on the support batch; asked of every method, since each
@@ -27,8 +28,9 @@ import torch
 from plumbing.command import run_program
 from plumbing.rows import choose_methods, given, parser_of, run_rows, seeds_of
 from plumbing.tables import print_table, spread
-from studies import neurons
+from studies import neurons, styles
 from studies.neurons import StudyRow
+from studies.styles import StyleRow
 from synthetic import HEAD, VARIANTS, generator, learn_stream, overlaps, recall
 
 SIZES = 1, 2, 4, 8, 16, 64, 256
@@ -36,16 +38,35 @@ MEASURES = {"score": "", "found": ", share of tasks found", "shared": ", share o
 METHODS = {
     name: neurons.KNOWN[name]
     for name in ("ftn-slow", "ftn-slow-hidden", "ftn-slow-lock", "random-disjoint-recall", "supsup-0.003")
-}
+} | {name: styles.METHODS[name] for name in ("lora-ftn", "lora-ftn-lock")}
 M0 = {"ftn-slow-hidden": -4.0}  # chosen among three in ftn-search-*.json; every other search starts at 0
 
 
 @dataclasses.dataclass(frozen=True)
 class SupportRow(StudyRow):
-    """A line of the study: a method on a variant with a seed."""
+    """A line of the study: a method on a variant of experiment 1 with a seed."""
 
     draws: int = 8  # support batches a task and a size
     VERSION: ClassVar[int] = 1
+    sizes = SIZES
+
+    def few(self, world, t, n, rng):
+        """A support batch of n new examples of task t."""
+        return world.batch(t, n, rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class StyleSupportRow(StyleRow):
+    """A line of the study: LoRA-FTN with a seed."""
+
+    draws: int = 4
+    VERSION: ClassVar[int] = 1
+    sizes = SIZES[:5]
+
+    def few(self, world, t, n, rng):
+        """n of the sentences that were set aside for support, and how task t rewrites them."""
+        chosen = torch.randperm(self.support, generator=rng)[:n]
+        return ([world.aside[t][0][i] for i in chosen.tolist()],)
 
 
 def run_row(row, how):
@@ -56,11 +77,12 @@ def run_row(row, how):
     began, (learner_class, mask) = time.perf_counter(), how
     learner = learner_class(row, mask)
     learner.curve_every = math.inf  # score at the ends of tasks alone
+    learner.world.aside = [*learner.world.support]
     *_, (_, _, scores) = learn_stream(learner)
     ways = {"recall": lambda t: recall(mask, learner, t)}
     if type(mask).recover is not recall:
         ways["search"] = lambda t: mask.recover(learner, t)
-    out = dict(dataclasses.asdict(row), sizes=SIZES, stored=scores["stored"])
+    out = dict(dataclasses.asdict(row), sizes=row.sizes, stored=scores["stored"])
     out["ways"] = {way: measure(learner, recover) for way, recover in ways.items()}
     if torch.is_tensor(learner.stored[0]):
         out.update(overlaps(learner))
@@ -71,7 +93,7 @@ def run_row(row, how):
 def measure(learner, recover):
     """{measure: [size][task]}, means over the draws of a support batch. `recover` takes the task."""
     row, found = learner.row, {name: [] for name in MEASURES}
-    for size in SIZES:
+    for size in row.sizes:
         lines = [
             [
                 statistics.mean(x)
@@ -86,8 +108,8 @@ def measure(learner, recover):
 
 def recovered(learner, recover, t, size, draw):
     """One recovery of task t from `size` labels: its score, whether it found the task, what it shares."""
-    world = learner.world
-    world.support[t] = world.batch(t, size, generator(learner.row.seed, "labels", t, size, draw))
+    world, rng = learner.world, generator(learner.row.seed, "labels", t, size, draw)
+    world.support[t] = learner.row.few(world, t, size, rng)
     handle = recover(t)
     shares = [shared(handle, stored) for stored in learner.stored]
     return learner.score(handle, *world.test[t]), float(max(shares) == shares[t]), shares[t]
@@ -118,12 +140,13 @@ def curves(outs, measure):
 def print_tables(outs):
     """Print a table a variant and measure: a line a method and way, a column a size, mean over seeds."""
     for variant, name in itertools.product(dict.fromkeys(o["variant"] for o in outs), MEASURES):
-        found, stored = curves([o for o in outs if o["variant"] == variant], name)
+        group = [o for o in outs if o["variant"] == variant]
+        found, stored = curves(group, name)
         lines = [
             [f"{method}, {way}", spread(stored[method, way]), *map(spread, zip(*seeds))]
             for (method, way), seeds in found.items()
         ]
-        heads = ["support batch of", f"{VARIANTS[variant]['score']} stored", *map(str, SIZES)]
+        heads = ["support batch of", f"{VARIANTS[variant]['score']} stored", *map(str, group[0]["sizes"])]
         title = f"{VARIANTS[variant]['title']}{MEASURES[name]}, seeds: {max(map(len, found.values()))}"
         print_table(title, heads, lines)
 
@@ -137,17 +160,19 @@ def draw(rows):
     variants = list(dict.fromkeys(o["variant"] for o in rows))
     figure, axes = plt.subplots(2, len(variants), figsize=(10, 6.4), squeeze=False, layout="constrained")
     for variant, column in zip(variants, axes.T):
+        group = [o for o in rows if o["variant"] == variant]
+        sizes = group[0]["sizes"]
         for axis, name in zip(column, MEASURES):
-            found, _ = curves([o for o in rows if o["variant"] == variant], name)
+            found, _ = curves(group, name)
             for (method, way), seeds in found.items():
                 look = dict(color=f"C{list(METHODS).index(method)}", marker=".", label=f"{method}, {way}")
                 look["linestyle"] = "--" if way == "recall" and (method, "search") in found else "-"
-                axis.plot(SIZES, [*map(statistics.mean, zip(*seeds))], **look)
+                axis.plot(sizes, [*map(statistics.mean, zip(*seeds))], **look)
             axis.set_xscale("log", base=2)
-            axis.set_xticks(SIZES, map(str, SIZES))
+            axis.set_xticks(sizes, map(str, sizes))
         column[0].set_title(VARIANTS[variant]["title"], fontsize=10)
-        column[0].set_yscale("log" if variant == "reg" else "linear")
-        column[1].axhline(1 / rows[0]["tasks"], color="gray", linestyle=":")  # by chance
+        column[0].set_yscale("linear" if variant == "clf" else "log")
+        column[1].axhline(1 / group[0]["tasks"], color="gray", linestyle=":")  # by chance
         column[1].set_ylim(0, 1.03)
     axes[0, 0].set_ylabel("score with the recovered mask", fontsize=9)
     axes[1, 0].set_ylabel("share of tasks found", fontsize=9)
@@ -158,17 +183,31 @@ def draw(rows):
 
 def parse_options(argv=None):
     p = parser_of(__doc__, "support.py")
-    p.add_argument("--variant", nargs="+", choices=list(HEAD), help="classification, regression [both]")
+    text = "classification, regression, styles of writing [the first two]"
+    p.add_argument("--variant", nargs="+", choices=list(VARIANTS), help=text)
     args = p.parse_args(argv)
     choose_methods(p, args, METHODS, [*METHODS])
+    if not any(fits(v, m) for v in args.variant or HEAD for m in args.methods):
+        p.error(f"--methods: {', '.join(args.methods)} is not of --variant {' '.join(args.variant or HEAD)}")
     return args
+
+
+def fits(variant, method):
+    """Whether the method is one of the experiment that the variant belongs to."""
+    return (variant == "style") == (method in styles.METHODS)
+
+
+def row_of(seed, variant, method, **more):
+    """The line of the study that learns a variant."""
+    if variant == "style":
+        return StyleSupportRow(method, seed, **more)
+    return SupportRow(variant, method, seed, m0=M0.get(method, 0.0), **more)
 
 
 def main(argv=None):
     args = parse_options(argv)
     lines = itertools.product(seeds_of(args), dict.fromkeys(args.variant or HEAD), args.methods)
-    more = given(args, "tasks", "steps")
-    rows = [SupportRow(v, m, seed, m0=M0.get(m, 0.0), **more) for seed, v, m in lines]
+    rows = [row_of(*line, **given(args, "tasks", "steps")) for line in lines if fits(*line[1:])]
     run_rows(run_row, rows, METHODS, args, ("-m studies.support", argv), line_of, print_tables)
 
 

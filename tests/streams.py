@@ -198,6 +198,18 @@ def test_a_recovery_sees_as_many_labels_as_it_says_and_is_judged_by_the_mask_it_
     assert torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[0][0], seen[2][0])
 
 
+def test_few_sentences_are_of_those_set_aside_for_support():
+    """The sentences that a style is found from are neither trained on nor scored on."""
+    row = support.StyleSupportRow("lora-ftn-lock", 0, **SMALL_STYLE)
+    world = styles.StyleStream(row, tiny_tokenizer())
+    world.aside = [*world.support]
+    for n in row.sizes[:3]:
+        (few,) = row.few(world, 1, n, synthetic.generator(n))
+        told = [prompt for prompt, _ in few]
+        assert len(told) == n and all(example in world.aside[1][0] for example in few)
+        assert not any(p in told for p, _ in world.training[1] + world.test[1][0])
+
+
 def test_tasks_on_digits_rename_the_classes_of_the_same_images(monkeypatch, capsys):
     pytest.importorskip("sklearn")
     small = dict(SMALL, batch=16)
