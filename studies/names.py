@@ -78,7 +78,7 @@ def of_first(part, key, scale=1):
 
 
 def few(way, measure, size):
-    """With so many labels, mean over tasks; None where a mask is not recovered in this way, or with so many."""
+    """With so many labels, mean over tasks; None where a mask is not recovered so, or not from so many."""
     tried = lambda row: way in row["ways"] and size in row["sizes"]
     return lambda row: mean(row["ways"][way][measure][row["sizes"].index(size)]) if tried(row) else None
 
