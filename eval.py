@@ -193,8 +193,9 @@ def describe_gating(gatings):
 
 
 def describe_drift(run, i, h_bar):
-    """Describe what the soft lock (or none) did to task i: where its coordinates went, and how well its
-    anchors were held."""
+    """Return what the soft lock (or none) let happen to task i, of its inputs h_bar [n, features]: the share
+    inside its region at the commit and now; how far their coordinates moved, and their spread before; the
+    lock's loss at its anchors, and the share of the K bases chosen there that are still chosen."""
     v, speaker = run.versions[i], run.speaker(i)
     then, now = v.dynamics(h_bar), speaker.dynamics(h_bar)
     logits, old = take_snapshot(speaker.field, v.anchors), v.snapshot.shape[-1]

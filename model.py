@@ -127,7 +127,7 @@ class AdapterBank:
                 self.live[key] = nn.Parameter(torch.cat([*old, new.to(self.device[name])]))
 
     def commit(self, count, read):
-        """Append a block of `count` read-only bases. read() gives them, keyed as above."""
+        """Append a block of `count` read-only bases. `read()` returns their tensors, keyed like live ones."""
         self.committed.append(Block(count, read))
 
     def unlock(self):

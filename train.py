@@ -110,7 +110,8 @@ class Learner:
         return top_k_gating(self.field(z), self.top_k)
 
     def probe(self, examples, args, split=True):
-        """Return h_bar [n, features] of an adapted probe, the paper's own: pass 1 with the gating at z_0."""
+        """Return h_bar [n, features] of `--probe adapted`: the paper's pass 1, which runs with the gating of
+        z_0, and not on the bare model."""
         return probe_all(self.model, examples, args.pool, self.gating(self.dynamics.z0[None]), split)
 
     def weights(self):
