@@ -253,7 +253,8 @@ def test_coordinates_that_are_all_alike_still_make_a_region():
 
 
 def test_routing_goes_to_the_likeliest_gaussian():
-    """The background is the Gaussian of all coordinates together, with twice their covariance."""
+    """The background is the Gaussian of all coordinates together, with twice their covariance. Probabilities
+    are of log-likelihoods over 3."""
     torch.manual_seed(0)
     groups = [torch.tanh(torch.randn(n, 4) @ torch.randn(4, 4) / 3 + torch.randn(4)) for n in (100, 300)]
     regions = [Region.fit(g) for g in groups]
@@ -267,7 +268,7 @@ def test_routing_goes_to_the_likeliest_gaussian():
     found = route(torch.tanh(x), regions)
     rows = field.unsquash(torch.tanh(x))
     for row, choice, p, unknown in zip(rows, found.choice, found.probability, found.unknown):
-        likelihood = [float(g.log_prob(row).exp()) for g in gauss]
+        likelihood = [float((g.log_prob(row) / 3).exp()) for g in gauss]
         best = max(likelihood[:2])
         assert choice == likelihood.index(best)
         wanted = [x / sum(likelihood) for x in (best, likelihood[2])]

@@ -1,16 +1,20 @@
 """How sure is routing, and are prompts told that no version has learned? One task is left out at a time.
 
     python -m studies.sure --backbone FOLDER --data FOLDER --json sure.json
-    python -m studies.sure --backbone FOLDER --data FOLDER --part choose --wide 1 1.5 2 3
+    python -m studies.sure --backbone FOLDER --data FOLDER --part choose --wide 1 2 3 --temperature 1 2 3 4
 
 --data holds the files of thirteen tasks, see studies/sequence.py. Nothing is trained: the dynamics are as
 they are drawn and aimed at the first task, as in one pass, and a region is fitted to each task's first
 prompts. *Refused* are prompts for which the background is likelier than any region or, as the paper's region
 has it, those outside the tau of the region that was chosen. --wide: by what the background's covariance is
-multiplied.
+multiplied. --temperature: by what log-likelihoods are divided before they become probabilities.
+
+Some tasks have the very instruction of another, and are left out in vain: AUROC is given of all tasks and of
+those whose instruction no other has.
 """
 
 import functools
+import itertools
 import statistics
 import unittest.mock
 
@@ -30,6 +34,12 @@ from plumbing.targets import default_bare, layers_of
 TASKS = "mnli cb wic copa qqp boolq rte imdb yelp amazon sst2 dbpedia agnews".split()
 FIT, ASKED, LONGEST = 300, 100, 250  # prompts that a region is fitted to, that are routed; tokens of one
 WHOLE = "with the instruction"
+
+
+def alone(folder):
+    """Return the tasks whose instruction no other task has."""
+    said = {task: read_records(f"{folder}/{task}.train.json")[0]["instruction"] for task in TASKS}
+    return [task for task in TASKS if [*said.values()].count(said[task]) == 1]
 
 
 def features_of_task(model, tokenizer, path, count, instruction):
@@ -57,8 +67,9 @@ def calibration_error(sure, right, bins=10):
 
 
 @torch.no_grad()
-def measure(fitted, asked, seed):
-    """fitted, asked: {task: h_bar}. Return what is published of one draw of the dynamics."""
+def measure(fitted, asked, own, seed):
+    """fitted, asked: {task: h_bar}; own: the tasks whose instruction no other has. Return what is published
+    of one draw of the dynamics."""
     torch.manual_seed(seed)
     first = next(iter(fitted.values()))
     dynamics = CoordinateDynamics(first.shape[1])
@@ -70,8 +81,9 @@ def measure(fitted, asked, seed):
     right = torch.cat([found[task].choice == i for i, task in enumerate(regions)])
     sure = torch.cat([f.probability for f in found.values()])
     row = {"home": float(right.double().mean()), "calibration error": calibration_error(sure, right)}
-    left = [leave_out(task, regions, z) for task in regions]
-    return row | {key: statistics.mean(x[key] for x in left) for key in left[0]}
+    left = {task: leave_out(task, regions, z) for task in regions}
+    row |= {key: statistics.mean(x[key] for x in left.values()) for key in next(iter(left.values()))}
+    return row | {"AUROC, own instruction": statistics.mean(left[task]["AUROC"] for task in own)}
 
 
 def leave_out(task, regions, z):
@@ -97,20 +109,23 @@ def main(argv=None):
     p.add_argument("--part", choices=["choose", "test"], default="test", help="which records are routed")
     p.add_argument("--seeds", type=number(int, 1, 100), default=3, help="of the dynamics")
     p.add_argument("--wide", type=number(float, 0, 100), nargs="+", default=[2.0], help="of the background")
+    temperatures = dict(type=number(float, 0.01, 100), nargs="+", default=[field.TEMPERATURE])
+    p.add_argument("--temperature", **temperatures, help="of the probabilities")
     p.add_argument("--json", type=output_file, help="write what was measured to this file")
     args = p.parse_args(argv)
     backbone, tokenizer = load_backbone(args.backbone, "cpu")
     model, rows = NIWF(backbone, pad_of(tokenizer), bare=default_bare(len(layers_of(backbone)))), {}
-    read = functools.partial(features_of_task, model, tokenizer)
+    read, own = functools.partial(features_of_task, model, tokenizer), alone(args.data)
     for prompts in (WHOLE, "inputs alone"):
         fitted, asked = (
             {t: read(f"{args.data}/{t}.{part}.json", count, prompts == WHOLE) for t in TASKS}
             for part, count in (("train", FIT), (args.part, ASKED))
         )
-        for wide in args.wide:
-            with unittest.mock.patch.object(field, "background", functools.partial(background, wide=wide)):
-                each = [measure(fitted, asked, seed) for seed in range(args.seeds)]
-            rows[f"{prompts}, background x {wide:g}"] = each
+        for wide, temperature in itertools.product(args.wide, args.temperature):
+            patches = {"background": functools.partial(background, wide=wide), "TEMPERATURE": temperature}
+            with unittest.mock.patch.multiple(field, **patches):
+                each = [measure(fitted, asked, own, seed) for seed in range(args.seeds)]
+            rows[f"{prompts}, background x {wide:g}, temperature {temperature:g}"] = each
     names = [*each[0]]
     mean = lambda row, name: f"{statistics.mean(x[name] for x in row):.3f}"
     means = [[what, *(mean(row, name) for name in names)] for what, row in rows.items()]
