@@ -55,7 +55,7 @@ def test_prompt_and_exact_match(first, tmp_path, capsys):
     assert "of 32 answers exactly right" in capsys.readouterr().out
 
 
-def test_a_text_that_comes_in_pieces_is_the_whole_text_without_halves_of_characters():
+def test_pieces_of_a_text_hold_no_half_of_a_character():
     tokenizer = tiny_tokenizer()
     for text in ("naïve café 漢字 🙂", "  def f(x):\n    return  x , y !  \n", "🙂\n\n", " ", ""):
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -66,7 +66,7 @@ def test_a_text_that_comes_in_pieces_is_the_whole_text_without_halves_of_charact
     assert "".join(pieces(tokenizer, ({0: i} for i in half))) == "a\ufffd"
 
 
-def test_the_lines_of_python_in_the_readme_answer_as_the_program_does(two, tmp_path, monkeypatch, capsys):
+def test_the_python_of_the_readme_answers_as_the_program(two, tmp_path, monkeypatch, capsys):
     """An answer is the same alone and in a batch. In double precision, where no likeliest token is as near
     to the next as rounding."""
     (tmp_path / "runs").mkdir()
@@ -98,7 +98,7 @@ def test_a_sampled_answer_is_the_same_with_the_same_seed(first, capsys):
         run_quietly(evaluation.main, [*wrong, "--run", str(first)], capsys)
 
 
-def test_prompts_that_are_piped_in_get_an_answer_each_and_nothing_ends_the_talk(two, capsys):
+def test_each_piped_prompt_is_answered_and_no_line_ends_it(two, capsys):
     lines = (
         b"Name three fruits.\n\n/use nobody\n/frob \x1b\n\xff\xed\xa0\x80\0 \x1b na\xc3\xafve\n/versions\n"
     )
@@ -134,7 +134,7 @@ def talk_on_a_terminal(run):
     return process, ours
 
 
-def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(chat):
+def test_a_talk_survives_ctrl_c_and_ends_when_told(chat):
     """The version says Hello; the bare backbone does not end, so there is time to stop it."""
     select = pytest.importorskip("select")
     process, ours = talk_on_a_terminal(chat)
@@ -175,7 +175,7 @@ def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(chat):
         os.close(ours)
 
 
-def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp_path, capsys):
+def test_all_tasks_are_measured_under_named_versions(two, tmp_path, capsys):
     out, stored = copy_of(two, tmp_path), Run(two).manifest["results"][-1]["stored"]
     git(out, "compose alpaca code --weights 1 0 --name onlyA")
     evaluate(out, "--version alpaca code onlyA --json", tmp_path / "u.json")
@@ -211,7 +211,7 @@ def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_count_of_memory_is_what_autograd_keeps_of_a_real_pass(checkpointing):
+def test_the_count_of_memory_is_what_autograd_keeps(checkpointing):
     """The same function counts tensors that have memory, and such that have none: of these, transformers
     cannot see that a single sequence needs no mask."""
     counts = {}

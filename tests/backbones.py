@@ -198,7 +198,7 @@ def test_targets_are_named_at_the_first_task_and_then_stay(on_folder, tmp_path, 
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name not in USABLE])
-def test_a_backbone_that_pads_wrongly_is_refused_before_training(name, on_folder, tmp_path):
+def test_a_backbone_that_pads_wrongly_is_refused(name, on_folder, tmp_path):
     """BART ignores the positions that it is given, and RoBERTa counts them from another number."""
     folder, out = saved(micro_of(name), tmp_path / "backbone"), tmp_path / "run"
     with refused("cannot be used: .*each row alone", tmp_path):
@@ -217,7 +217,7 @@ def test_a_cache_that_does_not_work_is_refused_before_training():
         choose_targets(backbone, tiny_tokenizer())
 
 
-def test_the_trial_leaves_random_numbers_and_the_backbone_as_they_were():
+def test_trying_a_backbone_moves_no_weight_or_random_state():
     """So what is trained afterwards has the bits that it had without one."""
     backbone = micro_backbone(VOCABULARY)
     before, wanted = {key: t.clone() for key, t in backbone.state_dict().items()}, torch.get_rng_state()

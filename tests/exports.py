@@ -159,7 +159,7 @@ def test_an_adapter_opens_from_any_working_directory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more", [[], ["--merged"]])
-def test_an_export_that_fails_or_is_killed_leaves_nothing_under_its_name(tmp_path, monkeypatch, more):
+def test_a_failed_or_killed_export_leaves_nothing(tmp_path, monkeypatch, more):
     folder, out = exportable(tmp_path), tmp_path / "out"
     before = snapshot_of(tmp_path)
 
@@ -203,7 +203,7 @@ def test_a_merged_export_that_would_answer_otherwise_is_refused(tmp_path):
         export(folder, "late", tmp_path / "new" / "out")
 
 
-def test_a_checkpoint_in_parts_and_in_bfloat16_is_merged_in_float32(tmp_path, capsys):
+def test_a_bfloat16_checkpoint_in_parts_merges_in_float32(tmp_path, capsys):
     backbone = micro_backbone(VOCABULARY).bfloat16()
     folder = exportable(tmp_path, backbone, max_shard_size="30KB")
     assert len([*(tmp_path / "backbone").glob("*.safetensors")]) > 2
@@ -413,7 +413,7 @@ def test_push_uploads_the_whole_export(tmp_path, hub, capsys):
     assert said.strip().endswith("uploaded to https://huggingface.co/owner/name")
 
 
-def test_an_adapter_is_pushed_for_a_backbone_that_others_can_get(tmp_path, hub, monkeypatch):
+def test_an_adapter_is_pushed_only_for_a_public_backbone(tmp_path, hub, monkeypatch):
     folder, out = exportable(tmp_path), tmp_path / "out"
     with refused("--push.*--backbone.*--merged", tmp_path):
         export(folder, "late", out, "--push", "owner/name")
@@ -440,7 +440,7 @@ def test_no_name_for_the_hub_but_owner_and_name(name, hub):
         card.check_push(name, "tiny", True)
 
 
-def test_what_cannot_be_pushed_is_said_before_anything_is_written(tmp_path, hub, monkeypatch):
+def test_what_cannot_be_pushed_is_said_before_writing(tmp_path, hub, monkeypatch):
     """No token, no network; and where the upload itself fails the export is kept."""
     folder, out, more = exportable(tmp_path), tmp_path / "out", ["--merged", "--push", "owner/name"]
     for where, value, match in (
@@ -653,7 +653,7 @@ def test_what_is_expected_is_read_whole_before_it_is_asked(exported, tmp_path, c
         ask("http://127.0.0.1:1", tmp_path)
 
 
-def test_prompts_that_a_server_would_read_otherwise_are_not_asked():
+def test_prompts_that_a_server_would_misread_are_not_asked():
     """A user who wrote the name of a control token did not mean to steer, and a server would think so."""
     tokenizer = chat_tokenizer()
     asked = [f"Say {END} now.", "Say it.", "<s>", *(f"Say {i}." for i in range(30))]

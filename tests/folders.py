@@ -132,7 +132,7 @@ def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
     assert min(done.values()) > 10 and not any(wrong for _, wrong in commit.verify(Run(folder)))
 
 
-def test_rollback_refuses_while_another_version_reads_and_cascades_when_told(micro, two, tmp_path):
+def test_rollback_refuses_what_is_read_unless_cascading(micro, two, tmp_path):
     out, before = copy_of(two, tmp_path), Run(two).manifest
     with refused("alpaca is read by code; --cascade removes them too", out):
         git(out, "rollback alpaca")
@@ -162,7 +162,7 @@ def test_branches_merge_as_if_trained_one_after_the_other(micro, first, two, tmp
     assert "already up to date" in capsys.readouterr().out
 
 
-def test_merge_refuses_what_does_not_belong_together_and_changes_nothing(two, first, micro, tmp_path):
+def test_merge_refuses_what_does_not_belong_together(two, first, micro, tmp_path):
     def refuses(folder, other, match):
         with refused(match, folder, other):
             git(folder, "merge", other)
@@ -227,7 +227,7 @@ def test_show_log_and_names(two, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not fcntl, reason="no fcntl here")
-def test_a_second_process_is_refused_and_the_lock_dies_with_the_first(micro, first, tmp_path):
+def test_a_second_process_is_refused_until_the_first_ends(micro, first, tmp_path):
     out = copy_of(first, tmp_path)
     script = (
         f"import commit, time\nwith commit.Run({str(out)!r}).exclusive(): print(flush=True), time.sleep(600)"

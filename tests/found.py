@@ -27,7 +27,7 @@ def five(tmp_path_factory):
 
 
 @pytest.mark.parametrize("count, kept", [(9, 3), (1, 9)])
-def test_the_weights_of_versions_are_those_of_algorithm_1_written_out(five, count, kept):
+def test_weights_of_versions_are_algorithm_1_written_out(five, count, kept):
     """Every record alone, and Adam by its formula. The backbone is in double precision."""
     run, model = opened(five, micro_backbone().double())
     examples, n = random_examples(count), len(run.versions)
@@ -52,7 +52,7 @@ def test_the_weights_of_versions_are_those_of_algorithm_1_written_out(five, coun
     assert weights == pytest.approx(m[winners].sigmoid().tolist(), rel=1e-4)
 
 
-def test_bare_layers_are_computed_once_for_all_gatings_and_then_as_before():
+def test_bare_layers_are_computed_once_for_all_gatings():
     model = NIWF(micro_backbone(layers=3), pad_id=0, rank=3, alpha=5, bare=2)
     random_bank(model.bank, 6)
     layers, calls, examples = layers_of(model.backbone), [], random_examples(5)
@@ -94,7 +94,7 @@ def test_like_asks_who_has_the_lowest_loss(two, task, tmp_path, capsys):
     assert text.partition("]\n\n")[2] == asked(out, capsys, *how, "--version", best)[0] if best else text
 
 
-def test_where_every_version_loses_more_the_bare_backbone_answers(five, monkeypatch, capsys):
+def test_the_bare_backbone_answers_if_it_loses_least(five, monkeypatch, capsys):
     run, model = opened(five)
     losses = {"t0": 3.0, "t1": 2.5, "the bare backbone": 2.0}
     monkeypatch.setattr(evaluation, "read_examples", lambda *_: random_examples(4))
@@ -103,7 +103,7 @@ def test_where_every_version_loses_more_the_bare_backbone_answers(five, monkeypa
     assert capsys.readouterr().out == "[perplexity on FILE: the bare backbone 2.000, t1 2.500, t0 3.000]\n\n"
 
 
-def test_a_found_composition_is_an_ordinary_one_and_nothing_else_moves(two, tmp_path, capsys):
+def test_a_found_composition_is_an_ordinary_one(two, tmp_path, capsys):
     out = copy_of(two, tmp_path)
     run, model, tokenizer = open_run(out, "cpu")
     records = run.validation("code")[:3]

@@ -616,7 +616,7 @@ def untouched(world):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_what_is_damaged_on_disk_is_refused_and_every_byte_is_still_there(base, world, case):
+def test_damage_on_disk_is_refused_and_no_byte_changes(base, world, case):
     case.damage(world / case.folder)
     with untouched(world):
         for command in case.commands.split():
@@ -624,7 +624,7 @@ def test_what_is_damaged_on_disk_is_refused_and_every_byte_is_still_there(base, 
 
 
 @pytest.mark.parametrize("case", OPTIONS, ids=lambda case: case[0])
-def test_options_that_cannot_be_are_refused_before_anything_is_touched(base, world, case):
+def test_impossible_options_are_refused_and_touch_nothing(base, world, case):
     _, program, arguments, match = case
     if program == "train":
         arguments = [*fuzz.options(base, "third", world / "run", "--lock"), *arguments]
@@ -650,7 +650,7 @@ def test_data_that_cannot_be_learned_is_refused(base, world, text):
 
 
 @pytest.mark.parametrize("name, damage", BACKBONES, ids=[name for name, _ in BACKBONES])
-def test_a_backbone_that_cannot_be_trusted_is_refused_and_nothing_of_it_is_run(base, world, name, damage):
+def test_an_untrusted_backbone_is_refused_and_never_run(base, world, name, damage):
     shutil.copytree(base / "backbone", world / "backbone")
     damage(world / "backbone")
     with untouched(world):
@@ -666,7 +666,7 @@ COMMANDS = "log verify show rollback compose export merged merge into eval answe
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_works_and_touches_nothing_that_is_not_ours(base, world, command):
+def test_every_command_works_and_touches_only_our_files(base, world, command):
     folder = world / {"merge": "other", "resume": "halted"}.get(command, "run")
     before = fuzz.snapshot(world)
     works(*argv_of(command, base, folder))
@@ -674,7 +674,7 @@ def test_every_command_works_and_touches_nothing_that_is_not_ours(base, world, c
     assert not [*fuzz.judge(before, fuzz.snapshot(world), command, written, True)]
 
 
-def test_older_results_of_ours_are_written_again_and_no_folder_is_made_for_nothing(base, world):
+def test_our_older_results_are_overwritten(base, world):
     for _ in range(2):
         works("eval", ["--run", "run", "--json", "results.json", "--device", "cpu"])
     assert json.loads((world / "results.json").read_text())["rows"][0]["tasks"] == ["alpaca", "code"]
@@ -739,7 +739,7 @@ def test_a_folder_of_any_name_is_refused_or_can_be_used_again(base, world, optio
             works(*argv_of(command, base, name if option == "--out" else "new"))
 
 
-def test_a_first_training_that_is_stopped_is_a_run_folder_and_goes_on(base, world):
+def test_a_stopped_first_training_is_a_run_and_goes_on(base, world):
     command = fuzz.options(base, "alpaca", "new")
     with fuzz.quiet():
         fuzz.interrupted(command, 2)

@@ -40,7 +40,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(program, tmp_path):
     says_in_one_line(process.returncode, err, f"{program}.py: stopped")
 
 
-def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(two):
+def test_a_closed_pipe_ends_a_command_without_a_word(two):
     command = [sys.executable, str(HERE / "commit.py"), "log", "--run", str(two)]
     ours, its = os.pipe()
     os.close(ours)

@@ -44,7 +44,7 @@ def sliding():
 
 
 @pytest.mark.parametrize("make", [micro_backbone, micro_gpt2, sliding])
-def test_the_gating_is_chosen_on_the_way_from_what_a_probe_finds(make):
+def test_one_pass_chooses_the_gating_that_a_probe_would(make):
     """Every row of a padded batch by its own prompt, once; tokens are those of a gating that was known."""
     model, seen = upper_model(make=make), []
     prompts, gating_of = [p for p, _ in random_examples(5)], by_h_bar(model, seen)
@@ -144,7 +144,7 @@ def test_passes_that_cannot_be_are_refused(micro, tmp_path, more, message):
         train.main(micro("alpaca", tmp_path / "run", *more))
 
 
-def test_a_backbone_whose_lower_layers_cannot_stay_bare_is_pointed_to_two_passes():
+def test_without_bare_lower_layers_two_passes_are_advised():
     """One that never comes to the layer, and one whose target in an upper layer runs before it."""
     backbone, tokenizer = micro_backbone(VOCABULARY), chat_tokenizer()
     first = layers_of(backbone)[1]

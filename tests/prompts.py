@@ -129,7 +129,7 @@ def test_a_users_text_names_no_control_token_anywhere():
     assert tokenizer.decode(prompt) == text == prompt_of(record, tokenizer, "chat")
 
 
-def test_a_control_token_is_text_though_its_tokenizer_calls_it_ordinary():
+def test_a_control_token_called_ordinary_is_still_text():
     """Only its role, EOS say, tells that it steers; what cannot be told apart is refused in one line."""
     about = json.loads(chat_tokenizer().backend_tokenizer.to_str())
     for token in about["added_tokens"]:

@@ -79,7 +79,7 @@ def test_the_table_of_architectures_judges_each_family(tmp_path, capsys):
     assert "no causal language model" in run_quietly(architectures.main, ["--only", "gpt5"], capsys)
 
 
-def test_the_losses_of_a_training_that_was_stopped_are_those_of_the_one_that_went_on(tmp_path):
+def test_losses_of_a_resumed_training_replace_the_lost_ones(tmp_path):
     lines = [{"task": "a"}, *({"step": i, "lm": i} for i in (1, 2, 3)), {"task": "a", "start": 2}]
     lines += [{"step": 3, "lm": 0.30004}, {"task": "b"}, {"step": 1, "lm": 7}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -236,7 +236,7 @@ def test_rows_of_one_table_were_measured_on_the_same_items():
 
 
 @pytest.mark.skipif(os.name != "posix" or not shutil.which("bash"), reason="no bash here")
-def test_remake_runs_the_commands_that_the_files_of_results_name(tmp_path):
+def test_remake_runs_the_commands_that_results_name(tmp_path):
     python = tmp_path / "python"  # writes down how it is called
     python.write_text('#!/usr/bin/env bash\nprintf "%q " python "$@" >> called\necho >> called\n')
     python.chmod(0o755)

@@ -311,7 +311,7 @@ class Endless(Echo):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_one_answer_is_computed_at_a_time_and_a_client_that_goes_away_stops_its_answer(stream):
+def test_answers_come_one_at_a_time_and_stop_with_the_client(stream):
     """Three ask. The second goes away while it waits; the third is answered when the first has gone."""
     with serving(Endless()) as found, contextlib.ExitStack() as stack:
         raw = [here(post(say(name, stream=stream)), found) for name in ("long", "gone", "short")]
@@ -461,7 +461,7 @@ def test_the_public_openai_client_is_answered(two, of_two):
     client.close()
 
 
-def test_the_page_is_for_this_server_alone_and_no_text_becomes_html(echo):
+def test_the_page_asks_nobody_else_and_makes_no_html(echo):
     status, headers, body = get("/?x", found=echo)
     page, policy = body.decode(), headers["Content-Security-Policy"]
     assert status == 200 and headers["Content-Type"].startswith("text/html")
@@ -483,7 +483,7 @@ def test_other_names_of_this_machine_are_let_in_by_host_alone():
         assert send(found, post(say(), Host=f"nobody:{port}"))[0] == 403
 
 
-def test_the_plane_is_where_means_differ_most_under_the_pooled_covariance(double):
+def test_the_plane_is_where_means_differ_most(double):
     """Two Gaussians whose means differ along one axis, on which they are narrow: it becomes the first. Of the
     others the widest becomes the second. On either the pooled deviation is 1."""
     torch.manual_seed(0)
@@ -503,7 +503,7 @@ def test_the_plane_is_where_means_differ_most_under_the_pooled_covariance(double
     assert Plane.of(three).axes[:, 1].abs().max() < 1e-9  # nothing differs along the widest
 
 
-def test_the_server_opens_where_it_says_and_closes_with_one_line(two, capsys):
+def test_the_server_opens_where_it_says_and_ends_in_one_line(two, capsys):
     command = [sys.executable, str(HERE / "eval.py"), *"--web --port 0 --device cpu --run".split(), str(two)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -71,7 +71,7 @@ def test_every_task_has_the_same_inputs_and_targets_of_its_own(variant, inputs, 
 @pytest.mark.parametrize(
     "leak, parameters, outputs", [("none", 0, 0), ("decay", 1, 1), ("moments", 1, 1), ("bias", 0, 1)]
 )
-def test_fixed_masks_keep_every_bit_unless_a_precaution_is_left_out(leak, parameters, outputs):
+def test_fixed_masks_keep_every_bit_under_all_precautions(leak, parameters, outputs):
     out = run_row(StudyRow("clf", "fixedmask", 0, leak=leak, **SMALL))
     assert [bool(share) for share in out["parameters_moved"]] == [bool(parameters)] * 2 + [False]
     assert [bool(share) for share in out["outputs_moved"]] == [bool(outputs)] * 2 + [False]
@@ -106,7 +106,7 @@ def test_disjoint_masks_keep_stored_tasks_to_the_bit(variant, inputs, method):
         StyleRow("lora-ftn-lock", 0, **SMALL_STYLE),
     ],
 )
-def test_a_support_batch_recalls_the_stored_mask_with_the_lowest_loss(row):
+def test_a_support_batch_recalls_the_mask_of_lowest_loss(row):
     learner = learner_of(row)
 
     def literal(winners, *batch):
@@ -154,7 +154,7 @@ def test_a_search_may_be_blind_to_what_earlier_tasks_trained(method, blind):
     assert [torch.equal(*both) for both in zip(*found)] == [blind, False]
 
 
-def test_few_labels_are_tried_at_the_end_of_the_stream_that_synthetic_runs(capsys):
+def test_few_labels_are_tried_at_the_end_of_a_stream(capsys):
     """The stored scores are those of the published stream to the last bit; where masks are disjoint and
     recalled, a task that was found is answered as with its own mask."""
     outs = []
@@ -179,7 +179,7 @@ def test_few_labels_are_tried_at_the_end_of_the_stream_that_synthetic_runs(capsy
     assert [len(axis.lines) for axis in support.draw(outs).axes] == [4, 5]  # a line a method and way; chance
 
 
-def test_a_recovery_sees_as_many_labels_as_it_says_and_is_judged_by_the_mask_it_gives():
+def test_a_recovery_sees_the_labels_it_says_and_is_judged():
     learner = learner_of(support.SupportRow("clf", "ftn-slow", 0, **SMALL))
     for t in range(2):
         learner.begin(t)
@@ -231,7 +231,7 @@ def test_tasks_on_digits_rename_the_classes_of_the_same_images(monkeypatch, caps
     assert "pip install scikit-learn" in line
 
 
-def test_a_setting_changes_one_thing_and_an_order_the_tasks_alone():
+def test_a_row_of_settings_changes_one_thing_alone():
     """A row of the study of settings is FTN-Slow but for one setting, or has the same tasks in its order."""
     row = lambda name: settings.SettingsRow("clf", name, 3, **settings.OF_ROW.get(name, {}))
     alone = {name: dataclasses.asdict(row(name)) for name in settings.METHODS}
@@ -305,7 +305,7 @@ def test_ewc_adds_the_gradient_of_its_penalty(double):
     torch.testing.assert_close([p.grad for p in theta], [*wanted], rtol=1e-3, atol=1e-6)
 
 
-def test_a_supermask_is_learned_straight_through_and_never_moves_again(double):
+def test_a_supermask_is_learned_straight_through_and_kept(double):
     learner = learner_of(synthetic.Row("clf", "supsup-wide", 0, dropout=0.0, **SMALL))
     frozen = [w.clone() for w in learner.weights]
     for W, b in zip(*unpack(frozen[0], learner.grid.shapes)):
@@ -322,7 +322,7 @@ def test_a_supermask_is_learned_straight_through_and_never_moves_again(double):
 
 
 @pytest.mark.parametrize("gain, method", [(4.0, "supsup-wide-top-0.003"), (2.0, "supsup-wide-he-top-0.03")])
-def test_of_a_supermask_that_takes_the_top_half_of_every_layer_is_on(gain, method):
+def test_a_top_supermask_keeps_half_of_every_layer_on(gain, method):
     learner = learner_of(synthetic.Row("clf", method, 0, **SMALL))
     for W in learner.layers(learner.weights)[:-1]:
         torch.testing.assert_close(W.abs(), torch.full_like(W, (gain / W.shape[2]) ** 0.5))
@@ -355,7 +355,7 @@ def test_forgetting_is_positive_where_a_score_got_worse():
     assert synthetic.forgetting_measure(error, 1) == pytest.approx((0.1 + 0.1) / 2)
 
 
-def test_tables_say_mean_deviation_overlap_and_what_was_lost_to_it(capsys):
+def test_tables_say_what_was_lost_and_what_overlaps(capsys):
     assert spread([1.0, 2.0, 6.0]) == "3.000 ±2.646" and spread([1.0, None]) == "1.000"
     row = dict(seed=0, tasks=3, overlap_last=[0.1, 0.2, 0.3], overlap_union=[0.7, 0.8, 0.9])
 
@@ -373,7 +373,7 @@ def test_tables_say_mean_deviation_overlap_and_what_was_lost_to_it(capsys):
     assert found == [[".", "0.10", "0.20"], ["0.10", ".", "0.30"], ["0.20", "0.30", "."]]
 
 
-def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, capsys):
+def test_rows_are_kept_and_are_the_same_for_any_workers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = "--variant clf --methods fixedmask ftn-slow --steps 2 --json rows.json --workers".split()
 
@@ -393,7 +393,7 @@ def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monk
     assert one == two and "classification" in capsys.readouterr().out
 
 
-def test_a_kept_row_that_is_damaged_or_of_another_row_is_refused(tmp_path, monkeypatch):
+def test_a_damaged_or_swapped_kept_row_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     row, other = (synthetic.Row("clf", "fixedmask", seed, **SMALL) for seed in (0, 1))
     how = KNOWN["fixedmask"]
@@ -520,7 +520,7 @@ def test_the_bank_takes_a_component_of_the_same_size_per_task():
     assert [losses.count(None) for losses in locked["offered"]] == list(range(locked["tasks"]))
 
 
-def test_styles_share_their_sentences_and_no_sentence_is_in_two_parts():
+def test_styles_share_sentences_and_parts_share_none():
     tokenizer = tiny_tokenizer()
     world = StyleStream(StyleRow("lora-ftn", 4), tokenizer)
     parts = [
@@ -610,7 +610,7 @@ def test_labels_are_judged_as_a_literal_loop_judges_them(toy, sequences):
                 assert greedy.tolist() == [[True, False]]
 
 
-def test_who_answers_is_judged_under_the_version_that_a_router_chose(toy, sequences):
+def test_an_answer_is_judged_under_the_version_routed_to(toy, sequences):
     row, found = row_of(toy, sequences[0], "niwf"), sequences[1]["niwf"]
     with row.opened() as (run, model):
         for i, task in enumerate(LABELS):
@@ -625,7 +625,7 @@ def test_who_answers_is_judged_under_the_version_that_a_router_chose(toy, sequen
             assert run.routed(model.probe([prompt for prompt, _ in examples]))[1].choice.tolist() == sent
 
 
-def test_a_sequence_keeps_every_bit_where_versions_are_kept_and_only_there(sequences):
+def test_a_sequence_keeps_every_bit_of_kept_versions(sequences):
     for method, row in sequences[1].items():
         if not row["learned"]:
             continue
@@ -656,7 +656,7 @@ def test_rows_of_a_sequence_hold_what_their_method_says(toy, sequences):
         assert sorted(indices[0, 0].tolist()) == [0, 1, 2] and torch.equal(weights, torch.ones_like(weights))
 
 
-def test_the_penalty_of_orthogonal_loras_is_that_of_a_literal_loop(monkeypatch):
+def test_the_penalty_of_orthogonal_loras_is_a_literal_loop(monkeypatch):
     """Half the sum of squared products of a row of an old A and one of the new, beside Eq. (9)'s terms."""
     model = micro_model(bases=1, committed=2)
     learner = types.SimpleNamespace(model=model)

@@ -98,7 +98,7 @@ def test_a_third_task_reads_both_and_moves_neither(micro, two, tmp_path):
 
 
 @pytest.mark.parametrize("lock", ["soft", "none"])
-def test_without_the_exact_lock_one_bank_is_shared_and_task_one_moves(micro, first, tmp_path, lock):
+def test_without_the_exact_lock_the_first_task_moves(micro, first, tmp_path, lock):
     out = copy_of(first, tmp_path)
     train.main(micro("code", out, *(["--lock", "soft"] if lock == "soft" else [])))
     run = Run(out)
@@ -127,7 +127,7 @@ def test_the_papers_own_setting_runs_and_is_read_back(micro, tmp_path):
     assert again["R"]["routed"][1] == both["routed"] and again["routing"] == rows[1]["routing"]
 
 
-def test_routing_is_measured_on_what_there_is_when_a_prompt_is_asked(micro, tmp_path, monkeypatch):
+def test_routing_is_measured_on_prompts_alone(micro, tmp_path, monkeypatch):
     """Pooling over prompt and response is the paper's, but an answer has to be routed before it is there."""
     load_in_double(monkeypatch)
     out = tmp_path / "run"
@@ -170,7 +170,7 @@ def break_off(argv, last, monkeypatch, every=0, by=None):
         train.main(argv)
 
 
-def test_a_training_that_stops_anywhere_resumes_to_the_same_bits(micro, first, two, tmp_path, monkeypatch):
+def test_a_stopped_training_resumes_to_the_same_bits(micro, first, two, tmp_path, monkeypatch):
     out = copy_of(first, tmp_path)
     command = micro("code", out, "--lock")
     for last in (0, 3, 4):
@@ -259,7 +259,7 @@ def test_a_training_needs_a_task_and_data(options, match, tmp_path, monkeypatch,
     assert match in run_quietly(train.main, options.split(), capsys) and not [*tmp_path.iterdir()]
 
 
-def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
+def test_the_loss_of_a_step_is_equation_9_in_any_split():
     """L = L_LM + 5 L_lock + 0.5 L_sep + 2 L_budget over four examples, in micro-batches of three and one."""
     model, examples = micro_model(bases=6), random_examples(4)
     torch.manual_seed(3)
@@ -287,7 +287,7 @@ def test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches():
 
 
 @pytest.mark.parametrize("n, batch, grad_accum", [(100, 4, 2), (37, 3, 1), (5, 1, 16), (64, 16, 1)])
-def test_an_epoch_has_every_example_once_and_like_lengths_together(n, batch, grad_accum):
+def test_an_epoch_has_each_example_once_and_sorts_lengths(n, batch, grad_accum):
     args = argparse.Namespace(batch=batch, grad_accum=grad_accum, seed=7)
     lengths = torch.randperm(n).tolist()
     examples, steps = [([0] * length, [1]) for length in lengths], -(-n // (batch * grad_accum))
@@ -310,7 +310,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert rates[-1] < 1e-3 and all(a >= b for a, b in zip(rates[5:], rates[6:]))
 
 
-def test_a_stream_goes_on_where_it_was_and_says_what_every_task_cost(tmp_path, monkeypatch, capsys):
+def test_a_stream_goes_on_and_says_what_every_task_cost(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "TINY", dict(train.TINY, examples=16, val_examples=4))
     command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
     stream.main(["1", *command])
@@ -490,7 +490,7 @@ def test_a_committed_task_says_how_it_was_trained(micro, first, capsys):
     assert snapshot_of(first) == before
 
 
-def test_the_literal_forms_that_benchmarks_run_still_give_the_same(double, monkeypatch, capsys):
+def test_literal_forms_of_benchmarks_give_the_same(double, monkeypatch, capsys):
     """In double precision: a search goes by signs of gradients, which are none of rounding there."""
     load_in_double(monkeypatch)
     bench.bench_ftn("clf", 1, steps=1)
