@@ -206,7 +206,7 @@ def test_tau_is_the_quantile_of_leave_one_out_distances(n, d):
 
 
 def test_shrinkage_is_ledoit_and_wolf():
-    """By the definition of 2004, in loops, and by scikit-learn's, where that is installed."""
+    """It is their definition of 2004, in loops, and scikit-learn's, where that is installed."""
     torch.manual_seed(0)
     x = torch.randn(30, 5, dtype=torch.double) @ torch.randn(5, 5, dtype=torch.double)
     x = x - x.mean(0)
@@ -224,8 +224,8 @@ def test_shrinkage_is_ledoit_and_wolf():
 
 
 def test_a_region_covers_inputs_that_were_not_fitted():
-    """As many dimensions as SmolLM2's coordinates had, and few examples: in-sample distances would give a
-    tau that covers about half. The quantile of 280 has a deviation of 0.013, the mean of 16 a quarter."""
+    """There are as many dimensions as SmolLM2's coordinates had, and few examples: in-sample distances would
+    give a tau that covers half. The quantile of 280 has a deviation of 0.013, the mean of 16 a quarter."""
     torch.manual_seed(0)
     covered = torch.zeros(2, dtype=torch.double)
     for _ in range(16):
@@ -678,7 +678,7 @@ def test_k_winners_breaks_ties_by_index_among_the_free():
 
 @pytest.mark.parametrize("steps, bias, start", [(1, False, 0.0), (4, False, -4.0), (4, True, 0.0)])
 def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bias, start):
-    """Algorithm 1 line by line, Adam included, autograd through everything; then a step with all neurons."""
+    """The search is Algorithm 1 with Adam, line by line; a step of the winners is one of all neurons."""
     grid, (x, y), loss = small_grid(bias=bias), shift_batch(), torch.nn.functional.cross_entropy
     search = SmoothKWTA(k=5, kernel=3, rounds=2, steps=steps, lr=0.3, start=start)
     m, first, second = torch.full((16,), start), torch.zeros(16), torch.zeros(16)

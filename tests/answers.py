@@ -1,7 +1,6 @@
 """Measuring and answering: what is printed, what is asked, and what a talk survives."""
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -19,7 +18,7 @@ from field import CoordinateDynamics, WeightField
 from plumbing.talk import pieces
 from studies import memory
 from tests.builders import HERE, a_region, a_version_of, asked, copy_of, evaluate, git, load_in_double
-from tests.builders import refused, run_quietly, tiny_tokenizer
+from tests.builders import refused, rows_in, run_quietly, tiny_tokenizer
 
 
 @torch.no_grad()
@@ -50,7 +49,7 @@ def test_prompt_and_exact_match(first, tmp_path, capsys):
     assert note.startswith(f"[version {Run(first).entries[0]['hash'][:12]}; nearest region: alpaca, ")
     assert " % sure" in note
     evaluate(first, "--exact-match 3 --max-new-tokens 3 --json", tmp_path / "e.json")
-    counts = json.loads((tmp_path / "e.json").read_text())["rows"][0]["exact_match"]["alpaca"]
+    counts = rows_in(tmp_path / "e.json")[0]["exact_match"]["alpaca"]
     assert sum(n for _, n in counts.values()) == 32
     assert "of 32 answers exactly right" in capsys.readouterr().out
 
@@ -67,8 +66,8 @@ def test_pieces_of_a_text_hold_no_half_of_a_character():
 
 
 def test_the_python_of_the_readme_answers_as_the_program(two, tmp_path, monkeypatch, capsys):
-    """An answer is the same alone and in a batch. In double precision, where no likeliest token is as near
-    to the next as rounding."""
+    """An answer is the same alone and in a batch; in double precision no likeliest token is as near to the
+    next as rounding."""
     (tmp_path / "runs").mkdir()
     out = copy_of(two, tmp_path / "runs", "tiny")
     load_in_double(monkeypatch)
@@ -179,7 +178,7 @@ def test_all_tasks_are_measured_under_named_versions(two, tmp_path, capsys):
     out, stored = copy_of(two, tmp_path), Run(two).manifest["results"][-1]["stored"]
     git(out, "compose alpaca code --weights 1 0 --name onlyA")
     evaluate(out, "--version alpaca code onlyA --json", tmp_path / "u.json")
-    for task, row in json.loads((tmp_path / "u.json").read_text())["rows"][0]["under"].items():
+    for task, row in rows_in(tmp_path / "u.json")[0]["under"].items():
         assert row[task] == pytest.approx(stored[task], rel=1e-6)
         assert row["onlyA"] == pytest.approx(row["alpaca"], rel=1e-5)  # weight 0 takes code out again
     assert "as asked" in asked(out, capsys, *"--version onlyA --prompt Hi. --max-new-tokens 3".split())[1]
@@ -192,7 +191,7 @@ def by_row(rows):
 
 
 def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
-    """From two depths: a layer more adds the same, however many there are."""
+    """Two depths tell all, since a layer more adds the same however many there are."""
     shallow, deep = (by_row(memory.count_memory("random:mistral-7b", depth)) for depth in (2, 4))
     grown = lambda key: [a + 15 * (b - a) for a, b in zip(shallow[key], deep[key])]
     whole = {key: grown(key) for key in shallow if key[2:] == (1, 0)}
@@ -231,7 +230,7 @@ def test_the_count_of_memory_is_what_autograd_keeps(checkpointing):
 def test_memory_is_counted_without_a_run_folder(tmp_path, capsys):
     memory.main(["--backbone", "tiny", "--json", str(tmp_path / "m.json")])
     lines = capsys.readouterr().out.splitlines()
-    rows = json.loads((tmp_path / "m.json").read_text())["rows"]
+    rows = rows_in(tmp_path / "m.json")
     assert len(rows) == 4 * (1 + 2 + 4) and all(row["activations"] > 0 for row in rows if row["devices"] < 4)
     assert sum(any(line.startswith(part) for part in memory.PARTS) for line in lines) == 7
     (tmp_path / "model.safetensors").touch()

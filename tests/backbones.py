@@ -110,7 +110,8 @@ def test_all_linear_modules_of_the_text_layers_are_adapted(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", USABLE)
 def test_rows_of_a_batch_have_gatings_of_their_own_everywhere(name):
-    """Also where a module sees the tokens of all rows in one list; and decoding is what one pass gives."""
+    """This holds where a module sees the tokens of all rows in one list, too, and decoding is what one pass
+    gives."""
     backbone = micro_of(name)
     model = NIWF(backbone, 2, rank=2, targets=choose_targets(backbone, tiny_tokenizer()))
     random_bank(model.bank, 4)
@@ -218,7 +219,7 @@ def test_a_cache_that_does_not_work_is_refused_before_training():
 
 
 def test_trying_a_backbone_moves_no_weight_or_random_state():
-    """So what is trained afterwards has the bits that it had without one."""
+    """What is trained afterwards must have the bits that it had without the trial."""
     backbone = micro_backbone(VOCABULARY)
     before, wanted = {key: t.clone() for key, t in backbone.state_dict().items()}, torch.get_rng_state()
     choose_targets(backbone, tiny_tokenizer())
@@ -329,7 +330,7 @@ def test_a_checkpoint_has_one_fingerprint_in_any_type_and_place(dtype, tmp_path)
 
 @torch.no_grad()
 def test_a_checkpoint_that_was_tuned_has_another_fingerprint():
-    """Also if hardly a weight moved, if one matrix did, or if it has the same values in other places."""
+    """It has another if hardly a weight moved, if one matrix did, or if its values only changed places."""
     plain, found = micro_backbone(), set()
     weight = lambda b: b.model.layers[1].mlp.down_proj.weight
     changes = [
@@ -367,7 +368,7 @@ def test_run_folders_with_an_older_fingerprint_are_accepted(dtype, first, tmp_pa
 
 
 def test_a_run_trained_in_bfloat16_is_opened_in_float32(first, tmp_path, monkeypatch, capsys):
-    """And the other way round: the manifest of both is the same."""
+    """The other way round works, too, since the manifest of both is the same."""
 
     def in_bfloat16(name, *more):
         backbone, tokenizer = load_backbone(name, *more)
@@ -382,7 +383,7 @@ def test_a_run_trained_in_bfloat16_is_opened_in_float32(first, tmp_path, monkeyp
 
 
 def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_path, monkeypatch, capsys):
-    """By each of the three programs; another backbone in its place is refused, and nothing is changed."""
+    """Each of the three programs does so; another backbone in its place is refused and nothing changes."""
     out, old = copy_of(first, tmp_path), Run(first).manifest["backbone"]
     place = shutil.copytree(old["name"], tmp_path / "moved")
     edit_json(out / "manifest.json", lambda m: m["backbone"].update(name=str(tmp_path / "gone")))

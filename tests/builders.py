@@ -143,7 +143,7 @@ def as_many_threads_as_before():
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
-    """A folder with a micro backbone, and the options of a small run on it."""
+    """The options of a small run on a micro backbone, whose folder they know."""
     folder, data = tmp_path_factory.mktemp("micro") / "backbone", HERE / "assets" / "data"
     saved(micro_backbone(VOCABULARY, layers=3), folder)
     small = "--device cpu --examples 96 --val-examples 32 --batch 8 --grad-accum 2 --lr 0.02 --epochs 2"
@@ -153,6 +153,7 @@ def micro(tmp_path_factory):
         where = ["--task", task, "--backbone", folder, "--data", data / f"{task}.train.json", "--out", out]
         return [str(x) for x in [*where, *small.split(), *more]]
 
+    options.folder = str(folder)
     return options
 
 
@@ -276,6 +277,11 @@ def refused(match, *folders):
     with pytest.raises(Refused, match=match) as e:
         yield
     assert "\n" not in str(e.value) and [snapshot_of(folder) for folder in folders] == before
+
+
+def rows_in(path):
+    """Return the rows that a program wrote into a JSON file."""
+    return json.loads(path.read_text())["rows"]
 
 
 def edit_json(path, change):

@@ -193,8 +193,8 @@ def test_a_merged_export_is_opened_again_before_it_has_its_name(tmp_path, monkey
 
 
 def test_a_merged_export_that_would_answer_otherwise_is_refused(tmp_path):
-    """Mamba reads the weights of dt_proj and does not call it: added there, an update would do what it does
-    not do in the version. Nor does peft adapt Mamba."""
+    """Mamba reads the weights of dt_proj and does not call it: an update that was added there would do what
+    it does not do in the version, and peft does not adapt Mamba either."""
     folder = exportable(tmp_path, micro_of("Mamba"))
     with refused("would not answer as the version", tmp_path):
         export(folder, "late", tmp_path / "new" / "out", "--merged")
@@ -262,8 +262,8 @@ def test_generate_stops_where_a_chat_was_trained_to_end(chat, tmp_path, capsys):
 
 
 def test_a_gguf_file_exports_as_any_backbone_does(tmp_path, monkeypatch):
-    """Merged it is an ordinary checkpoint, with no trace of GGUF in its config, and a tokenizer that opens.
-    And peft opens an adapter for it when it is told the file."""
+    """Merged, it is an ordinary checkpoint without a trace of GGUF, and peft opens an adapter for it when it
+    is told the file."""
     pytest.importorskip("accelerate")
     vocabulary = byte_level_tokenizer()
     write_gguf(tmp_path / "model.gguf", llama_for(vocabulary), vocabulary)
@@ -349,7 +349,7 @@ def test_an_export_says_what_it_is(tmp_path, name):
 
 
 def test_a_label_leaves_the_tensors_as_they_are(tmp_path):
-    """However long it is, and beside what the metadata said before."""
+    """It does so however long it is, and what the metadata said before stays."""
     tensors = {"a": torch.randn(3, 5), "b": torch.arange(7)}
     for length in range(12):
         save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
@@ -401,7 +401,7 @@ def hub(monkeypatch):
 
 
 def test_push_uploads_the_whole_export(tmp_path, hub, capsys):
-    """To a repository that is private if it is new; and the card's commands name it."""
+    """It makes a new repository private, and the card's commands name the repository."""
     folder = exportable(tmp_path)
     out = export(folder, "late", tmp_path / "out", "--merged", "--push", "owner/name")
     (name, made), (files, how) = hub
@@ -441,7 +441,7 @@ def test_no_name_for_the_hub_but_owner_and_name(name, hub):
 
 
 def test_what_cannot_be_pushed_is_said_before_writing(tmp_path, hub, monkeypatch):
-    """No token, no network; and where the upload itself fails the export is kept."""
+    """A token and the network are asked for first; where the upload itself fails, the export is kept."""
     folder, out, more = exportable(tmp_path), tmp_path / "out", ["--merged", "--push", "owner/name"]
     for where, value, match in (
         ((huggingface_hub, "get_token"), lambda: None, "no token.*hf auth login"),
@@ -514,7 +514,8 @@ def ask(at, folder, *more):
 
 
 def test_an_exports_answers_are_those_of_the_version(exported, chat):
-    """The same for an adapter and for a whole model; and a tokenizer reads each prompt as it was trained."""
+    """An adapter and a whole model have the same answers, and a tokenizer reads each prompt as it was
+    trained."""
     kept = [json.loads((exported / kind / "expected.json").read_text()) for kind in ("lora", "merged")]
     assert kept[0] == kept[1] and len(kept[0]["answers"]) == 6  # all that it has
     assert {row["answer"] for row in kept[0]["answers"]} == {"Hello."}

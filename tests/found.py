@@ -14,7 +14,7 @@ from plumbing.prompts import encode
 from plumbing.targets import layers_of
 from studies import found
 from tests.builders import RECORD, answers, asked, copy_of, evaluate, fake_commit, git, micro_backbone, opened
-from tests.builders import random_bank, random_examples, random_gating, refused, snapshot_of
+from tests.builders import random_bank, random_examples, random_gating, refused, rows_in, snapshot_of
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def five(tmp_path_factory):
 
 @pytest.mark.parametrize("count, kept", [(9, 3), (1, 9)])
 def test_weights_of_versions_are_algorithm_1_written_out(five, count, kept):
-    """Every record alone, and Adam by its formula. The backbone is in double precision."""
+    """Every record is computed alone, and Adam by its formula, on a backbone in double precision."""
     run, model = opened(five, micro_backbone().double())
     examples, n = random_examples(count), len(run.versions)
     tokens = sum(len(response) for _, response in examples)
@@ -73,7 +73,7 @@ def test_bare_layers_are_computed_once_for_all_gatings():
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["alpaca", "code"])
 def test_like_asks_who_has_the_lowest_loss(two, task, tmp_path, capsys):
-    """Literally: each alone, the versions, a composition of weight 2, and the backbone."""
+    """The versions, a composition of weight 2 and the backbone are each asked alone."""
     out = copy_of(two, tmp_path)
     git(out, "compose code --weights 2 --name twice")
     run, model, tokenizer = open_run(out, "cpu")
@@ -149,14 +149,13 @@ def test_the_study_counts_what_it_says(micro, tmp_path, capsys):
     """All styles have the same inputs, so each input goes home in one of six. What is there is not trained
     again, and the same rows come out."""
     options = micro("x", tmp_path)
-    backbone = options[options.index("--backbone") + 1]
     small = options[options.index("--device") :] + ["--epochs", "1"]
 
     def run(table, *more):
         path = tmp_path / f"{table}.json"
-        argv = [table, "--backbone", backbone, "--seeds", "1", "--out", str(tmp_path / "out"), *more, *small]
-        found.main([*argv, "--json", str(path)])
-        return json.loads(path.read_text())["rows"]
+        argv = [table, "--backbone", micro.folder, "--seeds", "1", "--out", str(tmp_path / "out"), *small]
+        found.main([*argv, *more, "--json", str(path)])
+        return rows_in(path)
 
     rows = run("styles")
     assert sum(row["routed home"] for row in rows) == 1 and len(rows) == 6

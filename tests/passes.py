@@ -45,7 +45,8 @@ def sliding():
 
 @pytest.mark.parametrize("make", [micro_backbone, micro_gpt2, sliding])
 def test_one_pass_chooses_the_gating_that_a_probe_would(make):
-    """Every row of a padded batch by its own prompt, once; tokens are those of a gating that was known."""
+    """Every row of a padded batch is asked once, by its own prompt; tokens are those of a gating that was
+    known."""
     model, seen = upper_model(make=make), []
     prompts, gating_of = [p for p, _ in random_examples(5)], by_h_bar(model, seen)
     chosen = model.generate(prompts, gating_of, -1, 6)
@@ -145,7 +146,7 @@ def test_passes_that_cannot_be_are_refused(micro, tmp_path, more, message):
 
 
 def test_without_bare_lower_layers_two_passes_are_advised():
-    """One that never comes to the layer, and one whose target in an upper layer runs before it."""
+    """One backbone never comes to the layer; in another a target of an upper layer runs before it."""
     backbone, tokenizer = micro_backbone(VOCABULARY), chat_tokenizer()
     first = layers_of(backbone)[1]
     assert len(choose_targets(backbone, tokenizer, bare=1)) == 7

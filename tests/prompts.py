@@ -23,7 +23,7 @@ from model import NIWF
 from plumbing import Refused
 from plumbing.prompts import encode, end_token, prompt_ids, prompt_of, stop_ids, text_of
 from tests.builders import CHAT, END, RECORD, asked, chat_tokenizer, copy_of, edit_json, evaluate, git
-from tests.builders import messages, micro_backbone, outcome, refused, saved
+from tests.builders import messages, micro_backbone, outcome, refused, rows_in, saved
 
 TODAY = "[system]Today is {{ strftime_now('%A %d %b %Y, %H:%M') }}." + END
 DATED = CHAT.replace("{{ bos_token }}", "{{ bos_token }}" + TODAY)
@@ -76,7 +76,7 @@ def control_ids(tokenizer, ids):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_and_response_are_the_whole_text_cut(family):
-    """Without a word boundary between them, and without a control token that only the user's text names."""
+    """No word boundary lies between them, and no control token comes from the user's text."""
     tokenizer = FAMILIES[family]()
     for template, question, answer in itertools.product((None, CHAT, INST), ASKED, SAID):
         tokenizer.chat_template, record = template, {"instruction": question, "output": answer}
@@ -98,7 +98,7 @@ def test_prompt_and_response_are_the_whole_text_cut(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ordinary_texts_have_the_tokens_they_have_together(family):
-    """As the tokenizer itself reads them, where no token covers the end of the prompt."""
+    """They are as the tokenizer itself reads them, where no token covers the end of the prompt."""
     tokenizer = FAMILIES[family]()
     tokenizer.chat_template = INST
     for answer in ("Hello there.", "3 tags", "日本"):
@@ -113,7 +113,8 @@ def test_ordinary_texts_have_the_tokens_they_have_together(family):
 
 
 def test_a_users_text_names_no_control_token_anywhere():
-    """Nor in a history, in tools or in the arguments of a call; the template's own stay what they are."""
+    """It names none in a history, in tools or in the arguments of a call; the template's own stay what they
+    are."""
     calls = CHAT.replace("{{ m.content | trim", "{{ (m.tool_calls or []) | tojson }}{{ m.content | trim")
     tokenizer = chat_tokenizer("{{ tools | tojson }}" + calls)
     call = {"type": "function", "function": {"name": "f", "arguments": {END: ["</s>", {"x": "<s>"}]}}}
@@ -154,7 +155,8 @@ def test_alpaca_has_no_place_for_a_history_or_tools():
 
 
 def test_a_refusal_quotes_the_users_text_alone():
-    """Not the texts by which the end of a turn is found; and a template that insists on a system goes on."""
+    """It hides the texts by which the end of a turn is found; a template that insists on a system message is
+    no reason to refuse."""
     record = {"instruction": f"Mine {END}", "output": "Done."}
     for template in ("{{ raise_exception('no ' + messages[-1].content) }}", "{{ messages | length }}" + CHAT):
         with pytest.raises(Refused) as refused:
@@ -203,7 +205,7 @@ def identical(run):
 
 
 def test_a_run_keeps_the_day_of_its_first_task(learn_by_chat, tmp_path, monkeypatch, capsys):
-    """Another day and hour, a template gets that day: the bits, the routing and a killed training go on."""
+    """A template gets that day on other days, too, so bits and routing stay and a killed training goes on."""
     out, answers, logits = tmp_path / "run", [], NIWF.logits
     set_clock(monkeypatch, 2026, 11, 28, 9)
     run = learn_by_chat("one", tmp_path / "whole", DATED)
@@ -235,7 +237,7 @@ def test_a_run_keeps_the_day_of_its_first_task(learn_by_chat, tmp_path, monkeypa
 
 
 def test_without_a_day_in_its_template_a_run_has_none(learn_by_chat, tmp_path, monkeypatch):
-    """So two days give the same versions."""
+    """Two days give the same versions."""
     for how in (), ("--template", "alpaca"):
         runs = []
         for day in (1, 2):
@@ -272,7 +274,7 @@ def test_runs_of_two_days_merge_where_the_first_is_one(learn_by_chat, tmp_path, 
     git(ours.folder, "merge", theirs)
     set_clock(monkeypatch, 2026, 11, 30)
     evaluate(ours.folder, "--json", tmp_path / "e.json")
-    same = json.loads((tmp_path / "e.json").read_text())["rows"][0]["identical"]
+    same = rows_in(tmp_path / "e.json")[0]["identical"]
     assert {*same} == {"one", "two"} and all(a == b for a, b in same.values())
     with refused("no common first version", ours.folder, other.folder):
         git(ours.folder, "merge", other.folder)
@@ -280,7 +282,7 @@ def test_runs_of_two_days_merge_where_the_first_is_one(learn_by_chat, tmp_path, 
 
 @pytest.mark.parametrize("template", [None, CHAT, THINKING])
 def test_an_exact_match_compares_with_what_is_trained(learn_by_chat, tmp_path, monkeypatch, capsys, template):
-    """With the template's own tags, and without cutting an answer where it names a control token."""
+    """The template's own tags count, and an answer that names a control token is not cut there."""
     how = ("--template", "alpaca") if template is None else ()
     run = learn_by_chat("one", tmp_path / "run", template or CHAT, *how)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.manifest["backbone"]["name"])
@@ -300,7 +302,7 @@ def test_an_exact_match_compares_with_what_is_trained(learn_by_chat, tmp_path, m
 
 
 def test_an_answer_stops_at_each_of_several_ends(learn_by_chat, tmp_path, monkeypatch, capsys):
-    """Those of generation_config and the one that was trained, of a version and of the bare backbone."""
+    """Versions and the bare backbone stop at the ends of generation_config and at the trained one."""
     run, backbone = learn_by_chat("one", tmp_path / "run"), micro_backbone(300)
     tokenizer = chat_tokenizer()
     assert stop_ids(backbone, tokenizer, "chat") == sorted({2, end_token(tokenizer, "chat")})
@@ -336,7 +338,7 @@ def talk(monkeypatch, run, lines, *more):
 
 
 def test_a_system_message_goes_before_a_prompt(learn_by_chat, tmp_path, monkeypatch, capsys):
-    """By --system and by /system, whose empty text takes it away; and its name of a token is text."""
+    """Both --system and /system set it, an empty text takes it away, and a token's name in it is text."""
     run, written, tokenizer = learn_by_chat("one", tmp_path / "run"), [], chat_tokenizer()
 
     def see(ids, _):
@@ -362,7 +364,7 @@ def test_a_system_message_goes_before_a_prompt(learn_by_chat, tmp_path, monkeypa
 def test_a_system_message_without_a_place_is_refused(
     learn_by_chat, tmp_path, monkeypatch, capsys, template, message
 ):
-    """In one line that quotes the user; the talk goes on without it."""
+    """The refusal is one line that quotes the user, and the talk goes on without the message."""
     how = ("--template", "alpaca") if template is None else ()
     run = learn_by_chat("one", tmp_path / "run", template or CHAT, *how)
     said_nothing(monkeypatch)

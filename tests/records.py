@@ -317,7 +317,7 @@ def test_chats_reach_the_template_whole(tmp_path, capsys):
 
 
 def test_own_data_is_held_out_by_prompt(micro, tmp_path, capsys):
-    """Through the command line: what is kept for validation is a tenth of the prompts, as plain records."""
+    """The command line keeps a tenth of the prompts for validation, as plain records."""
     rows = [{**RECORD, "instruction": f"Say {i}.", "id": i} for i in range(40)] * 2
     (tmp_path / "mine.json").write_text(json.dumps(rows), encoding="utf-16")
     out = tmp_path / "run"

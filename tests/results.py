@@ -15,7 +15,7 @@ import synthetic
 from plumbing import Refused
 from plumbing.records import read_records
 from studies import architectures, names, pictures, report, variants
-from tests.builders import HERE, refused, run_quietly, tiny_tokenizer
+from tests.builders import HERE, refused, rows_in, run_quietly, tiny_tokenizer
 
 DATA = HERE / "assets" / "data"
 
@@ -69,10 +69,10 @@ def test_pictures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys
 
 
 def test_the_table_of_architectures_judges_each_family(tmp_path, capsys):
-    """One that works, one that is refused as it takes no mask, and a name that is none."""
+    """One family works, one is refused as it takes no mask, and a third name is none."""
     pytest.importorskip("peft")
     architectures.main(["--only", "gpt2", "rwkv", "--json", str(tmp_path / "out.json")])
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    rows = rows_in(tmp_path / "out.json")
     assert [row["verdict"] for row in rows] == ["right", "refused"], rows
     assert rows[0]["share"] == 0.5 and all(rows[0][name] <= 1 for name in architectures.CHECKS)
     assert "1 right, 0 in part, 1 refused, 0 wrong, 0 not built" in capsys.readouterr().out
@@ -86,24 +86,24 @@ def test_losses_of_a_resumed_training_replace_the_lost_ones(tmp_path):
     assert variants.training_losses(tmp_path / "log.jsonl") == {"a": [1, 2, 0.3], "b": [7]}
 
 
-CHOOSE = [DATA / f"{task}.choose.json" for task in ("alpaca", "code")]
+CHOOSE = ["--data", *(DATA / f"{task}.choose.json" for task in ("alpaca", "code"))]
 FEW_EXAMPLES = "--examples 40 --val-examples 16 --batch 8 --grad-accum 1 --lr 0.02 --device cpu".split()
 
 
 def run_variants(table, rows, micro, tmp_path, data=CHOOSE):
-    backbone = micro("alpaca", tmp_path)[3]
-    argv = [table, "--backbone", backbone, "--data", *data, "--out", tmp_path / "v", "--seeds", 0]
+    """Train rows of a table on few examples. -> {name: what is written of the one seed}"""
+    argv = [table, "--backbone", micro.folder, *data, "--out", tmp_path / "v", "--seeds", 0]
     argv = [*argv, "--json", tmp_path / "v.json", "--rows", *rows, *FEW_EXAMPLES]
     variants.main([str(x) for x in argv])
-    return json.loads((tmp_path / "v.json").read_text())["rows"]
+    return {name: row for name, (row,) in rows_in(tmp_path / "v.json").items()}
 
 
 def test_every_variant_is_another_training(micro, tmp_path, capsys):
     rows = ["NIWF, N 16, K 8", *(name for name, row in variants.CHOICES.items() if row.patch)]
-    found = run_variants("choose", rows, micro, tmp_path, CHOOSE[:1])
-    losses = [found[name][0]["R"]["stored"][0][0] for name in rows]
+    found = run_variants("choose", rows, micro, tmp_path, CHOOSE[:2])
+    losses = [found[name]["R"]["stored"][0][0] for name in rows]
     assert len({*losses}) == len(rows) and len(rows) > 5, found
-    again = run_variants("choose", rows, micro, tmp_path, CHOOSE[:1])  # nothing is trained again
+    again = run_variants("choose", rows, micro, tmp_path, CHOOSE[:2])  # nothing is trained again
     assert again == found and "nothing to train" in capsys.readouterr().out
     assert "no such" in run_quietly(variants.main, ["choose", "--rows", "no such"], capsys)
 
@@ -111,10 +111,10 @@ def test_every_variant_is_another_training(micro, tmp_path, capsys):
 def test_two_task_rows_keep_or_lose_what_they_must(micro, tmp_path):
     """Every record of a task has the same answer, so what is learned of one is learned of all."""
     data = [tmp_path / f"{task}.json" for task in ("alpaca", "code")]
-    for path, source, answer in zip(data, CHOOSE, ("Hello.", "Bye.")):
+    for path, source, answer in zip(data, CHOOSE[1:], ("Hello.", "Bye.")):
         path.write_text(json.dumps([r | {"output": answer} for r in read_records(source)[:100]]))
     rows = ["LoRA r 64, one", "full fine-tuning", "LoRA r 64, one a task", "NIWF, exact lock"]
-    found = {name: made[0] for name, made in run_variants("baselines", rows, micro, tmp_path, data).items()}
+    found = run_variants("baselines", rows, micro, tmp_path, ["--data", *data])
     for name in rows:
         (learned, _), (now, code) = found[name]["R"]["stored"]
         assert (learned == now) == (name not in rows[:2]), name  # nothing holds the first two
@@ -138,14 +138,23 @@ def test_variants_remove_nothing_and_refuse_a_damaged_row(micro, tmp_path, capsy
 
 def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
     found = run_variants("soft-lock", [*variants.SOFT_LOCK], micro, tmp_path)
-    drift = {name: made[0]["drift"]["alpaca"] for name, made in found.items()}
-    R = {name: [row[0] for row in made[0]["R"]["stored"]] for name, made in found.items()}
     for name in variants.SOFT_LOCK:
-        assert ("dynamics" in name) == (drift[name]["moved"] == 0), name
-        assert ("field" in name) == (drift[name]["lock_loss"] == 0), name
-    # Stored: the committed dynamics, and what has become of the field and the bases.
-    assert R["bases and field frozen"][0] == R["bases and field frozen"][1]
-    assert R["nothing frozen"][0] != R["nothing frozen"][1]
+        drift, ((before, _), (now, _)) = found[name]["drift"]["alpaca"], found[name]["R"]["stored"]
+        assert ("dynamics" in name) == (drift["moved"] == 0), name
+        assert ("field" in name) == (drift["lock_loss"] == 0), name
+        if name in ("nothing frozen", "bases and field frozen"):
+            assert (now == before) == ("field" in name)  # stored: what has become of field and bases
+
+
+def test_what_else_keeps_a_task_is_trained_and_asked_as_it_says(micro, tmp_path):
+    rows = ["one, replay of 5 %", "one, EWC 10000", "O-LoRA, 0.5", "mean of one a task"]
+    found = run_variants("fair", rows, micro, tmp_path, data=[])
+    sizes = {name: row["config"]["code"]["examples"] for name, row in found.items()}
+    assert sizes == dict.fromkeys(rows, 40) | {rows[0]: 42}
+    assert len({row["R"]["stored"][0][0] for row in found.values()}) == 1  # the first task is the same
+    assert [name for name in rows if "routing" not in found[name]] == rows[2:]
+    mean = found[rows[3]]["R"]
+    assert mean["stored"][1] == mean["routed"][1] != mean["stored"][0]
 
 
 def tables_of_pages():
@@ -279,7 +288,7 @@ def test_a_file_of_results_with_other_rows_is_refused_by_name(tmp_path, monkeypa
 
 @pytest.mark.parametrize("program, name, rows", [(report, "baselines", {}), (pictures, "regions", [{}])])
 def test_a_damaged_file_of_results_is_one_line(program, name, rows, tmp_path, monkeypatch):
-    """Also where it is one of many that a page or a picture is made of."""
+    """It is one line also where the file is one of many that a page or a picture is made of."""
     results = shutil.copytree(report.RESULTS, tmp_path / "results")
     damaged = json.dumps(report.read_results(f"tiny-{name}") | {"rows": rows})
     (results / f"tiny-{name}.json").write_text(damaged)

@@ -484,8 +484,8 @@ def test_other_names_of_this_machine_are_let_in_by_host_alone():
 
 
 def test_the_plane_is_where_means_differ_most(double):
-    """Two Gaussians whose means differ along one axis, on which they are narrow: it becomes the first. Of the
-    others the widest becomes the second. On either the pooled deviation is 1."""
+    """The axis along which two narrow Gaussians differ becomes the first, and the widest of the others the
+    second; on either the pooled deviation is 1."""
     torch.manual_seed(0)
     cov, mean = torch.diag(torch.tensor([0.04, 9.0, 1.0])), torch.tensor([[-1.0, 0, 0], [1, 0, 0]])
     regions = [Region(m, cov, 1.0, 9) for m in mean]
