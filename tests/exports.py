@@ -147,14 +147,14 @@ def test_what_is_exported_is_the_version_at_its_mean_coordinate(tmp_path, name, 
 def test_an_adapter_opens_from_any_working_directory(tmp_path, monkeypatch):
     """A backbone that was named by a relative path is named by an absolute one, and tiny by its folder."""
     backbone = micro_backbone(VOCABULARY)
-    folder = exportable(tmp_path, backbone)
-    a_run_on(backbone, "backbone", tmp_path / "relative")
+    saved(backbone, tmp_path / "backbone")
     monkeypatch.chdir(tmp_path)
+    folder = a_run_on(backbone, "backbone", tmp_path / "relative")
     alike, lora = Alike(folder, backbone, "late"), tmp_path / "lora"
     export("relative", "late", "lora")
     assert config_of(lora)["base_model_name_or_path"] == str(tmp_path / "backbone")
     assert base_of("tiny") == (TINY_FOLDER, "") and os.path.isabs(TINY_FOLDER)
-    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "relative")
     alike(peft_opened(lora))
 
 
@@ -239,10 +239,8 @@ def test_a_backbone_with_an_adapter_in_it_is_refused(tmp_path, bare):
 def test_generate_stops_where_a_chat_was_trained_to_end(chat, tmp_path, capsys):
     """The end of a turn is in a merged checkpoint's generation_config, beside what was there, although that
     is one that transformers would not save once it is changed; the chat template is saved, too."""
-    backbone, name = (
-        shutil.copytree(chat.parent / "backbone", tmp_path / "backbone"),
-        "generation_config.json",
-    )
+    name, backbone = "generation_config.json", tmp_path / "backbone"
+    shutil.copytree(chat.parent / "backbone", backbone)
     known = config_of(backbone, name)["eos_token_id"]
     edit_json(backbone / name, lambda config: config.update(temperature=0.5))
     merged = export(chat, "chats", tmp_path / "out", "--merged", "--backbone", backbone)
@@ -299,8 +297,7 @@ def test_an_adapter_that_peft_would_rewrite_is_refused(tmp_path, monkeypatch, wi
 
 def test_without_peft_an_adapter_is_written_and_that_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
-    folder = exportable(tmp_path)
-    assert (export(folder, "late", tmp_path / "lora") / "adapter_config.json").exists()
+    assert config_of(export(exportable(tmp_path), "late", tmp_path / "lora"))
     assert "not tried with peft" in capsys.readouterr().out
 
 
@@ -540,15 +537,17 @@ def test_a_server_that_has_the_export_answers_the_same(exported, capsys, strict,
 def test_answers_that_differ_are_named_and_fail(exported, chat, capsys):
     """One that is changed is named where it parts; those of the backbone alone are known as such."""
     change = lambda number, text: "Hell, no\x1b[2J" if number == 3 else text
-    with serving(server_of(exported / "merged", [], change=change)) as at, pytest.raises(SystemExit) as e:
-        ask(at, exported / "lora")
-    out = capsys.readouterr().out
-    assert e.value.code == 1 and "5 of 6" in out and "\x1b" not in out
+
+    def told(handler, *more):
+        with serving(handler) as at, pytest.raises(SystemExit, match="^1$"):
+            ask(at, exported / "lora", *more)
+        return capsys.readouterr().out
+
+    out = told(server_of(exported / "merged", [], change=change))
+    assert "5 of 6" in out and "\x1b" not in out
     assert "3  after 'Hell' expected 'o.', got ', no\\x1b[2J'\n" in out and out.count("the same") == 5
-    with serving(server_of(chat.parent / "backbone", [])) as at, pytest.raises(SystemExit) as e:
-        ask(at, exported / "lora", "--json")
-    rows = json.loads(capsys.readouterr().out)
-    assert e.value.code == 1 and all("base model's answer" in row["wrong"] for row in rows) and len(rows) == 6
+    rows = json.loads(told(server_of(chat.parent / "backbone", []), "--json"))
+    assert all("base model's answer" in row["wrong"] for row in rows) and len(rows) == 6
 
 
 def page(body, status="200 OK", head=""):
@@ -636,22 +635,15 @@ def test_no_address_of_a_server(exported, at):
         ask_server(at, exported / "lora" / "expected.json")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda x: x.pop("answers"),
-        lambda x: x["answers"][0].pop("prompt"),
-        lambda x: x["answers"][0].update(answer=None),
-        *(lambda x, bad=bad: x.update(bad) for bad in ({"answers": []}, {"answers": {}}, {"format": 2})),
-        *(lambda x, bad=bad: x.update(bad) for bad in ({"model": "../x"}, {"max_tokens": 10**9})),
-        *(lambda x, bad=bad: x.update(bad) for bad in ({"end_id": -1}, {"more": 1})),
-    ],
-)
-def test_what_is_expected_is_read_whole_before_it_is_asked(exported, tmp_path, change):
-    shutil.copy(exported / "lora" / "expected.json", tmp_path)
-    edit_json(tmp_path / "expected.json", change)
-    with refused(re.escape(str(tmp_path))):
-        ask("http://127.0.0.1:1", tmp_path)
+def test_what_is_expected_is_read_whole_before_it_is_asked(exported, tmp_path):
+    whole = config_of(exported / "lora", "expected.json")
+    first, without = whole["answers"][0], lambda row, name: {k: row[k] for k in row if k != name}
+    lies = [{"answers": lie} for lie in ([], {}, [without(first, "prompt")], [first | {"answer": None}])]
+    lies += [{"format": 2}, {"model": "../x"}, {"max_tokens": 10**9}, {"end_id": -1}, {"more": 1}]
+    for content in (without(whole, "answers"), *(whole | lie for lie in lies)):
+        (tmp_path / "expected.json").write_text(json.dumps(content))
+        with refused(re.escape(str(tmp_path))):
+            ask("http://127.0.0.1:1", tmp_path)
 
 
 def test_prompts_that_a_server_would_misread_are_not_asked():

@@ -1,6 +1,6 @@
 """The environment: help, signals, little memory, full disks, folders that cannot be written."""
 
-import importlib
+import importlib.util
 import os
 import re
 import signal
@@ -15,10 +15,9 @@ from tests.builders import HERE, PROGRAMS
 from tests.hostile import argv_of, refuses, untouched, works
 
 try:
-    import fcntl
     import resource
 except ImportError:  # Windows
-    fcntl = resource = None
+    resource = None
 
 
 def says_in_one_line(code, err, match):
@@ -162,8 +161,13 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(base, world):
             folder.chmod(0o755)
 
 
-@pytest.mark.skipif(not fcntl, reason="no fcntl here")
-def test_of_two_processes_the_second_is_told_to_wait(base, world):
-    with open(world / "run" / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        only_readers_work(base, world, "another process")
+@pytest.mark.skipif(not importlib.util.find_spec("fcntl"), reason="no fcntl here")
+def test_a_second_process_is_refused_until_the_first_ends(base, world):
+    run, hold = ascii(str(world / "run")), "print(flush=True), time.sleep(600)"
+    script = f"import commit, time\nwith commit.Run({run}).exclusive(): {hold}"
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=HERE)
+    holder.stdout.readline()
+    only_readers_work(base, world, "another process is at work")
+    holder.kill()
+    holder.wait()
+    works(*argv_of("rollback", base, world / "run"))

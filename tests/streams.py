@@ -79,15 +79,11 @@ def test_fixed_masks_keep_every_bit_under_all_precautions(leak, parameters, outp
         assert synthetic.row_summary(out)["stored_fm"] == synthetic.row_summary(out)["recovered_fm"] == 0.0
 
 
-@pytest.mark.parametrize(
-    "variant, inputs, method",
-    [
-        ("clf", "uniform", "ftn-slow-lock"),
-        ("clf", "gaussian", "ftn-slow-lock"),
-        ("reg", "uniform", "ftn-slow-lock"),
-        ("clf", "uniform", "random-disjoint-recall"),
-    ],
-)
+DISJOINT = [(variant, "uniform", "ftn-slow-lock") for variant in ("clf", "reg")]
+DISJOINT += [("clf", "gaussian", "ftn-slow-lock"), ("clf", "uniform", "random-disjoint-recall")]
+
+
+@pytest.mark.parametrize("variant, inputs, method", DISJOINT)
 def test_disjoint_masks_keep_stored_tasks_to_the_bit(variant, inputs, method):
     outs = [run_row(StudyRow(variant, method, seed, inputs=inputs, tasks=4, **SMALL)) for seed in (0, 1)]
     assert outs[0]["winners"] != outs[1]["winners"]
@@ -97,15 +93,14 @@ def test_disjoint_masks_keep_stored_tasks_to_the_bit(variant, inputs, method):
         assert len({*sum(out["winners"], [])}) == 4 * SMALL["k"]
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        synthetic.Row("clf", "ftn-slow-lock", 0, **SMALL),
-        synthetic.Row("reg", "random-disjoint-recall", 0, **SMALL),
-        synthetic.Row("clf", "ftn-slow-hidden-recall", 0, **SMALL),
-        StyleRow("lora-ftn-lock", 0, **SMALL_STYLE),
-    ],
-)
+RECALLED = ("clf", "ftn-slow-lock"), ("reg", "random-disjoint-recall"), ("clf", "ftn-slow-hidden-recall")
+RECALLED = [
+    *(synthetic.Row(*row, 0, **SMALL) for row in RECALLED),
+    StyleRow("lora-ftn-lock", 0, **SMALL_STYLE),
+]
+
+
+@pytest.mark.parametrize("row", RECALLED)
 def test_a_support_batch_recalls_the_mask_of_lowest_loss(row):
     learner = learner_of(row)
 
@@ -484,22 +479,20 @@ def test_a_backbone_whose_responses_cannot_end_is_refused():
         StyleStream(StyleRow("lora-ftn", 0), tokenizer)
 
 
-@pytest.mark.parametrize("method", ["lora-fixedmask", "lora-ftn-lock"])
-def test_disjoint_components_keep_every_stored_style_to_the_bit(method):
-    out = run_row(StyleRow(method, 0, **SMALL_STYLE))
-    s = synthetic.row_summary(out)
-    assert s["stored_fm"] == 0.0 and nothing_moved(out) and not any(out["overlap_last"])
-    assert method == "lora-ftn-lock" or s["recovered_fm"] == 0.0
+STYLE_ROWS = [("lora-fixedmask", {}), ("lora-ftn-lock", {}), ("lora-naive", {})]
+STYLE_ROWS += [("lora-ftn", {"reconfigure": "every"}), ("lora-ftn", {"b_std": 0.01})]
 
 
-@pytest.mark.parametrize(
-    "method, more",
-    [("lora-naive", {}), ("lora-ftn", {"reconfigure": "every"}), ("lora-ftn", {"b_std": 0.01})],
-)
-def test_other_ways_to_use_the_pool_run_and_are_not_protected(method, more):
+@pytest.mark.parametrize("method, more", STYLE_ROWS)
+def test_disjoint_components_keep_every_stored_style_to_the_bit(method, more):
+    """Other ways to use the pool run, too, and the naive one moves nearly everything."""
     out = run_row(StyleRow(method, 0, **more, **SMALL_STYLE))
     assert all(0 < ce < 20 for ce in out["R_stored"][-1] + out["R_recovered"][-1])
     assert method != "lora-naive" or all(p > 0.9 for p in out["parameters_moved"][:-1])
+    if method in ("lora-fixedmask", "lora-ftn-lock"):
+        s = synthetic.row_summary(out)
+        assert s["stored_fm"] == 0.0 and nothing_moved(out) and not any(out["overlap_last"])
+        assert method == "lora-ftn-lock" or s["recovered_fm"] == 0.0
 
 
 def test_the_bank_takes_a_component_of_the_same_size_per_task():
@@ -535,11 +528,8 @@ def test_styles_share_sentences_and_parts_share_none():
 
 
 METHODS = "bare niwf lora-each lora-one lora-multi average o-lora niwf-printed".split()
-LABELS = {
-    "colour": ["Red", "Deep Blue"],
-    "size": ["Small", "Large", "Very Large"],
-    "truth": ["True", "False"],
-}
+LABELS = {"colour": ["Red", "Deep Blue"], "size": ["Small", "Large", "Very Large"]}
+LABELS["truth"] = ["True", "False"]
 
 
 @pytest.fixture(scope="session")
@@ -735,11 +725,9 @@ def test_a_sequence_refuses_what_it_cannot_learn(more, why, toy, tmp_path, capsy
 
 def test_measures_of_a_sequence_are_those_of_a_literal_loop():
     learned, last, alone = [50.0, 60.0, 70.0], [45.0, 62.0, 70.0], [50.0, 55.0, 71.0]
-    found = likelier.measures(learned, last, alone)
-    assert found["ACC"] == (45 + 62 + 70) / 3
-    assert found["BWT"] == ((45 - 50) + (62 - 60)) / 2 and found["forgetting"] == (5 + 0) / 2
-    assert found["FWT"] == ((60 - 55) + (70 - 71)) / 2
-    assert likelier.measures([], last) == {"ACC": found["ACC"]}
+    wanted = {"ACC": (45 + 62 + 70) / 3, "BWT": (-5 + 2) / 2, "forgetting": (5 + 0) / 2, "FWT": (5 - 1) / 2}
+    assert likelier.measures(learned, last, alone) == wanted
+    assert likelier.measures([], last) == {"ACC": wanted["ACC"]}
 
 
 def test_calibration_error_and_area_are_their_definitions():
