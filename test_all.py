@@ -87,7 +87,6 @@ from tests.passes import *
 from tests.exports import *
 from tests.folders import *
 from tests.answers import *
-from tests.found import *
 from tests.training import *
 from tests.streams import *
 from tests.hostile import *

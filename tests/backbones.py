@@ -188,9 +188,8 @@ def test_targets_are_named_at_the_first_task_and_then_stay(on_folder, tmp_path, 
     head, tensors = commit.read_version_file(next((old / "versions").iterdir()), tensors=True)
     del head["config"]["targets"]
     digest = commit.write_version(old / "versions", head, tensors)
-    edit_json(
-        old / "manifest.json", lambda m: (m["settings"].pop("targets"), m["versions"][0].update(hash=digest))
-    )
+    edit_json(old / "manifest.json", lambda m: m["settings"].pop("targets"))
+    edit_json(old / "manifest.json", lambda m: m["versions"][0].update(hash=digest))
     edit_json(old / "manifest.json", lambda m: m["results"][0].update(version=digest))
     evaluate(old)
     train.main(on_folder(folder, old, "--lock", "--task", "more"))
@@ -201,9 +200,9 @@ def test_targets_are_named_at_the_first_task_and_then_stay(on_folder, tmp_path, 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name not in USABLE])
 def test_a_backbone_that_pads_wrongly_is_refused(name, on_folder, tmp_path):
     """BART ignores the positions that it is given, and RoBERTa counts them from another number."""
-    folder, out = saved(micro_of(name), tmp_path / "backbone"), tmp_path / "run"
+    saved(micro_of(name), tmp_path / "backbone")
     with refused("cannot be used: .*each row alone", tmp_path):
-        train.main(on_folder(folder, out))
+        train.main(on_folder(tmp_path / "backbone", tmp_path / "run"))
 
 
 def test_a_cache_that_does_not_work_is_refused_before_training():
@@ -407,8 +406,7 @@ def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_
     git(out, export + "new/merged --merged", "--backbone", place)
     git(out, export + "lora", "--backbone", place)
     base = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert base == str(place)
-    assert Run(out).manifest["backbone"]["name"] == str(place)
+    assert base == str(place) == Run(out).manifest["backbone"]["name"]
     place = place.rename(tmp_path / "third")
     train.main(micro("alpaca", out, "--backbone", str(place)))
     assert Run(out).manifest["backbone"]["name"] == str(place)

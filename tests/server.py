@@ -169,16 +169,8 @@ DEEP = b"[" * 500_000
 BODIES = [b"", b"[]", b"null", b"{", DEEP, b'"\xff"', b'{"x":' + DEEP, b'{"model": NaN}', b"{} {}"]
 BODIES += ['{"a": 1}'.encode("utf-16"), b'{"model": "auto", "model": "base"}']
 BODIES += [b'{"seed": ' + b"9" * 9000 + b"}", b'{"model": "auto", "messages": [], "temperature": 1e999}']
-HOSTS = (
-    "evil.example",
-    "evil.example:80",
-    "127.0.0.1.evil.example",
-    "localhost:1",
-    "",
-    "HERE, HERE",
-    "1.2.3.4",
-)
-HOSTS += None, "HERE\r\nHost: evil.example"
+HOSTS = "evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost:1", "", "HERE, HERE"
+HOSTS += "1.2.3.4", None, "HERE\r\nHost: evil.example"
 ORIGINS = "http://evil.example", "null", "https://HERE", "http://HERE.evil.example", "http://localhost:1", ""
 TYPES = "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None
 LENGTHS = "-1", "x", "1e3", "+5", "٣", "9" * 5000
@@ -210,9 +202,9 @@ def hostile_cases():
     yield "said to be more than 1 MiB", post(b"", Content_Length=10**12), 413
     yield from ((f"path {path:.20}", get(path), 404) for path in PATHS)
     yield "POST to the page", post(say(), path="/"), 404
-    for lines, status in ((NO_METHODS, 501), (NO_LINES, (400, 505))):
-        for line in lines:
-            yield f"line {line[:9]!r}", f"{line}\r\nHost: HERE\r\n\r\n".encode("latin-1"), status
+    for line in (*NO_METHODS, *NO_LINES):
+        status = 501 if line in NO_METHODS else (400, 505)
+        yield f"line {line[:9]!r}", f"{line}\r\nHost: HERE\r\n\r\n".encode("latin-1"), status
     yield "a long line", b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414
     yield "a long header", get("/", more=f"X: {'a' * 70_000}\r\n"), 431
     yield "many headers", get("/", more="X: 1\r\n" * 200), 431
@@ -222,10 +214,6 @@ def hostile_cases():
 
 
 HOSTILE = [*hostile_cases()]
-
-
-def test_the_table_of_hostile_requests_is_long():
-    assert len({raw for _, raw, _ in HOSTILE}) == len(HOSTILE) >= 110
 
 
 def is_refused(reply, status):
@@ -336,6 +324,10 @@ def test_answers_come_one_at_a_time_and_stop_with_the_client(stream):
 TEXTS = "Name three fruits.", "How do I sort names in Python?", "naïve 🙂 </s> <|end|>\0", " ", "x " * 40
 
 
+def streamed(events):
+    return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_answer_is_what_eval_py_prints_and_says_who_gave_it(two, of_two, monkeypatch, capsys, text):
     load_in_double(monkeypatch)
@@ -354,10 +346,6 @@ def test_an_answer_is_what_eval_py_prints_and_says_who_gave_it(two, of_two, monk
     assert streamed(events[:-1]) == shown and {e["id"] for e in events} == {events[0]["id"]}
     assert events[-2]["choices"][0]["finish_reason"] == choice["finish_reason"]
     assert events[-1]["choices"] == [] and events[-1]["usage"] == usage
-
-
-def streamed(events):
-    return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
 
 
 def test_a_version_is_asked_by_name_hash_or_beginning(two, of_two, monkeypatch, capsys):
