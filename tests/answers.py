@@ -354,17 +354,14 @@ def test_a_found_composition_is_an_ordinary_one(two, tmp_path, capsys):
     assert "as asked" in asked(out, capsys, *"--version AB --prompt Hi. --max-new-tokens 2".split())[1]
 
 
-@pytest.mark.parametrize(
-    "text, why",
-    [
-        ("[]", "there are none"),
-        (json.dumps([RECORD, {"instruction": "x"}]), "record 2"),
-        (json.dumps([RECORD, RECORD | {"output": " "}]), "2 read: 1 usable, 1 empty"),
-        (json.dumps([RECORD | {"label": False}]), "1 read"),
-    ],
-)
-def test_records_to_be_like_are_all_usable_or_refused(two, text, why, tmp_path):
-    (tmp_path / "few.json").write_text(text)
+UNLIKE = [([], "there are none"), ([RECORD, {"instruction": "x"}], "record 2")]
+UNLIKE += [([RECORD, RECORD | {"output": " "}], "2 read: 1 usable, 1 empty")]
+UNLIKE += [([RECORD | {"label": False}], "1 read")]
+
+
+@pytest.mark.parametrize("records, why", UNLIKE)
+def test_records_to_be_like_are_all_usable_or_refused(two, records, why, tmp_path):
+    (tmp_path / "few.json").write_text(json.dumps(records))
     for command in (
         lambda *like: evaluate(two, "--prompt x --like", *like),
         lambda *like: git(two, "compose --name new --like", *like),

@@ -48,10 +48,8 @@ def test_a_closed_pipe_ends_a_command_without_a_word(two):
     assert (process.stderr, process.returncode) == ("", 1)
 
 
-@pytest.mark.parametrize(
-    "program, report", [("train", "^step 2/2 "), ("synthetic", "^clf fixedmask seed 0 ")]
-)
-def test_without_a_terminal_no_bar_is_drawn(program, report, micro, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("program", ["train", "synthetic"])
+def test_without_a_terminal_no_bar_is_drawn(program, micro, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = "--variant clf --methods fixedmask --tasks 2 --steps 5".split()
     if program == "train":
@@ -63,7 +61,7 @@ def test_without_a_terminal_no_bar_is_drawn(program, report, micro, tmp_path, mo
     with open(ours, newline="") as pipe:
         err, out = pipe.read(), capsys.readouterr().out
     assert "\r" not in err + out and not re.search(r"/s\]|%\|", err)
-    assert len(re.findall(report, out, re.MULTILINE)) == 1
+    assert len(re.findall("^(step 2/2|clf fixedmask seed 0) ", out, re.MULTILINE)) == 1
 
 
 GROUPS = dict.fromkeys(

@@ -176,17 +176,17 @@ ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i} </s>, {END} no end."}
 
 @pytest.fixture
 def learn_by_chat(tmp_path):
-    """Train a task of ROWS, or of other rows, on a micro backbone with a chat template."""
+    """Train a task of ROWS, or of other rows, on a micro backbone with a chat template, or by Alpaca's."""
 
     def start(task, out, template=CHAT, *more, rows=ROWS):
         folder = tmp_path / f"backbone {abs(hash(template))}"
         if not folder.exists():
-            tokenizer = chat_tokenizer(template)
+            tokenizer = chat_tokenizer(template or CHAT)
             saved(micro_backbone(len(tokenizer)), folder, tokenizer)
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         where = ["--task", task, "--backbone", folder, "--data", tmp_path / "rows.json", "--out", out]
-        more = [*more] if "--template" in more else ["--template", "chat", *more]
-        train.main([str(x) for x in [*where, *SMALL.split(), *more]])
+        name = "chat" if template else "alpaca"
+        train.main([str(x) for x in [*where, *SMALL.split(), "--template", name, *more]])
         return Run(out)
 
     return start
@@ -238,11 +238,11 @@ def test_a_run_keeps_the_day_of_its_first_task(learn_by_chat, tmp_path, monkeypa
 
 def test_without_a_day_in_its_template_a_run_has_none(learn_by_chat, tmp_path, monkeypatch):
     """Two days give the same versions."""
-    for how in (), ("--template", "alpaca"):
+    for template in CHAT, None:
         runs = []
         for day in (1, 2):
             set_clock(monkeypatch, 2026, 5, day)
-            runs.append(learn_by_chat("one", tmp_path / f"{day}{how}", CHAT, *how))
+            runs.append(learn_by_chat("one", tmp_path / f"{day}{not template}", template))
             assert "day" not in runs[-1].manifest["settings"] | runs[-1].head(runs[-1].find("one"))["config"]
         assert outcome(runs[0].folder)[0] == outcome(runs[1].folder)[0]
 
@@ -283,8 +283,7 @@ def test_runs_of_two_days_merge_where_the_first_is_one(learn_by_chat, tmp_path, 
 @pytest.mark.parametrize("template", [None, CHAT, THINKING])
 def test_an_exact_match_compares_with_what_is_trained(learn_by_chat, tmp_path, monkeypatch, capsys, template):
     """The template's own tags count, and an answer that names a control token is not cut there."""
-    how = ("--template", "alpaca") if template is None else ()
-    run = learn_by_chat("one", tmp_path / "run", template or CHAT, *how)
+    run = learn_by_chat("one", tmp_path / "run", template)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.manifest["backbone"]["name"])
     trained = [encode(r, tokenizer, run.template) for r in run.validation("one")]
     trained = {tuple(prompt): response[:-1] for prompt, response in trained}
@@ -357,16 +356,13 @@ def test_a_system_message_goes_before_a_prompt(learn_by_chat, tmp_path, monkeypa
     assert "--system goes with --prompt or --talk" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "template, message",
-    [(None, "no place for a system"), (NO_SYSTEM, "'Be kind.' .no system"), (DEAF, "leaves a system")],
-)
-def test_a_system_message_without_a_place_is_refused(
-    learn_by_chat, tmp_path, monkeypatch, capsys, template, message
-):
+NO_PLACE = {None: "no place for a system", NO_SYSTEM: "'Be kind.' .no system", DEAF: "leaves a system"}
+
+
+@pytest.mark.parametrize("template", NO_PLACE)
+def test_a_system_message_has_a_place_or_is_refused(learn_by_chat, tmp_path, monkeypatch, capsys, template):
     """The refusal is one line that quotes the user, and the talk goes on without the message."""
-    how = ("--template", "alpaca") if template is None else ()
-    run = learn_by_chat("one", tmp_path / "run", template or CHAT, *how)
+    run, message = learn_by_chat("one", tmp_path / "run", template), NO_PLACE[template]
     said_nothing(monkeypatch)
     for more in ("--prompt Hi.", "--talk"):
         with refused(message, run.folder):

@@ -27,21 +27,13 @@ def test_embedded_sets_are_what_the_readme_says(task):
     assert len(train) >= 4000 and len(val) >= 400 and not train & val
     kinds = [{r["kind"] for r in records} for records in sets.values()]
     assert len(kinds[0]) >= 25 and kinds[0] == kinds[1]
-
-
-def test_everything_embedded_takes_at_most_6_mb():
     files = [p for part in ("tiny", "data") for p in (HERE / "assets" / part).rglob("*")]
     assert sum(p.stat().st_size for p in files if p.is_file()) <= 6e6
 
 
 def test_the_tiny_tokenizer_gives_back_any_text():
     tokenizer = tiny_tokenizer()
-    for text in (
-        "def f(x):\n    return  x",
-        "naïve café 漢字 🙂\r\n\t",
-        " two  spaces ",
-        "### Instruction:\n",
-    ):
+    for text in ("def f(x):\n    return  x", "naïve 漢字 🙂\r\n\t", " two  spaces ", "### Instruction:\n"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
@@ -294,8 +286,9 @@ def test_a_damaged_file_of_results_is_one_line(program, name, rows, tmp_path, mo
     (results / f"tiny-{name}.json").write_text(damaged)
     monkeypatch.setattr(report, "RESULTS", results)
     monkeypatch.setattr(report, "HOME", tmp_path)
-    argv = (
-        ["--to", str(tmp_path / "new")] if pytest.importorskip("matplotlib") and program is pictures else []
-    )
+    argv = []
+    if program is pictures:
+        pytest.importorskip("matplotlib")
+        argv = ["--to", str(tmp_path / "new")]
     with refused("not what its command writes", results):
         program.main(argv)

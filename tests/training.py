@@ -26,7 +26,7 @@ from plumbing.processes import ENDED
 from field import CoordinateDynamics, WeightField, top_k_gating
 from studies import bench, stream
 from tests.builders import HERE, a_region, a_version_of, copy_of, edit_json, evaluate, forked, in_double
-from tests.builders import load_in_double, micro_model, outcome, random_examples, run_quietly, snapshot_of
+from tests.builders import load_in_double, micro_model, outcome, random_examples, snapshot_of
 from tests.builders import refused, rows_in, tensors_of
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -242,17 +242,8 @@ def test_a_chat_is_learned_and_asked_in_the_chat_template(chat, micro, tmp_path,
     assert Run(out).template == "chat" and outcome(out)[1][1]["identical"]["chats"] == [6, 6]
 
 
-@pytest.mark.parametrize(
-    "options, match",
-    [("--lr 1", "--task"), ("--task poems --backbone tiny --device cpu", "brings no data of its own")],
-)
-def test_a_training_needs_a_task_and_data(options, match, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert match in run_quietly(train.main, options.split(), capsys) and not [*tmp_path.iterdir()]
-
-
 def test_the_loss_of_a_step_is_equation_9_in_any_split():
-    """L = L_LM + 5 L_lock + 0.5 L_sep + 2 L_budget over four examples, in micro-batches of three and one."""
+    """L is L_LM + 5 L_lock + 0.5 L_sep over four examples, in micro-batches of three and one."""
     model, examples = micro_model(bases=6), random_examples(4)
     torch.manual_seed(3)
     dynamics, then, now = CoordinateDynamics(32, 4), WeightField(2, 6, 4, 7), WeightField(2, 6, 4, 7)
@@ -388,10 +379,11 @@ def train_in_two(argv, folder, rate=None, main=train.main):
     return out, end, codes
 
 
+AS_PRINTED = "--passes two --probe adapted --pool sequence --batch 1 --grad-accum 3"
+
+
 @needs_fork
-@pytest.mark.parametrize(
-    "more", ["--epochs 3", "--passes two --probe adapted --pool sequence --batch 1 --grad-accum 3"]
-)
+@pytest.mark.parametrize("more", ["--epochs 3", AS_PRINTED])
 def test_two_processes_learn_what_one_learns(micro, tmp_path, monkeypatch, more):
     """Two sums of the same numbers differ by rounding alone: AdamW, which makes a step of any gradient
     however near to zero, is replaced by plain steps, and no choice of bases could be a near tie."""
