@@ -47,11 +47,6 @@ def test_the_drift_of_a_grown_bank_is_told_over_all_its_bases():
     assert drift["lock_loss"] == 0 and drift["top_k_kept"] == 0.5 and drift["moved"] == 0
 
 
-def test_forgetting_is_relative_to_the_perplexity_when_learned():
-    rows = [{"task": "a", "stored": {"a": 4.0}}, {"task": "b", "stored": {"a": 5.0, "b": 2.0}}]
-    assert evaluation.forgetting(rows, "stored") == {"a": 25.0, "b": 0.0}
-
-
 def test_exact_matches_are_counted_by_kind(first, tmp_path, capsys):
     evaluate(first, "--exact-match 3 --max-new-tokens 3 --json", tmp_path / "e.json")
     counts = rows_in(tmp_path / "e.json")[0]["exact_match"]["alpaca"]

@@ -682,24 +682,20 @@ def test_our_older_results_are_overwritten(base, world):
         refuses("train", fuzz.options(base, "third", "deep/down/new", "--data", "none"), "no such file")
 
 
-def test_a_command_that_writes_moves_aside_what_nothing_names(base, world):
+def test_a_command_that_writes_tidies_up_what_is_ours(base, world):
+    """It moves versions aside that nothing names, and sweeps our temporary files; one that reads does not."""
     run, stranger = world / "run", world / "other" / version_path(world / "other", 1)
     unnamed = {f"{'1' * 64}.safetensors": b"whatever", stranger.name: stranger.read_bytes()}
-    for name, data in unnamed.items():
-        (run / "versions" / name).write_bytes(data)
-    works("commit", ["log", "--run", "run"])
-    assert all((run / "versions" / name).exists() for name in unnamed), "a command that reads moves nothing"
-    works(*argv_of("compose", base, run))
-    assert {p.name: p.read_bytes() for p in (run / "versions" / "orphans").iterdir()} == unnamed
-
-
-def test_only_our_own_temporary_files_are_swept(base, world):
     ours = [".manifest.json", f"versions/.{'1' * 64}.safetensors", "data/.code.val.json"]
     kept = "manifest.json.tmp .notes.txt.7.tmp niwf-tmp data/x.niwf-tmp sub/.x.7.niwf-tmp"
-    paths = [world / "run" / name for name in [*(f"{name}.7.niwf-tmp" for name in ours), *kept.split()]]
-    for path in paths:
-        path.write_text("x")
-    works(*argv_of("compose", base, world / "run"))
+    paths = [run / name for name in [*(f"{name}.7.niwf-tmp" for name in ours), *kept.split()]]
+    written = dict.fromkeys(paths, b"x") | {run / "versions" / name: data for name, data in unnamed.items()}
+    for path, data in written.items():
+        path.write_bytes(data)
+    with untouched(world):
+        works("commit", ["log", "--run", "run"])
+    works(*argv_of("compose", base, run))
+    assert {p.name: p.read_bytes() for p in (run / "versions" / "orphans").iterdir()} == unnamed
     assert [path.exists() for path in paths] == [False] * 3 + [True] * 5
 
 

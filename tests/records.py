@@ -236,6 +236,10 @@ def test_every_record_read_is_accounted_for(tmp_path, capsys):
     assert "21 asked in" in line
     assert "41 read: 5 validation, 20 repeats, 16 not needed (--val-examples 5)" in line
     assert {prompt for prompt, _ in examples}.isdisjoint(f"### Instruction:\nSay {i}." for i in range(20))
+    rows = [say(i, "word " * 99) for i in range(12)] + [say(20), say(21)]
+    for seed in range(4):  # validation goes on until a record is usable
+        examples, held, line = divided(tmp_path, capsys, rows, seed=seed)
+        assert len(examples) == len(held) == 1 and "12 over 64 tokens" in line
 
 
 def test_all_answers_to_a_prompt_are_kept_on_one_side(tmp_path, capsys):
@@ -259,13 +263,6 @@ def test_a_prompt_is_all_that_is_asked(tmp_path):
     rows += [{**say(0), "history": [["Hi.", "Yes?"]]}, {**say(0), "id": 3}]
     (tmp_path / "x").write_text(json.dumps(rows))
     assert len({prompt_key(r) for r in read_records(tmp_path / "x", "chat")}) == 5
-
-
-def test_validation_goes_on_until_a_record_is_usable(tmp_path, capsys):
-    rows = [say(i, "word " * 99) for i in range(12)] + [say(20), say(21)]
-    for seed in range(4):
-        examples, held, line = divided(tmp_path, capsys, rows, seed=seed)
-        assert len(examples) == len(held) == 1 and "12 over 64 tokens" in line
 
 
 def test_the_embedded_records_keep_their_order(tmp_path, capsys):

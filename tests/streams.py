@@ -20,18 +20,19 @@ import types
 import pytest
 import torch
 
+import eval as evaluation
 import synthetic
 import train
 from ftn import PrivateMLPs, unpack
 from model import response_nll
-from plumbing import Refused
+
 from plumbing import rows as kept
 from plumbing.tables import spread
 from studies import digits, likelier, neurons, sequence, settings, styles, support, tables, variants
 from studies import sure as sure_study
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
-from tests.builders import HERE, micro_model, rows_in, run_quietly, snapshot_of, tiny_tokenizer
+from tests.builders import HERE, micro_model, refused, rows_in, run_quietly, snapshot_of, tiny_tokenizer
 
 SMALL = dict(steps=12, batch=32, side=8, k=8, layers=3, width=4)
 SMALL_STYLE = dict(steps=2, tasks=2, side=4, k=4, rank=2, support=4)
@@ -264,11 +265,11 @@ def test_without_the_lock_a_shared_neuron_forgets():
 
 def test_a_full_grid_and_no_finite_score_are_refused():
     nine = dict(SMALL, tasks=9, steps=2)
-    with pytest.raises(Refused, match="the grid is full: 64 of its 64 .*--grow"):
+    with refused("the grid is full: 64 of its 64 .*--grow"):
         run_row(synthetic.Row("clf", "ftn-slow-lock", 0, **nine))
     out = run_row(synthetic.Row("clf", "ftn-slow-lock", 0, grow=True, **nine))
     assert out["final_side"] == 12 and len(out["R_stored"]) == 9 and nothing_moved(out)
-    with pytest.raises(Refused, match="not finite in task 1"):
+    with refused("not finite in task 1"):
         run_row(synthetic.Row("reg", "fixedmask", 0, **dict(SMALL, lr=1e30)))
 
 
@@ -342,12 +343,18 @@ def test_every_method_has_a_row():
 
 
 def test_forgetting_is_positive_where_a_score_got_worse():
-    accuracy = [[0.9], [0.7, 0.8], [0.6, 0.9, 0.9]]
+    """In NIWF it is relative to the perplexity when learned; in a sequence no gain is set against a loss."""
+    accuracy, error = [[0.9], [0.7, 0.8], [0.6, 0.9, 0.9]], [[0.1], [0.4, 0.2], [0.3, 0.1, 0.1]]
     assert synthetic.forgetting_measure(accuracy, 1) == pytest.approx((0.3 + 0.0) / 2)
-    error = [[0.1], [0.4, 0.2], [0.3, 0.1, 0.1]]
     assert synthetic.forgetting_measure(error, -1) == pytest.approx((0.2 + 0.0) / 2)
     # the formula as printed rewards the second
     assert synthetic.forgetting_measure(error, 1) == pytest.approx((0.1 + 0.1) / 2)
+    rows = [{"task": "a", "stored": {"a": 4.0}}, {"task": "b", "stored": {"a": 5.0, "b": 2.0}}]
+    assert evaluation.forgetting(rows, "stored") == {"a": 25.0, "b": 0.0}
+    learned, last, alone = [50.0, 60.0, 70.0], [45.0, 62.0, 70.0], [50.0, 55.0, 71.0]
+    wanted = {"ACC": (45 + 62 + 70) / 3, "BWT": (-5 + 2) / 2, "forgetting": (5 + 0) / 2, "FWT": (5 - 1) / 2}
+    assert likelier.measures(learned, last, alone) == wanted
+    assert likelier.measures([], last) == {"ACC": wanted["ACC"]}
 
 
 def test_tables_say_what_was_lost_and_what_overlaps(capsys):
@@ -474,13 +481,6 @@ def test_what_cannot_be_run_is_refused_in_one_line(main, options, message, tmp_p
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_backbone_whose_responses_cannot_end_is_refused():
-    tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(Refused, match="tiny: its tokenizer has no token that ends"):
-        StyleStream(StyleRow("lora-ftn", 0), tokenizer)
-
-
 STYLE_ROWS = [("lora-fixedmask", {}), ("lora-ftn-lock", {}), ("lora-naive", {})]
 STYLE_ROWS += [("lora-ftn", {"reconfigure": "every"}), ("lora-ftn", {"b_std": 0.01})]
 
@@ -516,17 +516,19 @@ def test_the_bank_takes_a_component_of_the_same_size_per_task():
 
 
 def test_styles_share_sentences_and_parts_share_none():
+    """A tokenizer without a token that ends a response is refused."""
     tokenizer = tiny_tokenizer()
     world = StyleStream(StyleRow("lora-ftn", 4), tokenizer)
-    parts = [
-        [{tuple(p) for p, _ in part} for part in (test[0], support[0], training)]
-        for test, support, training in zip(world.test, world.support, world.training)
-    ]
+    styles_in_parts = zip(world.test, world.support, world.training)
+    parts = [[{tuple(p) for p, _ in part} for part in (a[0], b[0], c)] for a, b, c in styles_in_parts]
     assert all(p == parts[0] for p in parts) and [len(p) for p in parts[0]] == [24, 16, 80]
     assert len(set.union(*parts[0])) == 120
     said = ["THE RED FOX", "the red fox", "Fox red The", "The The red red Fox Fox", "Th* r*d F*x"]
     assert [f("The red Fox") for f in world.STYLES.values()] == [*said, "Arr! The red Fox matey!"]
     assert all(r[-1] == tokenizer.eos_token_id for (examples,) in world.test for _, r in examples)
+    tokenizer.eos_token = None
+    with refused("tiny: its tokenizer has no token that ends"):
+        StyleStream(StyleRow("lora-ftn", 0), tokenizer)
 
 
 METHODS = "bare niwf lora-each lora-one lora-multi average o-lora niwf-printed".split()
@@ -583,36 +585,31 @@ def judges(model, example, right, gating_of, judged):
 
 
 def test_labels_are_judged_as_a_literal_loop_judges_them(toy, sequences):
-    """A label's tokens are all the likeliest if and only if greedy decoding gives it."""
-    row = row_of(toy, sequences[0], "niwf")
+    """They are judged so under a task's own version and under the one that a router chose; a label's tokens
+    are all the likeliest if and only if greedy decoding gives it."""
+    row, written = row_of(toy, sequences[0], "niwf"), sequences[1]["niwf"]
+    found = row.kept.found
     with row.opened() as (run, model):
+        under = lambda i: functools.partial(run.stored, i)
         for i, task in enumerate(LABELS):
             examples, right, records = row.tasks.held_out[task]
-            gating_of, found = functools.partial(run.stored, i), row.kept.found[f"last {task}"]
             assert [sorted(LABELS[task])[n] for n in right] == [r["output"] for r in records]
-            batch, _ = likelier.label_scores(model, examples, gating_of)
+            batch, _ = likelier.label_scores(model, examples, under(i))
             for n, (prompt, _) in enumerate(examples):
-                wanted = judges(model, examples[n], right[n], gating_of, found["likelier"][n])
+                wanted = judges(model, examples[n], right[n], under(i), found[f"last {task}"]["likelier"][n])
                 torch.testing.assert_close(batch[n], torch.tensor(wanted), rtol=1e-3, atol=1e-3)
-                (said,) = model.generate([prompt], gating_of, -1, 4)
+                (said,) = model.generate([prompt], under(i), -1, 4)
                 other = [*said[:2], said[2] + 1, said[3]]
-                _, greedy = likelier.label_scores(model, [(prompt, [said, other])], gating_of)
+                _, greedy = likelier.label_scores(model, [(prompt, [said, other])], under(i))
                 assert greedy.tolist() == [[True, False]]
-
-
-def test_an_answer_is_judged_under_the_version_routed_to(toy, sequences):
-    row, found = row_of(toy, sequences[0], "niwf"), sequences[1]["niwf"]
-    with row.opened() as (run, model):
-        for i, task in enumerate(LABELS):
-            examples, right, _ = row.tasks.held_out[task]
-            for router, sent in row.kept.found["choices"][task].items():
-                assert found["home"][router][i] == [sent.count(v) for v in range(3)]
-                judged = row.kept.found[f"routed {task}"][router]["likelier"]
-                assert found["routed"][router]["right"][i] == 100 * sum(judged) / len(judged)
+            for router, sent in found["choices"][task].items():
+                assert written["home"][router][i] == [sent.count(v) for v in range(3)]
+                judged = found[f"routed {task}"][router]["likelier"]
+                assert written["routed"][router]["right"][i] == 100 * sum(judged) / len(judged)
                 for n, version in enumerate(sent):
-                    judges(model, examples[n], right[n], functools.partial(run.stored, version), judged[n])
-            sent = row.kept.found["choices"][task]["regions, prompt"]
-            assert run.routed(model.probe([prompt for prompt, _ in examples]))[1].choice.tolist() == sent
+                    judges(model, examples[n], right[n], under(version), judged[n])
+            routed = run.routed(model.probe([prompt for prompt, _ in examples]))[1].choice.tolist()
+            assert routed == found["choices"][task]["regions, prompt"]
 
 
 def test_a_sequence_keeps_every_bit_of_kept_versions(sequences):
@@ -720,13 +717,6 @@ def test_a_sequence_refuses_what_it_cannot_learn(toy, tmp_path, capsys):
     }.items():
         said = [*toy(tmp_path / "runs", "bare"), "--orders", "size", *more.split()]
         assert why in run_quietly(sequence.main, said, capsys) and not (tmp_path / "runs").exists()
-
-
-def test_measures_of_a_sequence_are_those_of_a_literal_loop():
-    learned, last, alone = [50.0, 60.0, 70.0], [45.0, 62.0, 70.0], [50.0, 55.0, 71.0]
-    wanted = {"ACC": (45 + 62 + 70) / 3, "BWT": (-5 + 2) / 2, "forgetting": (5 + 0) / 2, "FWT": (5 - 1) / 2}
-    assert likelier.measures(learned, last, alone) == wanted
-    assert likelier.measures([], last) == {"ACC": wanted["ACC"]}
 
 
 def test_calibration_error_and_area_are_their_definitions():

@@ -33,8 +33,14 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
 def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, two, capsys):
-    train.main(micro("code", two, "--lock"))  # nothing to train: the report again
-    assert "+0.00 %  logits bit-identical on 32 of 32" in capsys.readouterr().out
+    """Where nothing is left to train, the report says so, and how the task was trained if asked otherwise."""
+    before = snapshot_of(two)
+    train.main(micro("code", two, "--lock"))
+    said = capsys.readouterr().out
+    assert "+0.00 %  logits bit-identical on 32 of 32" in said and "it was trained with" not in said
+    train.main(micro("code", two, "--lock", "--lr", "0.5"))
+    assert "nothing to train\nit was trained with lr 0.02;" in capsys.readouterr().out
+    assert snapshot_of(two) == before
     old = {p.name: p.read_bytes() for p in (first / "versions").iterdir()}
     run, model, _ = evaluation.open_run(two, "cpu")
     assert run.manifest["results"][-1]["identical"] == {"alpaca": [32, 32], "code": [32, 32]}
@@ -462,15 +468,6 @@ def test_processes_that_torchrun_starts_speak_and_write_as_one(micro, first, tmp
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert (done.returncode, done.stderr, snapshot_of(first)) == (0, "", before)
     assert done.stdout.count("nothing to train") == done.stdout.count("in all, peak memory") == 1
-
-
-def test_a_committed_task_says_how_it_was_trained(micro, first, capsys):
-    before = snapshot_of(first)
-    train.main(micro("alpaca", first))
-    assert "it was trained with" not in capsys.readouterr().out
-    train.main(micro("alpaca", first, "--lr", "0.5"))
-    assert "nothing to train\nit was trained with lr 0.02;" in capsys.readouterr().out
-    assert snapshot_of(first) == before
 
 
 def test_literal_forms_of_benchmarks_give_the_same(double, monkeypatch, capsys):
