@@ -64,10 +64,8 @@ def test_without_a_terminal_no_bar_is_drawn(program, micro, tmp_path, monkeypatc
     assert len(re.findall("^(step 2/2|clf fixedmask seed 0) ", out, re.MULTILINE)) == 1
 
 
-GROUPS = dict.fromkeys(
-    "synthetic neurons memory compose page sequence styles report pictures".split(), ["options"]
-)
-GROUPS |= dict.fromkeys(["answers", "commit log", "commit verify"], ["options"])
+GROUPS = "answers synthetic neurons memory compose page sequence styles report pictures".split()
+GROUPS = dict.fromkeys([*GROUPS, "commit log", "commit verify"], ["options"])
 GROUPS |= dict.fromkeys([f"bench {c}" for c in "niwf decode first-token ftn".split()], ["options"])
 GROUPS |= dict.fromkeys("stream variants fuzz commit bench".split(), ["positional arguments", "options"])
 GROUPS |= {f"commit {c}": GROUPS["commit"] for c in "show rollback compose merge export".split()}

@@ -348,33 +348,31 @@ def test_an_answer_is_what_eval_py_prints_and_says_who_gave_it(two, of_two, monk
     assert events[-1]["choices"] == [] and events[-1]["usage"] == usage
 
 
-def test_a_version_is_asked_by_name_hash_or_beginning(two, of_two, monkeypatch, capsys):
+def test_every_version_and_composition_is_a_model(two, tmp_path, monkeypatch, capsys):
+    """Each is asked by its name, its hash or the beginning of that, and answers as eval.py prints."""
     load_in_double(monkeypatch)
-    for entry in Run(two).entries:
-        shown, _ = asked(two, capsys, "--prompt", "Hi.", "--version", entry["task"], "--max-new-tokens", "5")
-        for name in (entry["task"], entry["hash"], entry["hash"][:9]):
-            found = ask(of_two, say(model=name))
-            assert found["choices"][0]["message"]["content"] == shown and found["model"] == entry["hash"]
-            assert found["niwf"]["asked"] and found["niwf"]["name"] == entry["task"]
-    bare = ask(of_two, say(model="base"))
-    assert bare["model"] == "base" and bare["niwf"]["version"] is None and bare["niwf"]["gating"] == []
-
-
-def test_every_version_and_composition_is_a_model(two, tmp_path):
     out = copy_of(two, tmp_path)
     git(out, "compose alpaca code --weights .5 .5 --name AB")
     answers, entries = answers_of(out), Run(out).entries
-    with serving(answers) as found:
-        page = lambda path: json.loads(get(path, found=found)[2])
+    with serving(answers) as server:
+        page = lambda path: json.loads(get(path, found=server)[2])
         listed, plane = page("/v1/models")["data"], page("/plane")
         assert [m["id"] for m in listed] == ["auto", "base", *(e["hash"] for e in entries)]
         assert [m["name"] for m in listed[2:]] == ["alpaca", "code", "AB"] and listed[2]["created"] > 1e9
         assert page(f"/v1/models/{entries[0]['hash']}") == page("/v1/models/alpaca") == listed[2]
-        composed = ask(found, say(model="AB"))["niwf"]
-        assert composed["name"] == "AB" and len(composed["gating"][0]) == 4
-        assert plane["bases"] == [0] * 4 + [1] * 4 and plane["compositions"][0]["name"] == "AB"
-        assert [v["name"] for v in plane["versions"]] == ["alpaca", "code"]
-        assert len(plane["versions"][0]["outline"]) == 64
+        for entry in entries:
+            how = "--prompt Hi. --max-new-tokens 5 --version".split()
+            shown, _ = asked(out, capsys, *how, entry["task"])
+            for name in (entry["task"], entry["hash"], entry["hash"][:9]):
+                found = ask(server, say(model=name))
+                assert found["choices"][0]["message"]["content"] == shown and found["model"] == entry["hash"]
+                assert found["niwf"]["asked"] and found["niwf"]["name"] == entry["task"]
+        assert len(found["niwf"]["gating"][0]) == 4  # of AB, which is the last
+        bare = ask(server, say(model="base"))
+    assert bare["model"] == "base" and bare["niwf"]["version"] is None and bare["niwf"]["gating"] == []
+    assert plane["bases"] == [0] * 4 + [1] * 4 and plane["compositions"][0]["name"] == "AB"
+    assert [v["name"] for v in plane["versions"]] == ["alpaca", "code"]
+    assert len(plane["versions"][0]["outline"]) == 64
 
 
 def test_a_seed_a_temperature_and_a_stop_do_what_openai_says(of_chat):
