@@ -72,7 +72,6 @@ from studies import fuzz, report
 
 fuzz.SECONDS = 300  # on a machine that does other things besides, a command may take longer than ten
 
-
 if hasattr(os, "register_at_fork"):  # a child makes PyTorch's thread pool anew: two threads at once may fail
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
@@ -94,7 +93,6 @@ from tests.machines import *
 from tests.results import *
 from tests.server import *
 from tests.browser import *
-
 
 # --------------------------------------------------------------------------------------------------- field.py
 

@@ -47,13 +47,6 @@ def test_the_drift_of_a_grown_bank_is_told_over_all_its_bases():
     assert drift["lock_loss"] == 0 and drift["top_k_kept"] == 0.5 and drift["moved"] == 0
 
 
-def test_exact_matches_are_counted_by_kind(first, tmp_path, capsys):
-    evaluate(first, "--exact-match 3 --max-new-tokens 3 --json", tmp_path / "e.json")
-    counts = rows_in(tmp_path / "e.json")[0]["exact_match"]["alpaca"]
-    assert sum(n for _, n in counts.values()) == 32
-    assert "of 32 answers exactly right" in capsys.readouterr().out
-
-
 def test_pieces_of_a_text_hold_no_half_of_a_character():
     tokenizer = tiny_tokenizer()
     for text in ("naïve café 漢字 🙂", "  def f(x):\n    return  x , y !  \n", "🙂\n\n", " ", ""):
@@ -176,8 +169,12 @@ def test_a_talk_survives_ctrl_c_and_ends_when_told(chat):
 def test_all_tasks_are_measured_under_named_versions(two, tmp_path, capsys):
     out, stored = copy_of(two, tmp_path), Run(two).manifest["results"][-1]["stored"]
     git(out, "compose alpaca code --weights 1 0 --name onlyA")
-    evaluate(out, "--version alpaca code onlyA --json", tmp_path / "u.json")
-    for task, row in rows_in(tmp_path / "u.json")[0]["under"].items():
+    how = "--version alpaca code onlyA --exact-match 3 --max-new-tokens 3 --json"
+    evaluate(out, how, tmp_path / "u.json")
+    assert capsys.readouterr().out.count("of 32 answers exactly right") == 2
+    (found,) = rows_in(tmp_path / "u.json")
+    assert all(sum(n for _, n in kinds.values()) == 32 for kinds in found["exact_match"].values())
+    for task, row in found["under"].items():
         assert row[task] == pytest.approx(stored[task], rel=1e-6)
         assert row["onlyA"] == pytest.approx(row["alpaca"], rel=1e-5)  # weight 0 takes code out again
     assert "as asked" in asked(out, capsys, *"--version onlyA --prompt Hi. --max-new-tokens 3".split())[1]
@@ -357,12 +354,9 @@ UNLIKE += [([RECORD | {"label": False}], "1 read")]
 @pytest.mark.parametrize("records, why", UNLIKE)
 def test_records_to_be_like_are_all_usable_or_refused(two, records, why, tmp_path):
     (tmp_path / "few.json").write_text(json.dumps(records))
-    for command in (
-        lambda *like: evaluate(two, "--prompt x --like", *like),
-        lambda *like: git(two, "compose --name new --like", *like),
-    ):
+    for command, words in ((evaluate, "--prompt x --like"), (git, "compose --name new --like")):
         with refused(why, two):
-            command(tmp_path / "few.json")
+            command(two, words, tmp_path / "few.json")
 
 
 def test_the_study_counts_what_it_says(micro, tmp_path, capsys):

@@ -22,7 +22,6 @@ from plumbing.targets import LINEAR, describe_targets, find_targets, kind_of
 from tests.builders import VOCABULARY, asked, copy_of, edit_json, evaluate, git, micro_backbone, random_bank
 from tests.builders import random_examples, random_gating, refused, saved, snapshot_of, tiny_tokenizer
 
-
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
 MODERN = SIZES | dict(num_key_value_heads=2, max_position_embeddings=256)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)

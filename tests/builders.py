@@ -49,7 +49,6 @@ def micro_gpt2(vocab=300):
 
 one_backbone = functools.cache(micro_backbone)  # for those that take their hooks off again
 
-
 VOCABULARY = 3584  # of tiny's tokenizer
 
 

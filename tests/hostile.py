@@ -157,7 +157,6 @@ WHOLE = ["", "null", "7", "[]", "{}", '"x"', "NaN", DEEP, '{"format":' * 100_000
 WHOLE += ['{"format": ' + "1" * 5000 + "}"]
 WHOLE += [b"\xff\xfe\0", b"\0" * 99, '"\\ud800"', b'{"format": 1, "x": "\xff"}']
 
-
 MANIFEST_EDITS = {
     "a version twice": lambda m: m["versions"].append(m["versions"][1]),
     "a composition twice": lambda m: m["compositions"].append(m["compositions"][0]),
@@ -266,7 +265,6 @@ IN_FIRST_TENSORS = {
     "dynamics.deviation": [gone, nan_in, torch.zeros_like],
     f"{BANK}.A": [gone, nan_in],
 }
-
 
 LIES = [
     ("a tensor more", extra("evil", ONE)),
@@ -398,7 +396,6 @@ import pathlib
 pathlib.Path("ran").write_text("this folder's Python was run")
 from transformers import MistralConfig as EvilConfig, MistralForCausalLM as EvilModel
 """
-
 
 AUTO_MAP = {"AutoConfig": "modeling.EvilConfig", "AutoModelForCausalLM": "modeling.EvilModel"}
 
@@ -544,7 +541,6 @@ def option_cases():
 
 CASES = [*manifest_cases(), *version_cases(), *file_cases(), *state_cases()]
 OPTIONS = [*option_cases()]
-
 
 WORDS = {  # commands of commit.py and eval.py, in the world
     "show": "show alpaca",

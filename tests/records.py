@@ -69,7 +69,6 @@ FORMS = [  # a record, and what the rest of the program has of it
 ]
 # fmt: on
 
-
 PLACES = ["list.json", "lines.jsonl", "lines.json", "windows.txt", "pretty.jsonl", "within"]
 
 
