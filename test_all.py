@@ -450,8 +450,8 @@ def test_the_probe_reads_the_prompt_only_and_no_adapter():
 
 
 def clear_model():
-    """A micro model in double precision whose logits are 1000 times as large: no likeliest token is a matter
-    of rounding. -> model, prompts, a gating of each"""
+    """Make a micro model in double precision whose logits are 1000 times as large, so that no likeliest token
+    is a matter of rounding. Return it, prompts, and a gating of each."""
     model = micro_model(dtype=torch.float64)
     model.backbone.lm_head.weight.data *= 1000
     return model, [p for p, _ in random_examples(5)], random_gating(5, 2, 6)
@@ -846,7 +846,7 @@ def test_every_link_anchor_and_picture_is_there(page):
 
 
 def commands(text):
-    """Every command of a page: a line of a bash block or after $, or `code` that begins like one."""
+    """Return every command of a page: a line of a bash block or after $, or `code` that begins like one."""
     blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     blocks += "\n".join(re.findall(r"^\$ (.*)$", text, re.MULTILINE))
     spans = re.findall(r"`((?:python|pytest|pip) [^`]+)`", text)

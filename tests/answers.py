@@ -112,7 +112,7 @@ def test_each_piped_prompt_is_answered_and_no_line_ends_it(two, capsys):
 
 
 def talk_on_a_terminal(run):
-    """Start eval.py --talk on a terminal of its own. -> the process, and our end of the terminal"""
+    """Start eval.py --talk on a terminal of its own. Return the process and our end of the terminal."""
     fcntl, termios = map(pytest.importorskip, ("fcntl", "termios"))
     ours, its = os.openpty()
     how = termios.tcgetattr(its)
@@ -131,7 +131,7 @@ def test_a_talk_survives_ctrl_c_and_ends_when_told(chat):
     process, ours = talk_on_a_terminal(chat)
 
     def say(text, *parts, patience=600):
-        """What the program prints in return, until all parts of it are there. Say it again if that takes
+        """Return what the program prints until all parts of it are there. Say the text again if that takes
         longer than `patience` seconds."""
         os.write(ours, text)
         said = b""
@@ -181,7 +181,7 @@ def test_all_tasks_are_measured_under_named_versions(two, tmp_path, capsys):
 
 
 def by_row(rows):
-    """{(task, checkpointing, devices, device): the parts of the count, in bytes}"""
+    """Return {(task, checkpointing, devices, device): the parts of the count, in bytes}."""
     key = lambda row: (row["task"], row["checkpointing"], row["devices"], row["device"])
     return {key(row): [row[part] for part in memory.PARTS] for row in rows}
 
@@ -239,7 +239,7 @@ def test_memory_is_counted_without_a_run_folder(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def five(tmp_path_factory):
-    """A run folder of five random versions."""
+    """Return a run folder of five random versions."""
     folder = tmp_path_factory.mktemp("five") / "run"
     for seed in range(5):
         fake_commit(folder, f"t{seed}", seed)

@@ -61,7 +61,7 @@ USABLE = [name for name, (_, kinds, _) in SHAPES.items() if kinds]
 
 
 def micro_of(name, **more):
-    """A micro model of a family, with weights that are large enough to matter. more: for its config."""
+    """Make a micro model of a family, with weights that are large enough to matter. more: for its config."""
     options = SHAPES[name][0] | more
     special = dict(pad_token_id=2, eos_token_id=1, bos_token_id=0, vocab_size=VOCABULARY)
     if "text_config" in options:
@@ -79,7 +79,7 @@ def micro_of(name, **more):
 
 @pytest.fixture(scope="module")
 def on_folder(micro):
-    """The options of a training of moments on the backbone in a folder."""
+    """Return the options of a training of moments on the backbone in a folder."""
 
     def options(folder, out, *more):
         few = "--examples 8 --val-examples 4 --batch 4 --grad-accum 1 --epochs 1 --max-len 64".split()
@@ -251,7 +251,7 @@ def test_where_positions_end_so_do_records_prompts_and_answers(on_folder, tmp_pa
 
 
 def byte_level_tokenizer():
-    """Llama-3's shape: byte-level BPE with special tokens, none of which is `<|endoftext|>`."""
+    """Make Llama-3's shape: byte-level BPE with special tokens, none of which is `<|endoftext|>`."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
@@ -262,7 +262,7 @@ def byte_level_tokenizer():
 
 
 def write_gguf(path, backbone, tokenizer):
-    """A Llama and its tokenizer in one GGUF file, as llama.cpp converts them."""
+    """Write a Llama and its tokenizer into one GGUF file, as llama.cpp converts them."""
     gguf, config = pytest.importorskip("gguf"), backbone.config
     w, vocab = gguf.GGUFWriter(path, "llama"), tokenizer.get_vocab()
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

@@ -46,7 +46,7 @@ MAKE = {
 
 
 def a_run_on(backbone, name, folder):
-    """A run folder with versions root, late and their composition mix. name: where the backbone lies."""
+    """Make a run folder with versions root, late and their composition mix. name: where the backbone lies."""
     fake_commit(folder, "root", 0, backbone=backbone)
     fake_commit(folder, "late", 1, backbone=backbone)
     run = Run(folder)
@@ -57,7 +57,7 @@ def a_run_on(backbone, name, folder):
 
 
 def exportable(folder, backbone=None, **how):
-    """A run folder, see `a_run_on`, and a backbone that is beside it. how: for its `save_pretrained`."""
+    """Make a run folder, see `a_run_on`, and a backbone beside it. how: for its `save_pretrained`."""
     backbone = backbone or micro_backbone(VOCABULARY)
     return a_run_on(backbone, saved(backbone, folder / "backbone", **how), folder / "run")
 
@@ -68,7 +68,7 @@ def export(folder, name, to, *more):
 
 
 def card_of(folder):
-    """A model card's text, and what its front matter says."""
+    """Return a model card's text, and what its front matter says."""
     text = (folder / "README.md").read_text()
     return text, huggingface_hub.ModelCard(text).data
 
@@ -78,7 +78,7 @@ def config_of(folder, name="adapter_config.json"):
 
 
 def peft_opened(folder, **how):
-    """The backbone under an adapter that peft has opened; skipped where there is no peft."""
+    """Return the backbone under an adapter that peft has opened; skip where there is no peft."""
     peft = pytest.importorskip("peft")
     return peft.AutoPeftModelForCausalLM.from_pretrained(folder, **how).base_model.model
 
@@ -109,7 +109,8 @@ class Alike:
 
 
 def check_tensors(folder, alike, twin):
-    """An adapter's tensors, added to a twin of its backbone as the paper on LoRA says, are the version."""
+    """See that an adapter's tensors, added to a twin of its backbone as the paper on LoRA says, are the
+    version."""
     config = config_of(folder)
     with safe_open(folder / "adapter_model.safetensors", "pt") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}
@@ -382,7 +383,7 @@ def test_vllm_is_told_a_rank_that_it_takes():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub that can be reached, with a token, whose calls are kept in a list."""
+    """Let a Hub be reached, with a token; return a list in which its calls are kept."""
     calls = []
     monkeypatch.setattr(card, "hub_or_cache", lambda: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -462,8 +463,8 @@ def serving(handler):
 
 
 def server_of(folder, asked, strict=False, change=lambda number, text: text):
-    """A handler that answers /v1/completions from a checkpoint, with transformers' own `generate`. asked: a
-    list to which requests are added. strict: it refuses names that are not OpenAI's, as some do."""
+    """Return a handler that answers /v1/completions from a checkpoint, with transformers' own `generate`.
+    asked: a list to which requests are added. strict: it refuses names that are not OpenAI's, as some do."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -490,7 +491,7 @@ def server_of(folder, asked, strict=False, change=lambda number, text: text):
 
 @pytest.fixture(scope="module")
 def exported(chat, tmp_path_factory):
-    """A run that answers every chat with Hello, exported both ways. Its backbone says x for ever."""
+    """Export a run that answers every chat with Hello in both ways. Its backbone says x for ever."""
     folder = tmp_path_factory.mktemp("exported")
     export(chat, "chats", folder / "lora")
     export(chat, "chats", folder / "merged", "--merged")

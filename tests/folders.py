@@ -22,16 +22,12 @@ from tests.builders import HERE, a_region, a_version_of, all_bases, answers, cop
 from tests.builders import forked, git, micro_backbone, one_backbone, opened, random_examples, refused
 
 
-def a_version(tmp_path):
+def test_a_version_comes_back_bit_for_bit_under_its_own_name(tmp_path):
     phi = WeightField(2, 3, 4, 7)
     bases = {f"layers.{i}.m.{part}": torch.randn(3, 2, 6) for i in range(2) for part in "AB"}
     v = a_version_of(phi, CoordinateDynamics(5, 4), *a_region(4), bases)
     v.save(tmp_path)
-    return v, tmp_path / f"{v.hash}.safetensors"
-
-
-def test_a_version_comes_back_bit_for_bit_under_its_own_name(tmp_path):
-    v, path = a_version(tmp_path)
+    path = tmp_path / f"{v.hash}.safetensors"
     w, z = Version.load(path), torch.randn(9, 4)
     assert torch.equal(v.field(z), w.field(z)) and torch.equal(v.snapshot, w.snapshot)
     assert all(torch.equal(t, w.bases[key]) for key, t in v.bases.items())

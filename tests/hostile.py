@@ -52,7 +52,7 @@ def content(file, data):
 
 
 def moved(file, back=None):
-    """What is at `file` goes elsewhere; `back` makes something in its place, a link to it if not given."""
+    """Move what is at `file` elsewhere; `back` makes something in its place, a link to it if not given."""
 
     def damage(folder):
         path, aside = folder / file, folder.parent / "target" / "moved" / pathlib.Path(file).name
@@ -73,17 +73,17 @@ def version_path(folder, number):
 
 
 def version_file(number, change):
-    """`change`(name of the file of a version) gives the damage."""
+    """Return the damage that `change`(name of the file of a version) gives."""
     return lambda folder: change(version_path(folder, number))(folder)
 
 
 def lying(number, change):
-    """change(header, tensors) of a version file, which lies under its true hash."""
+    """Apply change(header, tensors) to a version file, which lies under its true hash."""
     return lambda folder: fuzz.forge(folder, number, change)
 
 
 def in_state(key, change=None, **metadata):
-    """The saved state of a training with one tensor or some of its metadata changed."""
+    """Change one tensor or some metadata of the saved state of a training."""
 
     def edit(about, tensors):
         name = next((k for k in sorted(tensors) if re.search(key, k)), None)
@@ -96,7 +96,7 @@ def in_state(key, change=None, **metadata):
 
 
 def replace(change, *keys):
-    """change(tensor) replaces these tensors, or all whose names begin so; None removes them."""
+    """Let change(tensor) replace these tensors, or all whose names begin so; None removes them."""
 
     def edit(head, tensors):
         for key in [k for k in tensors if k.startswith(keys)]:
@@ -414,7 +414,7 @@ def in_weights(change):
 
 
 def weights_elsewhere(folder, pickled):
-    """In a pickle, or in files that an index names."""
+    """Put the weights into a pickle, or into files that an index names."""
     path = folder / "model.safetensors"
     _, tensors = fuzz.read_tensors(path)
     path.unlink()
@@ -529,7 +529,7 @@ ARGUMENTS = {
 
 
 def option_cases():
-    """(name, program, arguments, what the one line says); `{0}` is a row of zeros."""
+    """Yield (name, program, arguments, what the one line says); `{0}` is a row of zeros."""
     for text in TRAIN_ARGUMENTS:
         option, value = re.match(r"\s*(--[\w-]+)[ =]?(.*?)\s*$", text).groups()
         arguments, match = [f"{option}={value}"], f"{option}|{re.escape(value or option)}"
@@ -556,7 +556,7 @@ WORDS = {  # commands of commit.py and eval.py, in the world
 
 
 def argv_of(command, base, bad):
-    """-> program, argv of a command that reads the run folder `bad`"""
+    """Return the program and argv of a command that reads the run folder `bad`."""
     if command in ("train", "resume"):
         return "train", fuzz.options(base, {"train": "third", "resume": "code"}[command], bad, "--lock")
     if command == "merge":
@@ -567,7 +567,7 @@ def argv_of(command, base, bad):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """The materials, and the world that every case is tried in. Its name is no hindrance."""
+    """Make the materials, and the world that every case is tried in. Its name is no hindrance."""
     folder = tmp_path_factory.mktemp("bad") / "a wörld"
     world = fuzz.build(folder)
     (world / "notes.txt").write_text("mine")
@@ -586,7 +586,7 @@ def whole(base):
 
 @pytest.fixture
 def world(base, whole, monkeypatch):
-    """The world. What a test leaves in it is undone."""
+    """Give a test the world, and undo what it leaves there."""
     monkeypatch.chdir(base / "world")
     with fuzz.offline():
         yield base / "world"
@@ -594,7 +594,7 @@ def world(base, whole, monkeypatch):
 
 
 def refuses(program, argv, match, system=False):
-    """The command refuses in one line that matches; `system`: it may be the operating system's."""
+    """See that a command refuses in one line that matches; `system`: it may be the operating system's."""
     outcome, text = fuzz.run_command(program, [str(a) for a in argv])
     assert outcome == "refused", f"{program} {argv[:3]}: {text[-3000:]}"
     assert re.search(match, text, re.I), f"{program} {argv[:3]} says: {text}"

@@ -21,7 +21,7 @@ except ImportError:  # Windows
 
 
 def says_in_one_line(code, err, match):
-    """A program that ended badly has printed one line, apart from its progress."""
+    """See that a program that ended badly has printed one line, apart from its progress."""
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
     assert code != 0 and "Traceback" not in err and len(lines) == 1 and re.search(match, lines[0]), err
 

@@ -24,7 +24,7 @@ def upper_model(make=micro_backbone):
 
 
 def by_h_bar(model, seen):
-    """A gating that every prompt's h_bar decides, and a list of the h_bar that were asked about."""
+    """Return a gating that every prompt's h_bar decides; `seen` gets the h_bar that were asked about."""
     torch.manual_seed(4)
     weight = torch.randn(model.features, model.bank.layers * 6)
 
@@ -36,7 +36,7 @@ def by_h_bar(model, seen):
 
 
 def sliding():
-    """A backbone whose attention sees three tokens back."""
+    """Make a backbone whose attention sees three tokens back."""
     backbone = micro_backbone()
     config = transformers.MistralConfig(**{**backbone.config.to_dict(), "sliding_window": 3})
     torch.manual_seed(7)

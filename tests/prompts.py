@@ -40,7 +40,7 @@ SAID += "<s> <pad>", "@control-5@ </s> @control-", "Zoë </s> 日本 🎉", "  t
 
 
 def sentencepiece(scheme, eos_last=False):
-    """A tokenizer of the family of Llama 2 and Mistral 7B: a space begins a text, bytes are a fallback."""
+    """Train a tokenizer like Llama 2's and Mistral 7B's: a space begins a text, bytes are a fallback."""
     specials, data = ["<unk>", "<s>", "</s>", END], [f"<0x{i:02X}>" for i in range(256)]
     bpe = tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     tokenizer = tokenizers.Tokenizer(bpe)
@@ -69,7 +69,7 @@ FAMILIES |= {scheme: functools.partial(sentencepiece, scheme) for scheme in ("fi
 
 
 def control_ids(tokenizer, ids):
-    """Those of ids that steer a model; an unknown character does not."""
+    """Return those of ids that steer a model; an unknown character does not."""
     control = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} - {tokenizer.unk_token_id}
     return [t for t in ids if t in control]
 

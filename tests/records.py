@@ -201,7 +201,7 @@ tiny_tokenizer = functools.cache(builders.tiny_tokenizer)
 
 
 def divided(tmp_path, capsys, rows, val=None, tokenizer=None, **more):
-    """-> (training prompts and answers, validation records, the lines that were printed)"""
+    """Return training prompts and answers, validation records, and the lines that were printed."""
     how = dict(task="x", backbone="tiny", seed=0, examples=64, val_examples=16, max_len=64, template="alpaca")
     for name, some in (("data", rows), ("val_data", val)):
         how[name] = some and tmp_path / f"{name}.jsonl"

@@ -83,7 +83,7 @@ FEW_EXAMPLES = "--examples 40 --val-examples 16 --batch 8 --grad-accum 1 --lr 0.
 
 
 def run_variants(table, rows, micro, tmp_path, data=CHOOSE):
-    """Train rows of a table on few examples. -> {name: what is written of the one seed}"""
+    """Train rows of a table on few examples. Return {name: what is written of the one seed}."""
     argv = [table, "--backbone", micro.folder, *data, "--out", tmp_path / "v", "--seeds", 0]
     argv = [*argv, "--json", tmp_path / "v.json", "--rows", *rows, *FEW_EXAMPLES]
     variants.main([str(x) for x in argv])
@@ -150,7 +150,7 @@ def test_what_else_keeps_a_task_is_trained_and_asked_as_it_says(micro, tmp_path)
 
 
 def tables_of_pages():
-    """(kind, names of files) of every table on a page of results and in the README."""
+    """Return (kind, names of files) of every table on a page of results and in the README."""
     texts = [path.read_text() for path in names.PAGES.glob("*.md")]
     found = re.findall(r"^\{\{(\S+) (.+)\}\}$", "\n".join(texts), re.MULTILINE)
     found += re.findall(r"^<!-- (\S+) (\S+) -->$", (HERE / "README.md").read_text(), re.MULTILINE)
@@ -207,7 +207,7 @@ def test_the_page_of_results_answers_in_two_minutes():
 
 
 def words_of(text):
-    """How many words a reader reads: what has a letter or a digit, without the targets of links."""
+    """Count the words that a reader reads: what has a letter or a digit, without the targets of links."""
     return sum(bool(re.search(r"\w", word)) for word in re.sub(r"\]\([^)]*\)", "]", text).split())
 
 

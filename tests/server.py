@@ -44,7 +44,7 @@ class Echo:
 
 @contextlib.contextmanager
 def serving(answers, host="127.0.0.1"):
-    """A server in this process, which is gone afterwards."""
+    """Serve in this process, until the block ends."""
     found = server.Server(answers, host, 0)
     loops = [threading.Thread(target=run) for run in (found.serve_forever, found.work)]
     for loop in loops:
@@ -60,8 +60,8 @@ def serving(answers, host="127.0.0.1"):
 
 
 def answers_of(folder):
-    """What `eval.py --web` serves of a run folder. In double precision no likeliest token is as near to the
-    next as rounding."""
+    """Return what `eval.py --web` serves of a run folder. In double precision no likeliest token is as near
+    to the next as rounding."""
     served = []
     with pytest.MonkeyPatch.context() as m:
         load_in_double(m)
@@ -100,7 +100,7 @@ def port_of(found):
 
 
 def read_reply(connection):
-    """What comes until the server closes: (status, headers, body)."""
+    """Read until the server closes. Return (status, headers, body)."""
     data = b"".join(iter(lambda: connection.recv(2**16), b""))
     head, _, body = data.partition(b"\r\n\r\n")
     lines = head.decode().split("\r\n")
@@ -118,7 +118,7 @@ def send(found, raw, end=False):
 
 
 def post(body, found=None, path="/v1/chat/completions", **headers):
-    """The bytes of a request. A header that is None is left out."""
+    """Return the bytes of a request. A header that is None is left out."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     about = {"Host": "HERE", "Content-Type": "application/json", "Content-Length": len(body)}
     about |= {key.replace("_", "-"): value for key, value in headers.items()}
@@ -127,7 +127,7 @@ def post(body, found=None, path="/v1/chat/completions", **headers):
 
 
 def ask(found, body):
-    """The answer to a request: an object, or the list of them that are streamed."""
+    """Return the answer to a request: an object, or the list of them that are streamed."""
     status, headers, body = send(found, here(post(body), found))
     if headers["Content-Type"] == "text/event-stream":
         *events, done = body.decode().removesuffix("\n\n").split("\n\n")
@@ -145,7 +145,7 @@ def say(text="Hi.", model="auto", **more):
 
 
 def get(path, host="HERE", more="", found=None):
-    """The bytes of a request for a page; or, of a server, its reply."""
+    """Return the bytes of a request for a page; or, of a server, its reply."""
     raw = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{more}\r\n".encode()
     return send(found, here(raw, found)) if found else raw
 
@@ -181,7 +181,7 @@ NO_LINES = "GET", "GET / HTTP/1.1 x", "GET / HTTP/x", "PRI * HTTP/2.0", "\x80\xf
 
 
 def hostile_cases():
-    """(name, bytes, status)"""
+    """Yield (name, bytes, status)."""
     for key, value in [(key, value) for key, values in FIELD.items() for value in values]:
         yield f"{key} {value!r:.20}", post(say(**{key: value})), 404 if value == "nobody" else 400
     yield from ((f"content {content!r:.30}", post(say(content)), 400) for content in CONTENT)

@@ -538,7 +538,7 @@ LABELS["truth"] = ["True", "False"]
 
 @pytest.fixture(scope="session")
 def toy(micro, tmp_path_factory):
-    """A folder of three toy tasks, and how `studies.sequence` is told to learn them."""
+    """Make a folder of three toy tasks, and return how `studies.sequence` is told to learn them."""
     folder, r = tmp_path_factory.mktemp("toy"), random.Random(0)
     for task, labels in LABELS.items():
         for part, n in (("train", 20), ("choose", 9), ("test", 11)):
@@ -556,13 +556,13 @@ def toy(micro, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sequences(toy, tmp_path_factory):
-    """Where methods of every kind have learned the toy tasks, and what was written of each."""
+    """Let methods of every kind learn the toy tasks. Return where, and what was written of each."""
     out = tmp_path_factory.mktemp("sequences") / "runs"
     return out, learned_sequence(toy, out, *METHODS)
 
 
 def learned_sequence(toy, out, *methods):
-    """Learn the toy tasks by these methods. -> {method: what is written of it}"""
+    """Learn the toy tasks by these methods. Return {method: what is written of it}."""
     path = out.with_suffix(".json")
     sequence.main([*toy(out, *methods), "--json", str(path)])
     return {row["method"]: row for row in rows_in(path)}
@@ -575,7 +575,7 @@ def row_of(toy, out, method):
 
 def judges(model, example, right, gating_of, judged):
     """See that a label is judged as it is by the log-probabilities of all, each in a pass of its own, without
-    a batch or a cache. -> these"""
+    a batch or a cache. Return these."""
     prompt, labels = example
     gating = gating_of(model.probe([prompt]))
     scores = [-float(response_nll(*model.logits([(prompt, label)], gating))) for label in labels]

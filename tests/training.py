@@ -359,8 +359,8 @@ def steps_of(run):
 
 
 def train_in_two(argv, folder, rate=None, main=train.main):
-    """Train in two processes, as torchrun would start them. -> (what each printed, the line that ended it,
-    its code as `os.wait` has it), lists. rate(rank, step, ...): instead of our learning rate."""
+    """Train in two processes, as torchrun would start them. Return what each printed, the line that ended it,
+    and its code as `os.wait` has it. rate(rank, step, ...): instead of our learning rate."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     address |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
