@@ -162,8 +162,10 @@ def test_a_second_process_is_refused_until_the_first_ends(base, world):
     run, hold = ascii(str(world / "run")), "print(flush=True), time.sleep(600)"
     script = f"import commit, time\nwith commit.Run({run}).exclusive(): {hold}"
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=HERE)
-    holder.stdout.readline()
-    only_readers_work(base, world, "another process is at work")
-    holder.kill()
-    holder.wait()
+    try:
+        holder.stdout.readline()
+        only_readers_work(base, world, "another process is at work")
+    finally:
+        holder.kill()
+        holder.wait()
     works(*argv_of("rollback", base, world / "run"))

@@ -25,7 +25,6 @@ import synthetic
 import train
 from ftn import PrivateMLPs, unpack
 from model import response_nll
-
 from plumbing import rows as kept
 from plumbing.tables import spread
 from studies import digits, likelier, neurons, sequence, settings, styles, support, tables, variants
