@@ -9,7 +9,7 @@ short training goes is no promise.
 Where the equations are, and which test holds each:
 
 NIWF (1) bank. model.py: AdapterBank
-    test_fresh_bases_change_nothing_and_detach_restores_every_bit
+    test_fresh_bases_change_nothing_and_detach_restores_all
 NIWF (2)-(5) factored update. model.py: AdapterBank.update
     test_update_is_equation_2
 NIWF (6) field, (7) gating. field.py: WeightField, top_k_gating
@@ -17,7 +17,7 @@ NIWF (6) field, (7) gating. field.py: WeightField, top_k_gating
 NIWF (8) dynamics. field.py: CoordinateDynamics
     test_dynamics_are_equation_8_written_out
 NIWF (9) loss. train.py: loss_terms
-    test_the_loss_of_a_step_is_equation_9_whatever_its_micro_batches
+    test_the_loss_of_a_step_is_equation_9_in_any_split
 NIWF (10), (13). field.py: separation_loss, lock_loss
     test_lock_and_separation_losses_are_equations_13_and_10
 NIWF (11) region. field.py: Region.fit, Region.distance
@@ -27,15 +27,15 @@ NIWF (12) snapshot. field.py: take_snapshot, sample_anchors
 NIWF (14)-(15) sizes. model.py: AdapterBank.parameter_count
     test_mistral_7b_has_the_shapes_we_publish
 FTN section 2. ftn.py: NeuronGrid
-    test_private_mlps_are_the_literal_networks_and_their_gradient
+    test_private_mlps_are_the_literal_networks_and_gradients
 FTN Algorithm 1. ftn.py: SmoothKWTA, propose
     test_the_fast_search_and_step_are_algorithm_1_written_out
 FTN Theorem 2.1. synthetic.py: FixedMask
-    test_fixed_masks_keep_every_bit_unless_a_precaution_is_left_out
+    test_fixed_masks_keep_every_bit_under_all_precautions
 FTN (1)-(2) pool. ftn.py: LoRAPool.update
     test_the_pool_adds_equation_1_and_nothing_when_off
 FTN Theorem D.1. ftn.py: LoRAPool
-    test_unselected_components_get_no_gradient_and_move_only_by_decay_or_old_moments
+    test_unselected_components_move_only_by_decay_or_moments
 """
 
 import os
@@ -72,7 +72,6 @@ from studies import fuzz, report
 
 fuzz.SECONDS = 300  # on a machine that does other things besides, a command may take longer than ten
 
-
 if hasattr(os, "register_at_fork"):  # a child makes PyTorch's thread pool anew: two threads at once may fail
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
@@ -87,7 +86,6 @@ from tests.passes import *
 from tests.exports import *
 from tests.folders import *
 from tests.answers import *
-from tests.found import *
 from tests.training import *
 from tests.streams import *
 from tests.hostile import *
@@ -95,7 +93,6 @@ from tests.machines import *
 from tests.results import *
 from tests.server import *
 from tests.browser import *
-
 
 # --------------------------------------------------------------------------------------------------- field.py
 
@@ -206,7 +203,7 @@ def test_tau_is_the_quantile_of_leave_one_out_distances(n, d):
 
 
 def test_shrinkage_is_ledoit_and_wolf():
-    """By the definition of 2004, in loops, and by scikit-learn's, where that is installed."""
+    """It is their definition of 2004, in loops, and scikit-learn's, where that is installed."""
     torch.manual_seed(0)
     x = torch.randn(30, 5, dtype=torch.double) @ torch.randn(5, 5, dtype=torch.double)
     x = x - x.mean(0)
@@ -224,8 +221,8 @@ def test_shrinkage_is_ledoit_and_wolf():
 
 
 def test_a_region_covers_inputs_that_were_not_fitted():
-    """As many dimensions as SmolLM2's coordinates had, and few examples: in-sample distances would give a
-    tau that covers about half. The quantile of 280 has a deviation of 0.013, the mean of 16 a quarter."""
+    """There are as many dimensions as SmolLM2's coordinates had, and few examples: in-sample distances would
+    give a tau that covers half. The quantile of 280 has a deviation of 0.013, the mean of 16 a quarter."""
     torch.manual_seed(0)
     covered = torch.zeros(2, dtype=torch.double)
     for _ in range(16):
@@ -337,7 +334,7 @@ def test_a_refusal_is_one_line_of_printable_text():
     assert str(Refused("lr \x00,\n not\x1b[2J \udc80 0.02 é")) == r"lr \x00, not\x1b[2J \udc80 0.02 é"
 
 
-def test_fresh_bases_change_nothing_and_detach_restores_every_bit():
+def test_fresh_bases_change_nothing_and_detach_restores_all():
     ids, fresh = torch.randint(3, 300, (2, 9)), micro_backbone()
     model = NIWF(micro_backbone(), pad_id=0)
     model.bank.add(4)
@@ -405,7 +402,7 @@ def test_loss_counts_response_tokens_with_eos_and_nothing_else():
 
 
 @pytest.mark.parametrize("history", [[], messages("Be brief.", first="system"), messages("Hi.", "Yes?")])
-def test_under_the_chat_template_prompt_and_response_are_the_templates_own_text(history):
+def test_a_chat_is_written_as_its_template_writes_it(history):
     tokenizer = chat_tokenizer()
     record = {"instruction": "Say hello.", "input": "Now.", "output": " Hello. ", "history": history}
     prompt, response = encode(record, tokenizer, "chat")
@@ -433,7 +430,7 @@ UNSURE = "{% for m in messages %}{{ m.content }}{% if m.content != 'Hi.' %}</s>{
         (UNSURE, "'</s>' does not end every answer"),
     ],
 )
-def test_a_chat_template_whose_answers_cannot_be_trained_or_end_is_refused(template, message):
+def test_a_chat_template_without_a_clear_end_is_refused(template, message):
     record = {"instruction": "Hello?", "output": "Hi."}
     with refused(message):
         encode(record, chat_tokenizer(template), "chat")
@@ -454,8 +451,8 @@ def test_the_probe_reads_the_prompt_only_and_no_adapter():
 
 
 def clear_model():
-    """A micro model in double precision whose logits are 1000 times as large: no likeliest token is a matter
-    of rounding. -> model, prompts, a gating of each"""
+    """Make a micro model in double precision whose logits are 1000 times as large, so that no likeliest token
+    is a matter of rounding. Return it, prompts, and a gating of each."""
     model = micro_model(dtype=torch.float64)
     model.backbone.lm_head.weight.data *= 1000
     return model, [p for p, _ in random_examples(5)], random_gating(5, 2, 6)
@@ -492,7 +489,7 @@ def test_sampling_that_has_no_choice_is_greedy_decoding():
     assert [new for (new,) in alone] == likeliest
 
 
-def test_tokens_are_drawn_with_the_temperature_and_from_the_nucleus():
+def test_tokens_are_drawn_by_temperature_and_nucleus():
     torch.manual_seed(3)
     logits, temperature, top_p, n = 2 * torch.randn(1, 8), 0.7, 0.8, 4000
     p = (logits[0] / temperature).exp()
@@ -542,7 +539,7 @@ def test_mistral_7b_has_the_shapes_we_publish():
 
 
 @pytest.mark.parametrize("bare", [0, 2])
-def test_checkpointing_gives_the_same_gradients_to_the_bit_under_the_gating_of_the_forward_pass(bare):
+def test_checkpointing_gives_the_same_gradients_to_the_bit(bare):
     gradients, examples = {}, random_examples(4)
     for checkpointing in (False, True):
         model = micro_model(4, 3, bare=bare, backbone=micro_backbone(layers=2 + bare))
@@ -558,7 +555,7 @@ def test_checkpointing_gives_the_same_gradients_to_the_bit_under_the_gating_of_t
     assert all(map(torch.equal, *gradients.values())) and gradients[True][0].any()
 
 
-def test_checkpointing_keeps_inputs_of_layers_brings_no_dropout_and_ends_with_the_hooks(monkeypatch):
+def test_checkpointing_keeps_only_the_inputs_of_layers(monkeypatch):
     model = NIWF(micro_gpt2().train(), pad_id=0)
     random_bank(model.bank, 4)
     examples, gating = random_examples(3), random_gating(3, 2, 4)
@@ -584,7 +581,7 @@ def test_checkpointing_keeps_inputs_of_layers_brings_no_dropout_and_ends_with_th
 
 
 @pytest.mark.parametrize("bare", [0, 2])
-def test_layers_that_are_kept_on_disk_give_the_same_logits_gradients_and_fingerprint(tmp_path, bare):
+def test_layers_on_disk_compute_the_same_bits(tmp_path, bare):
     pytest.importorskip("accelerate")
     saved(micro_backbone(VOCABULARY, layers=4), tmp_path)
     cpu = "model.layers.0", "model.layers.3", "model.norm", "model.rotary_emb"
@@ -607,7 +604,7 @@ def test_layers_that_are_kept_on_disk_give_the_same_logits_gradients_and_fingerp
         assert other[-1] == found[0][-1] and all(map(torch.equal, other[:-1], found[0][:-1]))
 
 
-def test_a_device_map_without_accelerate_or_without_weights_is_one_line(monkeypatch):
+def test_a_device_map_that_cannot_be_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name, match in (("random:mistral-7b", "none to read"), ("tiny", "pip install accelerate")):
         with refused(match):
@@ -632,7 +629,7 @@ def shift_batch(n=24, seed=0):
 
 
 @pytest.mark.parametrize("cache", [2**17, 300, 1])  # one chunk, a few, one neuron at a time
-def test_private_mlps_are_the_literal_networks_and_their_gradient(double, monkeypatch, cache):
+def test_private_mlps_are_the_literal_networks_and_gradients(double, monkeypatch, cache):
     monkeypatch.setattr(ftn, "CACHE", cache)
     grid, (x, _) = small_grid(), shift_batch()
     theta = grid.theta.detach().clone().requires_grad_()
@@ -666,7 +663,7 @@ def test_smoothing_is_the_convolution_repeated_on_a_torus(double, kernel, rounds
     torch.testing.assert_close(smooth(m, kernel, rounds), literal)
 
 
-def test_k_winners_breaks_ties_by_index_and_leaves_out_what_is_committed():
+def test_k_winners_breaks_ties_by_index_among_the_free():
     m = torch.tensor([0.0, 2.0, 1.0, 2.0, 1.0, 1.0])
     assert k_winners(m, 4).tolist() == [1, 2, 3, 4]
     free = torch.tensor([True, False, True, True, False, True])
@@ -679,7 +676,7 @@ def test_k_winners_breaks_ties_by_index_and_leaves_out_what_is_committed():
 
 @pytest.mark.parametrize("steps, bias, start", [(1, False, 0.0), (4, False, -4.0), (4, True, 0.0)])
 def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bias, start):
-    """Algorithm 1 line by line, Adam included, autograd through everything; then a step with all neurons."""
+    """The search is Algorithm 1 with Adam, line by line; a step of the winners is one of all neurons."""
     grid, (x, y), loss = small_grid(bias=bias), shift_batch(), torch.nn.functional.cross_entropy
     search = SmoothKWTA(k=5, kernel=3, rounds=2, steps=steps, lr=0.3, start=start)
     m, first, second = torch.full((16,), start), torch.zeros(16), torch.zeros(16)
@@ -703,7 +700,7 @@ def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bia
     assert (gradients[0][0][others] == 0).all() and (gradients[0][1][:, others] == 0).all()
 
 
-def test_a_search_of_one_step_sees_signs_of_gradients_and_no_sizes():
+def test_a_search_of_one_step_sees_only_signs_of_gradients():
     torch.manual_seed(10)  # the eighth vote leads the ninth by 0.04, as an Adam step is a sign to 1e-4
     g, sizes = torch.randn(64), 10 ** torch.randn(64)
     search = SmoothKWTA(k=8, rounds=4)  # S = 1, eta = 1, as in classification
@@ -712,7 +709,7 @@ def test_a_search_of_one_step_sees_signs_of_gradients_and_no_sizes():
     assert votes != k_winners(smooth(-(g * sizes).view(8, 8), 3, 4).flatten(), 8).tolist()
 
 
-def test_a_grown_grid_answers_committed_masks_with_the_same_bits():
+def test_a_grown_grid_answers_old_masks_with_the_same_bits():
     grid, (x, _) = small_grid(), shift_batch()
     winners = torch.tensor([0, 5, 6, 15])
     commit_mask(grid, winners)
@@ -752,7 +749,7 @@ def test_the_pool_adds_equation_1_and_nothing_when_off(make, names):
     assert backbone(ids).logits.equal(bare)
 
 
-def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient():
+def test_the_search_in_a_pool_is_algorithm_1_over_all_of_it():
     """Silent components are left out by `loss_of_mask`; the literal search runs all of them. Nothing is
     smoothed: on 3 x 3 neurons a kernel of 3 makes all alike, and what then wins is rounding."""
     backbone = micro_backbone()
@@ -788,7 +785,7 @@ def test_the_search_in_a_pool_is_algorithm_1_with_every_component_and_gradient()
 @pytest.mark.parametrize(
     "decay, carried, kept", [(0.0, False, True), (0.01, False, False), (0.0, True, False)]
 )
-def test_unselected_components_get_no_gradient_and_move_only_by_decay_or_old_moments(decay, carried, kept):
+def test_unselected_components_move_only_by_decay_or_moments(decay, carried, kept):
     backbone = micro_backbone()
     _, pool = pool_on(backbone, ("q_proj",), b_std=0.1)
     live = {n: tuple(p.requires_grad_() for p in pair) for n, pair in pool.take(ALL).items()}
@@ -818,7 +815,7 @@ README = (HERE / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (HERE / "README.md", *report.RESULTS.glob("*.md"))}
 
 
-def test_every_equation_is_in_a_function_and_a_test_that_are_there():
+def test_every_equation_has_a_function_and_a_test():
     numbers = collections.defaultdict(set)
     rows = re.findall(r"^(NIWF|FTN) (.*)\. (\w+\.py: .*)\n    (test_\w+)$", __doc__, re.MULTILINE)
     for paper, title, where, tests in rows:
@@ -850,7 +847,7 @@ def test_every_link_anchor_and_picture_is_there(page):
 
 
 def commands(text):
-    """Every command of a page: a line of a bash block or after $, or `code` that begins like one."""
+    """Return every command of a page: a line of a bash block or after $, or `code` that begins like one."""
     blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     blocks += "\n".join(re.findall(r"^\$ (.*)$", text, re.MULTILINE))
     spans = re.findall(r"`((?:python|pytest|pip) [^`]+)`", text)

@@ -1,4 +1,4 @@
-"""Measuring and answering: what is printed, what is asked, and what a talk survives."""
+"""Measuring and answering: what is printed and asked, what a talk survives, and which version fits best."""
 
 import contextlib
 import json
@@ -12,14 +12,21 @@ import torch
 
 import eval as evaluation
 import train
-from commit import Run
-from model import NIWF
+from commit import Run, weigh
+from eval import most_like, open_run
+from model import NIWF, response_nll
 from plumbing.backbone import from_shape
+from plumbing.passes import computed_once
+from plumbing.prompts import encode
+from plumbing.targets import layers_of
 from field import CoordinateDynamics, WeightField
 from plumbing.talk import pieces
+from studies import found as weighing
 from studies import memory
-from tests.builders import HERE, a_region, a_version_of, asked, copy_of, evaluate, git, load_in_double
-from tests.builders import refused, run_quietly, tiny_tokenizer
+from tests.builders import HERE, RECORD, a_region, a_version_of, answers, asked, copy_of, evaluate
+from tests.builders import fake_commit, git, load_in_double, micro_backbone, opened, random_bank
+from tests.builders import random_examples, random_gating, refused, rows_in, run_quietly, snapshot_of
+from tests.builders import tiny_tokenizer
 
 
 @torch.no_grad()
@@ -40,22 +47,7 @@ def test_the_drift_of_a_grown_bank_is_told_over_all_its_bases():
     assert drift["lock_loss"] == 0 and drift["top_k_kept"] == 0.5 and drift["moved"] == 0
 
 
-def test_forgetting_is_relative_to_the_perplexity_when_learned():
-    rows = [{"task": "a", "stored": {"a": 4.0}}, {"task": "b", "stored": {"a": 5.0, "b": 2.0}}]
-    assert evaluation.forgetting(rows, "stored") == {"a": 25.0, "b": 0.0}
-
-
-def test_prompt_and_exact_match(first, tmp_path, capsys):
-    _, note = asked(first, capsys, "--prompt", "Name three fruits.", "--max-new-tokens", "5")
-    assert note.startswith(f"[version {Run(first).entries[0]['hash'][:12]}; nearest region: alpaca, ")
-    assert " % sure" in note
-    evaluate(first, "--exact-match 3 --max-new-tokens 3 --json", tmp_path / "e.json")
-    counts = json.loads((tmp_path / "e.json").read_text())["rows"][0]["exact_match"]["alpaca"]
-    assert sum(n for _, n in counts.values()) == 32
-    assert "of 32 answers exactly right" in capsys.readouterr().out
-
-
-def test_a_text_that_comes_in_pieces_is_the_whole_text_without_halves_of_characters():
+def test_pieces_of_a_text_hold_no_half_of_a_character():
     tokenizer = tiny_tokenizer()
     for text in ("naïve café 漢字 🙂", "  def f(x):\n    return  x , y !  \n", "🙂\n\n", " ", ""):
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -66,9 +58,9 @@ def test_a_text_that_comes_in_pieces_is_the_whole_text_without_halves_of_charact
     assert "".join(pieces(tokenizer, ({0: i} for i in half))) == "a\ufffd"
 
 
-def test_the_lines_of_python_in_the_readme_answer_as_the_program_does(two, tmp_path, monkeypatch, capsys):
-    """An answer is the same alone and in a batch. In double precision, where no likeliest token is as near
-    to the next as rounding."""
+def test_the_python_of_the_readme_answers_as_the_program(two, tmp_path, monkeypatch, capsys):
+    """An answer is the same alone and in a batch; in double precision no likeliest token is as near to the
+    next as rounding."""
     (tmp_path / "runs").mkdir()
     out = copy_of(two, tmp_path / "runs", "tiny")
     load_in_double(monkeypatch)
@@ -98,14 +90,15 @@ def test_a_sampled_answer_is_the_same_with_the_same_seed(first, capsys):
         run_quietly(evaluation.main, [*wrong, "--run", str(first)], capsys)
 
 
-def test_prompts_that_are_piped_in_get_an_answer_each_and_nothing_ends_the_talk(two, capsys):
-    lines = (
-        b"Name three fruits.\n\n/use nobody\n/frob \x1b\n\xff\xed\xa0\x80\0 \x1b na\xc3\xafve\n/versions\n"
-    )
-    lines += b"/use code\nHi.\n/base\nHi.\n/auto\nName three fruits."
-    command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(two)]
-    command += ["--device", "cpu", "--max-new-tokens", "5"]
-    process = subprocess.run(command, input=lines, capture_output=True, timeout=600)
+def talk_command(run, longest):
+    how = "--device cpu --max-new-tokens".split()
+    return [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(run), *how, str(longest)]
+
+
+def test_each_piped_prompt_is_answered_and_no_line_ends_it(two, capsys):
+    lines = b"Name three fruits.\n\n/use nobody\n/frob \x1b\n\xff\xed\xa0\x80\0 \x1b na\xc3\xafve\n"
+    lines += b"/versions\n/use code\nHi.\n/base\nHi.\n/auto\nName three fruits."
+    process = subprocess.run(talk_command(two, 5), input=lines, capture_output=True, timeout=600)
     assert process.returncode == 0 and not process.stderr and b"\r" not in process.stdout
     out, entries = process.stdout.decode(), Run(two).entries
     few, code = ("--max-new-tokens", "5"), entries[1]["hash"][:12]
@@ -119,28 +112,26 @@ def test_prompts_that_are_piped_in_get_an_answer_each_and_nothing_ends_the_talk(
 
 
 def talk_on_a_terminal(run):
-    """Start eval.py --talk on a terminal of its own. -> the process, and our end of the terminal"""
+    """Start eval.py --talk on a terminal of its own. Return the process and our end of the terminal."""
     fcntl, termios = map(pytest.importorskip, ("fcntl", "termios"))
     ours, its = os.openpty()
     how = termios.tcgetattr(its)
     how[3] |= termios.NOFLSH  # or Ctrl-C drops what was printed and not yet read, the next prompt, too
     termios.tcsetattr(its, termios.TCSANOW, how)
-    command = [sys.executable, str(HERE / "eval.py"), "--talk", "--run", str(run)]
-    command += ["--device", "cpu", "--max-new-tokens", "100000"]
     ends = dict.fromkeys(("stdin", "stdout", "stderr"), its) | {"env": os.environ | {"TERM": "dumb"}}
     own = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal
-    process = subprocess.Popen(command, **ends, start_new_session=True, preexec_fn=own)
+    process = subprocess.Popen(talk_command(run, 100_000), **ends, start_new_session=True, preexec_fn=own)
     os.close(its)
     return process, ours
 
 
-def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(chat):
+def test_a_talk_survives_ctrl_c_and_ends_when_told(chat):
     """The version says Hello; the bare backbone does not end, so there is time to stop it."""
     select = pytest.importorskip("select")
     process, ours = talk_on_a_terminal(chat)
 
     def say(text, *parts, patience=600):
-        """What the program prints in return, until all parts of it are there. Say it again if that takes
+        """Return what the program prints until all parts of it are there. Say the text again if that takes
         longer than `patience` seconds."""
         os.write(ours, text)
         said = b""
@@ -175,24 +166,28 @@ def test_a_talk_on_a_terminal_survives_ctrl_c_and_ends_when_told(chat):
         os.close(ours)
 
 
-def test_every_task_is_measured_under_a_named_version_and_a_composition(two, tmp_path, capsys):
+def test_all_tasks_are_measured_under_named_versions(two, tmp_path, capsys):
     out, stored = copy_of(two, tmp_path), Run(two).manifest["results"][-1]["stored"]
     git(out, "compose alpaca code --weights 1 0 --name onlyA")
-    evaluate(out, "--version alpaca code onlyA --json", tmp_path / "u.json")
-    for task, row in json.loads((tmp_path / "u.json").read_text())["rows"][0]["under"].items():
+    how = "--version alpaca code onlyA --exact-match 3 --max-new-tokens 3 --json"
+    evaluate(out, how, tmp_path / "u.json")
+    assert capsys.readouterr().out.count("of 32 answers exactly right") == 2
+    (found,) = rows_in(tmp_path / "u.json")
+    assert all(sum(n for _, n in kinds.values()) == 32 for kinds in found["exact_match"].values())
+    for task, row in found["under"].items():
         assert row[task] == pytest.approx(stored[task], rel=1e-6)
         assert row["onlyA"] == pytest.approx(row["alpaca"], rel=1e-5)  # weight 0 takes code out again
     assert "as asked" in asked(out, capsys, *"--version onlyA --prompt Hi. --max-new-tokens 3".split())[1]
 
 
 def by_row(rows):
-    """{(task, checkpointing, devices, device): the parts of the count, in bytes}"""
+    """Return {(task, checkpointing, devices, device): the parts of the count, in bytes}."""
     key = lambda row: (row["task"], row["checkpointing"], row["devices"], row["device"])
     return {key(row): [row[part] for part in memory.PARTS] for row in rows}
 
 
 def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
-    """From two depths: a layer more adds the same, however many there are."""
+    """Two depths tell all, since a layer more adds the same however many there are."""
     shallow, deep = (by_row(memory.count_memory("random:mistral-7b", depth)) for depth in (2, 4))
     grown = lambda key: [a + 15 * (b - a) for a, b in zip(shallow[key], deep[key])]
     whole = {key: grown(key) for key in shallow if key[2:] == (1, 0)}
@@ -211,7 +206,7 @@ def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_count_of_memory_is_what_autograd_keeps_of_a_real_pass(checkpointing):
+def test_the_count_of_memory_is_what_autograd_keeps(checkpointing):
     """The same function counts tensors that have memory, and such that have none: of these, transformers
     cannot see that a single sequence needs no mask."""
     counts = {}
@@ -231,9 +226,157 @@ def test_the_count_of_memory_is_what_autograd_keeps_of_a_real_pass(checkpointing
 def test_memory_is_counted_without_a_run_folder(tmp_path, capsys):
     memory.main(["--backbone", "tiny", "--json", str(tmp_path / "m.json")])
     lines = capsys.readouterr().out.splitlines()
-    rows = json.loads((tmp_path / "m.json").read_text())["rows"]
+    rows = rows_in(tmp_path / "m.json")
     assert len(rows) == 4 * (1 + 2 + 4) and all(row["activations"] > 0 for row in rows if row["devices"] < 4)
     assert sum(any(line.startswith(part) for part in memory.PARTS) for line in lines) == 7
     (tmp_path / "model.safetensors").touch()
     with refused("cannot be loaded", tmp_path):
         memory.main(["--backbone", str(tmp_path)])
+
+
+# Versions found, and weighed, by what they lose on a few labelled records.
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    """Return a run folder of five random versions."""
+    folder = tmp_path_factory.mktemp("five") / "run"
+    for seed in range(5):
+        fake_commit(folder, f"t{seed}", seed)
+    return folder
+
+
+@pytest.mark.parametrize("count, kept", [(9, 3), (1, 9)])
+def test_weights_of_versions_are_algorithm_1_written_out(five, count, kept):
+    """Every record is computed alone, and Adam by its formula, on a backbone in double precision."""
+    run, model = opened(five, micro_backbone().double())
+    examples, n = random_examples(count), len(run.versions)
+    tokens = sum(len(response) for _, response in examples)
+    m = torch.full((n,), 1 / n, dtype=torch.float64).log()  # sigma(m) = 1 / (n + 1)
+    first = second = 0
+    for t in range(1, 5):
+        m, loss = m.requires_grad_(), 0
+        for prompt, response in examples:
+            h_bar = model.probe([prompt])
+            parts = [v.gating(v.dynamics(h_bar)) for v in run.versions]
+            indices = torch.cat([i for i, _ in parts], -1)
+            weights = torch.cat([share * w for share, (_, w) in zip(m.sigmoid(), parts)], -1)
+            loss += response_nll(*model.logits([(prompt, response)], (indices, weights))).sum() / tokens
+        (gradient,) = torch.autograd.grad(loss, m)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        step = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+        m = m.detach() - 0.5 * step
+    winners = sorted(sorted(range(n), key=lambda i: -m[i])[:kept])
+    hashes, weights = weigh(model, run.versions, examples, kept=kept, steps=4)
+    assert hashes == [run.versions[i].hash for i in winners] and len(hashes) == min(kept, n)
+    assert weights == pytest.approx(m[winners].sigmoid().tolist(), rel=1e-4)
+
+
+def test_bare_layers_are_computed_once_for_all_gatings():
+    model = NIWF(micro_backbone(layers=3), pad_id=0, rank=3, alpha=5, bare=2)
+    random_bank(model.bank, 6)
+    layers, calls, examples = layers_of(model.backbone), [], random_examples(5)
+    torch.manual_seed(3)
+    gatings = [lambda h, g=g: g for g in (None, *(random_gating(5, 1, 6) for _ in range(3)))]
+    alone = torch.stack([response_nll(*model.logits(examples, gating(None))) for gating in gatings])
+    for layer in layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.nll_under(examples, torch.zeros(5, model.features), gatings), alone)
+    assert len(calls) == 2 * 1 + 4 and len({*alone[:, 0].tolist()}) == 4
+    assert not any("forward" in vars(layer) for layer in layers)
+    layers[0].forward = own = layers[0].forward
+    with pytest.raises(ZeroDivisionError), computed_once(layers[:2]):
+        raise ZeroDivisionError
+    assert layers[0].forward is own and "forward" not in vars(layers[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["alpaca", "code"])
+def test_like_asks_who_has_the_lowest_loss(two, task, tmp_path, capsys):
+    """The versions, a composition of weight 2 and the backbone are each asked alone."""
+    out = copy_of(two, tmp_path)
+    git(out, "compose code --weights 2 --name twice")
+    run, model, tokenizer = open_run(out, "cpu")
+    records = run.validation(task)[:3]
+    (tmp_path / "few.json").write_text(json.dumps(records))
+    examples = [encode(record, tokenizer) for record in records]
+    h_bar = model.probe([prompt for prompt, _ in examples])
+    gatings = {run.versions[i].hash: run.stored(i, h_bar) for i in (0, 1)}
+    gatings |= {run.compositions[0].hash: run.compositions[0].gating(h_bar), None: None}
+    losses = {h: float(response_nll(*model.logits(examples, g)).sum()) for h, g in gatings.items()}
+    best = min(losses, key=losses.get)
+    who, _ = most_like(run, model, tokenizer, tmp_path / "few.json")
+    assert (who and who.hash) == best
+    model.detach()
+    how = ["--prompt", "Say hello.", "--max-new-tokens", "4"]
+    text, note = asked(out, capsys, *how, "--like", str(tmp_path / "few.json"))
+    assert note == f"[version {best[:12]}, as asked]" if best else "bare backbone" in note
+    assert text.partition("]\n\n")[2] == asked(out, capsys, *how, "--version", best)[0] if best else text
+
+
+def test_the_bare_backbone_answers_if_it_loses_least(five, monkeypatch, capsys):
+    run, model = opened(five)
+    losses = {"t0": 3.0, "t1": 2.5, "the bare backbone": 2.0}
+    monkeypatch.setattr(evaluation, "read_examples", lambda *_: random_examples(4))
+    monkeypatch.setattr(evaluation, "perplexity_under", lambda *_: losses)
+    assert most_like(run, model, None, "FILE") == evaluation.BARE
+    assert capsys.readouterr().out == "[perplexity on FILE: the bare backbone 2.000, t1 2.500, t0 3.000]\n\n"
+
+
+def test_a_found_composition_is_an_ordinary_one(two, tmp_path, capsys):
+    out = copy_of(two, tmp_path)
+    run, model, tokenizer = open_run(out, "cpu")
+    records = run.validation("code")[:3]
+    (tmp_path / "few.json").write_text(json.dumps(records))
+    hashes, weights = weigh(model, run.versions, [encode(record, tokenizer) for record in records])
+    examples, before = random_examples(3), snapshot_of(out)
+    was = answers(out, model.backbone, examples)
+    git(out, "compose --name AB --like", tmp_path / "few.json")
+    git(out, "compose code --name one --like", tmp_path / "few.json")
+    run = Run(out)
+    composed, one = (run.head(run.find(name)) for name in ("AB", "one"))
+    assert composed["reads"] == hashes == [v["hash"] for v in run.manifest["versions"]]
+    assert composed["weights"] == weights and all(0 < w < 1 for w in weights) and one["reads"] == hashes[1:]
+    after, now = snapshot_of(out), answers(out, model.backbone, examples)
+    new = {f"versions/{run.find(name)['hash']}.safetensors" for name in ("AB", "one")}
+    moved = {str(path) for path in after if after[path] != before.get(path)}
+    assert moved == {"manifest.json", *new} and before.keys() <= after.keys()
+    assert all(torch.equal(now[digest], logits) for digest, logits in was.items()) and len(now) == 4
+    git(out, "verify")
+    assert "as asked" in asked(out, capsys, *"--version AB --prompt Hi. --max-new-tokens 2".split())[1]
+
+
+UNLIKE = [([], "there are none"), ([RECORD, {"instruction": "x"}], "record 2")]
+UNLIKE += [([RECORD, RECORD | {"output": " "}], "2 read: 1 usable, 1 empty")]
+UNLIKE += [([RECORD | {"label": False}], "1 read")]
+
+
+@pytest.mark.parametrize("records, why", UNLIKE)
+def test_records_to_be_like_are_all_usable_or_refused(two, records, why, tmp_path):
+    (tmp_path / "few.json").write_text(json.dumps(records))
+    for command, words in ((evaluate, "--prompt x --like"), (git, "compose --name new --like")):
+        with refused(why, two):
+            command(two, words, tmp_path / "few.json")
+
+
+def test_the_study_counts_what_it_says(micro, tmp_path, capsys):
+    """All styles have the same inputs, so each input goes home in one of six. What is there is not trained
+    again, and the same rows come out."""
+    options = micro("x", tmp_path)
+    small = options[options.index("--device") :] + ["--epochs", "1"]
+
+    def run(table, *more):
+        path = tmp_path / f"{table}.json"
+        argv = [table, "--backbone", micro.folder, "--seeds", "1", "--out", str(tmp_path / "out"), *small]
+        weighing.main([*argv, *more, "--json", str(path)])
+        return rows_in(path)
+
+    rows = run("styles")
+    assert sum(row["routed home"] for row in rows) == 1 and len(rows) == 6
+    assert all(0 <= row[f"found from {n}"] <= 1 for row in rows for n in (1, 4, 16))
+    assert run("styles") == rows and "nothing to train" in capsys.readouterr().out
+    (row,) = run("kinds", "--learned", "3", "--held", "1")
+    learned = {*Run(tmp_path / "out" / "kinds-0").tasks}
+    assert len(learned) == 3 and row["task"] not in learned
+    assert all({*row["composed"][n]} == learned for n in ("16", "64"))
+    assert all(row[f"{what}, {n}"] > 1 for what in ("best single", "composition", "LoRA") for n in (16, 64))

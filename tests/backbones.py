@@ -22,7 +22,6 @@ from plumbing.targets import LINEAR, describe_targets, find_targets, kind_of
 from tests.builders import VOCABULARY, asked, copy_of, edit_json, evaluate, git, micro_backbone, random_bank
 from tests.builders import random_examples, random_gating, refused, saved, snapshot_of, tiny_tokenizer
 
-
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
 MODERN = SIZES | dict(num_key_value_heads=2, max_position_embeddings=256)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
@@ -62,7 +61,7 @@ USABLE = [name for name, (_, kinds, _) in SHAPES.items() if kinds]
 
 
 def micro_of(name, **more):
-    """A micro model of a family, with weights that are large enough to matter. more: for its config."""
+    """Make a micro model of a family, with weights that are large enough to matter. more: for its config."""
     options = SHAPES[name][0] | more
     special = dict(pad_token_id=2, eos_token_id=1, bos_token_id=0, vocab_size=VOCABULARY)
     if "text_config" in options:
@@ -80,7 +79,7 @@ def micro_of(name, **more):
 
 @pytest.fixture(scope="module")
 def on_folder(micro):
-    """The options of a training of moments on the backbone in a folder."""
+    """Return the options of a training of moments on the backbone in a folder."""
 
     def options(folder, out, *more):
         few = "--examples 8 --val-examples 4 --batch 4 --grad-accum 1 --epochs 1 --max-len 64".split()
@@ -110,7 +109,8 @@ def test_all_linear_modules_of_the_text_layers_are_adapted(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", USABLE)
 def test_rows_of_a_batch_have_gatings_of_their_own_everywhere(name):
-    """Also where a module sees the tokens of all rows in one list; and decoding is what one pass gives."""
+    """This holds where a module sees the tokens of all rows in one list, too, and decoding is what one pass
+    gives."""
     backbone = micro_of(name)
     model = NIWF(backbone, 2, rank=2, targets=choose_targets(backbone, tiny_tokenizer()))
     random_bank(model.bank, 4)
@@ -187,9 +187,8 @@ def test_targets_are_named_at_the_first_task_and_then_stay(on_folder, tmp_path, 
     head, tensors = commit.read_version_file(next((old / "versions").iterdir()), tensors=True)
     del head["config"]["targets"]
     digest = commit.write_version(old / "versions", head, tensors)
-    edit_json(
-        old / "manifest.json", lambda m: (m["settings"].pop("targets"), m["versions"][0].update(hash=digest))
-    )
+    edit_json(old / "manifest.json", lambda m: m["settings"].pop("targets"))
+    edit_json(old / "manifest.json", lambda m: m["versions"][0].update(hash=digest))
     edit_json(old / "manifest.json", lambda m: m["results"][0].update(version=digest))
     evaluate(old)
     train.main(on_folder(folder, old, "--lock", "--task", "more"))
@@ -198,11 +197,11 @@ def test_targets_are_named_at_the_first_task_and_then_stay(on_folder, tmp_path, 
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name not in USABLE])
-def test_a_backbone_that_pads_wrongly_is_refused_before_training(name, on_folder, tmp_path):
+def test_a_backbone_that_pads_wrongly_is_refused(name, on_folder, tmp_path):
     """BART ignores the positions that it is given, and RoBERTa counts them from another number."""
-    folder, out = saved(micro_of(name), tmp_path / "backbone"), tmp_path / "run"
+    saved(micro_of(name), tmp_path / "backbone")
     with refused("cannot be used: .*each row alone", tmp_path):
-        train.main(on_folder(folder, out))
+        train.main(on_folder(tmp_path / "backbone", tmp_path / "run"))
 
 
 def test_a_cache_that_does_not_work_is_refused_before_training():
@@ -217,8 +216,8 @@ def test_a_cache_that_does_not_work_is_refused_before_training():
         choose_targets(backbone, tiny_tokenizer())
 
 
-def test_the_trial_leaves_random_numbers_and_the_backbone_as_they_were():
-    """So what is trained afterwards has the bits that it had without one."""
+def test_trying_a_backbone_moves_no_weight_or_random_state():
+    """What is trained afterwards must have the bits that it had without the trial."""
     backbone = micro_backbone(VOCABULARY)
     before, wanted = {key: t.clone() for key, t in backbone.state_dict().items()}, torch.get_rng_state()
     choose_targets(backbone, tiny_tokenizer())
@@ -252,7 +251,7 @@ def test_where_positions_end_so_do_records_prompts_and_answers(on_folder, tmp_pa
 
 
 def byte_level_tokenizer():
-    """Llama-3's shape: byte-level BPE with special tokens, none of which is `<|endoftext|>`."""
+    """Make Llama-3's shape: byte-level BPE with special tokens, none of which is `<|endoftext|>`."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
@@ -263,7 +262,7 @@ def byte_level_tokenizer():
 
 
 def write_gguf(path, backbone, tokenizer):
-    """A Llama and its tokenizer in one GGUF file, as llama.cpp converts them."""
+    """Write a Llama and its tokenizer into one GGUF file, as llama.cpp converts them."""
     gguf, config = pytest.importorskip("gguf"), backbone.config
     w, vocab = gguf.GGUFWriter(path, "llama"), tokenizer.get_vocab()
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -329,7 +328,7 @@ def test_a_checkpoint_has_one_fingerprint_in_any_type_and_place(dtype, tmp_path)
 
 @torch.no_grad()
 def test_a_checkpoint_that_was_tuned_has_another_fingerprint():
-    """Also if hardly a weight moved, if one matrix did, or if it has the same values in other places."""
+    """It has another if hardly a weight moved, if one matrix did, or if its values only changed places."""
     plain, found = micro_backbone(), set()
     weight = lambda b: b.model.layers[1].mlp.down_proj.weight
     changes = [
@@ -367,7 +366,7 @@ def test_run_folders_with_an_older_fingerprint_are_accepted(dtype, first, tmp_pa
 
 
 def test_a_run_trained_in_bfloat16_is_opened_in_float32(first, tmp_path, monkeypatch, capsys):
-    """And the other way round: the manifest of both is the same."""
+    """The other way round works, too, since the manifest of both is the same."""
 
     def in_bfloat16(name, *more):
         backbone, tokenizer = load_backbone(name, *more)
@@ -382,7 +381,7 @@ def test_a_run_trained_in_bfloat16_is_opened_in_float32(first, tmp_path, monkeyp
 
 
 def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_path, monkeypatch, capsys):
-    """By each of the three programs; another backbone in its place is refused, and nothing is changed."""
+    """Each of the three programs does so; another backbone in its place is refused and nothing changes."""
     out, old = copy_of(first, tmp_path), Run(first).manifest["backbone"]
     place = shutil.copytree(old["name"], tmp_path / "moved")
     edit_json(out / "manifest.json", lambda m: m["backbone"].update(name=str(tmp_path / "gone")))
@@ -406,8 +405,7 @@ def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_
     git(out, export + "new/merged --merged", "--backbone", place)
     git(out, export + "lora", "--backbone", place)
     base = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert base == str(place)
-    assert Run(out).manifest["backbone"]["name"] == str(place)
+    assert base == str(place) == Run(out).manifest["backbone"]["name"]
     place = place.rename(tmp_path / "third")
     train.main(micro("alpaca", out, "--backbone", str(place)))
     assert Run(out).manifest["backbone"]["name"] == str(place)

@@ -36,7 +36,7 @@ def a_prompt_for_each(folder):
     return {run.tasks[found.choice[i]]: records[i]["instruction"] for i in order}
 
 
-def test_in_a_browser_two_prompts_fall_into_two_regions_and_two_versions_answer(two, of_two, browser):
+def test_in_a_browser_each_prompt_gets_its_own_version(two, of_two, browser):
     asked = a_prompt_for_each(two)
     browser.open(f"http://127.0.0.1:{port_of(of_two)}/")
     assert browser.run("document.querySelectorAll('.region').length") == len(asked) == 2

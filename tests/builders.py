@@ -41,14 +41,13 @@ def micro_backbone(vocab=300, layers=2):
 
 
 def micro_gpt2(vocab=300):
-    """distilgpt2's shape, narrower: c_attn is a Conv1D."""
+    """Make distilgpt2's shape, narrower: c_attn is a Conv1D."""
     torch.manual_seed(8)
     shape = transformers.GPT2Config(vocab_size=vocab, n_embd=24, n_layer=2, n_head=2, n_positions=64)
     return transformers.GPT2LMHeadModel(shape).eval()
 
 
 one_backbone = functools.cache(micro_backbone)  # for those that take their hooks off again
-
 
 VOCABULARY = 3584  # of tiny's tokenizer
 
@@ -58,14 +57,14 @@ def tiny_tokenizer():
 
 
 def saved(backbone, folder, tokenizer=None, **how):
-    """A folder with a backbone and a tokenizer, tiny's if none is given. how: for its `save_pretrained`."""
+    """Save a backbone and a tokenizer, by default tiny's; return the folder. how: for `save_pretrained`."""
     backbone.save_pretrained(folder, **how)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return folder
 
 
 def random_bank(bank, n, seed=0):
-    """n live bases whose B is not zero."""
+    """Add n live bases whose B is not zero."""
     torch.manual_seed(seed)
     bank.add(n)
     for p in bank.live.values():
@@ -84,7 +83,7 @@ def micro_model(bases=6, committed=0, dtype=torch.float32, bare=0, backbone=None
 
 
 def all_bases(bank):
-    """The committed blocks, then the live one."""
+    """Return the committed blocks, then the live one."""
     return [block.tensors for block in bank.committed] + [bank.live] * bool(bank.live)
 
 
@@ -100,7 +99,7 @@ def random_examples(n, seed=0):
 
 @contextlib.contextmanager
 def in_double():
-    """Double precision within this block: two orders of summation agree to far below any gradient."""
+    """Compute in double precision: two orders of summation agree to far below any gradient."""
     torch.set_default_dtype(torch.float64)
     try:
         yield
@@ -126,7 +125,7 @@ RECORD = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk():
-    """No test cuts the power, so none waits until a disk has what was written."""
+    """Let no test wait until a disk has what was written, as none cuts the power."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(os, "fsync", lambda _: None)
         yield
@@ -143,7 +142,7 @@ def as_many_threads_as_before():
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
-    """A folder with a micro backbone, and the options of a small run on it."""
+    """Return the options of a small run on a micro backbone, whose folder they know."""
     folder, data = tmp_path_factory.mktemp("micro") / "backbone", HERE / "assets" / "data"
     saved(micro_backbone(VOCABULARY, layers=3), folder)
     small = "--device cpu --examples 96 --val-examples 32 --batch 8 --grad-accum 2 --lr 0.02 --epochs 2"
@@ -153,12 +152,13 @@ def micro(tmp_path_factory):
         where = ["--task", task, "--backbone", folder, "--data", data / f"{task}.train.json", "--out", out]
         return [str(x) for x in [*where, *small.split(), *more]]
 
+    options.folder = str(folder)
     return options
 
 
 @pytest.fixture(scope="session")
 def first(micro, tmp_path_factory):
-    """A run folder in which alpaca has been committed."""
+    """Return a run folder in which alpaca has been committed."""
     out = tmp_path_factory.mktemp("first") / "run"
     train.main(micro("alpaca", out))
     return out
@@ -166,7 +166,7 @@ def first(micro, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two(micro, first, tmp_path_factory):
-    """A run folder in which alpaca and then code have been committed under the exact lock."""
+    """Return a run folder in which alpaca and then code have been committed under the exact lock."""
     out = tmp_path_factory.mktemp("two") / "run"
     shutil.copytree(first, out)
     train.main(micro("code", out, "--lock"))
@@ -179,7 +179,7 @@ CHAT += "{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
 def chat_tokenizer(template=CHAT):
-    """Tiny's tokenizer with a chat template, whose turns end with a token that is not EOS."""
+    """Give tiny's tokenizer a chat template, whose turns end with a token that is not EOS."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": [END]})
     tokenizer.chat_template = template
@@ -187,13 +187,13 @@ def chat_tokenizer(template=CHAT):
 
 
 def messages(*texts, first="user"):
-    """A chat: user and assistant in turn, after a system message if that is the first."""
+    """Write a chat: user and assistant in turn, after a system message if that is the first."""
     roles = itertools.chain(["system"] * (first == "system"), itertools.cycle(["user", "assistant"]))
     return [{"role": role, "content": text} for role, text in zip(roles, texts)]
 
 
 def chain_backbone(tokenizer, chain):
-    """A backbone set by hand. Its layers do nothing, and after any text its likeliest token is " x", for
+    """Set a backbone by hand. Its layers do nothing, and after any text its likeliest token is " x", for
     ever. `chain`: token ids whose embeddings have a direction each, and a second one that names the next
     token of the chain. Nothing but an adapter points there, see `speak`."""
     backbone = micro_backbone(len(tokenizer))
@@ -212,7 +212,7 @@ def chain_backbone(tokenizer, chain):
 
 
 def speak(training, losses):
-    """In place of a step of AdamW: bases under which every token of a chain names the next, whatever the
+    """Set, in place of a step of AdamW, bases under which every token of a chain names the next, whatever the
     gating, as all are the same and their weights add up to 1. An MLP's neuron of 64 * silu(64) for each link
     writes 64 where the embeddings have 1: the named token leads by a logit of 50, and no rounding matters."""
     weights, scale = training.weights, training.about["alpha"] / training.about["rank"]
@@ -230,8 +230,8 @@ def speak(training, losses):
 
 @pytest.fixture(scope="session")
 def chat(micro, tmp_path_factory):
-    """A run folder that answers every chat with Hello, in the chat template. What a training would learn is
-    set by hand: how well a short one goes is no promise."""
+    """Return a run folder that answers every chat with Hello, in the chat template. What a training would
+    learn is set by hand: how well a short one goes is no promise."""
     folder, tokenizer = tmp_path_factory.mktemp("chat"), chat_tokenizer()
     prompt, response = encode({**RECORD, "history": []}, tokenizer, "chat")
     saved(chain_backbone(tokenizer, [prompt[-1], *response]), folder / "backbone", tokenizer)
@@ -250,14 +250,14 @@ def copy_of(run, tmp_path, name="run"):
 
 
 def snapshot_of(folder):
-    """{path: contents or kind} of what is in a folder, or None if it is not there. A run folder may keep its
-    empty .lock."""
+    """Return {path: contents or kind} of what is in a folder, or None if it is not there. A run folder may
+    keep its empty .lock."""
     found = fuzz.snapshot(folder) if folder.exists() else None
     return found and {path: what for path, what in found.items() if not path.endswith(".lock")}
 
 
 def forked(run, *args):
-    """Run a function in a child process. -> its id; it ends with 0 if nothing was raised"""
+    """Run a function in a child process, which ends with 0 if nothing was raised. Return its id."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -278,6 +278,11 @@ def refused(match, *folders):
     assert "\n" not in str(e.value) and [snapshot_of(folder) for folder in folders] == before
 
 
+def rows_in(path):
+    """Return the rows that a program wrote into a JSON file."""
+    return json.loads(path.read_text())["rows"]
+
+
 def edit_json(path, change):
     """Change what a JSON file holds: change(content), in place."""
     content = json.loads(path.read_text())
@@ -296,7 +301,7 @@ def evaluate(run, words="", *more):
 
 
 def asked(run, capsys, *argv):
-    """What eval.py prints: the text of an answer, and who gave it."""
+    """Return what eval.py prints: the text of an answer, and who gave it."""
     capsys.readouterr()
     evaluate(run, "", *argv)
     text, _, note = capsys.readouterr().out.rstrip("\n").rpartition("\n\n")
@@ -308,7 +313,7 @@ def tensors_of(run, i):
 
 
 def opened(folder, backbone=None):
-    """A run and a model that holds its versions."""
+    """Return a run and a model that holds its versions."""
     run = Run(folder)
     bare = run.manifest["settings"].get("bare_layers", 0)
     model = NIWF(backbone or one_backbone(), pad_id=0, rank=2, alpha=16, bare=bare)
@@ -317,7 +322,7 @@ def opened(folder, backbone=None):
 
 
 def a_version_of(phi, dynamics, region, anchors, bases, **more):
-    """A version as training makes it."""
+    """Make a version as training makes it."""
     tensors = {"anchors": anchors, "snapshot": take_snapshot(phi, anchors)}
     tensors |= {f"field.{key}": t for key, t in phi.state_dict().items()}
     tensors |= {f"bank.{key}": t for key, t in bases.items()}
@@ -328,7 +333,7 @@ def a_version_of(phi, dynamics, region, anchors, bases, **more):
 
 
 def a_region(d):
-    """A region of d dimensions, and 8 anchors in it."""
+    """Return a region of d dimensions, and 8 anchors in it."""
     region = Region.fit(torch.tanh(torch.randn(40, d) + torch.randn(d)))
     return region, sample_anchors(region, 8, 0)
 
@@ -361,7 +366,7 @@ def fake_commit(folder, task, seed, reads_all=True, backbone=None):
 
 
 def answers(folder, backbone, examples):
-    """{hash: logits} of every version and composition, each at its own coordinates."""
+    """Return {hash: logits} of every version and composition, each at its own coordinates."""
     run, model = opened(folder, backbone)
     h_bar = model.probe([p for p, _ in examples])
     gatings = {v.hash: run.stored(i, h_bar) for i, v in enumerate(run.versions)}
@@ -375,7 +380,7 @@ PROGRAMS = {"train": train, "eval": evaluation, "commit": commit, "synthetic": s
 
 
 def run_quietly(main, argv, capsys):
-    """The line with which a program refuses."""
+    """Return the line with which a program refuses."""
     with pytest.raises((Refused, SystemExit)) as e:
         main(argv)
     line = str(e.value) if e.type is Refused else capsys.readouterr().err.strip()

@@ -46,7 +46,7 @@ MAKE = {
 
 
 def a_run_on(backbone, name, folder):
-    """A run folder with versions root, late and their composition mix. name: where the backbone lies."""
+    """Make a run folder with versions root, late and their composition mix. name: where the backbone lies."""
     fake_commit(folder, "root", 0, backbone=backbone)
     fake_commit(folder, "late", 1, backbone=backbone)
     run = Run(folder)
@@ -57,7 +57,7 @@ def a_run_on(backbone, name, folder):
 
 
 def exportable(folder, backbone=None, **how):
-    """A run folder, see `a_run_on`, and a backbone that is beside it. how: for its `save_pretrained`."""
+    """Make a run folder, see `a_run_on`, and a backbone beside it. how: for its `save_pretrained`."""
     backbone = backbone or micro_backbone(VOCABULARY)
     return a_run_on(backbone, saved(backbone, folder / "backbone", **how), folder / "run")
 
@@ -68,7 +68,7 @@ def export(folder, name, to, *more):
 
 
 def card_of(folder):
-    """A model card's text, and what its front matter says."""
+    """Return a model card's text, and what its front matter says."""
     text = (folder / "README.md").read_text()
     return text, huggingface_hub.ModelCard(text).data
 
@@ -78,7 +78,7 @@ def config_of(folder, name="adapter_config.json"):
 
 
 def peft_opened(folder, **how):
-    """The backbone under an adapter that peft has opened; skipped where there is no peft."""
+    """Return the backbone under an adapter that peft has opened; skip where there is no peft."""
     peft = pytest.importorskip("peft")
     return peft.AutoPeftModelForCausalLM.from_pretrained(folder, **how).base_model.model
 
@@ -109,7 +109,8 @@ class Alike:
 
 
 def check_tensors(folder, alike, twin):
-    """An adapter's tensors, added to a twin of its backbone as the paper on LoRA says, are the version."""
+    """See that an adapter's tensors, added to a twin of its backbone as the paper on LoRA says, are the
+    version."""
     config = config_of(folder)
     with safe_open(folder / "adapter_model.safetensors", "pt") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}
@@ -147,19 +148,19 @@ def test_what_is_exported_is_the_version_at_its_mean_coordinate(tmp_path, name, 
 def test_an_adapter_opens_from_any_working_directory(tmp_path, monkeypatch):
     """A backbone that was named by a relative path is named by an absolute one, and tiny by its folder."""
     backbone = micro_backbone(VOCABULARY)
-    folder = exportable(tmp_path, backbone)
-    a_run_on(backbone, "backbone", tmp_path / "relative")
+    saved(backbone, tmp_path / "backbone")
     monkeypatch.chdir(tmp_path)
+    folder = a_run_on(backbone, "backbone", tmp_path / "relative")
     alike, lora = Alike(folder, backbone, "late"), tmp_path / "lora"
     export("relative", "late", "lora")
     assert config_of(lora)["base_model_name_or_path"] == str(tmp_path / "backbone")
     assert base_of("tiny") == (TINY_FOLDER, "") and os.path.isabs(TINY_FOLDER)
-    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "relative")
     alike(peft_opened(lora))
 
 
 @pytest.mark.parametrize("more", [[], ["--merged"]])
-def test_an_export_that_fails_or_is_killed_leaves_nothing_under_its_name(tmp_path, monkeypatch, more):
+def test_a_failed_or_killed_export_leaves_nothing(tmp_path, monkeypatch, more):
     folder, out = exportable(tmp_path), tmp_path / "out"
     before = snapshot_of(tmp_path)
 
@@ -193,8 +194,8 @@ def test_a_merged_export_is_opened_again_before_it_has_its_name(tmp_path, monkey
 
 
 def test_a_merged_export_that_would_answer_otherwise_is_refused(tmp_path):
-    """Mamba reads the weights of dt_proj and does not call it: added there, an update would do what it does
-    not do in the version. Nor does peft adapt Mamba."""
+    """Mamba reads the weights of dt_proj and does not call it: an update that was added there would do what
+    it does not do in the version, and peft does not adapt Mamba either."""
     folder = exportable(tmp_path, micro_of("Mamba"))
     with refused("would not answer as the version", tmp_path):
         export(folder, "late", tmp_path / "new" / "out", "--merged")
@@ -203,7 +204,7 @@ def test_a_merged_export_that_would_answer_otherwise_is_refused(tmp_path):
         export(folder, "late", tmp_path / "new" / "out")
 
 
-def test_a_checkpoint_in_parts_and_in_bfloat16_is_merged_in_float32(tmp_path, capsys):
+def test_a_bfloat16_checkpoint_in_parts_merges_in_float32(tmp_path, capsys):
     backbone = micro_backbone(VOCABULARY).bfloat16()
     folder = exportable(tmp_path, backbone, max_shard_size="30KB")
     assert len([*(tmp_path / "backbone").glob("*.safetensors")]) > 2
@@ -225,24 +226,20 @@ def test_a_backbone_with_an_adapter_in_it_is_refused(tmp_path, bare):
     if bare:
         shutil.rmtree(tmp_path / "backbone")
     shutil.copytree(lora, tmp_path / "backbone", dirs_exist_ok=True)
-    where = ["--backbone", str(tmp_path / "backbone"), "--out", str(tmp_path / "new")]
-    for command in (
-        lambda: export(folder, "late", tmp_path / "out"),
-        lambda: export(folder, "late", tmp_path / "out", "--merged"),
-        lambda: train.main(["--task", "alpaca", "--device", "cpu", *where]),
-    ):
+    for more in ([], ["--merged"]):
         with refused("PEFT adapter.*merge", tmp_path):
-            command()
+            export(folder, "late", tmp_path / "out", *more)
+    where = ["--backbone", str(tmp_path / "backbone"), "--out", str(tmp_path / "new")]
+    with refused("PEFT adapter.*merge", tmp_path):
+        train.main(["--task", "alpaca", "--device", "cpu", *where])
 
 
 @torch.no_grad()
 def test_generate_stops_where_a_chat_was_trained_to_end(chat, tmp_path, capsys):
     """The end of a turn is in a merged checkpoint's generation_config, beside what was there, although that
     is one that transformers would not save once it is changed; the chat template is saved, too."""
-    backbone, name = (
-        shutil.copytree(chat.parent / "backbone", tmp_path / "backbone"),
-        "generation_config.json",
-    )
+    name, backbone = "generation_config.json", tmp_path / "backbone"
+    shutil.copytree(chat.parent / "backbone", backbone)
     known = config_of(backbone, name)["eos_token_id"]
     edit_json(backbone / name, lambda config: config.update(temperature=0.5))
     merged = export(chat, "chats", tmp_path / "out", "--merged", "--backbone", backbone)
@@ -262,8 +259,8 @@ def test_generate_stops_where_a_chat_was_trained_to_end(chat, tmp_path, capsys):
 
 
 def test_a_gguf_file_exports_as_any_backbone_does(tmp_path, monkeypatch):
-    """Merged it is an ordinary checkpoint, with no trace of GGUF in its config, and a tokenizer that opens.
-    And peft opens an adapter for it when it is told the file."""
+    """Merged, it is an ordinary checkpoint without a trace of GGUF, and peft opens an adapter for it when it
+    is told the file."""
     pytest.importorskip("accelerate")
     vocabulary = byte_level_tokenizer()
     write_gguf(tmp_path / "model.gguf", llama_for(vocabulary), vocabulary)
@@ -299,8 +296,7 @@ def test_an_adapter_that_peft_would_rewrite_is_refused(tmp_path, monkeypatch, wi
 
 def test_without_peft_an_adapter_is_written_and_that_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
-    folder = exportable(tmp_path)
-    assert (export(folder, "late", tmp_path / "lora") / "adapter_config.json").exists()
+    assert config_of(export(exportable(tmp_path), "late", tmp_path / "lora"))
     assert "not tried with peft" in capsys.readouterr().out
 
 
@@ -349,7 +345,7 @@ def test_an_export_says_what_it_is(tmp_path, name):
 
 
 def test_a_label_leaves_the_tensors_as_they_are(tmp_path):
-    """However long it is, and beside what the metadata said before."""
+    """It does so however long it is, and what the metadata said before stays."""
     tensors = {"a": torch.randn(3, 5), "b": torch.arange(7)}
     for length in range(12):
         save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
@@ -379,16 +375,15 @@ def test_a_card_has_the_keys_and_tags_of_peft(tmp_path):
     assert "base_model:adapter:owner/name" in before["tags"]
 
 
-@pytest.mark.parametrize("rank, room", [(1, 1), (4, 8), (64, 64), (65, 128), (512, 512), (513, None)])
-def test_vllm_is_told_a_rank_that_it_takes(rank, room):
-    code = ways_to_open({"kind": "adapter", "task": "a", "rank": str(rank)}, "tiny", "FOLDER")["vLLM"]
-    assert re.findall(r"--max-lora-rank (\S+)", code) == [str(room)] * bool(room)
-    assert room or "--merged" in code
+def test_vllm_is_told_a_rank_that_it_takes():
+    for rank, room in ((1, ["1"]), (4, ["8"]), (64, ["64"]), (65, ["128"]), (512, ["512"]), (513, [])):
+        code = ways_to_open({"kind": "adapter", "task": "a", "rank": str(rank)}, "tiny", "FOLDER")["vLLM"]
+        assert re.findall(r"--max-lora-rank (\S+)", code) == room and (room or "--merged" in code), rank
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub that can be reached, with a token, whose calls are kept in a list."""
+    """Let a Hub be reached, with a token; return a list in which its calls are kept."""
     calls = []
     monkeypatch.setattr(card, "hub_or_cache", lambda: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -401,7 +396,7 @@ def hub(monkeypatch):
 
 
 def test_push_uploads_the_whole_export(tmp_path, hub, capsys):
-    """To a repository that is private if it is new; and the card's commands name it."""
+    """It makes a new repository private, and the card's commands name the repository."""
     folder = exportable(tmp_path)
     out = export(folder, "late", tmp_path / "out", "--merged", "--push", "owner/name")
     (name, made), (files, how) = hub
@@ -413,7 +408,7 @@ def test_push_uploads_the_whole_export(tmp_path, hub, capsys):
     assert said.strip().endswith("uploaded to https://huggingface.co/owner/name")
 
 
-def test_an_adapter_is_pushed_for_a_backbone_that_others_can_get(tmp_path, hub, monkeypatch):
+def test_an_adapter_is_pushed_only_for_a_public_backbone(tmp_path, hub, monkeypatch):
     folder, out = exportable(tmp_path), tmp_path / "out"
     with refused("--push.*--backbone.*--merged", tmp_path):
         export(folder, "late", out, "--push", "owner/name")
@@ -431,24 +426,18 @@ def test_an_adapter_is_pushed_for_a_backbone_that_others_can_get(tmp_path, hub, 
     assert str(tmp_path) not in text
 
 
-NO_NAMES = ["x", "a/b/c", "a/", "/b", "../b", "a/b c", "a/b--c", "a/ü", "a/b.git", "a/" * 99]
-
-
-@pytest.mark.parametrize("name", NO_NAMES)
-def test_no_name_for_the_hub_but_owner_and_name(name, hub):
-    with refused("OWNER/NAME"):
-        card.check_push(name, "tiny", True)
-
-
-def test_what_cannot_be_pushed_is_said_before_anything_is_written(tmp_path, hub, monkeypatch):
-    """No token, no network; and where the upload itself fails the export is kept."""
+def test_what_cannot_be_pushed_is_said_before_writing(tmp_path, hub, monkeypatch):
+    """Name, token and network are tried first; where the upload itself fails, the export is kept."""
+    for name in ("x", "a/b/c", "a/", "/b", "../b", "a/b c", "a/b--c", "a/ü", "a/b.git", "a/" * 99):
+        with refused("OWNER/NAME"):
+            card.check_push(name, "tiny", True)
     folder, out, more = exportable(tmp_path), tmp_path / "out", ["--merged", "--push", "owner/name"]
-    for where, value, match in (
-        ((huggingface_hub, "get_token"), lambda: None, "no token.*hf auth login"),
-        ((huggingface_hub.constants, "HF_HUB_OFFLINE"), True, "cannot be reached"),
+    for *missing, match in (
+        (huggingface_hub, "get_token", lambda: None, "no token.*hf auth login"),
+        (huggingface_hub.constants, "HF_HUB_OFFLINE", True, "cannot be reached"),
     ):
         with monkeypatch.context() as m, refused(match, tmp_path):
-            m.setattr(*where, value)
+            m.setattr(*missing)
             export(folder, "late", out, *more)
         assert not hub
 
@@ -474,8 +463,8 @@ def serving(handler):
 
 
 def server_of(folder, asked, strict=False, change=lambda number, text: text):
-    """A handler that answers /v1/completions from a checkpoint, with transformers' own `generate`. asked: a
-    list to which requests are added. strict: it refuses names that are not OpenAI's, as some do."""
+    """Return a handler that answers /v1/completions from a checkpoint, with transformers' own `generate`.
+    asked: a list to which requests are added. strict: it refuses names that are not OpenAI's, as some do."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -502,7 +491,7 @@ def server_of(folder, asked, strict=False, change=lambda number, text: text):
 
 @pytest.fixture(scope="module")
 def exported(chat, tmp_path_factory):
-    """A run that answers every chat with Hello, exported both ways. Its backbone says x for ever."""
+    """Export a run that answers every chat with Hello in both ways. Its backbone says x for ever."""
     folder = tmp_path_factory.mktemp("exported")
     export(chat, "chats", folder / "lora")
     export(chat, "chats", folder / "merged", "--merged")
@@ -514,7 +503,8 @@ def ask(at, folder, *more):
 
 
 def test_an_exports_answers_are_those_of_the_version(exported, chat):
-    """The same for an adapter and for a whole model; and a tokenizer reads each prompt as it was trained."""
+    """An adapter and a whole model have the same answers, and a tokenizer reads each prompt as it was
+    trained."""
     kept = [json.loads((exported / kind / "expected.json").read_text()) for kind in ("lora", "merged")]
     assert kept[0] == kept[1] and len(kept[0]["answers"]) == 6  # all that it has
     assert {row["answer"] for row in kept[0]["answers"]} == {"Hello."}
@@ -539,15 +529,17 @@ def test_a_server_that_has_the_export_answers_the_same(exported, capsys, strict,
 def test_answers_that_differ_are_named_and_fail(exported, chat, capsys):
     """One that is changed is named where it parts; those of the backbone alone are known as such."""
     change = lambda number, text: "Hell, no\x1b[2J" if number == 3 else text
-    with serving(server_of(exported / "merged", [], change=change)) as at, pytest.raises(SystemExit) as e:
-        ask(at, exported / "lora")
-    out = capsys.readouterr().out
-    assert e.value.code == 1 and "5 of 6" in out and "\x1b" not in out
+
+    def told(handler, *more):
+        with serving(handler) as at, pytest.raises(SystemExit, match="^1$"):
+            ask(at, exported / "lora", *more)
+        return capsys.readouterr().out
+
+    out = told(server_of(exported / "merged", [], change=change))
+    assert "5 of 6" in out and "\x1b" not in out
     assert "3  after 'Hell' expected 'o.', got ', no\\x1b[2J'\n" in out and out.count("the same") == 5
-    with serving(server_of(chat.parent / "backbone", [])) as at, pytest.raises(SystemExit) as e:
-        ask(at, exported / "lora", "--json")
-    rows = json.loads(capsys.readouterr().out)
-    assert e.value.code == 1 and all("base model's answer" in row["wrong"] for row in rows) and len(rows) == 6
+    rows = json.loads(told(server_of(chat.parent / "backbone", []), "--json"))
+    assert all("base model's answer" in row["wrong"] for row in rows) and len(rows) == 6
 
 
 def page(body, status="200 OK", head=""):
@@ -635,25 +627,18 @@ def test_no_address_of_a_server(exported, at):
         ask_server(at, exported / "lora" / "expected.json")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda x: x.pop("answers"),
-        lambda x: x["answers"][0].pop("prompt"),
-        lambda x: x["answers"][0].update(answer=None),
-        *(lambda x, bad=bad: x.update(bad) for bad in ({"answers": []}, {"answers": {}}, {"format": 2})),
-        *(lambda x, bad=bad: x.update(bad) for bad in ({"model": "../x"}, {"max_tokens": 10**9})),
-        *(lambda x, bad=bad: x.update(bad) for bad in ({"end_id": -1}, {"more": 1})),
-    ],
-)
-def test_what_is_expected_is_read_whole_before_it_is_asked(exported, tmp_path, change):
-    shutil.copy(exported / "lora" / "expected.json", tmp_path)
-    edit_json(tmp_path / "expected.json", change)
-    with refused(re.escape(str(tmp_path))):
-        ask("http://127.0.0.1:1", tmp_path)
+def test_what_is_expected_is_read_whole_before_it_is_asked(exported, tmp_path):
+    whole = config_of(exported / "lora", "expected.json")
+    first, without = whole["answers"][0], lambda row, name: {k: row[k] for k in row if k != name}
+    lies = [{"answers": lie} for lie in ([], {}, [without(first, "prompt")], [first | {"answer": None}])]
+    lies += [{"format": 2}, {"model": "../x"}, {"max_tokens": 10**9}, {"end_id": -1}, {"more": 1}]
+    for content in (without(whole, "answers"), *(whole | lie for lie in lies)):
+        (tmp_path / "expected.json").write_text(json.dumps(content))
+        with refused(re.escape(str(tmp_path))):
+            ask("http://127.0.0.1:1", tmp_path)
 
 
-def test_prompts_that_a_server_would_read_otherwise_are_not_asked():
+def test_prompts_that_a_server_would_misread_are_not_asked():
     """A user who wrote the name of a control token did not mean to steer, and a server would think so."""
     tokenizer = chat_tokenizer()
     asked = [f"Say {END} now.", "Say it.", "<s>", *(f"Say {i}." for i in range(30))]

@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -23,22 +21,13 @@ from field import CoordinateDynamics, WeightField, take_snapshot
 from tests.builders import HERE, a_region, a_version_of, all_bases, answers, copy_of, edit_json, fake_commit
 from tests.builders import forked, git, micro_backbone, one_backbone, opened, random_examples, refused
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
-
-def a_version(tmp_path):
+def test_a_version_comes_back_bit_for_bit_under_its_own_name(tmp_path):
     phi = WeightField(2, 3, 4, 7)
     bases = {f"layers.{i}.m.{part}": torch.randn(3, 2, 6) for i in range(2) for part in "AB"}
     v = a_version_of(phi, CoordinateDynamics(5, 4), *a_region(4), bases)
     v.save(tmp_path)
-    return v, tmp_path / f"{v.hash}.safetensors"
-
-
-def test_a_version_comes_back_bit_for_bit_under_its_own_name(tmp_path):
-    v, path = a_version(tmp_path)
+    path = tmp_path / f"{v.hash}.safetensors"
     w, z = Version.load(path), torch.randn(9, 4)
     assert torch.equal(v.field(z), w.field(z)) and torch.equal(v.snapshot, w.snapshot)
     assert all(torch.equal(t, w.bases[key]) for key, t in v.bases.items())
@@ -132,7 +121,7 @@ def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
     assert min(done.values()) > 10 and not any(wrong for _, wrong in commit.verify(Run(folder)))
 
 
-def test_rollback_refuses_while_another_version_reads_and_cascades_when_told(micro, two, tmp_path):
+def test_rollback_refuses_what_is_read_unless_cascading(micro, two, tmp_path):
     out, before = copy_of(two, tmp_path), Run(two).manifest
     with refused("alpaca is read by code; --cascade removes them too", out):
         git(out, "rollback alpaca")
@@ -154,30 +143,28 @@ def test_branches_merge_as_if_trained_one_after_the_other(micro, first, two, tmp
     stored = [Run(p).manifest["results"][-1]["stored"] for p in (left, right)]
     git(left, "merge", right)
     assert Run(left).tasks == ["alpaca", "code", "third"] and "merged third" in capsys.readouterr().out
-    run = Run(left)
-    backbone, tokenizer = run.open_backbone(run.manifest["backbone"]["name"], "cpu")
-    row, _ = evaluation.measure(run, run.open_model(backbone, tokenizer), tokenizer)
+    run, model, tokenizer = evaluation.open_run(left, "cpu")
+    row, _ = evaluation.measure(run, model, tokenizer)
     assert row["identical"] == dict.fromkeys(run.tasks, [32, 32]) and row["stored"] == stored[0] | stored[1]
     git(left, "merge", right)
     assert "already up to date" in capsys.readouterr().out
 
 
-def test_merge_refuses_what_does_not_belong_together_and_changes_nothing(two, first, micro, tmp_path):
-    def refuses(folder, other, match):
-        with refused(match, folder, other):
-            git(folder, "merge", other)
-
-    ours, other = copy_of(first, tmp_path, "ours"), tmp_path / "other"
+def test_merge_refuses_what_does_not_belong_together(two, first, micro, tmp_path):
+    other, (ours, clash, soft) = tmp_path / "other", (copy_of(first, tmp_path, name) for name in "abc")
+    mine, foreign = (copy_of(two, tmp_path, name) for name in "de")
     train.main(micro("alpaca", other, "--seed", "9"))
-    refuses(ours, other, "no common first version")
-    foreign = copy_of(two, tmp_path, "foreign")
     edit_json(foreign / "manifest.json", lambda m: m["backbone"].update(fingerprint="0" * 64))
-    refuses(ours, foreign, "another backbone")
-    clash, soft = copy_of(first, tmp_path, "clash"), copy_of(first, tmp_path, "soft")
     train.main(micro("code", clash, "--lock", "--seed", "5"))
-    refuses(copy_of(two, tmp_path, "mine"), clash, "both runs have a version called code")
     train.main(micro("code", soft, "--lock", "soft"))
-    refuses(ours, soft, "do not stand for themselves")
+    for run, theirs, match in (
+        (ours, other, "no common first version"),
+        (ours, foreign, "another backbone"),
+        (mine, clash, "both runs have a version called code"),
+        (ours, soft, "do not stand for themselves"),
+    ):
+        with refused(match, run, theirs):
+            git(run, "merge", theirs)
 
 
 def test_verify_finds_a_flipped_bit_and_a_moved_field(two, tmp_path, capsys):
@@ -224,23 +211,6 @@ def test_show_log_and_names(two, tmp_path, capsys):
             git(out, words)
     with refused("not a run folder", out):
         git(tmp_path / "nowhere", "log")
-
-
-@pytest.mark.skipif(not fcntl, reason="no fcntl here")
-def test_a_second_process_is_refused_and_the_lock_dies_with_the_first(micro, first, tmp_path):
-    out = copy_of(first, tmp_path)
-    script = (
-        f"import commit, time\nwith commit.Run({str(out)!r}).exclusive(): print(flush=True), time.sleep(600)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=HERE)
-    holder.stdout.readline()
-    for command in (lambda: train.main(micro("code", out, "--lock")), lambda: git(out, "rollback alpaca")):
-        with refused("another process is at work", out):
-            command()
-    holder.kill()
-    holder.wait()
-    git(out, "rollback alpaca")
-    assert Run(out).tasks == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -52,7 +52,7 @@ def content(file, data):
 
 
 def moved(file, back=None):
-    """What is at `file` goes elsewhere; `back` makes something in its place, a link to it if not given."""
+    """Move what is at `file` elsewhere; `back` makes something in its place, a link to it if not given."""
 
     def damage(folder):
         path, aside = folder / file, folder.parent / "target" / "moved" / pathlib.Path(file).name
@@ -73,17 +73,17 @@ def version_path(folder, number):
 
 
 def version_file(number, change):
-    """`change`(name of the file of a version) gives the damage."""
+    """Return the damage that `change`(name of the file of a version) gives."""
     return lambda folder: change(version_path(folder, number))(folder)
 
 
 def lying(number, change):
-    """change(header, tensors) of a version file, which lies under its true hash."""
+    """Apply change(header, tensors) to a version file, which lies under its true hash."""
     return lambda folder: fuzz.forge(folder, number, change)
 
 
 def in_state(key, change=None, **metadata):
-    """The saved state of a training with one tensor or some of its metadata changed."""
+    """Change one tensor or some metadata of the saved state of a training."""
 
     def edit(about, tensors):
         name = next((k for k in sorted(tensors) if re.search(key, k)), None)
@@ -96,7 +96,7 @@ def in_state(key, change=None, **metadata):
 
 
 def replace(change, *keys):
-    """change(tensor) replaces these tensors, or all whose names begin so; None removes them."""
+    """Let change(tensor) replace these tensors, or all whose names begin so; None removes them."""
 
     def edit(head, tensors):
         for key in [k for k in tensors if k.startswith(keys)]:
@@ -156,7 +156,6 @@ IN_MANIFEST = {  # places in the manifest: what cannot stand there
 WHOLE = ["", "null", "7", "[]", "{}", '"x"', "NaN", DEEP, '{"format":' * 100_000, "{", "x" * 9, "1" * 5000]
 WHOLE += ['{"format": ' + "1" * 5000 + "}"]
 WHOLE += [b"\xff\xfe\0", b"\0" * 99, '"\\ud800"', b'{"format": 1, "x": "\xff"}']
-
 
 MANIFEST_EDITS = {
     "a version twice": lambda m: m["versions"].append(m["versions"][1]),
@@ -266,7 +265,6 @@ IN_FIRST_TENSORS = {
     "dynamics.deviation": [gone, nan_in, torch.zeros_like],
     f"{BANK}.A": [gone, nan_in],
 }
-
 
 LIES = [
     ("a tensor more", extra("evil", ONE)),
@@ -399,7 +397,6 @@ pathlib.Path("ran").write_text("this folder's Python was run")
 from transformers import MistralConfig as EvilConfig, MistralForCausalLM as EvilModel
 """
 
-
 AUTO_MAP = {"AutoConfig": "modeling.EvilConfig", "AutoModelForCausalLM": "modeling.EvilModel"}
 
 
@@ -417,7 +414,7 @@ def in_weights(change):
 
 
 def weights_elsewhere(folder, pickled):
-    """In a pickle, or in files that an index names."""
+    """Put the weights into a pickle, or into files that an index names."""
     path = folder / "model.safetensors"
     _, tensors = fuzz.read_tensors(path)
     path.unlink()
@@ -532,7 +529,7 @@ ARGUMENTS = {
 
 
 def option_cases():
-    """(name, program, arguments, what the one line says); `{0}` is a row of zeros."""
+    """Yield (name, program, arguments, what the one line says); `{0}` is a row of zeros."""
     for text in TRAIN_ARGUMENTS:
         option, value = re.match(r"\s*(--[\w-]+)[ =]?(.*?)\s*$", text).groups()
         arguments, match = [f"{option}={value}"], f"{option}|{re.escape(value or option)}"
@@ -544,7 +541,6 @@ def option_cases():
 
 CASES = [*manifest_cases(), *version_cases(), *file_cases(), *state_cases()]
 OPTIONS = [*option_cases()]
-
 
 WORDS = {  # commands of commit.py and eval.py, in the world
     "show": "show alpaca",
@@ -560,7 +556,7 @@ WORDS = {  # commands of commit.py and eval.py, in the world
 
 
 def argv_of(command, base, bad):
-    """-> program, argv of a command that reads the run folder `bad`"""
+    """Return the program and argv of a command that reads the run folder `bad`."""
     if command in ("train", "resume"):
         return "train", fuzz.options(base, {"train": "third", "resume": "code"}[command], bad, "--lock")
     if command == "merge":
@@ -571,7 +567,7 @@ def argv_of(command, base, bad):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """The materials, and the world that every case is tried in. Its name is no hindrance."""
+    """Make the materials, and the world that every case is tried in. Its name is no hindrance."""
     folder = tmp_path_factory.mktemp("bad") / "a wörld"
     world = fuzz.build(folder)
     (world / "notes.txt").write_text("mine")
@@ -590,7 +586,7 @@ def whole(base):
 
 @pytest.fixture
 def world(base, whole, monkeypatch):
-    """The world. What a test leaves in it is undone."""
+    """Give a test the world, and undo what it leaves there."""
     monkeypatch.chdir(base / "world")
     with fuzz.offline():
         yield base / "world"
@@ -598,7 +594,7 @@ def world(base, whole, monkeypatch):
 
 
 def refuses(program, argv, match, system=False):
-    """The command refuses in one line that matches; `system`: it may be the operating system's."""
+    """See that a command refuses in one line that matches; `system`: it may be the operating system's."""
     outcome, text = fuzz.run_command(program, [str(a) for a in argv])
     assert outcome == "refused", f"{program} {argv[:3]}: {text[-3000:]}"
     assert re.search(match, text, re.I), f"{program} {argv[:3]} says: {text}"
@@ -616,7 +612,7 @@ def untouched(world):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_what_is_damaged_on_disk_is_refused_and_every_byte_is_still_there(base, world, case):
+def test_damage_on_disk_is_refused_and_no_byte_changes(base, world, case):
     case.damage(world / case.folder)
     with untouched(world):
         for command in case.commands.split():
@@ -624,7 +620,7 @@ def test_what_is_damaged_on_disk_is_refused_and_every_byte_is_still_there(base, 
 
 
 @pytest.mark.parametrize("case", OPTIONS, ids=lambda case: case[0])
-def test_options_that_cannot_be_are_refused_before_anything_is_touched(base, world, case):
+def test_impossible_options_are_refused_and_touch_nothing(base, world, case):
     _, program, arguments, match = case
     if program == "train":
         arguments = [*fuzz.options(base, "third", world / "run", "--lock"), *arguments]
@@ -650,7 +646,7 @@ def test_data_that_cannot_be_learned_is_refused(base, world, text):
 
 
 @pytest.mark.parametrize("name, damage", BACKBONES, ids=[name for name, _ in BACKBONES])
-def test_a_backbone_that_cannot_be_trusted_is_refused_and_nothing_of_it_is_run(base, world, name, damage):
+def test_an_untrusted_backbone_is_refused_and_never_run(base, world, name, damage):
     shutil.copytree(base / "backbone", world / "backbone")
     damage(world / "backbone")
     with untouched(world):
@@ -666,7 +662,7 @@ COMMANDS = "log verify show rollback compose export merged merge into eval answe
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_works_and_touches_nothing_that_is_not_ours(base, world, command):
+def test_every_command_works_and_touches_only_our_files(base, world, command):
     folder = world / {"merge": "other", "resume": "halted"}.get(command, "run")
     before = fuzz.snapshot(world)
     works(*argv_of(command, base, folder))
@@ -674,7 +670,7 @@ def test_every_command_works_and_touches_nothing_that_is_not_ours(base, world, c
     assert not [*fuzz.judge(before, fuzz.snapshot(world), command, written, True)]
 
 
-def test_older_results_of_ours_are_written_again_and_no_folder_is_made_for_nothing(base, world):
+def test_our_older_results_are_overwritten(base, world):
     for _ in range(2):
         works("eval", ["--run", "run", "--json", "results.json", "--device", "cpu"])
     assert json.loads((world / "results.json").read_text())["rows"][0]["tasks"] == ["alpaca", "code"]
@@ -682,24 +678,20 @@ def test_older_results_of_ours_are_written_again_and_no_folder_is_made_for_nothi
         refuses("train", fuzz.options(base, "third", "deep/down/new", "--data", "none"), "no such file")
 
 
-def test_a_command_that_writes_moves_aside_what_nothing_names(base, world):
+def test_a_command_that_writes_tidies_up_what_is_ours(base, world):
+    """It moves versions aside that nothing names, and sweeps our temporary files; one that reads does not."""
     run, stranger = world / "run", world / "other" / version_path(world / "other", 1)
     unnamed = {f"{'1' * 64}.safetensors": b"whatever", stranger.name: stranger.read_bytes()}
-    for name, data in unnamed.items():
-        (run / "versions" / name).write_bytes(data)
-    works("commit", ["log", "--run", "run"])
-    assert all((run / "versions" / name).exists() for name in unnamed), "a command that reads moves nothing"
-    works(*argv_of("compose", base, run))
-    assert {p.name: p.read_bytes() for p in (run / "versions" / "orphans").iterdir()} == unnamed
-
-
-def test_only_our_own_temporary_files_are_swept(base, world):
     ours = [".manifest.json", f"versions/.{'1' * 64}.safetensors", "data/.code.val.json"]
     kept = "manifest.json.tmp .notes.txt.7.tmp niwf-tmp data/x.niwf-tmp sub/.x.7.niwf-tmp"
-    paths = [world / "run" / name for name in [*(f"{name}.7.niwf-tmp" for name in ours), *kept.split()]]
-    for path in paths:
-        path.write_text("x")
-    works(*argv_of("compose", base, world / "run"))
+    paths = [run / name for name in [*(f"{name}.7.niwf-tmp" for name in ours), *kept.split()]]
+    written = dict.fromkeys(paths, b"x") | {run / "versions" / name: data for name, data in unnamed.items()}
+    for path, data in written.items():
+        path.write_bytes(data)
+    with untouched(world):
+        works("commit", ["log", "--run", "run"])
+    works(*argv_of("compose", base, run))
+    assert {p.name: p.read_bytes() for p in (run / "versions" / "orphans").iterdir()} == unnamed
     assert [path.exists() for path in paths] == [False] * 3 + [True] * 5
 
 
@@ -739,7 +731,7 @@ def test_a_folder_of_any_name_is_refused_or_can_be_used_again(base, world, optio
             works(*argv_of(command, base, name if option == "--out" else "new"))
 
 
-def test_a_first_training_that_is_stopped_is_a_run_folder_and_goes_on(base, world):
+def test_a_stopped_first_training_is_a_run_and_goes_on(base, world):
     command = fuzz.options(base, "alpaca", "new")
     with fuzz.quiet():
         fuzz.interrupted(command, 2)

@@ -24,7 +24,7 @@ def upper_model(make=micro_backbone):
 
 
 def by_h_bar(model, seen):
-    """A gating that every prompt's h_bar decides, and a list of the h_bar that were asked about."""
+    """Return a gating that every prompt's h_bar decides; `seen` gets the h_bar that were asked about."""
     torch.manual_seed(4)
     weight = torch.randn(model.features, model.bank.layers * 6)
 
@@ -36,7 +36,7 @@ def by_h_bar(model, seen):
 
 
 def sliding():
-    """A backbone whose attention sees three tokens back."""
+    """Make a backbone whose attention sees three tokens back."""
     backbone = micro_backbone()
     config = transformers.MistralConfig(**{**backbone.config.to_dict(), "sliding_window": 3})
     torch.manual_seed(7)
@@ -44,8 +44,9 @@ def sliding():
 
 
 @pytest.mark.parametrize("make", [micro_backbone, micro_gpt2, sliding])
-def test_the_gating_is_chosen_on_the_way_from_what_a_probe_finds(make):
-    """Every row of a padded batch by its own prompt, once; tokens are those of a gating that was known."""
+def test_one_pass_chooses_the_gating_that_a_probe_would(make):
+    """Every row of a padded batch is asked once, by its own prompt; tokens are those of a gating that was
+    known."""
     model, seen = upper_model(make=make), []
     prompts, gating_of = [p for p, _ in random_examples(5)], by_h_bar(model, seen)
     chosen = model.generate(prompts, gating_of, -1, 6)
@@ -85,8 +86,8 @@ def test_what_goes_wrong_on_the_way_leaves_no_hook():
     assert not model.first._forward_pre_hooks and model.bank.gating is None
 
 
-def test_two_passes_are_what_they_were(micro, tmp_path):
-    """Their versions have no key of the new options, and a manifest without them is one of two passes."""
+def test_the_first_task_fixes_the_passes_and_bare_layers(micro, first, tmp_path):
+    """Versions of two passes have no key of later options, and a manifest without them is of two passes."""
     out = tmp_path / "run"
     train.main(micro("alpaca", out, "--passes", "two"))
     run = Run(out)
@@ -97,6 +98,9 @@ def test_two_passes_are_what_they_were(micro, tmp_path):
     assert not wrong and model.bare == 0 and model.bank.layers == 3
     with refused("--passes one does not fit .* fixed two", out):
         train.main(micro("code", out, "--lock", "--passes", "one"))
+    assert Run(first).manifest["settings"]["bare_layers"] == default_bare(3) == 1 and default_bare(32) == 5
+    with refused("--bare-layers 2 does not fit", first):
+        train.main(micro("code", first, "--lock", "--bare-layers", 2))
     with refused("9 bare layers leave nothing"):
         NIWF(model.backbone, 0, targets=None, bare=9)
     edit_json(out / "manifest.json", lambda m: m["settings"].update(bare_layers=1))
@@ -123,29 +127,23 @@ def test_aimed_dynamics_see_the_principal_directions(n, d):
     torch.testing.assert_close((x @ W.T).square().sum(), leading, rtol=1e-3, atol=1e-3)
 
 
-def test_the_first_task_fixes_the_bare_layers(micro, first):
-    assert Run(first).manifest["settings"]["bare_layers"] == default_bare(3) == 1 and default_bare(32) == 5
-    with refused("--bare-layers 2 does not fit", first):
-        train.main(micro("code", first, "--lock", "--bare-layers", 2))
+IMPOSSIBLE = {
+    "--bare-layers 3": "3 bare layers leave nothing to adapt; --passes two",
+    "--passes two --bare-layers 1": "two passes adapt all layers",
+    "--probe adapted": "need --passes two",
+    "--pool sequence": "need --passes two",
+    "--template chat": "--template chat: the backbone's tokenizer has no chat template",
+}
 
 
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (["--bare-layers", 3], "3 bare layers leave nothing to adapt; --passes two"),
-        (["--passes", "two", "--bare-layers", 1], "two passes adapt all layers"),
-        (["--probe", "adapted"], "need --passes two"),
-        (["--pool", "sequence"], "need --passes two"),
-        (["--template", "chat"], "--template chat: the backbone's tokenizer has no chat template"),
-    ],
-)
-def test_passes_that_cannot_be_are_refused(micro, tmp_path, more, message):
-    with refused(message, tmp_path / "run"):
-        train.main(micro("alpaca", tmp_path / "run", *more))
+@pytest.mark.parametrize("more", IMPOSSIBLE)
+def test_passes_that_cannot_be_are_refused(micro, tmp_path, more):
+    with refused(IMPOSSIBLE[more], tmp_path / "run"):
+        train.main(micro("alpaca", tmp_path / "run", *more.split()))
 
 
-def test_a_backbone_whose_lower_layers_cannot_stay_bare_is_pointed_to_two_passes():
-    """One that never comes to the layer, and one whose target in an upper layer runs before it."""
+def test_without_bare_lower_layers_two_passes_are_advised():
+    """One backbone never comes to the layer; in another a target of an upper layer runs before it."""
     backbone, tokenizer = micro_backbone(VOCABULARY), chat_tokenizer()
     first = layers_of(backbone)[1]
     assert len(choose_targets(backbone, tokenizer, bare=1)) == 7

@@ -23,7 +23,7 @@ from model import NIWF
 from plumbing import Refused
 from plumbing.prompts import encode, end_token, prompt_ids, prompt_of, stop_ids, text_of
 from tests.builders import CHAT, END, RECORD, asked, chat_tokenizer, copy_of, edit_json, evaluate, git
-from tests.builders import messages, micro_backbone, outcome, refused, saved
+from tests.builders import messages, micro_backbone, outcome, refused, rows_in, saved
 
 TODAY = "[system]Today is {{ strftime_now('%A %d %b %Y, %H:%M') }}." + END
 DATED = CHAT.replace("{{ bos_token }}", "{{ bos_token }}" + TODAY)
@@ -40,7 +40,7 @@ SAID += "<s> <pad>", "@control-5@ </s> @control-", "Zoë </s> 日本 🎉", "  t
 
 
 def sentencepiece(scheme, eos_last=False):
-    """A tokenizer of the family of Llama 2 and Mistral 7B: a space begins a text, bytes are a fallback."""
+    """Train a tokenizer like Llama 2's and Mistral 7B's: a space begins a text, bytes are a fallback."""
     specials, data = ["<unk>", "<s>", "</s>", END], [f"<0x{i:02X}>" for i in range(256)]
     bpe = tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     tokenizer = tokenizers.Tokenizer(bpe)
@@ -69,14 +69,14 @@ FAMILIES |= {scheme: functools.partial(sentencepiece, scheme) for scheme in ("fi
 
 
 def control_ids(tokenizer, ids):
-    """Those of ids that steer a model; an unknown character does not."""
+    """Return those of ids that steer a model; an unknown character does not."""
     control = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} - {tokenizer.unk_token_id}
     return [t for t in ids if t in control]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_and_response_are_the_whole_text_cut(family):
-    """Without a word boundary between them, and without a control token that only the user's text names."""
+    """No word boundary lies between them, and no control token comes from the user's text."""
     tokenizer = FAMILIES[family]()
     for template, question, answer in itertools.product((None, CHAT, INST), ASKED, SAID):
         tokenizer.chat_template, record = template, {"instruction": question, "output": answer}
@@ -98,7 +98,7 @@ def test_prompt_and_response_are_the_whole_text_cut(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ordinary_texts_have_the_tokens_they_have_together(family):
-    """As the tokenizer itself reads them, where no token covers the end of the prompt."""
+    """They are as the tokenizer itself reads them, where no token covers the end of the prompt."""
     tokenizer = FAMILIES[family]()
     tokenizer.chat_template = INST
     for answer in ("Hello there.", "3 tags", "日本"):
@@ -113,7 +113,8 @@ def test_ordinary_texts_have_the_tokens_they_have_together(family):
 
 
 def test_a_users_text_names_no_control_token_anywhere():
-    """Nor in a history, in tools or in the arguments of a call; the template's own stay what they are."""
+    """It names none in a history, in tools or in the arguments of a call; the template's own stay what they
+    are."""
     calls = CHAT.replace("{{ m.content | trim", "{{ (m.tool_calls or []) | tojson }}{{ m.content | trim")
     tokenizer = chat_tokenizer("{{ tools | tojson }}" + calls)
     call = {"type": "function", "function": {"name": "f", "arguments": {END: ["</s>", {"x": "<s>"}]}}}
@@ -129,7 +130,7 @@ def test_a_users_text_names_no_control_token_anywhere():
     assert tokenizer.decode(prompt) == text == prompt_of(record, tokenizer, "chat")
 
 
-def test_a_control_token_is_text_though_its_tokenizer_calls_it_ordinary():
+def test_a_control_token_called_ordinary_is_still_text():
     """Only its role, EOS say, tells that it steers; what cannot be told apart is refused in one line."""
     about = json.loads(chat_tokenizer().backend_tokenizer.to_str())
     for token in about["added_tokens"]:
@@ -154,7 +155,8 @@ def test_alpaca_has_no_place_for_a_history_or_tools():
 
 
 def test_a_refusal_quotes_the_users_text_alone():
-    """Not the texts by which the end of a turn is found; and a template that insists on a system goes on."""
+    """It hides the texts by which the end of a turn is found; a template that insists on a system message is
+    no reason to refuse."""
     record = {"instruction": f"Mine {END}", "output": "Done."}
     for template in ("{{ raise_exception('no ' + messages[-1].content) }}", "{{ messages | length }}" + CHAT):
         with pytest.raises(Refused) as refused:
@@ -174,17 +176,17 @@ ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i} </s>, {END} no end."}
 
 @pytest.fixture
 def learn_by_chat(tmp_path):
-    """Train a task of ROWS, or of other rows, on a micro backbone with a chat template."""
+    """Train a task of ROWS, or of other rows, on a micro backbone with a chat template, or by Alpaca's."""
 
     def start(task, out, template=CHAT, *more, rows=ROWS):
         folder = tmp_path / f"backbone {abs(hash(template))}"
         if not folder.exists():
-            tokenizer = chat_tokenizer(template)
+            tokenizer = chat_tokenizer(template or CHAT)
             saved(micro_backbone(len(tokenizer)), folder, tokenizer)
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         where = ["--task", task, "--backbone", folder, "--data", tmp_path / "rows.json", "--out", out]
-        more = [*more] if "--template" in more else ["--template", "chat", *more]
-        train.main([str(x) for x in [*where, *SMALL.split(), *more]])
+        name = "chat" if template else "alpaca"
+        train.main([str(x) for x in [*where, *SMALL.split(), "--template", name, *more]])
         return Run(out)
 
     return start
@@ -203,7 +205,7 @@ def identical(run):
 
 
 def test_a_run_keeps_the_day_of_its_first_task(learn_by_chat, tmp_path, monkeypatch, capsys):
-    """Another day and hour, a template gets that day: the bits, the routing and a killed training go on."""
+    """A template gets that day on other days, too, so bits and routing stay and a killed training goes on."""
     out, answers, logits = tmp_path / "run", [], NIWF.logits
     set_clock(monkeypatch, 2026, 11, 28, 9)
     run = learn_by_chat("one", tmp_path / "whole", DATED)
@@ -235,12 +237,12 @@ def test_a_run_keeps_the_day_of_its_first_task(learn_by_chat, tmp_path, monkeypa
 
 
 def test_without_a_day_in_its_template_a_run_has_none(learn_by_chat, tmp_path, monkeypatch):
-    """So two days give the same versions."""
-    for how in (), ("--template", "alpaca"):
+    """Two days give the same versions."""
+    for template in CHAT, None:
         runs = []
         for day in (1, 2):
             set_clock(monkeypatch, 2026, 5, day)
-            runs.append(learn_by_chat("one", tmp_path / f"{day}{how}", CHAT, *how))
+            runs.append(learn_by_chat("one", tmp_path / f"{day}{not template}", template))
             assert "day" not in runs[-1].manifest["settings"] | runs[-1].head(runs[-1].find("one"))["config"]
         assert outcome(runs[0].folder)[0] == outcome(runs[1].folder)[0]
 
@@ -272,7 +274,7 @@ def test_runs_of_two_days_merge_where_the_first_is_one(learn_by_chat, tmp_path, 
     git(ours.folder, "merge", theirs)
     set_clock(monkeypatch, 2026, 11, 30)
     evaluate(ours.folder, "--json", tmp_path / "e.json")
-    same = json.loads((tmp_path / "e.json").read_text())["rows"][0]["identical"]
+    same = rows_in(tmp_path / "e.json")[0]["identical"]
     assert {*same} == {"one", "two"} and all(a == b for a, b in same.values())
     with refused("no common first version", ours.folder, other.folder):
         git(ours.folder, "merge", other.folder)
@@ -280,9 +282,8 @@ def test_runs_of_two_days_merge_where_the_first_is_one(learn_by_chat, tmp_path, 
 
 @pytest.mark.parametrize("template", [None, CHAT, THINKING])
 def test_an_exact_match_compares_with_what_is_trained(learn_by_chat, tmp_path, monkeypatch, capsys, template):
-    """With the template's own tags, and without cutting an answer where it names a control token."""
-    how = ("--template", "alpaca") if template is None else ()
-    run = learn_by_chat("one", tmp_path / "run", template or CHAT, *how)
+    """The template's own tags count, and an answer that names a control token is not cut there."""
+    run = learn_by_chat("one", tmp_path / "run", template)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.manifest["backbone"]["name"])
     trained = [encode(r, tokenizer, run.template) for r in run.validation("one")]
     trained = {tuple(prompt): response[:-1] for prompt, response in trained}
@@ -300,7 +301,7 @@ def test_an_exact_match_compares_with_what_is_trained(learn_by_chat, tmp_path, m
 
 
 def test_an_answer_stops_at_each_of_several_ends(learn_by_chat, tmp_path, monkeypatch, capsys):
-    """Those of generation_config and the one that was trained, of a version and of the bare backbone."""
+    """Versions and the bare backbone stop at the ends of generation_config and at the trained one."""
     run, backbone = learn_by_chat("one", tmp_path / "run"), micro_backbone(300)
     tokenizer = chat_tokenizer()
     assert stop_ids(backbone, tokenizer, "chat") == sorted({2, end_token(tokenizer, "chat")})
@@ -336,7 +337,7 @@ def talk(monkeypatch, run, lines, *more):
 
 
 def test_a_system_message_goes_before_a_prompt(learn_by_chat, tmp_path, monkeypatch, capsys):
-    """By --system and by /system, whose empty text takes it away; and its name of a token is text."""
+    """Both --system and /system set it, an empty text takes it away, and a token's name in it is text."""
     run, written, tokenizer = learn_by_chat("one", tmp_path / "run"), [], chat_tokenizer()
 
     def see(ids, _):
@@ -355,16 +356,13 @@ def test_a_system_message_goes_before_a_prompt(learn_by_chat, tmp_path, monkeypa
     assert "--system goes with --prompt or --talk" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "template, message",
-    [(None, "no place for a system"), (NO_SYSTEM, "'Be kind.' .no system"), (DEAF, "leaves a system")],
-)
-def test_a_system_message_without_a_place_is_refused(
-    learn_by_chat, tmp_path, monkeypatch, capsys, template, message
-):
-    """In one line that quotes the user; the talk goes on without it."""
-    how = ("--template", "alpaca") if template is None else ()
-    run = learn_by_chat("one", tmp_path / "run", template or CHAT, *how)
+NO_PLACE = {None: "no place for a system", NO_SYSTEM: "'Be kind.' .no system", DEAF: "leaves a system"}
+
+
+@pytest.mark.parametrize("template", NO_PLACE)
+def test_a_system_message_has_a_place_or_is_refused(learn_by_chat, tmp_path, monkeypatch, capsys, template):
+    """The refusal is one line that quotes the user, and the talk goes on without the message."""
+    run, message = learn_by_chat("one", tmp_path / "run", template), NO_PLACE[template]
     said_nothing(monkeypatch)
     for more in ("--prompt Hi.", "--talk"):
         with refused(message, run.folder):

@@ -4,6 +4,7 @@ import argparse
 import functools
 import gzip
 import json
+import pathlib
 import random
 import re
 
@@ -12,7 +13,7 @@ import pytest
 import train
 from plumbing.records import load_data, prompt_key, read_records
 from tests import builders
-from tests.builders import END, HERE, RECORD, chat_tokenizer, messages, refused
+from tests.builders import CHAT, END, HERE, RECORD, chat_tokenizer, messages, refused
 
 ASKED, ANSWER = messages("Say hello.", "Hello.")
 HELLO = {"instruction": "Say hello.", "output": "Hello."}
@@ -67,7 +68,6 @@ FORMS = [  # a record, and what the rest of the program has of it
     ({"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": ["Hello."]}]}, HELLO),
 ]
 # fmt: on
-
 
 PLACES = ["list.json", "lines.jsonl", "lines.json", "windows.txt", "pretty.jsonl", "within"]
 
@@ -183,28 +183,25 @@ NOT_RECORDS = [
     (f'{{"train": [{LINE}], "test": [{LINE}]}}'.encode(), "more than one list of records .'train', 'test'"),
     (b'{"instruction": ["a", "b"], "output": ["c", "d"]}', "holds columns in place of records"),
     (b'{"instruction": {"0": "a"}, "output": {"0": "c"}}', "holds columns in place of records"),
+    (None, "no such file"), (pathlib.Path.mkdir, "a folder: name a file in it"),
 ]
 # fmt: on
 
 
 @pytest.mark.parametrize("data, message", NOT_RECORDS)
 def test_a_file_of_another_format_is_refused_by_its_name(tmp_path, data, message):
-    (tmp_path / "x").write_bytes(data)
+    path = tmp_path / "x"
+    if data is not None:
+        data(path) if callable(data) else path.write_bytes(data)
     with refused(rf"x.*{message}"):
-        read_records(tmp_path / "x")
-
-
-def test_a_folder_is_not_a_file_of_records(tmp_path):
-    for path, message in ((tmp_path, "a folder: name a file in it"), (tmp_path / "no", "no such file")):
-        with refused(message):
-            read_records(path)
+        read_records(path)
 
 
 tiny_tokenizer = functools.cache(builders.tiny_tokenizer)
 
 
 def divided(tmp_path, capsys, rows, val=None, tokenizer=None, **more):
-    """-> (training prompts and answers, validation records, the lines that were printed)"""
+    """Return training prompts and answers, validation records, and the lines that were printed."""
     how = dict(task="x", backbone="tiny", seed=0, examples=64, val_examples=16, max_len=64, template="alpaca")
     for name, some in (("data", rows), ("val_data", val)):
         how[name] = some and tmp_path / f"{name}.jsonl"
@@ -238,6 +235,10 @@ def test_every_record_read_is_accounted_for(tmp_path, capsys):
     assert "21 asked in" in line
     assert "41 read: 5 validation, 20 repeats, 16 not needed (--val-examples 5)" in line
     assert {prompt for prompt, _ in examples}.isdisjoint(f"### Instruction:\nSay {i}." for i in range(20))
+    rows = [say(i, "word " * 99) for i in range(12)] + [say(20), say(21)]
+    for seed in range(4):  # validation goes on until a record is usable
+        examples, held, line = divided(tmp_path, capsys, rows, seed=seed)
+        assert len(examples) == len(held) == 1 and "12 over 64 tokens" in line
 
 
 def test_all_answers_to_a_prompt_are_kept_on_one_side(tmp_path, capsys):
@@ -255,19 +256,12 @@ def test_all_answers_to_a_prompt_are_kept_on_one_side(tmp_path, capsys):
     assert len(examples) == 24 and "24 read: 24 training\n" in line
 
 
-def test_a_prompt_is_all_that_is_asked(tmp_path, capsys):
+def test_a_prompt_is_all_that_is_asked(tmp_path):
     """System, tools, input and history tell prompts apart; the answer and other keys do not."""
     rows = [{**say(0), **more} for more in ({}, {"system": "Be kind."}, {"tools": [TOOL]}, {"input": "x"})]
     rows += [{**say(0), "history": [["Hi.", "Yes?"]]}, {**say(0), "id": 3}]
     (tmp_path / "x").write_text(json.dumps(rows))
     assert len({prompt_key(r) for r in read_records(tmp_path / "x", "chat")}) == 5
-
-
-def test_validation_goes_on_until_a_record_is_usable(tmp_path, capsys):
-    rows = [say(i, "word " * 99) for i in range(12)] + [say(20), say(21)]
-    for seed in range(4):
-        examples, held, line = divided(tmp_path, capsys, rows, seed=seed)
-        assert len(examples) == len(held) == 1 and "12 over 64 tokens" in line
 
 
 def test_the_embedded_records_keep_their_order(tmp_path, capsys):
@@ -299,11 +293,8 @@ def test_labels_leave_out_what_must_not_be_learned(tmp_path, capsys):
 
 def test_chats_reach_the_template_whole(tmp_path, capsys):
     """System messages, calls and results of tools are written; that the last answer is learned is said."""
-    template = (
-        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
-    )
-    template += "{{ m.tool_calls | tojson if m.tool_calls }}" + END + "{% endfor %}"
-    tokenizer = chat_tokenizer(template + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    calls = "{{ m.tool_calls | tojson if m.tool_calls }}" + END
+    tokenizer = chat_tokenizer("{% if tools %}{{ tools | tojson }}{% endif %}" + CHAT.replace(END, calls))
     rows = [{"messages": [*BE_KIND, *CALLED, *messages(f"Say {i}.", "Hello.")]} for i in range(30)]
     how = dict(template="chat", max_len=256)
     examples, held, line = divided(tmp_path, capsys, rows, tokenizer=tokenizer, **how)
@@ -317,7 +308,7 @@ def test_chats_reach_the_template_whole(tmp_path, capsys):
 
 
 def test_own_data_is_held_out_by_prompt(micro, tmp_path, capsys):
-    """Through the command line: what is kept for validation is a tenth of the prompts, as plain records."""
+    """The command line keeps a tenth of the prompts for validation, as plain records."""
     rows = [{**RECORD, "instruction": f"Say {i}.", "id": i} for i in range(40)] * 2
     (tmp_path / "mine.json").write_text(json.dumps(rows), encoding="utf-16")
     out = tmp_path / "run"
@@ -330,11 +321,12 @@ def test_own_data_is_held_out_by_prompt(micro, tmp_path, capsys):
 
 def test_the_validation_of_a_run_folder_is_read_strictly(tmp_path):
     """What we wrote ourselves is a list of plain records; anything else there is damage."""
-    for row, message in (
-        ({"prompt": "x", "completion": "y"}, "no text under 'instruction'"),
-        ({**RECORD, "tools": 3}, "not a list of schemas"),
-        ({**RECORD, "history": [["a", "b"]]}, r"history\[0\]"),
-    ):
+    lies = [({"prompt": "x", "completion": "y"}, "no text under 'instruction'")]
+    lies += [
+        (RECORD | {"tools": 3}, "list of schemas"),
+        (RECORD | {"history": [["a", "b"]]}, r"history\[0\]"),
+    ]
+    for row, message in lies:
         (tmp_path / "x.json").write_text(json.dumps([row]))
         with refused(message):
             read_records(tmp_path / "x.json", "chat", own=True)

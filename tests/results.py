@@ -15,7 +15,7 @@ import synthetic
 from plumbing import Refused
 from plumbing.records import read_records
 from studies import architectures, names, pictures, report, variants
-from tests.builders import HERE, refused, run_quietly, tiny_tokenizer
+from tests.builders import HERE, refused, rows_in, run_quietly, tiny_tokenizer
 
 DATA = HERE / "assets" / "data"
 
@@ -27,21 +27,13 @@ def test_embedded_sets_are_what_the_readme_says(task):
     assert len(train) >= 4000 and len(val) >= 400 and not train & val
     kinds = [{r["kind"] for r in records} for records in sets.values()]
     assert len(kinds[0]) >= 25 and kinds[0] == kinds[1]
-
-
-def test_everything_embedded_takes_at_most_6_mb():
     files = [p for part in ("tiny", "data") for p in (HERE / "assets" / part).rglob("*")]
     assert sum(p.stat().st_size for p in files if p.is_file()) <= 6e6
 
 
 def test_the_tiny_tokenizer_gives_back_any_text():
     tokenizer = tiny_tokenizer()
-    for text in (
-        "def f(x):\n    return  x",
-        "naïve café 漢字 🙂\r\n\t",
-        " two  spaces ",
-        "### Instruction:\n",
-    ):
+    for text in ("def f(x):\n    return  x", "naïve 漢字 🙂\r\n\t", " two  spaces ", "### Instruction:\n"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
@@ -69,41 +61,41 @@ def test_pictures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys
 
 
 def test_the_table_of_architectures_judges_each_family(tmp_path, capsys):
-    """One that works, one that is refused as it takes no mask, and a name that is none."""
+    """One family works, one is refused as it takes no mask, and a third name is none."""
     pytest.importorskip("peft")
     architectures.main(["--only", "gpt2", "rwkv", "--json", str(tmp_path / "out.json")])
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    rows = rows_in(tmp_path / "out.json")
     assert [row["verdict"] for row in rows] == ["right", "refused"], rows
     assert rows[0]["share"] == 0.5 and all(rows[0][name] <= 1 for name in architectures.CHECKS)
     assert "1 right, 0 in part, 1 refused, 0 wrong, 0 not built" in capsys.readouterr().out
     assert "no causal language model" in run_quietly(architectures.main, ["--only", "gpt5"], capsys)
 
 
-def test_the_losses_of_a_training_that_was_stopped_are_those_of_the_one_that_went_on(tmp_path):
+def test_losses_of_a_resumed_training_replace_the_lost_ones(tmp_path):
     lines = [{"task": "a"}, *({"step": i, "lm": i} for i in (1, 2, 3)), {"task": "a", "start": 2}]
     lines += [{"step": 3, "lm": 0.30004}, {"task": "b"}, {"step": 1, "lm": 7}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert variants.training_losses(tmp_path / "log.jsonl") == {"a": [1, 2, 0.3], "b": [7]}
 
 
-CHOOSE = [DATA / f"{task}.choose.json" for task in ("alpaca", "code")]
+CHOOSE = ["--data", *(DATA / f"{task}.choose.json" for task in ("alpaca", "code"))]
 FEW_EXAMPLES = "--examples 40 --val-examples 16 --batch 8 --grad-accum 1 --lr 0.02 --device cpu".split()
 
 
 def run_variants(table, rows, micro, tmp_path, data=CHOOSE):
-    backbone = micro("alpaca", tmp_path)[3]
-    argv = [table, "--backbone", backbone, "--data", *data, "--out", tmp_path / "v", "--seeds", 0]
+    """Train rows of a table on few examples. Return {name: what is written of the one seed}."""
+    argv = [table, "--backbone", micro.folder, *data, "--out", tmp_path / "v", "--seeds", 0]
     argv = [*argv, "--json", tmp_path / "v.json", "--rows", *rows, *FEW_EXAMPLES]
     variants.main([str(x) for x in argv])
-    return json.loads((tmp_path / "v.json").read_text())["rows"]
+    return {name: row for name, (row,) in rows_in(tmp_path / "v.json").items()}
 
 
 def test_every_variant_is_another_training(micro, tmp_path, capsys):
     rows = ["NIWF, N 16, K 8", *(name for name, row in variants.CHOICES.items() if row.patch)]
-    found = run_variants("choose", rows, micro, tmp_path, CHOOSE[:1])
-    losses = [found[name][0]["R"]["stored"][0][0] for name in rows]
+    found = run_variants("choose", rows, micro, tmp_path, CHOOSE[:2])
+    losses = [found[name]["R"]["stored"][0][0] for name in rows]
     assert len({*losses}) == len(rows) and len(rows) > 5, found
-    again = run_variants("choose", rows, micro, tmp_path, CHOOSE[:1])  # nothing is trained again
+    again = run_variants("choose", rows, micro, tmp_path, CHOOSE[:2])  # nothing is trained again
     assert again == found and "nothing to train" in capsys.readouterr().out
     assert "no such" in run_quietly(variants.main, ["choose", "--rows", "no such"], capsys)
 
@@ -111,10 +103,10 @@ def test_every_variant_is_another_training(micro, tmp_path, capsys):
 def test_two_task_rows_keep_or_lose_what_they_must(micro, tmp_path):
     """Every record of a task has the same answer, so what is learned of one is learned of all."""
     data = [tmp_path / f"{task}.json" for task in ("alpaca", "code")]
-    for path, source, answer in zip(data, CHOOSE, ("Hello.", "Bye.")):
+    for path, source, answer in zip(data, CHOOSE[1:], ("Hello.", "Bye.")):
         path.write_text(json.dumps([r | {"output": answer} for r in read_records(source)[:100]]))
     rows = ["LoRA r 64, one", "full fine-tuning", "LoRA r 64, one a task", "NIWF, exact lock"]
-    found = {name: made[0] for name, made in run_variants("baselines", rows, micro, tmp_path, data).items()}
+    found = run_variants("baselines", rows, micro, tmp_path, ["--data", *data])
     for name in rows:
         (learned, _), (now, code) = found[name]["R"]["stored"]
         assert (learned == now) == (name not in rows[:2]), name  # nothing holds the first two
@@ -138,18 +130,27 @@ def test_variants_remove_nothing_and_refuse_a_damaged_row(micro, tmp_path, capsy
 
 def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
     found = run_variants("soft-lock", [*variants.SOFT_LOCK], micro, tmp_path)
-    drift = {name: made[0]["drift"]["alpaca"] for name, made in found.items()}
-    R = {name: [row[0] for row in made[0]["R"]["stored"]] for name, made in found.items()}
     for name in variants.SOFT_LOCK:
-        assert ("dynamics" in name) == (drift[name]["moved"] == 0), name
-        assert ("field" in name) == (drift[name]["lock_loss"] == 0), name
-    # Stored: the committed dynamics, and what has become of the field and the bases.
-    assert R["bases and field frozen"][0] == R["bases and field frozen"][1]
-    assert R["nothing frozen"][0] != R["nothing frozen"][1]
+        drift, ((before, _), (now, _)) = found[name]["drift"]["alpaca"], found[name]["R"]["stored"]
+        assert ("dynamics" in name) == (drift["moved"] == 0), name
+        assert ("field" in name) == (drift["lock_loss"] == 0), name
+        if name in ("nothing frozen", "bases and field frozen"):
+            assert (now == before) == ("field" in name)  # stored: what has become of field and bases
+
+
+def test_what_else_keeps_a_task_is_trained_and_asked_as_it_says(micro, tmp_path):
+    rows = ["one, replay of 5 %", "one, EWC 10000", "O-LoRA, 0.5", "mean of one a task"]
+    found = run_variants("fair", rows, micro, tmp_path, data=[])
+    sizes = {name: row["config"]["code"]["examples"] for name, row in found.items()}
+    assert sizes == dict.fromkeys(rows, 40) | {rows[0]: 42}
+    assert len({row["R"]["stored"][0][0] for row in found.values()}) == 1  # the first task is the same
+    assert [name for name in rows if "routing" not in found[name]] == rows[2:]
+    mean = found[rows[3]]["R"]
+    assert mean["stored"][1] == mean["routed"][1] != mean["stored"][0]
 
 
 def tables_of_pages():
-    """(kind, names of files) of every table on a page of results and in the README."""
+    """Return (kind, names of files) of every table on a page of results and in the README."""
     texts = [path.read_text() for path in names.PAGES.glob("*.md")]
     found = re.findall(r"^\{\{(\S+) (.+)\}\}$", "\n".join(texts), re.MULTILINE)
     found += re.findall(r"^<!-- (\S+) (\S+) -->$", (HERE / "README.md").read_text(), re.MULTILINE)
@@ -206,7 +207,7 @@ def test_the_page_of_results_answers_in_two_minutes():
 
 
 def words_of(text):
-    """How many words a reader reads: what has a letter or a digit, without the targets of links."""
+    """Count the words that a reader reads: what has a letter or a digit, without the targets of links."""
     return sum(bool(re.search(r"\w", word)) for word in re.sub(r"\]\([^)]*\)", "]", text).split())
 
 
@@ -236,7 +237,7 @@ def test_rows_of_one_table_were_measured_on_the_same_items():
 
 
 @pytest.mark.skipif(os.name != "posix" or not shutil.which("bash"), reason="no bash here")
-def test_remake_runs_the_commands_that_the_files_of_results_name(tmp_path):
+def test_remake_runs_the_commands_that_results_name(tmp_path):
     python = tmp_path / "python"  # writes down how it is called
     python.write_text('#!/usr/bin/env bash\nprintf "%q " python "$@" >> called\necho >> called\n')
     python.chmod(0o755)
@@ -279,14 +280,15 @@ def test_a_file_of_results_with_other_rows_is_refused_by_name(tmp_path, monkeypa
 
 @pytest.mark.parametrize("program, name, rows", [(report, "baselines", {}), (pictures, "regions", [{}])])
 def test_a_damaged_file_of_results_is_one_line(program, name, rows, tmp_path, monkeypatch):
-    """Also where it is one of many that a page or a picture is made of."""
+    """It is one line also where the file is one of many that a page or a picture is made of."""
     results = shutil.copytree(report.RESULTS, tmp_path / "results")
     damaged = json.dumps(report.read_results(f"tiny-{name}") | {"rows": rows})
     (results / f"tiny-{name}.json").write_text(damaged)
     monkeypatch.setattr(report, "RESULTS", results)
     monkeypatch.setattr(report, "HOME", tmp_path)
-    argv = (
-        ["--to", str(tmp_path / "new")] if pytest.importorskip("matplotlib") and program is pictures else []
-    )
+    argv = []
+    if program is pictures:
+        pytest.importorskip("matplotlib")
+        argv = ["--to", str(tmp_path / "new")]
     with refused("not what its command writes", results):
         program.main(argv)

@@ -20,18 +20,18 @@ import types
 import pytest
 import torch
 
+import eval as evaluation
 import synthetic
 import train
 from ftn import PrivateMLPs, unpack
 from model import response_nll
-from plumbing import Refused
 from plumbing import rows as kept
 from plumbing.tables import spread
 from studies import digits, likelier, neurons, sequence, settings, styles, support, tables, variants
 from studies import sure as sure_study
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
-from tests.builders import HERE, micro_model, run_quietly, snapshot_of, tiny_tokenizer
+from tests.builders import HERE, micro_model, refused, rows_in, run_quietly, snapshot_of, tiny_tokenizer
 
 SMALL = dict(steps=12, batch=32, side=8, k=8, layers=3, width=4)
 SMALL_STYLE = dict(steps=2, tasks=2, side=4, k=4, rank=2, support=4)
@@ -68,26 +68,22 @@ def test_every_task_has_the_same_inputs_and_targets_of_its_own(variant, inputs, 
         assert len(set.union(*points)) == sum(map(len, points))
 
 
-@pytest.mark.parametrize(
-    "leak, parameters, outputs", [("none", 0, 0), ("decay", 1, 1), ("moments", 1, 1), ("bias", 0, 1)]
-)
-def test_fixed_masks_keep_every_bit_unless_a_precaution_is_left_out(leak, parameters, outputs):
+@pytest.mark.parametrize("leak", ["none", "decay", "moments", "bias"])
+def test_fixed_masks_keep_every_bit_under_all_precautions(leak):
+    """A shared bias moves outputs alone; no leak moves the last task."""
     out = run_row(StudyRow("clf", "fixedmask", 0, leak=leak, **SMALL))
-    assert [bool(share) for share in out["parameters_moved"]] == [bool(parameters)] * 2 + [False]
-    assert [bool(share) for share in out["outputs_moved"]] == [bool(outputs)] * 2 + [False]
+    moved = [[bool(share) for share in out[f"{what}_moved"]] for what in ("parameters", "outputs")]
+    assert moved[0] == [leak in ("decay", "moments")] * 2 + [False]
+    assert moved[1] == [leak != "none"] * 2 + [False]
     if leak == "none":
         assert synthetic.row_summary(out)["stored_fm"] == synthetic.row_summary(out)["recovered_fm"] == 0.0
 
 
-@pytest.mark.parametrize(
-    "variant, inputs, method",
-    [
-        ("clf", "uniform", "ftn-slow-lock"),
-        ("clf", "gaussian", "ftn-slow-lock"),
-        ("reg", "uniform", "ftn-slow-lock"),
-        ("clf", "uniform", "random-disjoint-recall"),
-    ],
-)
+DISJOINT = [(variant, "uniform", "ftn-slow-lock") for variant in ("clf", "reg")]
+DISJOINT += [("clf", "gaussian", "ftn-slow-lock"), ("clf", "uniform", "random-disjoint-recall")]
+
+
+@pytest.mark.parametrize("variant, inputs, method", DISJOINT)
 def test_disjoint_masks_keep_stored_tasks_to_the_bit(variant, inputs, method):
     outs = [run_row(StudyRow(variant, method, seed, inputs=inputs, tasks=4, **SMALL)) for seed in (0, 1)]
     assert outs[0]["winners"] != outs[1]["winners"]
@@ -97,16 +93,15 @@ def test_disjoint_masks_keep_stored_tasks_to_the_bit(variant, inputs, method):
         assert len({*sum(out["winners"], [])}) == 4 * SMALL["k"]
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        synthetic.Row("clf", "ftn-slow-lock", 0, **SMALL),
-        synthetic.Row("reg", "random-disjoint-recall", 0, **SMALL),
-        synthetic.Row("clf", "ftn-slow-hidden-recall", 0, **SMALL),
-        StyleRow("lora-ftn-lock", 0, **SMALL_STYLE),
-    ],
-)
-def test_a_support_batch_recalls_the_stored_mask_with_the_lowest_loss(row):
+RECALLED = ("clf", "ftn-slow-lock"), ("reg", "random-disjoint-recall"), ("clf", "ftn-slow-hidden-recall")
+RECALLED = [
+    *(synthetic.Row(*row, 0, **SMALL) for row in RECALLED),
+    StyleRow("lora-ftn-lock", 0, **SMALL_STYLE),
+]
+
+
+@pytest.mark.parametrize("row", RECALLED)
+def test_a_support_batch_recalls_the_mask_of_lowest_loss(row):
     learner = learner_of(row)
 
     def literal(winners, *batch):
@@ -139,8 +134,8 @@ def test_recall_changes_what_is_recovered_and_no_training():
 
 @pytest.mark.parametrize("method, blind", [("ftn-slow-hidden", True), ("ftn-slow", False)])
 def test_a_search_may_be_blind_to_what_earlier_tasks_trained(method, blind):
-    """A mask of 32 of 64 neurons, the first 32 trained before: what those hold must not reach the search. The
-    smoothing mixes neighbours, so it is compared without; at test time everything is seen."""
+    """What the first 32 of 64 neurons learned must not reach a blind search. The smoothing mixes neighbours,
+    so it is left out; at test time everything is seen."""
     learner = learner_of(synthetic.Row("clf", method, 0, **SMALL))
     learner.mask = dataclasses.replace(learner.mask, kernel=1, rounds=0)
     learner.begin(0)
@@ -154,7 +149,7 @@ def test_a_search_may_be_blind_to_what_earlier_tasks_trained(method, blind):
     assert [torch.equal(*both) for both in zip(*found)] == [blind, False]
 
 
-def test_few_labels_are_tried_at_the_end_of_the_stream_that_synthetic_runs(capsys):
+def test_few_labels_are_tried_at_the_end_of_a_stream(capsys):
     """The stored scores are those of the published stream to the last bit; where masks are disjoint and
     recalled, a task that was found is answered as with its own mask."""
     outs = []
@@ -179,7 +174,7 @@ def test_few_labels_are_tried_at_the_end_of_the_stream_that_synthetic_runs(capsy
     assert [len(axis.lines) for axis in support.draw(outs).axes] == [4, 5]  # a line a method and way; chance
 
 
-def test_a_recovery_sees_as_many_labels_as_it_says_and_is_judged_by_the_mask_it_gives():
+def test_a_recovery_sees_the_labels_it_says_and_is_judged():
     learner = learner_of(support.SupportRow("clf", "ftn-slow", 0, **SMALL))
     for t in range(2):
         learner.begin(t)
@@ -231,7 +226,7 @@ def test_tasks_on_digits_rename_the_classes_of_the_same_images(monkeypatch, caps
     assert "pip install scikit-learn" in line
 
 
-def test_a_setting_changes_one_thing_and_an_order_the_tasks_alone():
+def test_a_row_of_settings_changes_one_thing_alone():
     """A row of the study of settings is FTN-Slow but for one setting, or has the same tasks in its order."""
     row = lambda name: settings.SettingsRow("clf", name, 3, **settings.OF_ROW.get(name, {}))
     alone = {name: dataclasses.asdict(row(name)) for name in settings.METHODS}
@@ -269,11 +264,11 @@ def test_without_the_lock_a_shared_neuron_forgets():
 
 def test_a_full_grid_and_no_finite_score_are_refused():
     nine = dict(SMALL, tasks=9, steps=2)
-    with pytest.raises(Refused, match="the grid is full: 64 of its 64 .*--grow"):
+    with refused("the grid is full: 64 of its 64 .*--grow"):
         run_row(synthetic.Row("clf", "ftn-slow-lock", 0, **nine))
     out = run_row(synthetic.Row("clf", "ftn-slow-lock", 0, grow=True, **nine))
     assert out["final_side"] == 12 and len(out["R_stored"]) == 9 and nothing_moved(out)
-    with pytest.raises(Refused, match="not finite in task 1"):
+    with refused("not finite in task 1"):
         run_row(synthetic.Row("reg", "fixedmask", 0, **dict(SMALL, lr=1e30)))
 
 
@@ -305,7 +300,7 @@ def test_ewc_adds_the_gradient_of_its_penalty(double):
     torch.testing.assert_close([p.grad for p in theta], [*wanted], rtol=1e-3, atol=1e-6)
 
 
-def test_a_supermask_is_learned_straight_through_and_never_moves_again(double):
+def test_a_supermask_is_learned_straight_through_and_kept(double):
     learner = learner_of(synthetic.Row("clf", "supsup-wide", 0, dropout=0.0, **SMALL))
     frozen = [w.clone() for w in learner.weights]
     for W, b in zip(*unpack(frozen[0], learner.grid.shapes)):
@@ -322,7 +317,7 @@ def test_a_supermask_is_learned_straight_through_and_never_moves_again(double):
 
 
 @pytest.mark.parametrize("gain, method", [(4.0, "supsup-wide-top-0.003"), (2.0, "supsup-wide-he-top-0.03")])
-def test_of_a_supermask_that_takes_the_top_half_of_every_layer_is_on(gain, method):
+def test_a_top_supermask_keeps_half_of_every_layer_on(gain, method):
     learner = learner_of(synthetic.Row("clf", method, 0, **SMALL))
     for W in learner.layers(learner.weights)[:-1]:
         torch.testing.assert_close(W.abs(), torch.full_like(W, (gain / W.shape[2]) ** 0.5))
@@ -347,15 +342,21 @@ def test_every_method_has_a_row():
 
 
 def test_forgetting_is_positive_where_a_score_got_worse():
-    accuracy = [[0.9], [0.7, 0.8], [0.6, 0.9, 0.9]]
+    """In NIWF it is relative to the perplexity when learned; in a sequence no gain is set against a loss."""
+    accuracy, error = [[0.9], [0.7, 0.8], [0.6, 0.9, 0.9]], [[0.1], [0.4, 0.2], [0.3, 0.1, 0.1]]
     assert synthetic.forgetting_measure(accuracy, 1) == pytest.approx((0.3 + 0.0) / 2)
-    error = [[0.1], [0.4, 0.2], [0.3, 0.1, 0.1]]
     assert synthetic.forgetting_measure(error, -1) == pytest.approx((0.2 + 0.0) / 2)
     # the formula as printed rewards the second
     assert synthetic.forgetting_measure(error, 1) == pytest.approx((0.1 + 0.1) / 2)
+    rows = [{"task": "a", "stored": {"a": 4.0}}, {"task": "b", "stored": {"a": 5.0, "b": 2.0}}]
+    assert evaluation.forgetting(rows, "stored") == {"a": 25.0, "b": 0.0}
+    learned, last, alone = [50.0, 60.0, 70.0], [45.0, 62.0, 70.0], [50.0, 55.0, 71.0]
+    wanted = {"ACC": (45 + 62 + 70) / 3, "BWT": (-5 + 2) / 2, "forgetting": (5 + 0) / 2, "FWT": (5 - 1) / 2}
+    assert likelier.measures(learned, last, alone) == wanted
+    assert likelier.measures([], last) == {"ACC": wanted["ACC"]}
 
 
-def test_tables_say_mean_deviation_overlap_and_what_was_lost_to_it(capsys):
+def test_tables_say_what_was_lost_and_what_overlaps(capsys):
     assert spread([1.0, 2.0, 6.0]) == "3.000 ±2.646" and spread([1.0, None]) == "1.000"
     row = dict(seed=0, tasks=3, overlap_last=[0.1, 0.2, 0.3], overlap_union=[0.7, 0.8, 0.9])
 
@@ -373,13 +374,13 @@ def test_tables_say_mean_deviation_overlap_and_what_was_lost_to_it(capsys):
     assert found == [[".", "0.10", "0.20"], ["0.10", ".", "0.30"], ["0.20", "0.30", "."]]
 
 
-def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, capsys):
+def test_rows_are_kept_and_are_the_same_for_any_workers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = "--variant clf --methods fixedmask ftn-slow --steps 2 --json rows.json --workers".split()
 
     def rows(main, *argv):
         main([*argv])
-        return json.loads(pathlib.Path("rows.json").read_text())["rows"]
+        return rows_in(pathlib.Path("rows.json"))
 
     written = lambda: {p: p.stat().st_mtime_ns for p in pathlib.Path("runs/synthetic").iterdir()}
     one = rows(synthetic.main, *command, "1")
@@ -393,7 +394,7 @@ def test_rows_are_kept_and_do_not_depend_on_the_number_of_workers(tmp_path, monk
     assert one == two and "classification" in capsys.readouterr().out
 
 
-def test_a_kept_row_that_is_damaged_or_of_another_row_is_refused(tmp_path, monkeypatch):
+def test_a_damaged_or_swapped_kept_row_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     row, other = (synthetic.Row("clf", "fixedmask", seed, **SMALL) for seed in (0, 1))
     how = KNOWN["fixedmask"]
@@ -429,8 +430,8 @@ def test_a_kept_row_is_named_after_what_decides_it(tmp_path, monkeypatch):
 
 
 def test_kept_rows_are_of_the_present_code():
-    """A short row as it came out at the version of its class. Whoever changes what a row computes raises
-    VERSION and writes down here what it is now, as rows that were kept would otherwise stay in use."""
+    """A short row stays as it came out at the version of its class. Whoever changes what a row computes
+    raises VERSION and writes down here what it is now, as rows that were kept would otherwise stay in use."""
     row = synthetic.Row("reg", "fixedmask", 0, **SMALL)
     assert row.VERSION == 1
     assert run_row(row)["R_stored"][-1] == pytest.approx([0.51136, 0.27183, 0.08664], abs=1e-3)
@@ -469,37 +470,30 @@ def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
         (neurons.main, "--search 1.5 1", "--search 1.5 is not a number of steps"),
         (neurons.main, "--search 1", "expected 2"),
         (neurons.main, "--frequency 0", "--frequency: 0 is out of range"),
+        (train.main, "--lr 1", "--task"),
+        (train.main, "--task poems --backbone tiny --device cpu", "brings no data of its own"),
     ],
 )
-def test_the_experiments_refuse_in_one_line(main, options, message, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_run_is_refused_in_one_line(main, options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert re.search(message, run_quietly(main, options.split(), capsys))
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_backbone_whose_responses_cannot_end_is_refused():
-    tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(Refused, match="tiny: its tokenizer has no token that ends"):
-        StyleStream(StyleRow("lora-ftn", 0), tokenizer)
+STYLE_ROWS = [("lora-fixedmask", {}), ("lora-ftn-lock", {}), ("lora-naive", {})]
+STYLE_ROWS += [("lora-ftn", {"reconfigure": "every"}), ("lora-ftn", {"b_std": 0.01})]
 
 
-@pytest.mark.parametrize("method", ["lora-fixedmask", "lora-ftn-lock"])
-def test_disjoint_components_keep_every_stored_style_to_the_bit(method):
-    out = run_row(StyleRow(method, 0, **SMALL_STYLE))
-    s = synthetic.row_summary(out)
-    assert s["stored_fm"] == 0.0 and nothing_moved(out) and not any(out["overlap_last"])
-    assert method == "lora-ftn-lock" or s["recovered_fm"] == 0.0
-
-
-@pytest.mark.parametrize(
-    "method, more",
-    [("lora-naive", {}), ("lora-ftn", {"reconfigure": "every"}), ("lora-ftn", {"b_std": 0.01})],
-)
-def test_other_ways_to_use_the_pool_run_and_are_not_protected(method, more):
+@pytest.mark.parametrize("method, more", STYLE_ROWS)
+def test_disjoint_components_keep_every_stored_style_to_the_bit(method, more):
+    """Other ways to use the pool run, too, and the naive one moves nearly everything."""
     out = run_row(StyleRow(method, 0, **more, **SMALL_STYLE))
     assert all(0 < ce < 20 for ce in out["R_stored"][-1] + out["R_recovered"][-1])
     assert method != "lora-naive" or all(p > 0.9 for p in out["parameters_moved"][:-1])
+    if method in ("lora-fixedmask", "lora-ftn-lock"):
+        s = synthetic.row_summary(out)
+        assert s["stored_fm"] == 0.0 and nothing_moved(out) and not any(out["overlap_last"])
+        assert method == "lora-ftn-lock" or s["recovered_fm"] == 0.0
 
 
 def test_the_bank_takes_a_component_of_the_same_size_per_task():
@@ -520,41 +514,38 @@ def test_the_bank_takes_a_component_of_the_same_size_per_task():
     assert [losses.count(None) for losses in locked["offered"]] == list(range(locked["tasks"]))
 
 
-def test_styles_share_their_sentences_and_no_sentence_is_in_two_parts():
+def test_styles_share_sentences_and_parts_share_none():
+    """A tokenizer without a token that ends a response is refused."""
     tokenizer = tiny_tokenizer()
     world = StyleStream(StyleRow("lora-ftn", 4), tokenizer)
-    parts = [
-        [{tuple(p) for p, _ in part} for part in (test[0], support[0], training)]
-        for test, support, training in zip(world.test, world.support, world.training)
-    ]
+    styles_in_parts = zip(world.test, world.support, world.training)
+    parts = [[{tuple(p) for p, _ in part} for part in (a[0], b[0], c)] for a, b, c in styles_in_parts]
     assert all(p == parts[0] for p in parts) and [len(p) for p in parts[0]] == [24, 16, 80]
     assert len(set.union(*parts[0])) == 120
     said = ["THE RED FOX", "the red fox", "Fox red The", "The The red red Fox Fox", "Th* r*d F*x"]
     assert [f("The red Fox") for f in world.STYLES.values()] == [*said, "Arr! The red Fox matey!"]
     assert all(r[-1] == tokenizer.eos_token_id for (examples,) in world.test for _, r in examples)
+    tokenizer.eos_token = None
+    with refused("tiny: its tokenizer has no token that ends"):
+        StyleStream(StyleRow("lora-ftn", 0), tokenizer)
 
 
 METHODS = "bare niwf lora-each lora-one lora-multi average o-lora niwf-printed".split()
-LABELS = {
-    "colour": ["Red", "Deep Blue"],
-    "size": ["Small", "Large", "Very Large"],
-    "truth": ["True", "False"],
-}
+LABELS = {"colour": ["Red", "Deep Blue"], "size": ["Small", "Large", "Very Large"]}
+LABELS["truth"] = ["True", "False"]
 
 
 @pytest.fixture(scope="session")
 def toy(micro, tmp_path_factory):
-    """A folder of three toy tasks, and how `studies.sequence` is told to learn them."""
+    """Make a folder of three toy tasks, and return how `studies.sequence` is told to learn them."""
     folder, r = tmp_path_factory.mktemp("toy"), random.Random(0)
     for task, labels in LABELS.items():
         for part, n in (("train", 20), ("choose", 9), ("test", 11)):
             asked = [{"instruction": f"Say the {task}.", "input": f"{part} {r.random()}"} for _ in range(n)]
             rows = [row | {"output": label} for row, label in zip(asked, itertools.cycle(labels))]
             (folder / f"{task}.{part}.json").write_text(json.dumps(rows))
-    options = micro("none", folder / "none")
-    backbone = options[options.index("--backbone") + 1]
     small = "--examples 16 --val-examples 10 --batch 8 --lr 0.02 --device cpu --field-hidden 16 --coord-dim 8"
-    said = ["--backbone", backbone, "--data", folder, "--orders", ",".join(LABELS), *small.split()]
+    said = ["--backbone", micro.folder, "--data", folder, "--orders", ",".join(LABELS), *small.split()]
 
     def argv(out, *methods):
         return [str(x) for x in [*said, "--anchors", 32, "--out", out, "--methods", *methods]]
@@ -564,16 +555,16 @@ def toy(micro, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sequences(toy, tmp_path_factory):
-    """Where methods of every kind have learned the toy tasks, and what was written of each."""
+    """Let methods of every kind learn the toy tasks. Return where, and what was written of each."""
     out = tmp_path_factory.mktemp("sequences") / "runs"
     return out, learned_sequence(toy, out, *METHODS)
 
 
 def learned_sequence(toy, out, *methods):
-    """Learn the toy tasks by these methods. -> {method: what is written of it}"""
+    """Learn the toy tasks by these methods. Return {method: what is written of it}."""
     path = out.with_suffix(".json")
     sequence.main([*toy(out, *methods), "--json", str(path)])
-    return {row["method"]: row for row in json.loads(path.read_text())["rows"]}
+    return {row["method"]: row for row in rows_in(path)}
 
 
 def row_of(toy, out, method):
@@ -583,7 +574,7 @@ def row_of(toy, out, method):
 
 def judges(model, example, right, gating_of, judged):
     """See that a label is judged as it is by the log-probabilities of all, each in a pass of its own, without
-    a batch or a cache. -> these"""
+    a batch or a cache. Return these."""
     prompt, labels = example
     gating = gating_of(model.probe([prompt]))
     scores = [-float(response_nll(*model.logits([(prompt, label)], gating))) for label in labels]
@@ -593,39 +584,34 @@ def judges(model, example, right, gating_of, judged):
 
 
 def test_labels_are_judged_as_a_literal_loop_judges_them(toy, sequences):
-    """A label's tokens are all the likeliest if and only if greedy decoding gives it."""
-    row = row_of(toy, sequences[0], "niwf")
+    """They are judged so under a task's own version and under the one that a router chose; a label's tokens
+    are all the likeliest if and only if greedy decoding gives it."""
+    row, written = row_of(toy, sequences[0], "niwf"), sequences[1]["niwf"]
+    found = row.kept.found
     with row.opened() as (run, model):
+        under = lambda i: functools.partial(run.stored, i)
         for i, task in enumerate(LABELS):
             examples, right, records = row.tasks.held_out[task]
-            gating_of, found = functools.partial(run.stored, i), row.kept.found[f"last {task}"]
             assert [sorted(LABELS[task])[n] for n in right] == [r["output"] for r in records]
-            batch, _ = likelier.label_scores(model, examples, gating_of)
+            batch, _ = likelier.label_scores(model, examples, under(i))
             for n, (prompt, _) in enumerate(examples):
-                wanted = judges(model, examples[n], right[n], gating_of, found["likelier"][n])
+                wanted = judges(model, examples[n], right[n], under(i), found[f"last {task}"]["likelier"][n])
                 torch.testing.assert_close(batch[n], torch.tensor(wanted), rtol=1e-3, atol=1e-3)
-                (said,) = model.generate([prompt], gating_of, -1, 4)
+                (said,) = model.generate([prompt], under(i), -1, 4)
                 other = [*said[:2], said[2] + 1, said[3]]
-                _, greedy = likelier.label_scores(model, [(prompt, [said, other])], gating_of)
+                _, greedy = likelier.label_scores(model, [(prompt, [said, other])], under(i))
                 assert greedy.tolist() == [[True, False]]
-
-
-def test_who_answers_is_judged_under_the_version_that_a_router_chose(toy, sequences):
-    row, found = row_of(toy, sequences[0], "niwf"), sequences[1]["niwf"]
-    with row.opened() as (run, model):
-        for i, task in enumerate(LABELS):
-            examples, right, _ = row.tasks.held_out[task]
-            for router, sent in row.kept.found["choices"][task].items():
-                assert found["home"][router][i] == [sent.count(v) for v in range(3)]
-                judged = row.kept.found[f"routed {task}"][router]["likelier"]
-                assert found["routed"][router]["right"][i] == 100 * sum(judged) / len(judged)
+            for router, sent in found["choices"][task].items():
+                assert written["home"][router][i] == [sent.count(v) for v in range(3)]
+                judged = found[f"routed {task}"][router]["likelier"]
+                assert written["routed"][router]["right"][i] == 100 * sum(judged) / len(judged)
                 for n, version in enumerate(sent):
-                    judges(model, examples[n], right[n], functools.partial(run.stored, version), judged[n])
-            sent = row.kept.found["choices"][task]["regions, prompt"]
-            assert run.routed(model.probe([prompt for prompt, _ in examples]))[1].choice.tolist() == sent
+                    judges(model, examples[n], right[n], under(version), judged[n])
+            routed = run.routed(model.probe([prompt for prompt, _ in examples]))[1].choice.tolist()
+            assert routed == found["choices"][task]["regions, prompt"]
 
 
-def test_a_sequence_keeps_every_bit_where_versions_are_kept_and_only_there(sequences):
+def test_a_sequence_keeps_every_bit_of_kept_versions(sequences):
     for method, row in sequences[1].items():
         if not row["learned"]:
             continue
@@ -656,8 +642,8 @@ def test_rows_of_a_sequence_hold_what_their_method_says(toy, sequences):
         assert sorted(indices[0, 0].tolist()) == [0, 1, 2] and torch.equal(weights, torch.ones_like(weights))
 
 
-def test_the_penalty_of_orthogonal_loras_is_that_of_a_literal_loop(monkeypatch):
-    """Half the sum of squared products of a row of an old A and one of the new, beside Eq. (9)'s terms."""
+def test_the_penalty_of_orthogonal_loras_is_a_literal_loop(monkeypatch):
+    """It is half the sum of squared products of rows of an old A and a new one, beside Eq. (9)'s terms."""
     model = micro_model(bases=1, committed=2)
     learner = types.SimpleNamespace(model=model)
     monkeypatch.setattr(variants, "LOSSES", lambda *_: {"lm": torch.tensor(1.0), "lock": torch.tensor(0.25)})
@@ -695,25 +681,6 @@ def test_the_penalty_of_ewc_is_that_of_a_literal_loop(monkeypatch):
     assert penalty() == pytest.approx(wanted, rel=1e-3)
 
 
-def test_what_else_keeps_a_task_is_trained_and_asked_as_it_says(micro, tmp_path):
-    rows = ["one, replay of 5 %", "one, EWC 10000", "O-LoRA, 0.5", "mean of one a task"]
-    argv = ["fair", "--backbone", micro("alpaca", tmp_path)[3], "--out", tmp_path / "v", "--seeds", 0]
-    argv += ["--json", tmp_path / "v.json", "--rows", *rows]
-    few = "--examples 40 --val-examples 16 --batch 8 --grad-accum 1 --lr 0.02 --device cpu".split()
-    variants.main([str(x) for x in [*argv, *few]])
-    made = json.loads((tmp_path / "v.json").read_text())["rows"]
-    found = {name: seeds[0] for name, seeds in made.items()}
-    sizes = {name: row["config"]["code"]["examples"] for name, row in found.items()}
-    assert sizes == dict.fromkeys(rows, 40) | {rows[0]: 42}
-    assert len({row["R"]["stored"][0][0] for row in found.values()}) == 1  # the first task is the same
-    assert [name for name in rows if "routing" not in found[name]] == rows[2:]
-    assert (
-        found[rows[3]]["R"]["stored"][1]
-        == found[rows[3]]["R"]["routed"][1]
-        != found[rows[3]]["R"]["stored"][0]
-    )
-
-
 def test_a_sequence_that_was_killed_goes_on_from_its_last_task(toy, sequences, tmp_path, monkeypatch, capsys):
     train_with, calls = sequence.train_with, []
 
@@ -739,28 +706,16 @@ def test_a_sequence_that_was_killed_goes_on_from_its_last_task(toy, sequences, t
     assert len(calls) == 6 and snapshot_of(tmp_path / "runs") == after
 
 
-@pytest.mark.parametrize(
-    "more, why",
-    [
-        (["--orders", "size,size"], "a task is there twice"),
-        (["--orders", "size,none"], "none.train.json"),
-        (["--max-len", "8"], "size.train.json: none of its records can be used"),
-        (["--methods", "lora"], "invalid choice: 'lora'"),
-        (["--nonsense"], "unrecognized"),
-    ],
-)
-def test_a_sequence_refuses_what_it_cannot_learn(more, why, toy, tmp_path, capsys):
-    said = [*toy(tmp_path / "runs", "bare"), "--orders", "size", *more]
-    assert why in run_quietly(sequence.main, said, capsys) and not (tmp_path / "runs").exists()
-
-
-def test_measures_of_a_sequence_are_those_of_a_literal_loop():
-    learned, last, alone = [50.0, 60.0, 70.0], [45.0, 62.0, 70.0], [50.0, 55.0, 71.0]
-    found = likelier.measures(learned, last, alone)
-    assert found["ACC"] == (45 + 62 + 70) / 3
-    assert found["BWT"] == ((45 - 50) + (62 - 60)) / 2 and found["forgetting"] == (5 + 0) / 2
-    assert found["FWT"] == ((60 - 55) + (70 - 71)) / 2
-    assert likelier.measures([], last) == {"ACC": found["ACC"]}
+def test_a_sequence_refuses_what_it_cannot_learn(toy, tmp_path, capsys):
+    for more, why in {
+        "--orders size,size": "a task is there twice",
+        "--orders size,none": "none.train.json",
+        "--max-len 8": "size.train.json: none of its records can be used",
+        "--methods lora": "invalid choice: 'lora'",
+        "--nonsense": "unrecognized",
+    }.items():
+        said = [*toy(tmp_path / "runs", "bare"), "--orders", "size", *more.split()]
+        assert why in run_quietly(sequence.main, said, capsys) and not (tmp_path / "runs").exists()
 
 
 def test_calibration_error_and_area_are_their_definitions():
