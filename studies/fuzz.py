@@ -3,7 +3,6 @@ else.
 
     python -m studies.fuzz                 # 2,000 damaged run folders, a command on each
     python -m studies.fuzz 1 --start 317   # number 317 again
-    python -m studies.fuzz kills           # 60 kills of a training, which still ends with the same bits
 
 A *world* is a folder with four run folders and things beside and inside them that are not ours. `damage`
 changes files, links and folders, or writes version files that lie under their true hash. `judge` compares the
@@ -25,10 +24,8 @@ import re
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from unittest import mock
 
@@ -504,66 +501,21 @@ def fuzz(n, seed, folder, start=0):
     return counts, wrong
 
 
-def start(base, folder, epochs):
-    script = "import sys, train, plumbing.training as t; t.SAVE_EVERY = 0; train.main(sys.argv[1:])"
-    command = [sys.executable, "-c", script, *options(base, "code", folder, "--lock", "--epochs", epochs)]
-    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return subprocess.Popen(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **silent)
-
-
 def outcome_of(folder):
-    """What must not depend on how often a training was killed."""
+    """What must not depend on how often a training was stopped."""
     manifest = json.loads((folder / "manifest.json").read_text())
     return [v["hash"] for v in manifest["versions"]], manifest["results"]
 
 
-def starts_of(folder):
-    """The steps that trainings of code began at."""
-    lines = [line for line in (folder / "log.jsonl").read_text().splitlines() if line.endswith("}")]
-    return [row["start"] for row in map(json.loads, lines) if "start" in row and row.get("task") == "code"]
-
-
-def kills(n, seed, folder, epochs=60):
-    """n kills, up to eight before a training may end, most of them after its first step. -> kills that led to
-    equal bits, resumed starts"""
-    r, base = random.Random(seed), pathlib.Path(folder).resolve()
-    world, began = build(base), time.time()
-    whole = shutil.copytree(world / "first", base / "whole")
-    assert start(base, whole, epochs).wait() == 0
-    seconds, signals = time.time() - began, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-    done = equal = resumed = 0
-    while done < n:
-        killed, here = shutil.copytree(world / "first", base / f"killed-{len([*base.iterdir()])}"), 0
-        for _ in range(min(8, n - done)):
-            before, process, late = len(starts_of(killed)), start(base, killed, epochs), r.random() < 2 / 3
-            while late and process.poll() is None and len(starts_of(killed)) == before:
-                time.sleep(0.01)
-            time.sleep(r.uniform(0, 0.4 * seconds if late else seconds))
-            here += process.poll() is None
-            process.send_signal(signals[(done + here) % 3])
-            if process.wait() == 0:
-                break
-        same = start(base, killed, epochs).wait() == 0 and outcome_of(killed) == outcome_of(whole)
-        done, equal = done + here, equal + here * same
-        resumed += sum(step > 0 for step in starts_of(killed))
-        print(f"{done:4} kills, {equal} of them to equal bits, {resumed} resumed starts", flush=True)
-    return equal, resumed
-
-
 def main(argv=None):
     p = Parser(__doc__, prog="fuzz.py")
-    p.add_argument("what", nargs="?", default="2000", help="how many run folders to damage [2000], or: kills")
-    p.add_argument("count", nargs="?", type=int, default=60, help="how many kills")
-    p.add_argument("--seed", type=int, default=0, help="of what is damaged, and when it is killed")
+    p.add_argument("count", nargs="?", type=int, default=2000, help="how many run folders to damage")
+    p.add_argument("--seed", type=int, default=0, help="of what is damaged")
     p.add_argument("--start", type=int, default=0, help="the first number")
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        if args.what == "kills":
-            equal, resumed = kills(args.count, args.seed, folder)
-            print(f"{equal} of {args.count} kills to equal bits, {resumed} resumed from a saved state")
-            sys.exit(equal < args.count)
-        counts, wrong = fuzz(int(args.what), args.seed, folder, args.start)
+        counts, wrong = fuzz(args.count, args.seed, folder, args.start)
     for line in wrong:
         print(line)
     for kind in sorted({kind for kind, _ in counts}):
