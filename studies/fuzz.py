@@ -330,21 +330,6 @@ def edit_json(r, folder):
     path.write_text(r.choice(["[" * 50_000, text + "x", text[:-1]]) if r.random() < 0.05 else text)
 
 
-def edit_state(r, folder):
-    """A change in the state of the unfinished training."""
-
-    def change(metadata, tensors):
-        kind = r.choice(["tensors", "tensors", "step", "about"])
-        if kind == "tensors":
-            damage_tensors(r, tensors)
-        elif kind == "step":
-            metadata["step"] = r.choice(["-1", "1", "4", "999", "1.5", "nan", "", "x", "9" * 30])
-        else:
-            metadata["about"] = json.dumps(damage_json(r, json.loads(metadata["about"])))
-
-    rewrite(folder / "training.safetensors", change)
-
-
 def our_files(folder):
     found = [p for p in sorted(folder.rglob("*")) if OURS.fullmatch(p.relative_to(folder).as_posix())]
     return [p for p in found if p.is_file() and not p.is_symlink()]
@@ -360,45 +345,26 @@ def edit_bytes(r, folder):
 
 
 def edit_tree(r, folder):
-    """A file or folder that is gone, elsewhere, swapped, a link, a pipe or of another kind."""
+    """A file or folder that is gone, or has another file, a link or a pipe in its place."""
     path = r.choice(our_files(folder) + [folder / "versions", folder / "data", folder / ".lock"])
-    target = folder.parent / "target"
-    aside = target / f"moved-{path.name}"
-    kind = r.choice("remove swap rename folder link link dangling loop pipe project".split())
+    aside = folder.parent / "target" / f"moved-{path.name}"
+    kind = r.choice(["remove", "swap", "link", "loop", "pipe"])
     if path.exists():
         path.rename(aside)
-    if kind == "rename" and aside.exists():
-        aside.rename(path.with_name(f"{path.name}.old"))
-    elif kind == "swap" and aside.is_file():
+    if kind == "swap" and aside.is_file():
         other = r.choice(our_files(folder) or [aside])
         path.write_bytes(other.read_bytes())
         other.write_bytes(aside.read_bytes())
-    elif kind == "folder":
-        (path / "x").mkdir(parents=True)
     elif kind == "pipe":
         os.mkfifo(path)
-    elif kind not in ("remove", "rename"):
-        places = {"dangling": target / "none", "loop": path, "project": target.parent / "proj"}
-        path.symlink_to(places.get(kind, aside))
+    elif kind in ("link", "loop"):
+        path.symlink_to(aside if kind == "link" else path)
 
 
-def add_litter(r, folder):
-    """What a killed command may have left, and what only looks like it."""
-    names = [f".manifest.json.{r.randrange(99)}.niwf-tmp", f".{'0' * 64}.safetensors.7.niwf-tmp"]
-    names += ["manifest.json.tmp", *[f"{r.randbytes(32).hex()}.safetensors"] * 3]
-    path = (
-        folder / r.choice(["", "versions", "data"]) / r.choice([*names, "code.val.json", "third.logits.json"])
-    )
-    content = next(p for p in (folder.parent / "other" / "versions").glob("*.safetensors") if p.is_file())
-    if path.is_file() or not path.exists():  # a pipe would wait for a reader
-        path.write_bytes(r.choice([content.read_bytes(), r.randbytes(40), b""]))
-
-
-def damage(r, folder, unfinished):
+def damage(r, folder):
     """One to three changes to a run folder. -> their names"""
-    kinds = [lie, lie, edit_json, edit_json, edit_bytes, edit_tree, add_litter]
-    kinds += [edit_state] * 4 * unfinished
-    chosen = sorted(r.choices(kinds, k=r.choice([1, 1, 2, 3])), key=kinds.index)
+    kinds = [lie, edit_json, edit_bytes, edit_tree]
+    chosen = sorted(r.choices(kinds, (2, 2, 1, 1), k=r.choice([1, 1, 2, 3])), key=kinds.index)
     for kind in chosen:
         with contextlib.suppress(Exception):  # an earlier change may have left nothing for this one to change
             kind(r, folder)
@@ -478,7 +444,7 @@ def one(base, whole, seed, number):
     world = base / "world"
     kind = r.choice(KINDS.split())
     program, argv, damaged, written = command_of(r, kind, base, world)
-    changes = damage(r, damaged, damaged.name == "halted")
+    changes = damage(r, damaged)
     before, read = snapshot(world), readable(written)
     outcome, text = run_command(program, argv)
     complaints = [text] if outcome == "failed" else []
