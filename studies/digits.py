@@ -96,15 +96,10 @@ NAMES = (
 METHODS = {name: (Images, neurons.KNOWN[name][1]) for name in NAMES}
 
 
-def parse_options(argv=None):
+def main(argv=None):
     p = parser_of(__doc__, "digits.py")
     args = p.parse_args(argv)
     choose_methods(p, args, METHODS, [*METHODS])
-    return args
-
-
-def main(argv=None):
-    args = parse_options(argv)
     more = given(args, "tasks", "steps")
     lines = itertools.product(seeds_of(args), args.methods)
     rows = [DigitsRow("clf", m, seed, m0=M0.get(m, 0.0), **more) for seed, m in lines]

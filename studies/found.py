@@ -129,7 +129,7 @@ def kinds_table(rows):
 TABLES = {"styles": (styles, styles_table), "kinds": (kinds, kinds_table)}
 
 
-def parse_options(argv=None):
+def main(argv=None):
     p = Parser(__doc__, prog="found.py")
     add = p.add_argument
     add("table", choices=TABLES)
@@ -142,11 +142,6 @@ def parse_options(argv=None):
     add("--lora-steps", type=number(int, 4), default=40, help="of a LoRA, each on 16 records")
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
     args, args.options = p.parse_known_args(argv)
-    return args
-
-
-def main(argv=None):
-    args = parse_options(argv)
     measured, table = TABLES[args.table]
     rows = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):

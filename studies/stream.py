@@ -81,7 +81,7 @@ def find_regions(run, model, tokenizer, count):
     return found
 
 
-def parse_options(argv=None):
+def main(argv=None):
     p = Parser(__doc__, prog="stream.py")
     p.add_argument("count", type=number(int, 1, 76), help="how many kinds of instruction, a task each")
     p.add_argument("--out", default="runs/stream", help="run folder")
@@ -89,11 +89,7 @@ def parse_options(argv=None):
     p.add_argument("--regions", action="store_true", help="find regions, and learn the first kind alone")
     p.add_argument("--device", help="cpu, cuda, mps [what is there]")
     p.add_argument("--json", type=output_file, help="write what --regions finds to this file")
-    return p.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_options(argv)
+    args = p.parse_args(argv)
     device = pick_device(args.device)
     if not args.regions:
         return report(learn_stream(args.out, args.count, device, args.passes))
