@@ -152,7 +152,10 @@ def provenance():
 
 
 def write_results(path, program, argv, indent=None, **content):
-    """Write a file of results: the command that made it, what it depends on besides, and the content."""
+    """Write a file of results, if one was asked for: the command that made it, what it depends on besides,
+    and the content."""
+    if not path:
+        return
     command = shlex.join(["python", *program.split(), *(sys.argv[1:] if argv is None else argv)])
     with atomic(path) as tmp:
         tmp.write_text(json.dumps({"command": command, **provenance(), **content}, indent=indent))

@@ -174,9 +174,8 @@ def load_data(args, tokenizer):
         refuse_unwritten(each, tokenizer)
     if val_path:
         asked = by_prompt(held)
-        val, _, others = take_usable(
-            [r for rs in asked.values() for r in rs], tokenizer, args, "val_examples"
-        )
+        kept = [record for records in asked.values() for record in records]
+        val, _, others = take_usable(kept, tokenizer, args, "val_examples")
         source.tally[f"asked in {val_path}, too"] = sum(len(answers[p]) for p in prompts if p in asked)
         prompts = [p for p in prompts if p not in asked]
     else:

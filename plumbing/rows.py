@@ -145,7 +145,6 @@ def run_rows(compute, rows, known, args, command, line_of, print_tables):
         raise KeyboardInterrupt("stopped; finished rows are kept, the same command goes on") from None
     outs = [outs[row] for row in rows if row in outs]
     print_tables(outs)
-    if args.json:
-        write_results(args.json, *command, refused=refused, rows=outs)
+    write_results(args.json, *command, refused=refused, rows=outs)
     if refused:
         raise Refused(f"{len(refused)} of {len(rows)} rows were not computed: {'; '.join(reasons.values())}")

@@ -59,10 +59,8 @@ def print_report(tasks, results, lost):
             figures = f"{row['base'][t]:8.3f} {learned[protocol][t]:8.3f}  {row[protocol][t]:8.3f}"
             print(f"{t:{width}}  {protocol}  {figures}  {lost[protocol][t]:+8.2f} %  {note}")
     for t, g in row["gating"].items():
-        print(
-            f"\n{t} makes {g['sets']:.1f} different top-K choices in a layer over all its inputs, "
-            f"its weight lies on {g['bases']:.1f} bases"
-        )
+        choices = f"{g['sets']:.1f} different top-K choices in a layer over all its inputs"
+        print(f"\n{t} makes {choices}, its weight lies on {g['bases']:.1f} bases")
     for t, d in row["drift"].items():
         print(DRIFT_REPORT.format(task=t, **d))
 

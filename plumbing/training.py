@@ -61,9 +61,8 @@ class Training:
         try:
             with safe_open(self.path, "pt") as f:
                 about, step = json.loads(f.metadata()["about"]), int(f.metadata()["step"])
-            said = {
-                key: [known.get(key, "unsaid") for known in (about, self.about)] for key in about | self.about
-            }
+            of_both = lambda key: [known.get(key, "unsaid") for known in (about, self.about)]
+            said = {key: of_both(key) for key in about | self.about}
             others = sorted(key for key, (before, now) in said.items() if before != now)
             if not others:
                 check_shapes(tensors := map_tensors(self.path), shapes)

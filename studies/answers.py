@@ -38,8 +38,7 @@ def main(argv=None):
     rows = [answered(args.run, command) for command in COMMANDS]
     for row in rows:
         print(f"{row['command']}\n{row['printed']}\n")
-    if args.json:
-        write_results(args.json, "-m studies.answers", argv, indent=1, rows=rows)
+    write_results(args.json, "-m studies.answers", argv, indent=1, rows=rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ left out. What two forms of the same thing compute is compared as well.
 import contextlib
 import copy
 import functools
-import importlib.util
 import math
 import multiprocessing
 import os
@@ -32,11 +31,10 @@ from commit import Run
 from eval import answer, forgetting, open_run, validation_set
 from model import attach, NIWF, response_logits, response_nll
 from plumbing import Refused
-from plumbing.backbone import from_shape, load_backbone
+from plumbing.backbone import from_shape, load_backbone, refuse_without
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.prompts import encode, pad_of
-from plumbing.records import read_records
-from plumbing.records import DATA
+from plumbing.records import DATA, read_records
 from plumbing.passes import decode
 from plumbing.targets import adapted_targets, default_bare, find_targets, layers_of
 from plumbing.training import peak_memory, resource
@@ -54,12 +52,6 @@ def take_turn(sides, batches, times):
         results.append([side(*batch) for batch in batches])
         spent.append((time.perf_counter() - started) / len(batches))
     return results
-
-
-def compared(times, digits=0):
-    """A line from the seconds of our turns and of the literal ones."""
-    ours, literal = (1e3 * statistics.median(spent[1:]) for spent in times)
-    return f"{ours:.{digits}f} ms, literal {literal:.{digits}f} ms, ratio {literal / ours:.1f}"
 
 
 # ----------------------------------------------------------------------------------------- NIWF beside peft
@@ -290,12 +282,8 @@ def bench_memory(backbone, depths, bare):
     if not pathlib.Path("/proc/self/statm").exists():
         raise Refused("bench.py memory reads /proc, which Linux has")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc: what is freed goes back at once, as is counted
-    second = [
-        row
-        for depth in (*depths, None)
-        for row in count_memory(backbone, depth, bare)
-        if row["task"] == 2 and row["devices"] == 1
-    ]
+    second = [row for depth in (*depths, None) for row in count_memory(backbone, depth, bare)]
+    second = [row for row in second if row["task"] == 2 and row["devices"] == 1]
     rows = []
     for checkpointing in (False, True):
         print(f"{backbone}, {'with' if checkpointing else 'without'} --checkpointing, GiB")
@@ -304,28 +292,20 @@ def bench_memory(backbone, depths, bare):
         for depth in depths:
             with multiprocessing.get_context("forkserver").Pool(1) as pool:
                 measured.append(pool.apply(measure_memory, (backbone, depth, checkpointing, bare)))
-        line, other = (
-            statistics.linear_regression(depths, sizes[: len(depths)]) for sizes in (measured, counted)
-        )
+        fit = lambda sizes: statistics.linear_regression(depths, sizes[: len(depths)])
+        line, other = fit(measured), fit(counted)
         measured.append(line.slope * counts[-1]["layers"] + line.intercept)
         for row, ours, count in zip(counts, measured, counted):
             about = {"backbone": backbone, "layers": row["layers"], "checkpointing": checkpointing}
             rows.append({**about, "measured": ours, "counted": count})
             figures = f"{ours / 2**30:7.2f}, counted {count / 2**30:7.2f}, ratio {count / ours:.3f}"
-            print(
-                f"  {row['layers']:3} layers: {'by the line' if row is counts[-1] else 'measured'} {figures}"
-            )
+            how = "by the line" if row is counts[-1] else "measured"
+            print(f"  {row['layers']:3} layers: {how} {figures}")
         print(f"  a layer: {line.slope / 2**30:.3f}, counted {other.slope / 2**30:.3f}", flush=True)
     return rows
 
 
 # ------------------------------------------------------------------------------------------------- the grid
-
-
-def algorithm_1(learner):
-    """The mask search of a learner, which takes any loss."""
-    mask = learner.mask
-    return SmoothKWTA(learner.row.k, mask.kernel, mask.rounds, *learner.row.proposal)
 
 
 def bench_ftn(variant, turns, steps=5):
@@ -340,8 +320,9 @@ def bench_ftn(variant, turns, steps=5):
         return ours.stored[0], ours.grid.theta.grad
 
     def literal_step(x, y):
-        grid = literal.grid
-        winners = algorithm_1(literal).configure(lambda mask: literal.loss(grid(x, mask), y), grid.side)
+        grid, how = literal.grid, literal.mask
+        search = SmoothKWTA(row.k, how.kernel, how.rounds, *row.proposal)  # Algorithm 1, for any loss
+        winners = search.configure(lambda mask: literal.loss(grid(x, mask), y), grid.side)
         literal.optimizer.zero_grad()
         mask = torch.zeros(len(grid.theta)).index_fill(0, winners, 1.0)
         literal.loss(grid(x, mask), y).backward()
@@ -357,10 +338,10 @@ def bench_ftn(variant, turns, steps=5):
         ):
             same += torch.equal(winners, winners_)
             worst = max(worst, ((gradient - gradient_).abs().max() / gradient_.abs().max()).item())
-    print(
-        f"{variant}: a step {compared(times, digits=1)}; same mask in {same} of {(turns + 1) * steps} "
-        f"batches, gradients differ by {worst:.1e} of the largest"
-    )
+    spent, theirs = (1e3 * statistics.median(side[1:]) for side in times)
+    print(f"{variant}: a step {spent:.1f} ms, literal {theirs:.1f} ms, ratio {theirs / spent:.1f}", end="; ")
+    shares = f"same mask in {same} of {(turns + 1) * steps} batches"
+    print(f"{shares}, gradients differ by {worst:.1e} of the largest")
 
 
 # ---------------------------------------------------------------------------------- what n versions cost
@@ -399,9 +380,8 @@ def bench_growth(folder, turns):
         with first_versions(whole, n) as run:
             entry, row = run.manifest["versions"][-1], run.manifest["results"][-1]
             line = {"n": n, "task": entry["task"], "bytes": run.path(entry["hash"]).stat().st_size}
-            line["open_ms"] = timed(
-                lambda run=run: Run(run.folder).open_model(backbone, tokenizer).detach(), 3
-            )
+            opened = lambda run=run: Run(run.folder).open_model(backbone, tokenizer)
+            line["open_ms"] = timed(lambda opened=opened: opened().detach(), 3)
             model = run.open_model(backbone, tokenizer)
             version = run.versions[-1]
             line |= {"bases_written": version.writes, "bases_read": len(version.index) - version.writes}
@@ -486,13 +466,10 @@ def parse_options(argv=None):
 
 def measure(args):
     """Run the benchmark that is asked for. -> what it measured, or None where that is printed alone"""
-    if args.command in ("niwf", "decode", "first-token") and not importlib.util.find_spec("peft"):
-        raise Refused(f"bench.py {args.command} compares with peft: pip install peft")
     if args.command in SHAPED:
+        refuse_without(f"bench.py {args.command}", "peft")
         bench = SHAPED[args.command]
-        return {
-            what: found for shape in args.shape for what, found in bench(shape, args.repeats, args.passes)
-        }
+        return dict(pair for shape in args.shape for pair in bench(shape, args.repeats, args.passes))
     if args.command == "memory":
         return bench_memory(args.backbone, args.layers, args.bare_layers)
     torch.set_num_threads(1)
@@ -505,7 +482,7 @@ def measure(args):
 def main(argv=None):
     args = parse_options(argv)
     rows = measure(args)
-    if rows and args.json:
+    if rows:
         write_results(args.json, "-m studies.bench", argv, indent=1, rows=rows)
 
 

@@ -11,19 +11,16 @@ import tempfile
 import torch
 
 from commit import export
-from eval import batches, open_run, perplexity_by_name, validation_set
-from model import perplexity, response_logits, response_nll
-from plumbing import Refused
+from eval import open_run, perplexity_by_name, validation_set
+from plumbing.backbone import refuse_without
 from plumbing.command import Parser, output_file, run_program, write_results
-
-try:
-    import peft
-except ImportError:
-    peft = None
+from studies.variants import measure_backbone
 
 
 def peft_composition(run, backbone, composition):
     """What peft's `add_weighted_adapter` makes of a composition's exported versions, on the backbone."""
+    import peft
+
     adapted, parts = None, [f"part{i}" for i in range(len(composition.reads))]
     with tempfile.TemporaryDirectory() as folder:
         for part, digest in zip(parts, composition.reads):
@@ -45,11 +42,7 @@ def compare(run, model, tokenizer):
     for composition in run.compositions:
         adapted = peft_composition(run, model.backbone, composition)
         for task, (examples, _, _) in data.items():
-            logits = (
-                response_logits(adapted.base_model.model, model.pad_id, b) for (b,) in batches(examples)
-            )
-            nll = sum(float(response_nll(*each).sum()) for each in logits)
-            figure = perplexity(nll, sum(len(r) for _, r in examples))
+            figure = measure_backbone(adapted.base_model.model, tokenizer, examples)
             table[task][f"{composition.task}, peft"] = figure
             print(f"{task} under {composition.task} as peft composes it: {figure:.3f}")
         adapted.unload()
@@ -62,11 +55,9 @@ def main(argv=None):
     p.add_argument("--run", required=True, help="a run folder with compositions")
     p.add_argument("--json", type=output_file, metavar="FILE", help="write what was measured")
     args = p.parse_args(argv)
-    if not peft:
-        raise Refused("this comparison needs `pip install peft`")
+    refuse_without("this comparison", "peft")
     rows = [{"under": compare(*open_run(args.run))}]
-    if args.json:
-        write_results(args.json, "-m studies.compose", argv, indent=1, rows=rows)
+    write_results(args.json, "-m studies.compose", argv, indent=1, rows=rows)
 
 
 if __name__ == "__main__":

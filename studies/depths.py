@@ -75,8 +75,7 @@ def main(argv=None):
             found.append({"m": m, "h_bar": name, "home": home})
             percent = 100 * sum(map(sum, home)) / 2 / args.seeds
             print(f"m {m:2}, {name:17} {percent:5.1f} % routed home", flush=True)
-    if args.json:
-        write_results(args.json, "-m studies.depths", argv, indent=1, rows=found)
+    write_results(args.json, "-m studies.depths", argv, indent=1, rows=found)
 
 
 if __name__ == "__main__":

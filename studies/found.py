@@ -13,33 +13,26 @@ bare backbone, the nearest region, the best single version on 16 or 64 records, 
 same records, and a LoRA trained on them.
 """
 
-import json
 import pathlib
 import random
 import statistics
-import tempfile
 
 from commit import Composition, weigh
 from eval import open_run, perplexity_under, probe_all
 from plumbing.command import Parser, number, output_file, run_program, write_results
 from plumbing.prompts import encode
 from plumbing.tables import print_table
-from studies.stream import kinds_in_turn
+from studies.stream import kinds_in_turn, learn
 from studies.styles import SENTENCES, StyleStream
-from studies.variants import LORA, train_with
+from studies.variants import LORA
 
 STYLE, KIND = "--epochs 8 --batch 8 --grad-accum 1", "--epochs 8"  # how a version is trained
 DRAWN, DRAWS = (1, 4, 16), 50  # records that a version is found from; draws of each number
 
 
-def learn(folder, task, train, test, args, more):
-    """Learn a task in a run folder, unless it is there, and measure all that the folder knows."""
-    with tempfile.TemporaryDirectory() as tmp:
-        for name, records in (("train", train), ("test", test)):
-            pathlib.Path(tmp, name).write_text(json.dumps(records))
-        where = ["--task", task, "--data", f"{tmp}/train", "--val-data", f"{tmp}/test", "--device", "cpu"]
-        where += ["--backbone", args.backbone, "--out", str(folder)]
-        return train_with([*where, *more.split(), *args.options], None)
+def how(args, more):
+    """Return options of train.py: where a version is trained, `more`, and what the command line adds."""
+    return ["--device", "cpu", "--backbone", args.backbone, *more.split(), *args.options]
 
 
 def asked(model, run, tokenizer, records):
@@ -64,7 +57,7 @@ def styles(args, seed):
     rewrite = lambda style, some: [{"instruction": s, "input": "", "output": style(s)} for s in some]
     for task, style in StyleStream.STYLES.items():
         data = rewrite(style, sentences[:72]), rewrite(style, sentences[96:])
-        learn(args.out / f"styles-{seed}", task, *data, args, f"{STYLE} --lock --seed {seed}")
+        learn(args.out / f"styles-{seed}", task, *data, *how(args, f"{STYLE} --lock --seed {seed}"))
     run, model, tokenizer = open_run(args.out / f"styles-{seed}", "cpu")
     for i, (task, style) in enumerate(StyleStream.STYLES.items()):
         gatings = stored_gatings(run)
@@ -99,7 +92,8 @@ def kinds(args, seed):
     found = {kind: [*records.values()] for kind, records in kinds_in_turn().items()}
     order = random.Random(seed).sample(sorted(found), args.learned + args.held)
     for kind in order[args.held :]:
-        learn(args.out / f"kinds-{seed}", kind, *found[kind], args, f"{KIND} --lock --seed {seed}")
+        more = how(args, f"{KIND} --lock --seed {seed}")
+        learn(args.out / f"kinds-{seed}", kind, *found[kind], *more)
     run, model, tokenizer = open_run(args.out / f"kinds-{seed}", "cpu")
     for kind in order[: args.held]:
         records = sum(found[kind], [])
@@ -118,7 +112,8 @@ def kinds(args, seed):
             known[f"composition, {n}"] = Composition("", hashes, weights, parts).gating
             row["composed"][str(n)] = {v.task: w for v, w in zip(parts, weights)}
             where = args.out / f"lora-{seed}" / f"{kind}-{n}"
-            lora = learn(where, kind, few[:n], test, args, f"{LORA} --epochs {args.lora_steps * 16 // n}")
+            more = how(args, f"{LORA} --epochs {args.lora_steps * 16 // n}")
+            lora = learn(where, kind, few[:n], test, *more)
             row[f"LoRA, {n}"] = lora.manifest["results"][-1]["stored"][kind]
         row |= perplexity_under(model, *asked(model, run, tokenizer, test), known)
         yield row
@@ -134,7 +129,7 @@ def kinds_table(rows):
 TABLES = {"styles": (styles, styles_table), "kinds": (kinds, kinds_table)}
 
 
-def parse_options(argv=None):
+def main(argv=None):
     p = Parser(__doc__, prog="found.py")
     add = p.add_argument
     add("table", choices=TABLES)
@@ -147,18 +142,12 @@ def parse_options(argv=None):
     add("--lora-steps", type=number(int, 4), default=40, help="of a LoRA, each on 16 records")
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
     args, args.options = p.parse_known_args(argv)
-    return args
-
-
-def main(argv=None):
-    args = parse_options(argv)
     measured, table = TABLES[args.table]
     rows = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         rows += measured(args, seed)
     table(rows)
-    if args.json:
-        write_results(args.json, "-m studies.found", argv, indent=1, rows=rows)
+    write_results(args.json, "-m studies.found", argv, indent=1, rows=rows)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ else.
 
     python -m studies.fuzz                 # 2,000 damaged run folders, a command on each
     python -m studies.fuzz 1 --start 317   # number 317 again
-    python -m studies.fuzz kills           # 60 kills of a training, which still ends with the same bits
 
 A *world* is a folder with four run folders and things beside and inside them that are not ours. `damage`
 changes files, links and folders, or writes version files that lie under their true hash. `judge` compares the
@@ -25,10 +24,8 @@ import re
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from unittest import mock
 
@@ -333,21 +330,6 @@ def edit_json(r, folder):
     path.write_text(r.choice(["[" * 50_000, text + "x", text[:-1]]) if r.random() < 0.05 else text)
 
 
-def edit_state(r, folder):
-    """A change in the state of the unfinished training."""
-
-    def change(metadata, tensors):
-        kind = r.choice(["tensors", "tensors", "step", "about"])
-        if kind == "tensors":
-            damage_tensors(r, tensors)
-        elif kind == "step":
-            metadata["step"] = r.choice(["-1", "1", "4", "999", "1.5", "nan", "", "x", "9" * 30])
-        else:
-            metadata["about"] = json.dumps(damage_json(r, json.loads(metadata["about"])))
-
-    rewrite(folder / "training.safetensors", change)
-
-
 def our_files(folder):
     found = [p for p in sorted(folder.rglob("*")) if OURS.fullmatch(p.relative_to(folder).as_posix())]
     return [p for p in found if p.is_file() and not p.is_symlink()]
@@ -363,45 +345,26 @@ def edit_bytes(r, folder):
 
 
 def edit_tree(r, folder):
-    """A file or folder that is gone, elsewhere, swapped, a link, a pipe or of another kind."""
+    """A file or folder that is gone, or has another file, a link or a pipe in its place."""
     path = r.choice(our_files(folder) + [folder / "versions", folder / "data", folder / ".lock"])
-    target = folder.parent / "target"
-    aside = target / f"moved-{path.name}"
-    kind = r.choice("remove swap rename folder link link dangling loop pipe project".split())
+    aside = folder.parent / "target" / f"moved-{path.name}"
+    kind = r.choice(["remove", "swap", "link", "loop", "pipe"])
     if path.exists():
         path.rename(aside)
-    if kind == "rename" and aside.exists():
-        aside.rename(path.with_name(f"{path.name}.old"))
-    elif kind == "swap" and aside.is_file():
+    if kind == "swap" and aside.is_file():
         other = r.choice(our_files(folder) or [aside])
         path.write_bytes(other.read_bytes())
         other.write_bytes(aside.read_bytes())
-    elif kind == "folder":
-        (path / "x").mkdir(parents=True)
     elif kind == "pipe":
         os.mkfifo(path)
-    elif kind not in ("remove", "rename"):
-        places = {"dangling": target / "none", "loop": path, "project": target.parent / "proj"}
-        path.symlink_to(places.get(kind, aside))
+    elif kind in ("link", "loop"):
+        path.symlink_to(aside if kind == "link" else path)
 
 
-def add_litter(r, folder):
-    """What a killed command may have left, and what only looks like it."""
-    names = [f".manifest.json.{r.randrange(99)}.niwf-tmp", f".{'0' * 64}.safetensors.7.niwf-tmp"]
-    names += ["manifest.json.tmp", *[f"{r.randbytes(32).hex()}.safetensors"] * 3]
-    path = (
-        folder / r.choice(["", "versions", "data"]) / r.choice([*names, "code.val.json", "third.logits.json"])
-    )
-    content = next(p for p in (folder.parent / "other" / "versions").glob("*.safetensors") if p.is_file())
-    if path.is_file() or not path.exists():  # a pipe would wait for a reader
-        path.write_bytes(r.choice([content.read_bytes(), r.randbytes(40), b""]))
-
-
-def damage(r, folder, unfinished):
+def damage(r, folder):
     """One to three changes to a run folder. -> their names"""
-    kinds = [lie, lie, edit_json, edit_json, edit_bytes, edit_tree, add_litter]
-    kinds += [edit_state] * 4 * unfinished
-    chosen = sorted(r.choices(kinds, k=r.choice([1, 1, 2, 3])), key=kinds.index)
+    kinds = [lie, edit_json, edit_bytes, edit_tree]
+    chosen = sorted(r.choices(kinds, (2, 2, 1, 1), k=r.choice([1, 1, 2, 3])), key=kinds.index)
     for kind in chosen:
         with contextlib.suppress(Exception):  # an earlier change may have left nothing for this one to change
             kind(r, folder)
@@ -481,7 +444,7 @@ def one(base, whole, seed, number):
     world = base / "world"
     kind = r.choice(KINDS.split())
     program, argv, damaged, written = command_of(r, kind, base, world)
-    changes = damage(r, damaged, damaged.name == "halted")
+    changes = damage(r, damaged)
     before, read = snapshot(world), readable(written)
     outcome, text = run_command(program, argv)
     complaints = [text] if outcome == "failed" else []
@@ -504,66 +467,21 @@ def fuzz(n, seed, folder, start=0):
     return counts, wrong
 
 
-def start(base, folder, epochs):
-    script = "import sys, train, plumbing.training as t; t.SAVE_EVERY = 0; train.main(sys.argv[1:])"
-    command = [sys.executable, "-c", script, *options(base, "code", folder, "--lock", "--epochs", epochs)]
-    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return subprocess.Popen(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **silent)
-
-
 def outcome_of(folder):
-    """What must not depend on how often a training was killed."""
+    """What must not depend on how often a training was stopped."""
     manifest = json.loads((folder / "manifest.json").read_text())
     return [v["hash"] for v in manifest["versions"]], manifest["results"]
 
 
-def starts_of(folder):
-    """The steps that trainings of code began at."""
-    lines = [line for line in (folder / "log.jsonl").read_text().splitlines() if line.endswith("}")]
-    return [row["start"] for row in map(json.loads, lines) if "start" in row and row.get("task") == "code"]
-
-
-def kills(n, seed, folder, epochs=60):
-    """n kills, up to eight before a training may end, most of them after its first step. -> kills that led to
-    equal bits, resumed starts"""
-    r, base = random.Random(seed), pathlib.Path(folder).resolve()
-    world, began = build(base), time.time()
-    whole = shutil.copytree(world / "first", base / "whole")
-    assert start(base, whole, epochs).wait() == 0
-    seconds, signals = time.time() - began, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-    done = equal = resumed = 0
-    while done < n:
-        killed, here = shutil.copytree(world / "first", base / f"killed-{len([*base.iterdir()])}"), 0
-        for _ in range(min(8, n - done)):
-            before, process, late = len(starts_of(killed)), start(base, killed, epochs), r.random() < 2 / 3
-            while late and process.poll() is None and len(starts_of(killed)) == before:
-                time.sleep(0.01)
-            time.sleep(r.uniform(0, 0.4 * seconds if late else seconds))
-            here += process.poll() is None
-            process.send_signal(signals[(done + here) % 3])
-            if process.wait() == 0:
-                break
-        same = start(base, killed, epochs).wait() == 0 and outcome_of(killed) == outcome_of(whole)
-        done, equal = done + here, equal + here * same
-        resumed += sum(step > 0 for step in starts_of(killed))
-        print(f"{done:4} kills, {equal} of them to equal bits, {resumed} resumed starts", flush=True)
-    return equal, resumed
-
-
 def main(argv=None):
     p = Parser(__doc__, prog="fuzz.py")
-    p.add_argument("what", nargs="?", default="2000", help="how many run folders to damage [2000], or: kills")
-    p.add_argument("count", nargs="?", type=int, default=60, help="how many kills")
-    p.add_argument("--seed", type=int, default=0, help="of what is damaged, and when it is killed")
+    p.add_argument("count", nargs="?", type=int, default=2000, help="how many run folders to damage")
+    p.add_argument("--seed", type=int, default=0, help="of what is damaged")
     p.add_argument("--start", type=int, default=0, help="the first number")
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        if args.what == "kills":
-            equal, resumed = kills(args.count, args.seed, folder)
-            print(f"{equal} of {args.count} kills to equal bits, {resumed} resumed from a saved state")
-            sys.exit(equal < args.count)
-        counts, wrong = fuzz(int(args.what), args.seed, folder, args.start)
+        counts, wrong = fuzz(args.count, args.seed, folder, args.start)
     for line in wrong:
         print(line)
     for kind in sorted({kind for kind, _ in counts}):

@@ -200,10 +200,8 @@ def home_share(counts):
 def confusions(counts, names):
     """Return [(percentage of a task's records, task, other task)], of all that are sent elsewhere, the most
     first."""
-    found = [
-        (100 * n / sum(row), names[i], names[j]) for i, row in enumerate(counts) for j, n in enumerate(row)
-    ]
-    return sorted((pair for pair in found if pair[0] and pair[1] != pair[2]), reverse=True)
+    cells = [(i, j, 100 * n / sum(row)) for i, row in enumerate(counts) for j, n in enumerate(row)]
+    return sorted(((p, names[i], names[j]) for i, j, p in cells if p and i != j), reverse=True)
 
 
 def accuracies(results):

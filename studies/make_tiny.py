@@ -59,31 +59,29 @@ class Table:
     def __init__(self, rows, open):
         self.all = [(row,) if isinstance(row, str) else tuple(row) for row in rows]
         self.open = open
-        self.add([])
+        self.cut()
 
-    def add(self, rows):
+    def add_plurals(self, words):
+        """Add rows of a word with an s and the word, where that is its plural and is not there yet."""
         known = {r[0] for r in self.all}
-        self.all += [
-            r
-            for r in ((p.lower(), w.lower()) for p, w in rows)
-            if r[0] not in known and not r[1].endswith(("s", "x", "ch", "y", "f"))
-        ]
+        words = [w.lower() for w in words if not w.lower().endswith(("s", "x", "ch", "y", "f"))]
+        self.all += [(w + "s", w) for w in words if w + "s" not in known]
+        self.cut()
+
+    def cut(self):
+        """Divide the rows between validation and training."""
         stem = lambda row: row[0].split()[-1].lower().replace("ies", "y").rstrip("s")
         held = lambda row: hashlib.sha256(stem(row).encode()).digest()[0] % 4 == 0
         self.val, self.train = [r for r in self.all if held(r)], [r for r in self.all if not held(r)]
 
 
-T = types.SimpleNamespace(
-    **{name: Table(rows, name in TEXT["open"]) for name, rows in TEXT["tables"].items()}
-)
-T.MANY.add((w + "s", w) for t in (T.THING, T.CLASS, T.HOME) for w, *_ in t.all)
+TABLES = {name: Table(rows, name in TEXT["open"]) for name, rows in TEXT["tables"].items()}
+T = types.SimpleNamespace(**TABLES)
+T.MANY.add_plurals([row[0] for table in (T.THING, T.CLASS, T.HOME) for row in table.all])
 
 # ---------------------------------------------------------------------------------------------------- drawing
-SYLLABLES = [
-    a + b
-    for a in "b d f g k l m n p r s t v z br st tr pl".split()
-    for b in "a e i o u an el in or us".split()
-]
+STARTS, ENDS = "b d f g k l m n p r s t v z br st tr pl".split(), "a e i o u an el in or us".split()
+SYLLABLES = [start + end for start in STARTS for end in ENDS]
 an = lambda w: ("an " if w[0] in "aeiouAEIOU" else "a ") + w
 cap = lambda s: s[:1].upper() + s[1:]
 
@@ -128,23 +126,16 @@ class Draw:
 
 def row(table, d):
     """Slots x y z w for the columns of a row; ax, ay with an article; Cx, Cy, Ax capitalised."""
-    r = d(getattr(T, table))
-    y = r[min(1, len(r) - 1)]
-    return dict(zip("xyzwuv", r)) | {
-        "ax": an(r[0]),
-        "ay": an(y),
-        "Cx": cap(r[0]),
-        "Cy": cap(y),
-        "Ax": cap(an(r[0])),
-    }
+    r = d(TABLES[table])
+    x, y = r[0], r[min(1, len(r) - 1)]
+    return dict(zip("xyzwuv", r)) | dict(ax=an(x), ay=an(y), Cx=cap(x), Cy=cap(y), Ax=cap(an(x)))
 
 
 def people(d):
     """Slots every pattern may use: names n m, place p, things o q, state a, time t, a small number k."""
     (n, m), (o, q) = d.some(T.NAME, 2), d.some(T.THING, 2)
-    return dict(
-        n=n, m=m, p=d(T.PLACE)[0], o=o, q=q, a=d(T.STATE)[0], t=d(T.WHEN)[0], k=str(d.rng.randint(2, 99))
-    )
+    p, a, t = (d(table)[0] for table in (T.PLACE, T.STATE, T.WHEN))
+    return dict(n=n, m=m, o=o, q=q, p=p, a=a, t=t, k=str(d.rng.randint(2, 99)))
 
 
 def sentence(d):
@@ -197,24 +188,10 @@ def code(d):
         ys, y = d(T.MANY)
     f, h = d.some(T.FIELD, 2)
     fn = d.rng.choice((d(T.VERB)[0] + "_" + x, d(T.VERB)[0] + "_" + f, d(T.VERB)[0] + "_" + xs))
-    return dict(
-        xs=xs,
-        x=x,
-        ys=ys,
-        y=y,
-        f=f,
-        h=h,
-        fn=fn,
-        l=d(T.FILE)[0],
-        C=d(T.CLASS)[0],
-        tag=d(T.TAG)[0],
-        col=d(T.COLOR)[0],
-        n=d(T.NAME)[0],
-        k=str(d.rng.randint(2, 99)),
-        j=str(d.rng.randint(2, 99)),
-        o=d(T.FOOD)[0],
-        q=d(T.FOOD)[0],
-    )
+    tables = dict(l=T.FILE, C=T.CLASS, tag=T.TAG, col=T.COLOR, n=T.NAME)
+    slots = dict(xs=xs, x=x, ys=ys, y=y, f=f, h=h, fn=fn) | {key: d(t)[0] for key, t in tables.items()}
+    slots |= {key: str(d.rng.randint(2, 99)) for key in "kj"}
+    return slots | {key: d(T.FOOD)[0] for key in "oq"}
 
 
 fill = lambda pattern, s: re.sub(r"\$([A-Za-z]+)", lambda m: s[m[1]], pattern)
@@ -233,44 +210,29 @@ def scene(d):
     return people(d) | {"b": d.pick("met|saw|called|helped|thanked|found")}
 
 
+def excerpt(d, examples):
+    """Some code e and what is said of it, g. examples: "e~g", with "|" between them."""
+    slots = code(d)
+    return slots | dict(zip("eg", (fill(part, slots) for part in d.pick(examples).split("~"))))
+
+
 def explained(d):
     """An expression e and what it gives, g."""
-    s = code(d)
-    return s | dict(zip("eg", (fill(t, s) for t in d.pick(TEXT["expressions"]).split("~"))))
+    return excerpt(d, TEXT["expressions"])
 
 
 def snippet(d):
     """Some code e and its language g."""
-    s = code(d)
-    a, b = d.pick(TEXT["snippets"]).split("~")
-    return s | dict(e=fill(a, s), g=b)
+    return excerpt(d, TEXT["snippets"])
 
 
 def typed(d):
     """A value e and its Python type g."""
-    s, more = code(d), "|True~bool|None~NoneType" if d.side == "all" else ""
-    a, b = d.pick(TEXT["values"] + more).split("~")
-    return s | dict(e=fill(a, s), g=b)
+    return excerpt(d, TEXT["values"] + ("|True~bool|None~NoneType" if d.side == "all" else ""))
 
 
-SLOTS = {
-    f.__name__: f
-    for f in (
-        people,
-        sentence,
-        act,
-        foods,
-        kind_of,
-        odd,
-        category,
-        code,
-        pair,
-        scene,
-        explained,
-        snippet,
-        typed,
-    )
-}
+MAKERS = people, sentence, act, foods, kind_of, odd, category, code, pair, scene, explained, snippet, typed
+SLOTS = {maker.__name__: maker for maker in MAKERS}
 
 
 def slots_of(names, d):
@@ -310,39 +272,38 @@ def make_data(out, seed, train=4000, val=400, choose=200):
         kinds = [k for k in kinds if k["name"] not in PROSE_ONLY]
         prompts = set()
         for side, total in (("train", train), ("val", val), ("choose", choose)):
-            rng, records = random.Random(f"{seed} {name} {side}"), []
-            for i, kind in enumerate(kinds):
-                d, tries, goal = (
-                    Draw("train" if side == "train" else "val", rng),
-                    0,
-                    total * (i + 1) // len(kinds),
-                )
-                while (
-                    len(records) < goal and (tries := tries + 1) < 5000
-                ):  # what one kind lacks, the next one makes up
-                    slots, ask = draw(kind, d, reword(kind["ask"]))
-                    inp, answer = fill(kind["input"], slots), fill(kind["output"], slots)
-                    if (ask, inp) not in prompts:
-                        prompts.add((ask, inp))
-                        records.append(dict(instruction=ask, input=inp, output=answer, kind=kind["name"]))
+            rng = random.Random(f"{seed} {name} {side}")
+            records = draw_records(kinds, total, Draw("train" if side == "train" else "val", rng), prompts)
             assert len(records) == total
             rng.shuffle(records)
             lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
             path = out / "data" / f"{name}.{side}.json"
             path.write_text(f"[\n{lines}\n]\n")
-            print(
-                f"{path.name}: {len(records)} records, {len(kinds)} kinds, {path.stat().st_size / 1e6:.2f} MB"
-            )
+            size = path.stat().st_size / 1e6
+            print(f"{path.name}: {len(records)} records, {len(kinds)} kinds, {size:.2f} MB")
+
+
+def draw_records(kinds, total, d, prompts):
+    """Draw `total` records, a share of every kind. Add what they ask to `prompts`, and ask nothing twice."""
+    records = []
+    for i, kind in enumerate(kinds):
+        tries, goal = 0, total * (i + 1) // len(kinds)
+        while len(records) < goal and (tries := tries + 1) < 5000:  # what one kind lacks, the next makes up
+            slots, ask = draw(kind, d, reword(kind["ask"]))
+            inp, answer = fill(kind["input"], slots), fill(kind["output"], slots)
+            if (ask, inp) not in prompts:
+                prompts.add((ask, inp))
+                records.append(dict(instruction=ask, input=inp, output=answer, kind=kind["name"]))
+    return records
 
 
 # --------------------------------------------------------------------------------------- the pretraining text
-MODULES = TEXT["modules"]
 
 
 def stdlib(limit=1_200_000):
     """Chunks of whole lines, about 800 characters each, from standard library sources."""
     text, chunks = "", [""]
-    for m in MODULES:
+    for m in TEXT["modules"]:
         spec = importlib.util.find_spec(m)
         if spec and spec.origin and spec.origin.endswith(".py"):
             text += Path(spec.origin).read_text("utf-8")[:25_000] + "\n"
@@ -355,19 +316,14 @@ def stdlib(limit=1_200_000):
 
 def echo(d):
     """A phrase that is quoted and comes again later: what copying is learned from."""
-    w = " ".join(
-        d.word()
-        if d.rng.random() < d.made_up * 2
-        else d(d.rng.choice((T.THING, T.FOOD, T.PLACE, T.MANY, T.FIELD, T.STATE)))[0]
-        for _ in range(d.rng.randint(1, 5))
-    )
+    tables = T.THING, T.FOOD, T.PLACE, T.MANY, T.FIELD, T.STATE
+    word = lambda: d.word() if d.rng.random() < d.made_up * 2 else d(d.rng.choice(tables))[0]
+    w = " ".join(word() for _ in range(d.rng.randint(1, 5)))
     return fill(d.pick(TEXT["echoes"]), people(d) | dict(w=w, Cw=cap(w)))
 
 
-WORDS = sorted(
-    {w for t in vars(T).values() for r in t.all for c in r for w in c.split()}
-    | {cap(v) for v, _ in T.ACT.all}
-)
+WORDS = {word for t in TABLES.values() for row in t.all for cell in row for word in cell.split()}
+WORDS = sorted(WORDS | {cap(v) for v, _ in T.ACT.all})
 
 
 def drill(d):
@@ -380,12 +336,10 @@ def documents(rng, library, made_up=0.2):
     """Yield documents without end: prose, code, requests without answers, notes, drills, library code."""
     d = Draw("all", rng, made_up)
     fact = [k for k in GENERAL if k["input"] == ""]
-    say = lambda: (
-        echo(d)
-        if rng.random() < 0.08
-        else draw(k := rng.choice(fact if rng.random() < 0.7 else GENERAL), d, k["prose"])[1]
-    )
-    code = lambda: draw(k := rng.choice(CODE), d, k["prose"])[1]
+    fact_or_all = lambda: rng.choice(fact if rng.random() < 0.7 else GENERAL)
+    prose = lambda kind: draw(kind, d, kind["prose"])[1]
+    say = lambda: echo(d) if rng.random() < 0.08 else prose(fact_or_all())
+    code = lambda: prose(rng.choice(CODE))
     while True:
         d.pool = {} if rng.random() < 0.6 else None
         u, many = rng.random(), range(rng.randint(1, 8))
@@ -394,18 +348,12 @@ def documents(rng, library, made_up=0.2):
         elif u < 0.84:
             yield d.pick("\n|\n\n").join(code() for _ in many)
         elif u < 0.90:  # requests without their answers, so that the words of requests are known words
-            yield "\n".join(
-                fill(
-                    d.pick('$n asked: $r|$m said: "$r"|- $r|A request: $r'),
-                    people(d) | dict(r=draw(k := rng.choice(GENERAL + CODE), d, k["ask"])[1]),
-                )
-                for _ in many
-            )
+            asked = '$n asked: $r|$m said: "$r"|- $r|A request: $r'
+            ask = lambda: draw(kind := rng.choice(GENERAL + CODE), d, kind["ask"])[1]
+            yield "\n".join(fill(d.pick(asked), people(d) | dict(r=ask())) for _ in many)
         elif u < 0.93:
-            yield "\n\n".join(
-                "### " + d.pick("Instruction|Input|Response") + ":\n" + d.rng.choice((say, code))()
-                for _ in range(rng.randint(1, 3))
-            )
+            part = lambda: f"### {d.pick('Instruction|Input|Response')}:\n" + rng.choice((say, code))()
+            yield "\n\n".join(part() for _ in range(rng.randint(1, 3)))
         elif u < 0.975:
             yield drill(d)
         else:
@@ -425,44 +373,25 @@ def make_tokenizer(docs):
     is copying a piece, which a model this small can learn. The three prompt markers are one piece each,
     digits are single."""
     tok = Tokenizer(models.BPE())
-    pieces = TEXT["pieces"].replace("J", J)
-    tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pieces), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tok.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace(J + " ", ""), decoders.Replace(J + K, J)]
-    )
+    split = pre_tokenizers.Split(Regex(TEXT["pieces"].replace("J", J)), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
+    joined = [decoders.Replace(J + " ", ""), decoders.Replace(J + K, J)]
+    tok.decoder = decoders.Sequence([decoders.ByteLevel(), *joined])
     special = [AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>", "<pad>")]
-    trainer = trainers.BpeTrainer(
-        vocab_size=3584,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    markers = [
-        "### Instruction:\nx\n\n### Input:\n5\n\n### Response:\n",
-        "### Instruction:\n5\n\n### Input:\nx\n\n### Response:\nx",
-    ] * 20000
+    how = dict(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=3584, special_tokens=special, **how)
+    prompt = "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n{}"
+    markers = [prompt.format("x", 5, ""), prompt.format(5, "x", "x")] * 20000
     tok.train_from_iterator([join_marks(t) for t in docs + markers] + [" " + w for w in WORDS] * 400, trainer)
     # An empty match cannot be replaced there, so each letter has a rule; `join_marks` is the same at once.
-    tok.normalizer = normalizers.Sequence(
-        [normalizers.Replace(J, J + K)]
-        + [normalizers.Replace(Regex(rf"(?<![ \p{{L}}]){c}"), f"{J} {c}") for c in LETTERS]
-    )
-    tok.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
+    letters = [normalizers.Replace(Regex(rf"(?<![ \p{{L}}]){c}"), f"{J} {c}") for c in LETTERS]
+    tok.normalizer = normalizers.Sequence([normalizers.Replace(J, J + K), *letters])
+    how = dict(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+    tok.post_processor = processors.TemplateProcessing(**how)
+    names = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    how = dict(model_max_length=512, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, **names, **how)
 
 
 def start_copying(model, seed):
@@ -476,9 +405,8 @@ def start_copying(model, seed):
     attended to is copied. The final norm starts at 4, so that logits can be large early. Everything is
     trained further."""
     g, d, hd, slow = torch.Generator().manual_seed(seed), 192, 32, [*range(8, 16), *range(24, 32)]
-    basis = lambda n: torch.nn.functional.pad(
-        torch.linalg.qr(torch.randn(d - 1, n, generator=g))[0].T, (1, 0)
-    )
+    drawn = lambda n: torch.linalg.qr(torch.randn(d - 1, n, generator=g))[0].T
+    basis = lambda n: torch.nn.functional.pad(drawn(n), (1, 0))
     turn, P, S = 10000 ** (-torch.arange(8) / 16.0), basis(16), basis(16)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 0.1
@@ -500,33 +428,18 @@ def start_copying(model, seed):
 
 def new_model(tok, seed):
     torch.manual_seed(seed)
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(tok),
-            hidden_size=192,
-            num_hidden_layers=4,
-            intermediate_size=288,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=32,
-            tie_word_embeddings=True,
-            sliding_window=None,
-            max_position_embeddings=512,
-            rope_theta=10000.0,
-            bos_token_id=tok.bos_token_id,
-            eos_token_id=tok.eos_token_id,
-            pad_token_id=tok.pad_token_id,
-        )
-    )
+    sizes = dict(vocab_size=len(tok), hidden_size=192, num_hidden_layers=4, intermediate_size=288)
+    sizes |= dict(num_attention_heads=6, num_key_value_heads=2, head_dim=32, max_position_embeddings=512)
+    how = dict(tie_word_embeddings=True, sliding_window=None, rope_theta=10000.0)
+    how |= {key: getattr(tok, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = MistralForCausalLM(MistralConfig(**sizes, **how))
     # Start " Word" near " word", so that copying into the other case is easy to learn.
     names = tok.convert_ids_to_tokens(range(len(tok)))
-    with torch.no_grad():
-        for i, n in enumerate(names):
-            low = "Ġ" + n[1:].lower()
-            if n[0] == "Ġ" and n != low and low in names:
-                model.model.embed_tokens.weight[i].mul_(0.6).add_(
-                    model.model.embed_tokens.weight[names.index(low)], alpha=0.8
-                )
+    embeddings = model.model.embed_tokens.weight.detach()
+    for i, n in enumerate(names):
+        low = "Ġ" + n[1:].lower()
+        if n[0] == "Ġ" and n != low and low in names:
+            embeddings[i].mul_(0.6).add_(embeddings[names.index(low)], alpha=0.8)
     start_copying(model, seed)
     return model
 
@@ -539,11 +452,8 @@ def blocks(stream, tok, seed, batch, length, drills):
     rng, pool = np.random.default_rng(seed), np.zeros(0, np.int64)
     for _ in range(drills):
         n = int(rng.choice((4, 8, 16, 32)))
-        yield torch.from_numpy(
-            rng.integers(3, len(tok), (batch, length // n // 2, 1, n))
-            .repeat(2, axis=2)
-            .reshape(batch, length)
-        )
+        pieces = rng.integers(3, len(tok), (batch, length // n // 2, 1, n))
+        yield torch.from_numpy(pieces.repeat(2, axis=2).reshape(batch, length))
     while True:
         if len(pool) < batch * length:
             texts = [next(stream) for _ in range(20_000)]

@@ -157,8 +157,7 @@ def parse_options(argv=None):
 def main(argv=None):
     args = parse_options(argv)
     rows = report_memory(args.backbone, args.passes)
-    if args.json:
-        write_results(args.json, "-m studies.memory", argv, indent=1, rows=rows)
+    write_results(args.json, "-m studies.memory", argv, indent=1, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""How long the page of `eval.py --web` takes to show a first word, in a real browser; and pictures of it.
+"""Pictures of the page of `eval.py --web` in a real browser, which tests/browser.py asks, too.
 
-    python -m studies.page --run runs/tiny
     python -m studies.page --run runs/tiny --pictures pictures
 
-It needs Chromium, and asks a server of its own. A prompt has as many tokens as `--tokens` says, those of its
-template among them. The time runs from Enter until the dot is in the plane, and until there is text.
+It needs Chromium, and asks a server of its own.
 """
 
 import base64
@@ -12,17 +10,15 @@ import contextlib
 import json
 import os
 import pathlib
-import random
 import re
 import select
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 
 from plumbing import Refused
-from plumbing.command import Parser, number, output_file, run_program, write_results
+from plumbing.command import Parser, run_program
 
 try:
     import fcntl
@@ -43,14 +39,9 @@ class Browser:
         flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
         flags += " --remote-debugging-pipe --disable-component-update --disable-sync --disable-extensions"
         command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder}", "about:blank"]
-        self.process = subprocess.Popen(
-            command,
-            pass_fds=(3, 4),
-            preexec_fn=lambda: [os.dup2(end, fd) for fd, end in enumerate(ends, 3)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        take_ends = lambda: [os.dup2(end, fd) for fd, end in enumerate(ends, 3)]
+        self.process = subprocess.Popen(command, pass_fds=(3, 4), preexec_fn=take_ends, **silent)
         for end in (its_in, its_out, *ends):
             os.close(end)
         self.rest, self.last, self.session, self.said = b"", 0, {}, []
@@ -111,9 +102,8 @@ class Browser:
 
     def press(self, key, text=None):
         codes = {"Enter": 13, "Escape": 27, "Tab": 9}
-        about = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]} | (
-            {"text": text} if text else {}
-        )
+        about = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
+        about |= {"text": text} if text else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", **about)
         self.call("Input.dispatchKeyEvent", type="keyUp", **about)
 
@@ -137,28 +127,6 @@ class Browser:
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
-WORDS = (
-    "write a short letter to your old neighbour who has lost the grey cat again and say where it is".split()
-)
-# Note when Enter is pressed, when the dot is drawn, and when the first text of the answer is there.
-TIMER = """(() => {
-    window.took = [];
-    let began = 0, dot = 0;
-    const start = e => { if (e.key === "Enter") began = performance.now(), dot = 0; };
-    document.addEventListener("keydown", start, true);
-    const before = placed;
-    placed = (...what) => { before(...what); dot ||= performance.now() - began; };
-    new MutationObserver(() => {
-        if (began && dot && turns.at(-1).node.querySelector(".text").textContent)
-            window.took.push([dot, performance.now() - began]), began = 0;
-    }).observe(document.getElementById("log"), { subtree: true, childList: true, characterData: true });
-})()"""
-COUNT = """(async prompt => {
-    const headers = { "Content-Type": "application/json" }, messages = [{ role: "user", content: prompt }];
-    const body = JSON.stringify({ model: "auto", messages, max_tokens: 1 });
-    const response = await fetch("/v1/chat/completions", { method: "POST", headers, body });
-    return (await response.json()).usage.prompt_tokens;
-})(%s)"""
 ASKED = "Name three fruits.", "How do I sort names in Python?", "Write a function that reverses a string."
 
 
@@ -175,29 +143,6 @@ def serving(run):
     finally:
         process.kill()
         process.wait()
-
-
-def prompt_of(browser, tokens, generator):
-    """Return a prompt of random words that has so many tokens in its template."""
-    words = generator.choices(WORDS, k=tokens // 2)
-    for _ in range(99):
-        missing = tokens - browser.run(COUNT % json.dumps(" ".join(words)))
-        if not missing:
-            return " ".join(words)
-        words = words[:missing] if missing < 0 else words + generator.choices(WORDS, k=(missing + 1) // 2)
-    raise Refused(f"--tokens {tokens}: no prompt has just as many")
-
-
-def measure(browser, tokens, repeats):
-    """Ask prompts one after another. -> {"tokens", "dot", "text": milliseconds after Enter [repeats]}"""
-    generator = random.Random(0)
-    browser.run(TIMER)
-    browser.run("document.getElementById('longest').value = 8")
-    for i in range(repeats):
-        browser.ask(prompt_of(browser, tokens, generator))
-        browser.until(f"!running.size && turns.length === {i + 1}")
-    took = browser.run("window.took")
-    return {"tokens": tokens} | {k: [round(t, 1) for t in v] for k, v in zip(("dot", "text"), zip(*took))}
 
 
 def take_pictures(browser, folder):
@@ -221,24 +166,14 @@ def take_pictures(browser, folder):
 def main(argv=None):
     p = Parser(__doc__, prog="page.py")
     p.add_argument("--run", required=True, help="a run folder")
-    p.add_argument("--tokens", type=number(int, 16, 4096), default=64, help="of a prompt that is timed")
-    p.add_argument("--repeats", type=number(int, 1, 1000), default=9, help="prompts that are timed")
-    p.add_argument("--pictures", type=pathlib.Path, metavar="FOLDER", help="take pictures into it instead")
-    p.add_argument("--json", type=output_file, metavar="FILE", help="write what was measured")
+    p.add_argument("--pictures", type=pathlib.Path, required=True, metavar="FOLDER", help="where they go")
     args = p.parse_args(argv)
     if not CHROMIUM:
         raise Refused("this needs Chromium on a POSIX system: `apt-get install chromium` brings it")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, serving(args.run) as address:
         with contextlib.closing(Browser(profile)) as browser:
             browser.open(address)
-            if args.pictures:
-                return take_pictures(browser, args.pictures)
-            row = measure(browser, args.tokens, args.repeats)
-    for key in ("dot", "text"):
-        middle, worst = statistics.median(row[key]), max(row[key])
-        print(f"first {key} after {middle:.0f} ms, the median of {args.repeats}; at most {worst:.0f} ms")
-    if args.json:
-        write_results(args.json, "-m studies.page", argv, indent=1, rows=[row])
+            take_pictures(browser, args.pictures)
 
 
 if __name__ == "__main__":

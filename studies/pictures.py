@@ -8,7 +8,6 @@ styles, matrices (Figure 2).
 """
 
 import itertools
-
 import math
 import pathlib
 import statistics
@@ -112,11 +111,8 @@ def draw_curves(by_method, title):
         protocols = (("recovered", "-"), ("stored", ":"))
         for t, (protocol, style) in itertools.product(range(rows[0]["tasks"]), protocols):
             seeds = zip(*(r["curve"] for r in rows))
-            points = [
-                (point[0]["step"], statistics.mean(p[protocol][t] for p in point))
-                for point in seeds
-                if len(point[0][protocol]) > t
-            ]
+            known = [point for point in seeds if len(point[0][protocol]) > t]
+            points = [(p[0]["step"], statistics.mean(seed[protocol][t] for seed in p)) for p in known]
             look = dict(marker=".", markersize=3, color=f"C{t}", label=f"task {t + 1}, {protocol}")
             axis.plot(*zip(*points), style, **look)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
@@ -162,9 +158,8 @@ def draw_idea():
 
 def draw_coordinates(runs):
     """The coordinates of every run's tasks, after its last one, in a plane of its own."""
-    figure, axes = plt.subplots(
-        1, len(runs), figsize=(4.6 * len(runs), 4.4), squeeze=False, layout="constrained"
-    )
+    how = dict(figsize=(4.6 * len(runs), 4.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(runs), **how)
     for axis, run in zip(axes[0], runs):
         for colour, (task, found) in zip((BLUE, ORANGE), run["coordinates"].items()):
             home = 100 * sum(found["home"]) / len(found["home"])
@@ -183,9 +178,8 @@ def draw_growth(lines):
     n = [x["n"] for x in lines]
     axes[0].plot(n, [100 * x["routed_home"] for x in lines], color=BLUE)
     axes[0].set(title="prompts routed home", ylabel="%", ylim=(90, 100.3))
-    axes[1].plot(
-        n, [x["memory"] / 1e6 for x in lines], color=BLUE, label="peak of a process that answers for 3"
-    )
+    memory, about = [x["memory"] / 1e6 for x in lines], "peak of a process that answers for 3"
+    axes[1].plot(n, memory, color=BLUE, label=about)
     files = list(itertools.accumulate(x["bytes"] / 1e6 for x in lines))
     axes[1].plot(n, files, "--", color=ORANGE, label="all version files")
     axes[1].set(title="memory and disk", ylabel="MB", ylim=(0, None))
@@ -236,14 +230,10 @@ def main(argv=None):
         draw_ftn([row for file in ftn for row in read_results(file)["rows"]], args.to)
     if not args.files:
         save(draw_idea(), args.to / "idea.png")
-        for name, draw in {"coordinates": "tiny-regions", "stream": "stream"}.items():
-            with naming(draw):
-                made = {"coordinates": draw_coordinates, "stream": draw_growth}[name](
-                    read_results(draw)["rows"]
-                )
-            save(made, args.to / f"niwf-{name}.png")
-        with naming("ftn-support"):
-            save(support.draw(read_results("ftn-support")["rows"]), args.to / "ftn-support.png")
+        drawn = ("niwf-coordinates", "tiny-regions", draw_coordinates), ("niwf-stream", "stream", draw_growth)
+        for name, file, draw in (*drawn, ("ftn-support", "ftn-support", support.draw)):
+            with naming(file):
+                save(draw(read_results(file)["rows"]), args.to / f"{name}.png")
         with naming("ftn-*"):
             save(draw_overlap(lambda name: read_results(name)["rows"]), args.to / "ftn-overlap.png")
 

@@ -313,8 +313,7 @@ def main(argv=None):
             summary(results)
     if args.summary:
         summary(results)
-    if args.json:
-        write_results(args.json, "-m studies.sequence", argv, indent=1, rows=results)
+    write_results(args.json, "-m studies.sequence", argv, indent=1, rows=results)
 
 
 if __name__ == "__main__":

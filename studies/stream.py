@@ -40,17 +40,25 @@ def kinds_in_turn(count=None):
     return dict([pair for pair in in_turn if pair][:count])
 
 
+def learn(folder, task, train, val, *options):
+    """Learn a task on these records in a run folder, unless it is there, and measure all that the folder
+    knows. options: of train.py. -> the run folder"""
+    with tempfile.TemporaryDirectory() as tmp:
+        for part, records in (("train", train), ("val", val)):
+            pathlib.Path(tmp, part).write_text(json.dumps(records))
+        data = ["--data", f"{tmp}/train", "--val-data", f"{tmp}/val"]
+        args = training_options(["--task", task, *data, *options])
+        args.device = pick_device(args.device)
+        with Run(folder).exclusive() as run:
+            run_task(run, args)
+    return run
+
+
 def learn_stream(folder, count, device, passes="one"):
     """Learn the first `count` kinds of instruction, a task each. -> the run folder"""
+    options = ["--lock", "--backbone", "tiny", "--epochs", "8", "--passes", passes, "--device", device]
     for task, records in kinds_in_turn(count).items():
-        with tempfile.TemporaryDirectory() as tmp:
-            for part, chosen in records.items():
-                pathlib.Path(tmp, part).write_text(json.dumps(chosen))
-            data = ["--data", f"{tmp}/train", "--val-data", f"{tmp}/val", "--device", device]
-            options = ["--task", task, "--lock", "--backbone", "tiny", "--epochs", "8", "--passes", passes]
-            args = training_options(options + data)
-            with Run(folder).exclusive() as run:
-                run_task(run, args)
+        run = learn(folder, task, *records.values(), *options)
     return run
 
 
@@ -62,12 +70,8 @@ def find_regions(run, model, tokenizer, count):
     place = lambda records: run.versions[0].dynamics(probe_all(model, ids(records), "prompt"))
     kinds = kinds_in_turn(count)
     regions = [Region.fit(place(records["train"])) for records in kinds.values()]
-    found = {
-        "task": f"passes: {run.manifest['settings']['passes']}",
-        "kinds": [*kinds],
-        "home": [],
-        "others": [],
-    }
+    found = {"task": f"passes: {run.manifest['settings']['passes']}", "kinds": [*kinds]}
+    found |= {"home": [], "others": []}
     for i, records in enumerate(kinds.values()):
         routed = route(place(records["val"]), regions)
         found["home"].append(float((routed.choice == i).double().mean()))
@@ -77,7 +81,7 @@ def find_regions(run, model, tokenizer, count):
     return found
 
 
-def parse_options(argv=None):
+def main(argv=None):
     p = Parser(__doc__, prog="stream.py")
     p.add_argument("count", type=number(int, 1, 76), help="how many kinds of instruction, a task each")
     p.add_argument("--out", default="runs/stream", help="run folder")
@@ -85,11 +89,7 @@ def parse_options(argv=None):
     p.add_argument("--regions", action="store_true", help="find regions, and learn the first kind alone")
     p.add_argument("--device", help="cpu, cuda, mps [what is there]")
     p.add_argument("--json", type=output_file, help="write what --regions finds to this file")
-    return p.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_options(argv)
+    args = p.parse_args(argv)
     device = pick_device(args.device)
     if not args.regions:
         return report(learn_stream(args.out, args.count, device, args.passes))
@@ -98,8 +98,7 @@ def main(argv=None):
         folder = f"{args.out}-{passes}"
         learn_stream(folder, 1, device, passes)
         rows.append(find_regions(*open_run(folder, device), args.count))
-    if args.json:
-        write_results(args.json, "-m studies.stream", argv, indent=1, rows=rows)
+    write_results(args.json, "-m studies.stream", argv, indent=1, rows=rows)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,9 @@ from synthetic import HEAD, VARIANTS, generator, learn_stream, overlaps, recall
 
 SIZES = 1, 2, 4, 8, 16, 64, 256
 MEASURES = {"score": "", "found": ", share of tasks found", "shared": ", share of the own mask found"}
-METHODS = {
-    name: neurons.KNOWN[name]
-    for name in ("ftn-slow", "ftn-slow-hidden", "ftn-slow-lock", "random-disjoint-recall", "supsup-0.003")
-} | {name: styles.METHODS[name] for name in ("lora-ftn", "lora-ftn-lock")}
+NAMES = "ftn-slow", "ftn-slow-hidden", "ftn-slow-lock", "random-disjoint-recall", "supsup-0.003"
+METHODS = {name: neurons.KNOWN[name] for name in NAMES}
+METHODS |= {name: styles.METHODS[name] for name in ("lora-ftn", "lora-ftn-lock")}
 M0 = {"ftn-slow-hidden": -4.0}  # chosen among three in ftn-search-*.json; every other search starts at 0
 
 
@@ -94,13 +93,10 @@ def measure(learner, recover):
     """{measure: [size][task]}, means over the draws of a support batch. `recover` takes the task."""
     row, found = learner.row, {name: [] for name in MEASURES}
     for size in row.sizes:
-        lines = [
-            [
-                statistics.mean(x)
-                for x in zip(*(recovered(learner, recover, t, size, i) for i in range(row.draws)))
-            ]
-            for t in range(row.tasks)
+        draws = [
+            [recovered(learner, recover, t, size, i) for i in range(row.draws)] for t in range(row.tasks)
         ]
+        lines = [map(statistics.mean, zip(*each)) for each in draws]
         for name, values in zip(MEASURES, zip(*lines)):
             found[name].append(values)
     return found

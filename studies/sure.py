@@ -130,8 +130,7 @@ def main(argv=None):
     mean = lambda row, name: f"{statistics.mean(x[name] for x in row):.3f}"
     means = [[what, *(mean(row, name) for name in names)] for what, row in rows.items()]
     print_table("routing of thirteen tasks, and of one that is left out", ["", *names], means)
-    if args.json:
-        write_results(args.json, "-m studies.sure", argv, indent=1, rows=rows)
+    write_results(args.json, "-m studies.sure", argv, indent=1, rows=rows)
 
 
 if __name__ == "__main__":

@@ -339,21 +339,14 @@ CHOICES = {
     "LoRA r 64, alpha 64": Variant(LORA + " --alpha 64"),
     "LoRA r 64, alpha 256": Variant(LORA + " --alpha 256"),
     "not standardised": Variant(patch="not standardised"),
-    "centred only": Variant(patch="centred only"),
-    "all but the top": Variant(patch="all but the top"),
-    "load balancing": Variant(patch="load balancing"),
-    "logits x 4": Variant(patch="logits x 4"),
-    "field and dynamics: 0.3 lr": Variant(patch="field and dynamics: 0.3 lr"),
+    **{name: Variant(patch=name) for name in ("centred only", "all but the top", "load balancing")},
+    **{name: Variant(patch=name) for name in ("logits x 4", "field and dynamics: 0.3 lr")},
     "d 32": Variant("--coord-dim 32"),
     "d 128": Variant("--coord-dim 128"),
     "N 32, K 8": Variant("--bases 32"),
     "N 16, K 4": Variant("--top-k 4"),
     "shared gating": Variant(patch="shared gating"),
-    "full fine-tuning, lr 1e-5": Variant(lr=1e-5),
-    "full fine-tuning, lr 3e-5": Variant(lr=3e-5),
-    "full fine-tuning, lr 1e-4": Variant(lr=1e-4),
-    "full fine-tuning, lr 3e-4": Variant(lr=3e-4),
-    "full fine-tuning, lr 1e-3": Variant(lr=1e-3),
+    **{f"full fine-tuning, lr {lr}": Variant(lr=float(lr)) for lr in "1e-5 3e-5 1e-4 3e-4 1e-3".split()},
 }
 OWN, ADDED = "own bases alone", "all bases, orthogonal by {:g}"
 FAIR = {
@@ -503,10 +496,8 @@ def sent_by_words(table, found):
     prompt is sent to; what it then loses is not measured"""
     sides = ("train", "choose" if table.startswith("choose") else "val")
     text = lambda record: f"{record['instruction']}\n{record.get('input', '')}"
-    known, asked = (
-        [[*map(text, read_records(DATA / f"{task}.{side}.json"))] for task in found["tasks"]]
-        for side in sides
-    )
+    read = lambda task, side: [text(record) for record in read_records(DATA / f"{task}.{side}.json")]
+    known, asked = ([read(task, side) for task in found["tasks"]] for side in sides)
     sent = [[found["tasks"][i] for i in part] for part in words_router(known, asked)]
     routing = {task: dict(collections.Counter(part)) for task, part in zip(found["tasks"], sent)}
     return found | {"routing": routing, "R": {**found["R"], "routed": 2 * [[None, None]]}}
@@ -560,10 +551,8 @@ def fine_tune(variant, seed, args, rest):
         options = train.parse_options([*said(task, path, seed, args), *rest])
         train.complete(options, Run(path))
         examples, records = train.load_data(options, tokenizer)
-        held_out = sorted(
-            (encode(r, tokenizer, options.template) for r in records), key=lambda e: len(e[0]) + len(e[1])
-        )
-        sets[task] = examples, held_out, options
+        held_out = [encode(record, tokenizer, options.template) for record in records]
+        sets[task] = examples, sorted(held_out, key=lambda e: len(e[0]) + len(e[1])), options
     base = {task: measure_backbone(backbone, tokenizer, held_out) for task, (_, held_out, _) in sets.items()}
     for examples, _, options in sets.values():
         learn_backbone(backbone, tokenizer, examples, options, variant.lr)
@@ -667,18 +656,15 @@ def measure_transfer(folder, args):
 
 def parse_options(argv):
     parser = Parser(__doc__, prog="variants.py", allow_abbrev=False)
-    parser.add_argument(
-        "table", choices=[*TABLES, "regions", "transfer"], help="what is learned and compared"
-    )
+    tables = [*TABLES, "regions", "transfer"]
+    parser.add_argument("table", choices=tables, help="what is learned and compared")
     parser.add_argument("--run", nargs="+", help="the run folders of `regions` and `transfer`")
     parser.add_argument("--rows", nargs="+", help="names of rows [all]")
     parser.add_argument("--backbone", default="tiny", help="see train.py")
-    parser.add_argument(
-        "--data", nargs="+", help="JSON records of the first task, and of the second [embedded]"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=number(int, 0, 2**31), help="of every row [0 1 2; choose: 200 201 202]"
-    )
+    about = "JSON records of the first task, and of the second [embedded]"
+    parser.add_argument("--data", nargs="+", help=about)
+    about = "of every row [0 1 2; choose: 200 201 202]"
+    parser.add_argument("--seeds", nargs="+", type=number(int, 0, 2**31), help=about)
     parser.add_argument("--out", help="folder of the run folders [runs/variants, runs/variants-BACKBONE]")
     parser.add_argument("--json", type=output_file, help="write all of it to this file")
     args, rest = parser.parse_known_args(argv)
@@ -707,14 +693,11 @@ def main(argv=None):
         result = {name: [] for name in args.rows}
         for seed, name in itertools.product(args.seeds, args.rows):
             variant = TABLES[args.table][name]
-            made = (
-                fine_tune(variant, seed, args, rest) if variant.lr else train_row(variant, seed, args, rest)
-            )
-            result[name].append(made)
+            learn = fine_tune if variant.lr else train_row
+            result[name].append(learn(variant, seed, args, rest))
         kind = "one-task" if args.table in ("worth", "choose", "choose-passes") else "two-tasks"
         print("", *rows_table(kind, [{"rows": result}]), sep="\n")
-    if args.json:
-        write_results(args.json, "-m studies.variants", argv, indent=1, rows=result)
+    write_results(args.json, "-m studies.variants", argv, indent=1, rows=result)
 
 
 if __name__ == "__main__":
