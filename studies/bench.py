@@ -182,9 +182,9 @@ def make_sides(shape, passes, without=("loops",), sides=SIDES):
     return made, examples
 
 
-def memory_of(side, shape, passes, form, arguments):
-    """Peak memory of a process that has this side alone and runs its form once."""
-    made = SIDES[side](*make_backbone(shape), passes)
+def memory_of(kind, shape, passes, form, arguments):
+    """Peak memory of a process that has a side of this kind alone and runs its form once."""
+    made = kind(*make_backbone(shape), passes)
     getattr(made, form)(*arguments)
     return peak_memory("cpu")
 
@@ -192,7 +192,7 @@ def memory_of(side, shape, passes, form, arguments):
 def compare_sides(what, shape, passes, sides, turns, form, *arguments):
     """Run a form ("step" or "generate") of every side, in turns; print medians, the median of ours over each,
     and peak memory. -> {side: {"seconds": one a turn, "peak memory": text}}"""
-    times = {name: [] for name in sides}
+    times, kinds = {name: [] for name in sides}, ROUTED if isinstance(sides["ours"], Routed) else SIDES
     for _ in range(turns + 1):
         take_turn([getattr(side, form) for side in sides.values()], [arguments], times.values())
     print(what)
@@ -200,7 +200,7 @@ def compare_sides(what, shape, passes, sides, turns, form, *arguments):
     for name, spent in times.items():
         # Not "spawn": a process that is started by this one begins with the peak of this one.
         with multiprocessing.get_context("forkserver").Pool(1) as pool:
-            peak = pool.apply(memory_of, (name, shape, passes, form, arguments))
+            peak = pool.apply(memory_of, (kinds[name], shape, passes, form, arguments))
         rows[name] = {"seconds": spent[1:], "peak memory": peak}
         ratio = statistics.median(o / t for o, t in zip(times["ours"][1:], spent[1:]))
         median = 1e3 * statistics.median(spent[1:])

@@ -161,7 +161,7 @@ def break_off(argv, last, monkeypatch, every=0, by=None):
             signal.raise_signal(by)
         return schedule(step, *rest)
 
-    said = "step 6 of 12; the same command goes on" if by else "pulled the plug"
+    said = f"step {last + 2} of 12; the same command goes on" if by else "pulled the plug"
     with monkeypatch.context() as broken, pytest.raises((RuntimeError, KeyboardInterrupt), match=said):
         broken.setattr("plumbing.training.SAVE_EVERY", every)
         broken.setattr(train, "learning_rate", pull)
@@ -174,6 +174,7 @@ def test_a_stopped_training_resumes_to_the_same_bits(micro, first, two, tmp_path
     for last in (0, 3, 4):
         break_off(command, last, monkeypatch)
     break_off(command, 4, monkeypatch, math.inf, signal.SIGINT)
+    break_off(command, 6, monkeypatch, math.inf, signal.SIGTERM)
     for last in (9, 10):
         break_off(command, last, monkeypatch)
     with refused("unfinished training", out):
