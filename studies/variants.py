@@ -462,14 +462,20 @@ def place_of(args, seed, *parts):
     return pathlib.Path(args.out, table, f"{seed}", "".join(c if c.isalnum() else "-" for c in name))
 
 
+def folder_of(variant, seed, args):
+    """The run folder of both tasks of a row."""
+    then = f"then {variant.second or 'no lock'}"
+    replay = f"replay {variant.replay:g}" if variant.replay else ""
+    return place_of(args, seed, variant.options, variant.patch, then, variant.later, replay)
+
+
 def train_row(variant, seed, args, rest):
     """Train a row and measure it, unless that has been done. -> what is published of it"""
     first = place_of(args, seed, variant.options, variant.patch)
     run = train_task(first, "alpaca", variant.options, variant.patch, args, seed, rest)
     if variant.second is None:
         return describe(run)
-    then = f"then {variant.second or 'no lock'}"
-    folder = place_of(args, seed, variant.options, variant.patch, then, variant.later)
+    folder = folder_of(variant, seed, args)
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:  # whole or not at all
             pathlib.Path(shutil.copytree(first, f"{tmp}/copy")).rename(folder)

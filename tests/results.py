@@ -1,6 +1,8 @@
 """Embedded data, pictures, files of results, and the pages that are made of them."""
 
+import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -35,6 +37,15 @@ def test_the_tiny_tokenizer_gives_back_any_text():
     tokenizer = tiny_tokenizer()
     for text in ("def f(x):\n    return  x", "naïve 漢字 🙂\r\n\t", " two  spaces ", "### Instruction:\n"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_rows_that_train_differently_have_run_folders_of_their_own():
+    """Only rows that are trained alike, and measured in several ways, share a run folder."""
+    for table, rows in variants.TABLES.items():
+        args, shared = argparse.Namespace(table=table, out="runs"), {}
+        for row in (row for row in rows.values() if not row.lr):
+            trained = dataclasses.replace(row, sums=None, words=False)
+            assert shared.setdefault(variants.folder_of(row, 0, args), trained) == trained
 
 
 def test_pictures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys):
