@@ -200,9 +200,9 @@ def background(regions, wide=2.0):
     return Region(mean, cov, tau=0.0, n=sum(r.n for r in regions))
 
 
-# Log-likelihoods are divided by it before they become probabilities (Guo et al. 2017). A Gaussian takes all d
-# features of a coordinate at their word, though they say in part the same, and would be too sure of a choice.
-# It was chosen with the factor of the background, and changes no choice.
+# Log-likelihoods are divided by it before they become probabilities (Guo et al. 2017). A Gaussian counts each
+# of the d features in full, although they repeat one another in part, and would be too sure of a choice. Its
+# value was chosen together with the factor of the background, and changes no choice.
 TEMPERATURE = 3.0
 
 

@@ -9,8 +9,8 @@ prompts. *Refused* are prompts for which the background is likelier than any reg
 has it, those outside the tau of the region that was chosen. --wide: by what the background's covariance is
 multiplied. --temperature: by what log-likelihoods are divided before they become probabilities.
 
-Some tasks have the very instruction of another, and are left out in vain: AUROC is given of all tasks and of
-those whose instruction no other has.
+A task that has the instruction of another to the letter can hardly be told from it. So AUROC is given of all
+tasks, and of those whose instruction no other has.
 """
 
 import functools

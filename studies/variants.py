@@ -47,6 +47,7 @@ import train
 from commit import Run
 from eval import batches, open_run, perplexity_under, validation_set, what_is_published
 from model import perplexity, response_logits, response_nll
+from plumbing import Refused
 from plumbing.backbone import load_backbone, pick_device
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.files import atomic
@@ -504,7 +505,9 @@ def sent_by_words(table, found):
     text = lambda record: f"{record['instruction']}\n{record.get('input', '')}"
     read = lambda task, side: [text(record) for record in read_records(DATA / f"{task}.{side}.json")]
     known, asked = ([read(task, side) for task in found["tasks"]] for side in sides)
-    sent = [[found["tasks"][i] for i in part] for part in words_router(known, asked)]
+    if not (routed := words_router(known, asked)):
+        raise Refused("routing by words needs scikit-learn: pip install scikit-learn")
+    sent = [[found["tasks"][i] for i in part] for part in routed]
     routing = {task: dict(collections.Counter(part)) for task, part in zip(found["tasks"], sent)}
     return found | {"routing": routing, "R": {**found["R"], "routed": 2 * [[None, None]]}}
 
