@@ -2,6 +2,7 @@
 
     python -m studies.found styles              # six ways to rewrite the same sentences: which is meant?
     python -m studies.found kinds               # kinds of instruction that no version has learned
+    python -m studies.found tasks --backbone FOLDER --data FOLDER --run runs/.../lora-each   # real tasks
     python -m studies.found styles --backbone FOLDER --seeds 1 --epochs 2 --lr 5e-4
 
 styles: each way is a version. A prompt is routed by its region, or the version with the lowest loss on 1, 4
@@ -11,7 +12,14 @@ perplexity is measured on others.
 kinds: of the 76 kinds some are learned, a version each, and others are held out. Those are asked with the
 bare backbone, the nearest region, the best single version on 16 or 64 records, a composition found on the
 same records, and a LoRA trained on them.
+
+tasks: the same of real tasks of classification. --run is a row of studies.sequence in which no version reads
+another, so that one can be left out as if it had not been learned. A composition is found on 16 records
+alone: every step of its search runs all versions.
 """
+
+import argparse
+import functools
 
 import pathlib
 import random
@@ -22,12 +30,16 @@ from eval import open_run, perplexity_under, probe_all
 from plumbing.command import Parser, number, output_file, run_program, write_results
 from plumbing.prompts import encode
 from plumbing.tables import print_table
+from studies.likelier import Tasks, judge
+from studies.sequence import Kept
 from studies.stream import kinds_in_turn, learn
 from studies.styles import SENTENCES, StyleStream
 from studies.variants import LORA
 
 STYLE, KIND = "--epochs 8 --batch 8 --grad-accum 1", "--epochs 8"  # how a version is trained
 DRAWN, DRAWS = (1, 4, 16), 50  # records that a version is found from; draws of each number
+HELD_OUT = ["copa", "rte", "sst2", "agnews"]  # real tasks that are left out in turn
+FEW = 16, 64  # records of what no version has learned
 
 
 def how(args, more):
@@ -43,8 +55,25 @@ def asked(model, run, tokenizer, records):
 
 def stored_gatings(run):
     """Return {task: its gating of h_bar}, the bare backbone's first."""
-    stored = {task: lambda h, i=i: run.stored(i, h) for i, task in enumerate(run.tasks)}
+    stored = {v.task: functools.partial(run.stored, i) for i, v in enumerate(run.versions)}
     return {"bare": lambda h: None, **stored}
+
+
+def from_few(model, run, examples, h_bar, composed=FEW):
+    """Return {who: its gating of h_bar}: the bare backbone, the nearest region, and what a few labelled
+    examples of a task find among a run's versions; and {how many examples: {task: its weight}} of the
+    compositions, which are found from so many as `composed` says."""
+    single, weights = stored_gatings(run), {}
+    losses = model.nll_under(examples, h_bar, [*single.values()])
+    found = {"bare": single["bare"], "nearest region": lambda h: run.routed(h)[0]}
+    for n in FEW:
+        found[f"best single, {n}"] = single[[*single][int(losses[:, :n].sum(1).argmin())]]
+        if n in composed:
+            hashes, shares = weigh(model, run.versions, examples[:n])
+            parts = [next(v for v in run.versions if v.hash == h) for h in hashes]
+            found[f"composition, {n}"] = Composition("", hashes, shares, parts).gating
+            weights[str(n)] = {v.task: share for v, share in zip(parts, shares)}
+    return found, weights
 
 
 # --------------------------------------------------------------------------------------- six ways to rewrite
@@ -99,34 +128,60 @@ def kinds(args, seed):
         records = sum(found[kind], [])
         random.Random(f"{seed} {kind}").shuffle(records)
         few, test = records[:64], records[64:]
-        examples, h_bar = asked(model, run, tokenizer, few)
-        gatings = stored_gatings(run)
-        losses = model.nll_under(examples, h_bar, [*gatings.values()])
-        known = {"bare": gatings["bare"], "nearest region": lambda h: run.routed(h)[0]}
-        row = {"seed": seed, "task": kind, "learned": len(run.tasks), "composed": {}}
-        for n in (16, 64):
-            best = [*gatings][int(losses[:, :n].sum(1).argmin())]
-            known[f"best single, {n}"] = gatings[best]
-            hashes, weights = weigh(model, run.versions, examples[:n])
-            parts = [next(v for v in run.versions if v.hash == h) for h in hashes]
-            known[f"composition, {n}"] = Composition("", hashes, weights, parts).gating
-            row["composed"][str(n)] = {v.task: w for v, w in zip(parts, weights)}
+        known, composed = from_few(model, run, *asked(model, run, tokenizer, few))
+        row = {"seed": seed, "task": kind, "learned": len(run.tasks), "composed": composed}
+        for n in FEW:
             where = args.out / f"lora-{seed}" / f"{kind}-{n}"
             more = how(args, f"{LORA} --epochs {args.lora_steps * 16 // n}")
             lora = learn(where, kind, few[:n], test, *more)
             row[f"LoRA, {n}"] = lora.manifest["results"][-1]["stored"][kind]
-        row |= perplexity_under(model, *asked(model, run, tokenizer, test), known)
-        yield row
+        yield row | perplexity_under(model, *asked(model, run, tokenizer, test), known)
 
 
-def kinds_table(rows):
-    names = ["bare", "nearest region"]
-    names += [f"{what}, {n}" for n in (16, 64) for what in ("best single", "composition", "LoRA")]
-    lines = [[f"{row['task']} {row['seed']}", *(f"{row[name]:.3f}" for name in names)] for row in rows]
-    print_table("perplexity of kinds that no version has learned", ["", *names], lines)
+# ----------------------------------------------------------------------------------- real tasks not learned
 
 
-TABLES = {"styles": (styles, styles_table), "kinds": (kinds, kinds_table)}
+def tasks(args, seed):
+    """Take each of some tasks out of a run that has a version for all. Return a row for each: the percentage
+    of its test records that are answered right."""
+    said = argparse.Namespace(**vars(args), seed=seed, part="test", examples=300, val_examples=100)
+    run, model, _ = open_run(args.run, "cpu", backbone=args.backbone)
+    every, versions = Tasks(run.tasks, said, args.options), run.versions
+    for task in args.tasks:
+        run.versions = [v for v in versions if v.task != task]
+        kept = Kept(args.out / f"tasks-{seed}" / f"{task}.json")
+        yield kept("row", held_out, args, seed, every, task, run, model)
+
+
+def held_out(args, seed, every, task, run, model):
+    """Return the row of a task that no version of a run has learned."""
+    few, (examples, right, _) = every.train[task][: max(FEW)], every.held_out[task]
+    score = lambda model, gating: 100 * statistics.mean(judge(model, examples, right, gating)["likelier"])
+    known, composed = from_few(model, run, *asked(model, run, every.tokenizer, few), FEW[:1])
+    row = {"seed": seed, "task": task, "learned": len(run.versions), "composed": composed}
+    row |= {name: score(model, gating) for name, gating in known.items()}
+    for n in FEW:
+        where = args.out / f"tasks-{seed}" / f"{task}-{n}"
+        more = how(args, f"{LORA} --seed {seed} --epochs {args.lora_steps * 8 // n}")
+        learn(where, task, few[:n], every.choose[task][:8], *more)
+        alone, lora, _ = open_run(where, "cpu", backbone=args.backbone)
+        row[f"LoRA, {n}"] = score(lora, functools.partial(alone.stored, 0))
+        lora.detach()
+    return row
+
+
+def few_table(title, digits, rows):
+    """Print a line for each task that no version has learned."""
+    names = [name for name in rows[0] if name not in ("seed", "task", "learned", "composed")]
+    lines = [[f"{row['task']} {row['seed']}", *(f"{row[name]:.{digits}f}" for name in names)] for row in rows]
+    print_table(title, ["", *names], lines)
+
+
+TABLES = {
+    "styles": (styles, styles_table),
+    "kinds": (kinds, functools.partial(few_table, "perplexity of kinds that no version has learned", 3)),
+    "tasks": (tasks, functools.partial(few_table, "right answers, %, of a task that is left out", 1)),
+}
 
 
 def main(argv=None):
@@ -139,7 +194,10 @@ def main(argv=None):
     add("--learned", type=number(int, 1, 75), default=10, help="kinds that are learned")
     add("--held", type=number(int, 1, 75), default=3, help="kinds that are held out")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/found"), help="where run folders are")
-    add("--lora-steps", type=number(int, 4), default=40, help="of a LoRA, each on 16 records")
+    add("--lora-steps", type=number(int, 8), default=40, help="of a LoRA, each on 16 records; of tasks on 8")
+    add("--run", help="of tasks: the run folder in which each has a version")
+    add("--data", help="of tasks: the folder of their records")
+    add("--tasks", nargs="+", default=HELD_OUT, metavar="TASK", help="which are left out")
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
     args, args.options = p.parse_known_args(argv)
     measured, table = TABLES[args.table]
