@@ -1,4 +1,4 @@
-"""What must stay true. Each test states one promise; `pytest test_all.py` takes two to six minutes of one
+"""What must stay true. Each test states one promise; `pytest test_all.py` takes two to eight minutes of one
 core, and with pytest-xdist `pytest -n 2 test_all.py` half. It needs no network, no GPU and nothing outside
 this folder; tests that need a GPU or an optional package are skipped, visibly, where there is none.
 
@@ -60,7 +60,6 @@ import field
 import ftn
 from model import AdapterBank, niwf, attach, detach, NIWF, perplexity, response_logits, response_nll
 from plumbing import Refused
-from plumbing.backbone import TINY_FOLDER, fingerprint, load_backbone
 from plumbing.passes import sampler
 from plumbing.prompts import encode, end_token
 from plumbing.targets import find_targets, in_out
@@ -98,6 +97,7 @@ from tests.browser import *
 
 
 def test_field_is_equation_6_and_gating_equation_7():
+    """The field is the MLP of Eq. (6), and a gating keeps the K largest logits and their softmax, Eq. (7)."""
     torch.manual_seed(0)
     phi, z = WeightField(layers=3, bases=5, coord_dim=4, hidden=7), torch.randn(2, 4)
     logits = phi(z)
@@ -117,6 +117,7 @@ def test_field_is_equation_6_and_gating_equation_7():
 
 
 def test_coordinates_are_bounded_and_depend_on_their_input():
+    """Coordinates lie within [-1, 1] and differ between inputs, so that they can tell prompts apart."""
     torch.manual_seed(0)
     h = 50 * torch.randn(10, 6)
     z = CoordinateDynamics(6, 4)(h)
@@ -124,6 +125,7 @@ def test_coordinates_are_bounded_and_depend_on_their_input():
 
 
 def test_dynamics_are_equation_8_written_out():
+    """A coordinate is a GRU cell, LayerNorm, a linear layer and tanh of the standardised h_bar, Eq. (8)."""
     torch.manual_seed(2)
     dynamics, h_bar = CoordinateDynamics(6, 4), 50 * torch.randn(3, 6)
     dynamics.standardise(h_bar)
@@ -173,6 +175,7 @@ def test_without_standardising_the_gating_collapses(double):
 
 
 def test_region_distance_is_mahalanobis():
+    """The distance from a region, Eq. (11), is Mahalanobis's of artanh(z) under a shrunk covariance."""
     torch.manual_seed(0)
     u = torch.randn(500, 6, dtype=torch.double) @ torch.randn(6, 6, dtype=torch.double)
     region, z = Region.fit(torch.tanh(u), 0.95), torch.tanh(u)
@@ -189,6 +192,7 @@ def test_region_distance_is_mahalanobis():
 
 @pytest.mark.parametrize("n, d", [(50, 6), (12, 20), (3, 2)])
 def test_tau_is_the_quantile_of_leave_one_out_distances(n, d):
+    """A region's tau is a quantile of its examples' distances, each from a Gaussian fitted to the others."""
     torch.manual_seed(0)
     u = torch.randn(n, d, dtype=torch.double) @ torch.randn(d, d, dtype=torch.double) / d
     share, scale = field.shrinkage(u - u.mean(0))
@@ -203,7 +207,7 @@ def test_tau_is_the_quantile_of_leave_one_out_distances(n, d):
 
 
 def test_shrinkage_is_ledoit_and_wolf():
-    """It is their definition of 2004, in loops, and scikit-learn's, where that is installed."""
+    """The shrinkage is Ledoit and Wolf's of 2004, in loops, and scikit-learn's, where that is installed."""
     torch.manual_seed(0)
     x = torch.randn(30, 5, dtype=torch.double) @ torch.randn(5, 5, dtype=torch.double)
     x = x - x.mean(0)
@@ -235,6 +239,7 @@ def test_a_region_covers_inputs_that_were_not_fitted():
 
 
 def test_anchors_lie_inside_their_region():
+    """Anchors lie inside their region, Eq. (12), and the same seed always draws the same anchors."""
     torch.manual_seed(0)
     region = Region.fit(torch.tanh(torch.randn(400, 5)))
     anchors = sample_anchors(region, 256, seed=3)
@@ -245,6 +250,7 @@ def test_anchors_lie_inside_their_region():
 
 
 def test_coordinates_that_are_all_alike_still_make_a_region():
+    """A task whose prompts all have the same coordinate still gets a region, with finite anchors."""
     region = Region.fit(torch.full((30, 4), 0.3))
     assert sample_anchors(region, 16, 0).isfinite().all()
 
@@ -274,6 +280,7 @@ def test_routing_goes_to_the_likeliest_gaussian():
 
 
 def test_lock_and_separation_losses_are_equations_13_and_10(double):
+    """The lock loss is Eq. (13), also for a grown field; the separation loss, Eq. (10), pushes outwards."""
     torch.manual_seed(0)
     phi, z = WeightField(2, 5, 4, 7), torch.tanh(torch.randn(40, 4))
     region = Region.fit(z)
@@ -300,6 +307,7 @@ def test_lock_and_separation_losses_are_equations_13_and_10(double):
     [(0, 6, torch.float32), (6, 0, torch.float32), (4, 2, torch.float32), (4, 2, torch.bfloat16)],
 )
 def test_update_is_equation_2(committed, live, dtype):
+    """A gated module adds (alpha / r) sum_k w_k B_k A_k x, Eq. (2), from committed and live bases alike."""
     model, name = micro_model(live, committed, dtype), "model.layers.1.mlp.down_proj"
     tolerance = dict(rtol=3e-2, atol=3e-2) if dtype == torch.bfloat16 else {}
     module = find_targets(model.backbone)[name]
@@ -318,6 +326,7 @@ def test_update_is_equation_2(committed, live, dtype):
 
 
 def test_only_live_and_chosen_bases_get_gradient():
+    """Only live bases that a gating chose get a gradient; committed bases and the backbone get none."""
     model = micro_model(bases=3, committed=4)
     indices = torch.tensor([[[0, 5], [1, 5]], [[3, 4], [2, 3]]])  # live bases are 4, 5, 6
     logits, labels = model.logits(random_examples(2), (indices, torch.full((2, 2, 2), 0.5)))
@@ -335,6 +344,7 @@ def test_a_refusal_is_one_line_of_printable_text():
 
 
 def test_fresh_bases_change_nothing_and_detach_restores_all():
+    """Fresh bases change no bit of the output, Eq. (1), and detaching trained bases restores the backbone."""
     ids, fresh = torch.randint(3, 300, (2, 9)), micro_backbone()
     model = NIWF(micro_backbone(), pad_id=0)
     model.bank.add(4)
@@ -350,6 +360,7 @@ def test_fresh_bases_change_nothing_and_detach_restores_all():
 
 
 def test_conv1d_of_gpt2_is_patched_by_exact_name():
+    """GPT-2's Conv1D modules can be adapted and restored, and the name of a whole block is refused."""
     backbone = micro_gpt2()
     targets = find_targets(backbone, ("c_attn",))
     assert list(targets) == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
@@ -380,6 +391,7 @@ def test_niwf_in_ten_lines_is_what_a_run_answers(two):
 
 
 def test_padding_and_mixed_batches_change_nothing():
+    """An example has the same logits and h_bar alone and in a padded batch whose rows differ in gating."""
     model, examples = micro_model(dtype=torch.float64), random_examples(6)
     gating = random_gating(6, 2, 6)  # every row its own bases: as if each went to another version
     logits, labels = model.logits(examples, gating)
@@ -392,6 +404,7 @@ def test_padding_and_mixed_batches_change_nothing():
 
 
 def test_loss_counts_response_tokens_with_eos_and_nothing_else():
+    """The loss sums -log p over the tokens of the response, EOS included, and over none of the prompt."""
     model, examples = micro_model(), random_examples(4)
     logits, labels = model.logits(examples, None)
     for nll, (p, r) in zip(response_nll(logits, labels), examples):
@@ -403,6 +416,7 @@ def test_loss_counts_response_tokens_with_eos_and_nothing_else():
 
 @pytest.mark.parametrize("history", [[], messages("Be brief.", first="system"), messages("Hi.", "Yes?")])
 def test_a_chat_is_written_as_its_template_writes_it(history):
+    """Prompt and response together are the text of the chat template, up to the end of the answer's turn."""
     tokenizer = chat_tokenizer()
     record = {"instruction": "Say hello.", "input": "Now.", "output": " Hello. ", "history": history}
     prompt, response = encode(record, tokenizer, "chat")
@@ -431,12 +445,14 @@ UNSURE = "{% for m in messages %}{{ m.content }}{% if m.content != 'Hi.' %}</s>{
     ],
 )
 def test_a_chat_template_without_a_clear_end_is_refused(template, message):
+    """A chat template that fails, or does not end each answer by a special token, is refused in one line."""
     record = {"instruction": "Hello?", "output": "Hi."}
     with refused(message):
         encode(record, chat_tokenizer(template), "chat")
 
 
 def test_the_probe_reads_the_prompt_only_and_no_adapter():
+    """Unless asked otherwise, h_bar comes from the bare backbone and the prompt, not from the answer."""
     model = micro_model()
     ((p, r),) = random_examples(1)
     hidden = model.backbone.base_model(torch.tensor([p])).last_hidden_state
@@ -459,6 +475,7 @@ def clear_model():
 
 
 def test_generation_with_a_cache_is_greedy_decoding_without_one():
+    """Decoding in batches with a cache gives the tokens that greedy decoding gives each prompt alone."""
     model, prompts, gating = clear_model()
     found = model.generate(prompts, lambda h: gating, eos_id=2, max_new_tokens=12)
     for i, (prompt, new) in enumerate(zip(prompts, found)):
@@ -490,6 +507,7 @@ def test_sampling_that_has_no_choice_is_greedy_decoding():
 
 
 def test_tokens_are_drawn_by_temperature_and_nucleus():
+    """Tokens are drawn by softmax(logits / temperature) among the fewest tokens that reach top_p."""
     torch.manual_seed(3)
     logits, temperature, top_p, n = 2 * torch.randn(1, 8), 0.7, 0.8, 4000
     p = (logits[0] / temperature).exp()
@@ -504,6 +522,7 @@ def test_tokens_are_drawn_by_temperature_and_nucleus():
 
 
 def test_a_stream_that_is_closed_early_leaves_the_adapters_off():
+    """A stream that its reader closes early switches the adapters off, so the next pass is bare again."""
     model, prompts = micro_model(), [[5, 6, 7]]
     bare = model.backbone(torch.tensor(prompts)).logits
     steps = model.stream(prompts, lambda h: random_gating(1, 2, 6), -1, 9)
@@ -515,6 +534,7 @@ def test_a_stream_that_is_closed_early_leaves_the_adapters_off():
 
 @pytest.mark.parametrize("rows", ["alike", "mixed"])
 def test_bases_gathered_once_for_a_text_give_equation_2(rows):
+    """Bases that are gathered once for a whole text give the logits of Eq. (2), and are dropped after it."""
     model, ids = micro_model(bases=3, committed=3), torch.randint(3, 300, (3, 7))
     gating = random_gating(1 if rows == "alike" else 3, 2, 6)
     gating = tuple(g.expand(3, -1, -1) for g in gating)
@@ -526,6 +546,7 @@ def test_bases_gathered_once_for_a_text_give_equation_2(rows):
 
 
 def test_mistral_7b_has_the_shapes_we_publish():
+    """On Mistral 7B the bank, field and dynamics have the published sizes, Eqs. (14) and (15)."""
     with torch.device("meta"):
         backbone = transformers.MistralForCausalLM(transformers.MistralConfig())
         model = NIWF(backbone, pad_id=0)
@@ -540,6 +561,7 @@ def test_mistral_7b_has_the_shapes_we_publish():
 
 @pytest.mark.parametrize("bare", [0, 2])
 def test_checkpointing_gives_the_same_gradients_to_the_bit(bare):
+    """Checkpointing computes layers again under their own gating, so gradients are the same to the bit."""
     gradients, examples = {}, random_examples(4)
     for checkpointing in (False, True):
         model = micro_model(4, 3, bare=bare, backbone=micro_backbone(layers=2 + bare))
@@ -556,6 +578,7 @@ def test_checkpointing_gives_the_same_gradients_to_the_bit(bare):
 
 
 def test_checkpointing_keeps_only_the_inputs_of_layers(monkeypatch):
+    """Checkpointing keeps less than half of the activations, changes no output, and detaching undoes it."""
     model = NIWF(micro_gpt2().train(), pad_id=0)
     random_bank(model.bank, 4)
     examples, gating = random_examples(3), random_gating(3, 2, 4)
@@ -580,37 +603,6 @@ def test_checkpointing_keeps_only_the_inputs_of_layers(monkeypatch):
         model.checkpoint()
 
 
-@pytest.mark.parametrize("bare", [0, 2])
-def test_layers_on_disk_compute_the_same_bits(tmp_path, bare):
-    pytest.importorskip("accelerate")
-    saved(micro_backbone(VOCABULARY, layers=4), tmp_path)
-    cpu = "model.layers.0", "model.layers.3", "model.norm", "model.rotary_emb"
-    disk = "model.layers.1", "model.layers.2", "model.embed_tokens", "lm_head"
-    places = dict.fromkeys(cpu, "cpu") | dict.fromkeys(disk, "disk")
-    examples, gating, found = random_examples(3), random_gating(3, 4 - bare, 4), []
-    for device_map, checkpointing in ((None, False), (places, False), (places, True)):
-        backbone, _ = load_backbone(str(tmp_path), "cpu", device_map)
-        assert any(p.is_meta for p in backbone.parameters()) == bool(device_map)
-        model = NIWF(backbone, pad_id=0, bare=bare)
-        random_bank(model.bank, 4)
-        if checkpointing:
-            model.checkpoint()
-        logits, labels = model.logits(examples, gating)
-        response_nll(logits, labels).sum().backward()
-        h_bar = model.probe([p for p, _ in examples])
-        found.append([logits, h_bar, *(p.grad for p in model.bank.live.values()), fingerprint(backbone)])
-        model.detach()
-    for other in found[1:]:
-        assert other[-1] == found[0][-1] and all(map(torch.equal, other[:-1], found[0][:-1]))
-
-
-def test_a_device_map_that_cannot_be_is_one_line(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for name, match in (("random:mistral-7b", "none to read"), ("tiny", "pip install accelerate")):
-        with refused(match):
-            load_backbone(name, "cpu", "auto")
-
-
 # ----------------------------------------------------------------------------------------------------- ftn.py
 
 
@@ -630,6 +622,7 @@ def shift_batch(n=24, seed=0):
 
 @pytest.mark.parametrize("cache", [2**17, 300, 1])  # one chunk, a few, one neuron at a time
 def test_private_mlps_are_the_literal_networks_and_gradients(double, monkeypatch, cache):
+    """A grid has the outputs and gradients of its private MLPs written out, in chunks of any size."""
     monkeypatch.setattr(ftn, "CACHE", cache)
     grid, (x, _) = small_grid(), shift_batch()
     theta = grid.theta.detach().clone().requires_grad_()
@@ -651,6 +644,7 @@ def test_private_mlps_are_the_literal_networks_and_gradients(double, monkeypatch
 
 @pytest.mark.parametrize("kernel, rounds", [(3, 1), (3, 15), (5, 2), (1, 0)])
 def test_smoothing_is_the_convolution_repeated_on_a_torus(double, kernel, rounds):
+    """Smoothing averages each logit with its neighbours, repeatedly, on a grid whose edges meet."""
     m = torch.randn(7, 7)
     literal = m.clone()
     reach = range(-(kernel // 2), kernel // 2 + 1)
@@ -664,6 +658,7 @@ def test_smoothing_is_the_convolution_repeated_on_a_torus(double, kernel, rounds
 
 
 def test_k_winners_breaks_ties_by_index_among_the_free():
+    """The k largest free logits win, ties go to the lower index, and a grid without k free is refused."""
     m = torch.tensor([0.0, 2.0, 1.0, 2.0, 1.0, 1.0])
     assert k_winners(m, 4).tolist() == [1, 2, 3, 4]
     free = torch.tensor([True, False, True, True, False, True])
@@ -701,6 +696,7 @@ def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bia
 
 
 def test_a_search_of_one_step_sees_only_signs_of_gradients():
+    """In a search of one step the sign of a neuron's gradient is its vote, and the size has no say."""
     torch.manual_seed(10)  # the eighth vote leads the ninth by 0.04, as an Adam step is a sign to 1e-4
     g, sizes = torch.randn(64), 10 ** torch.randn(64)
     search = SmoothKWTA(k=8, rounds=4)  # S = 1, eta = 1, as in classification
@@ -710,6 +706,7 @@ def test_a_search_of_one_step_sees_only_signs_of_gradients():
 
 
 def test_a_grown_grid_answers_old_masks_with_the_same_bits():
+    """A grid that has grown answers under old masks with the same bits, and their neurons stay locked."""
     grid, (x, _) = small_grid(), shift_batch()
     winners = torch.tensor([0, 5, 6, 15])
     commit_mask(grid, winners)
@@ -732,6 +729,7 @@ QKV = "q_proj", "k_proj", "v_proj"
 
 @pytest.mark.parametrize("make, names", [(micro_backbone, QKV), (micro_gpt2, ("c_attn",))])
 def test_the_pool_adds_equation_1_and_nothing_when_off(make, names):
+    """The pool adds sum_k m_k B_k A_k to every weight, Eq. (1), and changes no bit when it is off."""
     backbone = make()
     ids = torch.randint(0, 300, (3, 11))
     bare = backbone(ids).logits
@@ -786,6 +784,7 @@ def test_the_search_in_a_pool_is_algorithm_1_over_all_of_it():
     "decay, carried, kept", [(0.0, False, True), (0.01, False, False), (0.0, True, False)]
 )
 def test_unselected_components_move_only_by_decay_or_moments(decay, carried, kept):
+    """Components outside a mask get no gradient: only weight decay or old moments move them, Theorem D.1."""
     backbone = micro_backbone()
     _, pool = pool_on(backbone, ("q_proj",), b_std=0.1)
     live = {n: tuple(p.requires_grad_() for p in pair) for n, pair in pool.take(ALL).items()}
@@ -816,6 +815,7 @@ PAGES = {path: path.read_text() for path in (HERE / "README.md", *report.RESULTS
 
 
 def test_every_equation_has_a_function_and_a_test():
+    """The list that opens this file has a function and a test for every equation, and all of them exist."""
     numbers = collections.defaultdict(set)
     rows = re.findall(r"^(NIWF|FTN) (.*)\. (\w+\.py: .*)\n    (test_\w+)$", __doc__, re.MULTILINE)
     for paper, title, where, tests in rows:
@@ -833,6 +833,8 @@ def test_every_equation_has_a_function_and_a_test():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_every_link_anchor_and_picture_is_there(page):
+    """Every local link in the README and the pages of results leads to a file or heading that exists."""
+
     def slug(heading):  # as GitHub makes them
         return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
@@ -856,6 +858,7 @@ def commands(text):
 
 @pytest.mark.parametrize("command", commands(README), ids=" ".join)
 def test_every_command_of_the_readme_is_understood(command):
+    """Every command in the README is accepted by the program that it names, so a reader can copy it."""
     if command[0] == "python":
         module, *argv = command[2:] if command[1] == "-m" else (pathlib.Path(command[1]).stem, *command[2:])
         importlib.import_module(module).parse_options(argv)
@@ -867,6 +870,7 @@ def test_every_command_of_the_readme_is_understood(command):
 
 
 def test_every_option_that_the_readme_names_is_one_of_ours():
+    """Every option that the README names in its text exists in our programs, so none is out of date."""
     places = [*(HERE / f"{name}.py" for name in PROGRAMS), *(HERE / "plumbing").glob("*.py")]
     ours = "".join(place.read_text() for place in places)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
@@ -877,6 +881,7 @@ def test_every_option_that_the_readme_names_is_one_of_ours():
 
 
 def test_no_figure_that_was_measured_is_typed():
+    """The README holds no measured figure outside the blocks that a program writes, so none goes stale."""
     measured = r"\d\s*%|\d\.\d\d|±|\d\.\d+ (M|GB|GiB|nats|ms)\b"
     blocks = r"<!-- [\w-]+ -->.*?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)"
     made = re.sub(blocks, "", README, flags=re.DOTALL)
@@ -884,5 +889,6 @@ def test_no_figure_that_was_measured_is_typed():
 
 
 def test_the_readme_is_short():
+    """The README has at most 180 lines and 1,900 words, so that it can be read in ten minutes."""
     lines = README.splitlines()
     assert len(lines) <= 180 and max(map(len, lines)) < 130 and words_of(README) <= 1900

@@ -7,7 +7,8 @@
 they are drawn and aimed at the first task, as in one pass, and a region is fitted to each task's first
 prompts. *Refused* are prompts for which the background is likelier than any region or, as the paper's region
 has it, those outside the tau of the region that was chosen. --wide: by what the background's covariance is
-multiplied. --temperature: by what log-likelihoods are divided before they become probabilities.
+multiplied. --temperature: by what log-likelihoods are divided before they become probabilities. --coord-dim:
+d, the dimension of the coordinate.
 
 A task that has the instruction of another to the letter can hardly be told from it. So AUROC is given of all
 tasks, and of those whose instruction no other has.
@@ -67,12 +68,12 @@ def calibration_error(sure, right, bins=10):
 
 
 @torch.no_grad()
-def measure(fitted, asked, own, seed):
-    """fitted, asked: {task: h_bar}; own: the tasks whose instruction no other has. Return what is published
-    of one draw of the dynamics."""
+def measure(fitted, asked, own, d, seed):
+    """fitted, asked: {task: h_bar}; own: the tasks whose instruction no other has; d: the dimension of the
+    coordinate. Return what is published of one draw of the dynamics."""
     torch.manual_seed(seed)
     first = next(iter(fitted.values()))
-    dynamics = CoordinateDynamics(first.shape[1])
+    dynamics = CoordinateDynamics(first.shape[1], d)
     dynamics.standardise(first)
     dynamics.aim(first)
     regions = {task: Region.fit(dynamics(h)) for task, h in fitted.items()}
@@ -111,6 +112,8 @@ def main(argv=None):
     p.add_argument("--wide", type=number(float, 0, 100), nargs="+", default=[2.0], help="of the background")
     temperatures = dict(type=number(float, 0.01, 100), nargs="+", default=[field.TEMPERATURE])
     p.add_argument("--temperature", **temperatures, help="of the probabilities")
+    dimensions = dict(type=number(int, 1, 4096), nargs="+", default=[64])
+    p.add_argument("--coord-dim", **dimensions, help="of the coordinate")
     p.add_argument("--json", type=output_file, help="write what was measured to this file")
     args = p.parse_args(argv)
     backbone, tokenizer = load_backbone(args.backbone, "cpu")
@@ -121,11 +124,12 @@ def main(argv=None):
             {t: read(f"{args.data}/{t}.{part}.json", count, prompts == WHOLE) for t in TASKS}
             for part, count in (("train", FIT), (args.part, ASKED))
         )
-        for wide, temperature in itertools.product(args.wide, args.temperature):
+        for wide, temperature, d in itertools.product(args.wide, args.temperature, args.coord_dim):
             patches = {"background": functools.partial(background, wide=wide), "TEMPERATURE": temperature}
             with unittest.mock.patch.multiple(field, **patches):
-                each = [measure(fitted, asked, own, seed) for seed in range(args.seeds)]
-            rows[f"{prompts}, background x {wide:g}, temperature {temperature:g}"] = each
+                each = [measure(fitted, asked, own, d, seed) for seed in range(args.seeds)]
+            said = f"{prompts}, background x {wide:g}, temperature {temperature:g}"
+            rows[said + f", d {d}" * (d != 64)] = each
     names = [*each[0]]
     mean = lambda row, name: f"{statistics.mean(x[name] for x in row):.3f}"
     means = [[what, *(mean(row, name) for name in names)] for what, row in rows.items()]

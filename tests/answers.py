@@ -48,6 +48,7 @@ def test_the_drift_of_a_grown_bank_is_told_over_all_its_bases():
 
 
 def test_pieces_of_a_text_hold_no_half_of_a_character():
+    """The pieces of a streamed answer add up to its text, and none of them holds half of a character."""
     tokenizer = tiny_tokenizer()
     for text in ("naïve café 漢字 🙂", "  def f(x):\n    return  x , y !  \n", "🙂\n\n", " ", ""):
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -83,6 +84,7 @@ def test_the_python_of_the_readme_answers_as_the_program(two, tmp_path, monkeypa
 
 
 def test_a_sampled_answer_is_the_same_with_the_same_seed(first, capsys):
+    """The seed decides a sampled answer, and options that do not go together are refused in one line."""
     argv = ["--prompt", "Name a fruit.", *"--max-new-tokens 8 --temperature 1 --top-p 0.9 --seed".split()]
     text, note = asked(first, capsys, *argv, "0")
     assert asked(first, capsys, *argv, "0") == (text, note) and asked(first, capsys, *argv, "1")[0] != text
@@ -96,6 +98,7 @@ def talk_command(run, longest):
 
 
 def test_each_piped_prompt_is_answered_and_no_line_ends_it(two, capsys):
+    """Each piped prompt gets the answer it gets alone, and no bad command or broken UTF-8 ends the talk."""
     lines = b"Name three fruits.\n\n/use nobody\n/frob \x1b\n\xff\xed\xa0\x80\0 \x1b na\xc3\xafve\n"
     lines += b"/versions\n/use code\nHi.\n/base\nHi.\n/auto\nName three fruits."
     process = subprocess.run(talk_command(two, 5), input=lines, capture_output=True, timeout=600)
@@ -167,6 +170,7 @@ def test_a_talk_survives_ctrl_c_and_ends_when_told(chat):
 
 
 def test_all_tasks_are_measured_under_named_versions(two, tmp_path, capsys):
+    """Each named version is measured on all tasks, and the perplexities are those stored by training."""
     out, stored = copy_of(two, tmp_path), Run(two).manifest["results"][-1]["stored"]
     git(out, "compose alpaca code --weights 1 0 --name onlyA")
     how = "--version alpaca code onlyA --exact-match 3 --max-new-tokens 3 --json"
@@ -207,8 +211,8 @@ def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_count_of_memory_is_what_autograd_keeps(checkpointing):
-    """The same function counts tensors that have memory, and such that have none: of these, transformers
-    cannot see that a single sequence needs no mask."""
+    """Tensors without memory are counted like others, so a training's memory is known before it runs. On such
+    tensors transformers cannot see that a single sequence needs no mask, and counts one more."""
     counts = {}
     for mode in (contextlib.nullcontext(), memory.FakeTensorMode()):
         with mode:
@@ -224,6 +228,7 @@ def test_the_count_of_memory_is_what_autograd_keeps(checkpointing):
 
 
 def test_memory_is_counted_without_a_run_folder(tmp_path, capsys):
+    """The memory of a training is counted from its backbone alone, and a broken backbone is refused."""
     memory.main(["--backbone", "tiny", "--json", str(tmp_path / "m.json")])
     lines = capsys.readouterr().out.splitlines()
     rows = rows_in(tmp_path / "m.json")
@@ -273,6 +278,7 @@ def test_weights_of_versions_are_algorithm_1_written_out(five, count, kept):
 
 
 def test_bare_layers_are_computed_once_for_all_gatings():
+    """Versions that are compared on a text share a single pass of its bare layers, and no loss changes."""
     model = NIWF(micro_backbone(layers=3), pad_id=0, rank=3, alpha=5, bare=2)
     random_bank(model.bank, 6)
     layers, calls, examples = layers_of(model.backbone), [], random_examples(5)
@@ -315,6 +321,7 @@ def test_like_asks_who_has_the_lowest_loss(two, task, tmp_path, capsys):
 
 
 def test_the_bare_backbone_answers_if_it_loses_least(five, monkeypatch, capsys):
+    """The bare backbone answers if it fits the labelled records best, and every perplexity is printed."""
     run, model = opened(five)
     losses = {"t0": 3.0, "t1": 2.5, "the bare backbone": 2.0}
     monkeypatch.setattr(evaluation, "read_examples", lambda *_: random_examples(4))
@@ -324,6 +331,7 @@ def test_the_bare_backbone_answers_if_it_loses_least(five, monkeypatch, capsys):
 
 
 def test_a_found_composition_is_an_ordinary_one(two, tmp_path, capsys):
+    """A composition weighed on labelled records can be verified and asked, and moves no earlier version."""
     out = copy_of(two, tmp_path)
     run, model, tokenizer = open_run(out, "cpu")
     records = run.validation("code")[:3]
@@ -353,6 +361,7 @@ UNLIKE += [([RECORD | {"label": False}], "1 read")]
 
 @pytest.mark.parametrize("records, why", UNLIKE)
 def test_records_to_be_like_are_all_usable_or_refused(two, records, why, tmp_path):
+    """Records for --like are refused unless all of them can be used, and the run folder stays as it was."""
     (tmp_path / "few.json").write_text(json.dumps(records))
     for command, words in ((evaluate, "--prompt x --like"), (git, "compose --name new --like")):
         with refused(why, two):

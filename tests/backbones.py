@@ -1,6 +1,7 @@
 """Backbones: which modules are adapted, one fingerprint for any dtype, and what is refused in one line."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import re
@@ -109,8 +110,8 @@ def test_all_linear_modules_of_the_text_layers_are_adapted(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", USABLE)
 def test_rows_of_a_batch_have_gatings_of_their_own_everywhere(name):
-    """This holds where a module sees the tokens of all rows in one list, too, and decoding is what one pass
-    gives."""
+    """Each row of a batch has its own gating, also in a module that sees the tokens of all rows in one list,
+    and decoding gives what one pass gives."""
     backbone = micro_of(name)
     model = NIWF(backbone, 2, rank=2, targets=choose_targets(backbone, tiny_tokenizer()))
     random_bank(model.bank, 4)
@@ -150,7 +151,7 @@ class Routed(torch.nn.Module):
 
 
 def test_an_expert_that_sees_some_tokens_is_left_out_and_named():
-    """It cannot tell whose tokens they are, so it can have no gating of a sequence; by name it is refused."""
+    """An expert cannot tell whose tokens it sees, so it has no gating and is refused by name."""
     backbone = micro_backbone(VOCABULARY)
     for layer in backbone.model.layers:
         layer.mlp = Routed()
@@ -205,6 +206,7 @@ def test_a_backbone_that_pads_wrongly_is_refused(name, on_folder, tmp_path):
 
 
 def test_a_cache_that_does_not_work_is_refused_before_training():
+    """A backbone whose cache forgets earlier tokens is refused before training: it would answer wrongly."""
     backbone = micro_backbone(VOCABULARY)
     forward = backbone.forward
 
@@ -311,6 +313,7 @@ def test_a_gguf_of_llama_3s_shape_loads_with_its_own_tokens(on_folder, tmp_path,
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_a_checkpoint_has_one_fingerprint_in_any_type_and_place(dtype, tmp_path):
+    """A checkpoint keeps its fingerprint in another dtype, path or device map, so its runs still open."""
     pytest.importorskip("accelerate")
     backbone = micro_backbone(VOCABULARY)
     backbone.config.tie_word_embeddings = True
@@ -328,7 +331,7 @@ def test_a_checkpoint_has_one_fingerprint_in_any_type_and_place(dtype, tmp_path)
 
 @torch.no_grad()
 def test_a_checkpoint_that_was_tuned_has_another_fingerprint():
-    """It has another if hardly a weight moved, if one matrix did, or if its values only changed places."""
+    """A fingerprint differs if hardly a weight moved, if one matrix did, or if values only changed places."""
     plain, found = micro_backbone(), set()
     weight = lambda b: b.model.layers[1].mlp.down_proj.weight
     changes = [
@@ -349,7 +352,7 @@ def test_a_checkpoint_that_was_tuned_has_another_fingerprint():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_run_folders_with_an_older_fingerprint_are_accepted(dtype, first, tmp_path):
-    """It was made of 64 values a weight in the type of the training, which may be another now."""
+    """The older fingerprint, of 64 values a weight in the type of the training, still opens a run folder."""
     out, digest = copy_of(first, tmp_path), hashlib.sha256()
     run = Run(out)
     backbone, _ = load_backbone(run.manifest["backbone"]["name"], "cpu")
@@ -366,7 +369,7 @@ def test_run_folders_with_an_older_fingerprint_are_accepted(dtype, first, tmp_pa
 
 
 def test_a_run_trained_in_bfloat16_is_opened_in_float32(first, tmp_path, monkeypatch, capsys):
-    """The other way round works, too, since the manifest of both is the same."""
+    """A run trained in bfloat16 opens in float32 and the reverse, since both have the same manifest."""
 
     def in_bfloat16(name, *more):
         backbone, tokenizer = load_backbone(name, *more)
@@ -410,3 +413,36 @@ def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_
     train.main(micro("alpaca", out, "--backbone", str(place)))
     assert Run(out).manifest["backbone"]["name"] == str(place)
     assert "bit-identical on 32 of 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bare", [0, 2])
+def test_layers_on_disk_compute_the_same_bits(tmp_path, bare):
+    """Layers on disk give the logits, gradients and fingerprint of layers in memory, to the bit."""
+    pytest.importorskip("accelerate")
+    saved(micro_backbone(VOCABULARY, layers=4), tmp_path)
+    cpu = "model.layers.0", "model.layers.3", "model.norm", "model.rotary_emb"
+    disk = "model.layers.1", "model.layers.2", "model.embed_tokens", "lm_head"
+    places = dict.fromkeys(cpu, "cpu") | dict.fromkeys(disk, "disk")
+    examples, gating, found = random_examples(3), random_gating(3, 4 - bare, 4), []
+    for device_map, checkpointing in ((None, False), (places, False), (places, True)):
+        backbone, _ = load_backbone(str(tmp_path), "cpu", device_map)
+        assert any(p.is_meta for p in backbone.parameters()) == bool(device_map)
+        model = NIWF(backbone, pad_id=0, bare=bare)
+        random_bank(model.bank, 4)
+        if checkpointing:
+            model.checkpoint()
+        logits, labels = model.logits(examples, gating)
+        response_nll(logits, labels).sum().backward()
+        h_bar = model.probe([p for p, _ in examples])
+        found.append([logits, h_bar, *(p.grad for p in model.bank.live.values()), fingerprint(backbone)])
+        model.detach()
+    for other in found[1:]:
+        assert other[-1] == found[0][-1] and all(map(torch.equal, other[:-1], found[0][:-1]))
+
+
+def test_a_device_map_that_cannot_be_is_one_line(monkeypatch):
+    """A device map is refused in one line for random weights, and where accelerate is not installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name, match in (("random:mistral-7b", "none to read"), ("tiny", "pip install accelerate")):
+        with refused(match):
+            load_backbone(name, "cpu", "auto")

@@ -37,6 +37,7 @@ def a_prompt_for_each(folder):
 
 
 def test_in_a_browser_each_prompt_gets_its_own_version(two, of_two, browser):
+    """In the page each prompt is answered by its own version, and the note, plane and cells show it."""
     asked = a_prompt_for_each(two)
     browser.open(f"http://127.0.0.1:{port_of(of_two)}/")
     assert browser.run("document.querySelectorAll('.region').length") == len(asked) == 2

@@ -125,6 +125,7 @@ def check_tensors(folder, alike, twin):
 
 @pytest.mark.parametrize("name, kind", [*((n, k) for n in ("late", "mix") for k in MAKE), ("root", "gpt2")])
 def test_what_is_exported_is_the_version_at_its_mean_coordinate(tmp_path, name, kind):
+    """A LoRA or a merged model has the logits of its version at the region's mean coordinate."""
     backbone = MAKE[kind]()
     folder = exportable(tmp_path, backbone)
     alike, before = Alike(folder, backbone, name), snapshot_of(tmp_path / "backbone")
@@ -161,6 +162,7 @@ def test_an_adapter_opens_from_any_working_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", [[], ["--merged"]])
 def test_a_failed_or_killed_export_leaves_nothing(tmp_path, monkeypatch, more):
+    """An export that fails or is killed leaves nothing under its name, and the next attempt works."""
     folder, out = exportable(tmp_path), tmp_path / "out"
     before = snapshot_of(tmp_path)
 
@@ -205,6 +207,7 @@ def test_a_merged_export_that_would_answer_otherwise_is_refused(tmp_path):
 
 
 def test_a_bfloat16_checkpoint_in_parts_merges_in_float32(tmp_path, capsys):
+    """A bfloat16 checkpoint in several files is merged in float32, so the update is not rounded away."""
     backbone = micro_backbone(VOCABULARY).bfloat16()
     folder = exportable(tmp_path, backbone, max_shard_size="30KB")
     assert len([*(tmp_path / "backbone").glob("*.safetensors")]) > 2
@@ -295,6 +298,7 @@ def test_an_adapter_that_peft_would_rewrite_is_refused(tmp_path, monkeypatch, wi
 
 
 def test_without_peft_an_adapter_is_written_and_that_is_said(tmp_path, monkeypatch, capsys):
+    """Where peft is missing, an adapter is still written, and a line says that it was not tried."""
     monkeypatch.setitem(sys.modules, "peft", None)
     assert config_of(export(exportable(tmp_path), "late", tmp_path / "lora"))
     assert "not tried with peft" in capsys.readouterr().out
@@ -345,7 +349,7 @@ def test_an_export_says_what_it_is(tmp_path, name):
 
 
 def test_a_label_leaves_the_tensors_as_they_are(tmp_path):
-    """It does so however long it is, and what the metadata said before stays."""
+    """A label of any length in a file's metadata moves no tensor, and what the metadata said before stays."""
     tensors = {"a": torch.randn(3, 5), "b": torch.arange(7)}
     for length in range(12):
         save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
@@ -376,6 +380,7 @@ def test_a_card_has_the_keys_and_tags_of_peft(tmp_path):
 
 
 def test_vllm_is_told_a_rank_that_it_takes():
+    """The vLLM command of a card has the smallest allowed rank that suffices, or --merged if none does."""
     for rank, room in ((1, ["1"]), (4, ["8"]), (64, ["64"]), (65, ["128"]), (512, ["512"]), (513, [])):
         code = ways_to_open({"kind": "adapter", "task": "a", "rank": str(rank)}, "tiny", "FOLDER")["vLLM"]
         assert re.findall(r"--max-lora-rank (\S+)", code) == room and (room or "--merged" in code), rank
@@ -396,7 +401,7 @@ def hub(monkeypatch):
 
 
 def test_push_uploads_the_whole_export(tmp_path, hub, capsys):
-    """It makes a new repository private, and the card's commands name the repository."""
+    """A push uploads every file of an export to a private repository, which the card's commands name."""
     folder = exportable(tmp_path)
     out = export(folder, "late", tmp_path / "out", "--merged", "--push", "owner/name")
     (name, made), (files, how) = hub
@@ -409,6 +414,7 @@ def test_push_uploads_the_whole_export(tmp_path, hub, capsys):
 
 
 def test_an_adapter_is_pushed_only_for_a_public_backbone(tmp_path, hub, monkeypatch):
+    """An adapter is uploaded only if its backbone is on the Hub, as nobody else could open it otherwise."""
     folder, out = exportable(tmp_path), tmp_path / "out"
     with refused("--push.*--backbone.*--merged", tmp_path):
         export(folder, "late", out, "--push", "owner/name")
@@ -517,6 +523,7 @@ def test_an_exports_answers_are_those_of_the_version(exported, chat):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
 def test_a_server_that_has_the_export_answers_the_same(exported, capsys, strict, end):
+    """A server of the export gives all expected answers, even if it takes only OpenAI's parameters."""
     asked = []
     with serving(server_of(exported / "merged", asked, strict)) as at:
         ask(at + end, exported / "lora", "--model", "mine")
@@ -592,6 +599,7 @@ REPLIES = {  # what a server sends: what the one line says
 
 @pytest.mark.parametrize("kind", REPLIES)
 def test_a_bad_reply_is_one_clear_line(exported, monkeypatch, kind):
+    """A bad reply ends the check in one short, printable line that names the server and the fault."""
     reply, match = REPLIES[kind]
     if callable(reply):
         monkeypatch.setattr(expected, "WAIT", 0.3)
@@ -610,6 +618,7 @@ def test_a_bad_reply_is_one_clear_line(exported, monkeypatch, kind):
 
 
 def test_no_server_is_one_clear_line(exported):
+    """If no server listens at the address, one line says that the connection was refused."""
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         with refused("no answer.*refused"):
@@ -623,11 +632,13 @@ NO_REQUEST = "http://127.0.0.1:1/a b", "http://127.0.0.1:1/\r\nX: y", "http://\u
 
 @pytest.mark.parametrize("at", [*ADDRESSES, *NO_REQUEST])
 def test_no_address_of_a_server(exported, at):
+    """An address that is malformed, or not of a plain http server, is refused in a line that names --at."""
     with refused("--at" if at in NO_REQUEST else "--at.*give an address"):
         ask_server(at, exported / "lora" / "expected.json")
 
 
 def test_what_is_expected_is_read_whole_before_it_is_asked(exported, tmp_path):
+    """A damaged file of expected answers is refused by its name before the server is asked anything."""
     whole = config_of(exported / "lora", "expected.json")
     first, without = whole["answers"][0], lambda row, name: {k: row[k] for k in row if k != name}
     lies = [{"answers": lie} for lie in ([], {}, [without(first, "prompt")], [first | {"answer": None}])]

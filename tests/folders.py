@@ -23,6 +23,7 @@ from tests.builders import forked, git, micro_backbone, one_backbone, opened, ra
 
 
 def test_a_version_comes_back_bit_for_bit_under_its_own_name(tmp_path):
+    """A version is read back with the same bits and hash, and a damaged or missing file is refused."""
     phi = WeightField(2, 3, 4, 7)
     bases = {f"layers.{i}.m.{part}": torch.randn(3, 2, 6) for i in range(2) for part in "AB"}
     v = a_version_of(phi, CoordinateDynamics(5, 4), *a_region(4), bases)
@@ -48,6 +49,7 @@ def test_a_version_comes_back_bit_for_bit_under_its_own_name(tmp_path):
 
 
 def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
+    """A write that fails halfway leaves the old file whole, and nothing beside it."""
     (tmp_path / "f").write_text("old")
     with pytest.raises(OSError):
         with atomic(tmp_path / "f") as tmp:
@@ -58,6 +60,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
 
 @torch.no_grad()
 def test_what_no_gating_names_is_not_read(two):
+    """Only versions that a gating names are read from disk, so unused versions take no memory."""
     run, model = opened(two, micro_backbone(layers=3))
     parts = run.versions, model.bank.committed
     in_memory = lambda: [["tensors" in vars(x) for x in part] for part in parts]
@@ -70,6 +73,7 @@ def test_what_no_gating_names_is_not_read(two):
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 3), (1, 2, 1)])
 def test_bases_in_blocks_are_gathered_as_from_one_tensor(sizes):
+    """Bases gathered out of blocks have the bits that they have in a single tensor of all of them."""
     bank = FastBank(find_targets(one_backbone()), rank=3)
     for n in sizes:
         tensors = {key: torch.randn(n, *shape) for key, shape in bank.basis_shapes().items()}
@@ -85,6 +89,7 @@ def test_bases_in_blocks_are_gathered_as_from_one_tensor(sizes):
 
 
 def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
+    """After each of 200 random commands every remaining version gives the same logits, to the bit."""
     r, backbone, examples = random.Random(0), micro_backbone(layers=1), random_examples(3)
     folder, count = tmp_path / "run", iter(range(10**6))
     fake_commit(folder, "root", 0, backbone=backbone)
@@ -122,6 +127,7 @@ def test_200_random_commands_move_no_other_version_by_a_bit(tmp_path):
 
 
 def test_rollback_refuses_what_is_read_unless_cascading(micro, two, tmp_path):
+    """A version that others read is removed only by --cascade, and a task learned again has the same hash."""
     out, before = copy_of(two, tmp_path), Run(two).manifest
     with refused("alpaca is read by code; --cascade removes them too", out):
         git(out, "rollback alpaca")
@@ -137,6 +143,7 @@ def test_rollback_refuses_what_is_read_unless_cascading(micro, two, tmp_path):
 
 
 def test_branches_merge_as_if_trained_one_after_the_other(micro, first, two, tmp_path, capsys):
+    """A merge keeps all logits and perplexities of both branches, and a second merge changes nothing."""
     left, right = copy_of(two, tmp_path, "left"), copy_of(first, tmp_path, "right")
     data = HERE / "assets" / "data" / "code.val.json"
     train.main(micro("third", right, "--lock", "--data", data, "--seed", "3"))
@@ -151,6 +158,7 @@ def test_branches_merge_as_if_trained_one_after_the_other(micro, first, two, tmp
 
 
 def test_merge_refuses_what_does_not_belong_together(two, first, micro, tmp_path):
+    """Runs whose root, backbone or lock differ, or whose names clash, do not merge, and both stay whole."""
     other, (ours, clash, soft) = tmp_path / "other", (copy_of(first, tmp_path, name) for name in "abc")
     mine, foreign = (copy_of(two, tmp_path, name) for name in "de")
     train.main(micro("alpaca", other, "--seed", "9"))
@@ -168,6 +176,7 @@ def test_merge_refuses_what_does_not_belong_together(two, first, micro, tmp_path
 
 
 def test_verify_finds_a_flipped_bit_and_a_moved_field(two, tmp_path, capsys):
+    """Verify names the version whose file has a flipped bit, or whose field has moved at its anchors."""
     git(two, "verify")
     assert capsys.readouterr().out.count(" ok") == 2
     out = copy_of(two, tmp_path)
@@ -188,6 +197,7 @@ def test_verify_finds_a_flipped_bit_and_a_moved_field(two, tmp_path, capsys):
 
 
 def test_show_log_and_names(two, tmp_path, capsys):
+    """Log and show describe every version, and an unknown, too short or taken name is refused."""
     out = copy_of(two, tmp_path)
     git(out, "compose alpaca code --weights .5 .5 --name AB")
     git(out, "log")
@@ -215,6 +225,7 @@ def test_show_log_and_names(two, tmp_path, capsys):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_sigkill_at_any_moment_leaves_the_state_before_or_after(tmp_path):
+    """A command killed at any moment leaves the run as before or after it, and no version is lost."""
     base, branch = tmp_path / "base", tmp_path / "branch"
     fake_commit(base, "root", 0)
     shutil.copytree(base, branch)

@@ -613,6 +613,7 @@ def untouched(world):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_damage_on_disk_is_refused_and_no_byte_changes(base, world, case):
+    """Commands refuse a damaged run folder in one line that names the damaged part, and change no byte."""
     case.damage(world / case.folder)
     with untouched(world):
         for command in case.commands.split():
@@ -621,6 +622,7 @@ def test_damage_on_disk_is_refused_and_no_byte_changes(base, world, case):
 
 @pytest.mark.parametrize("case", OPTIONS, ids=lambda case: case[0])
 def test_impossible_options_are_refused_and_touch_nothing(base, world, case):
+    """An option that cannot be is refused in one line, and no file is made, changed or lost."""
     _, program, arguments, match = case
     if program == "train":
         arguments = [*fuzz.options(base, "third", world / "run", "--lock"), *arguments]
@@ -638,6 +640,7 @@ NO_DATA += [json.dumps([{**RECORD, "output": "é"}], ensure_ascii=False).encode(
 
 @pytest.mark.parametrize("text", NO_DATA, ids=named)
 def test_data_that_cannot_be_learned_is_refused(base, world, text):
+    """Data without usable records is refused in one line, and no run folder is made or changed."""
     content("mine.json", text)(world)
     with untouched(world):
         for out, option in (("run", "--data"), ("new", "--val-data")):
@@ -647,6 +650,7 @@ def test_data_that_cannot_be_learned_is_refused(base, world, text):
 
 @pytest.mark.parametrize("name, damage", BACKBONES, ids=[name for name, _ in BACKBONES])
 def test_an_untrusted_backbone_is_refused_and_never_run(base, world, name, damage):
+    """A backbone that is damaged or brings its own Python is refused, and none of its code is run."""
     shutil.copytree(base / "backbone", world / "backbone")
     damage(world / "backbone")
     with untouched(world):
@@ -663,6 +667,7 @@ COMMANDS = "log verify show rollback compose export merged merge into eval answe
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_works_and_touches_only_our_files(base, world, command):
+    """Every command works beside files of strangers, and writes only files that belong to it."""
     folder = world / {"merge": "other", "resume": "halted"}.get(command, "run")
     before = fuzz.snapshot(world)
     works(*argv_of(command, base, folder))
@@ -671,6 +676,7 @@ def test_every_command_works_and_touches_only_our_files(base, world, command):
 
 
 def test_our_older_results_are_overwritten(base, world):
+    """Results that we wrote earlier are written anew, and a refused training leaves no new folder."""
     for _ in range(2):
         works("eval", ["--run", "run", "--json", "results.json", "--device", "cpu"])
     assert json.loads((world / "results.json").read_text())["rows"][0]["tasks"] == ["alpaca", "code"]
@@ -679,7 +685,8 @@ def test_our_older_results_are_overwritten(base, world):
 
 
 def test_a_command_that_writes_tidies_up_what_is_ours(base, world):
-    """It moves versions aside that nothing names, and sweeps our temporary files; one that reads does not."""
+    """A command that writes moves unnamed versions aside and sweeps our temporary files; one that reads does
+    neither."""
     run, stranger = world / "run", world / "other" / version_path(world / "other", 1)
     unnamed = {f"{'1' * 64}.safetensors": b"whatever", stranger.name: stranger.read_bytes()}
     ours = [".manifest.json", f"versions/.{'1' * 64}.safetensors", "data/.code.val.json"]
@@ -696,6 +703,7 @@ def test_a_command_that_writes_tidies_up_what_is_ours(base, world):
 
 
 def test_merge_copies_the_files_of_its_tasks_and_no_others(base, world):
+    """A merge brings the data of its tasks, and overwrites none of a task whose name begins alike."""
     ours, theirs = world / "first" / "data", world / "other" / "data"
     files = lambda: {p.name: p.read_bytes() for p in ours.iterdir() if p.is_file()}
     more = ["--lock", "--data", base / "data" / "code.json"]
@@ -722,6 +730,7 @@ def test_a_training_that_is_no_longer_finite_is_refused(base, world, more, match
 @pytest.mark.parametrize("name", ["a\tb", "a\nb", "a\x7fb", "a\udcff", "a 'b' \u2028"], ids=ascii)
 @pytest.mark.parametrize("option", ["--out", "--backbone"])
 def test_a_folder_of_any_name_is_refused_or_can_be_used_again(base, world, option, name):
+    """A folder with an odd name is refused and nothing changes, or later commands can open it again."""
     shutil.copytree(base / "backbone", world / name) if option == "--backbone" else None
     before = fuzz.snapshot(world)
     outcome, text = fuzz.run_command("train", fuzz.options(base, "third", "new", option, name))
@@ -732,6 +741,7 @@ def test_a_folder_of_any_name_is_refused_or_can_be_used_again(base, world, optio
 
 
 def test_a_stopped_first_training_is_a_run_and_goes_on(base, world):
+    """A stopped first training leaves a readable run, and goes on to the outcome of an undisturbed run."""
     command = fuzz.options(base, "alpaca", "new")
     with fuzz.quiet():
         fuzz.interrupted(command, 2)
@@ -742,5 +752,6 @@ def test_a_stopped_first_training_is_a_run_and_goes_on(base, world):
 
 
 def test_100_damaged_run_folders(tmp_path):
+    """In 100 cases of random damage a command works or refuses in one line, and no file is lost."""
     counts, wrong = fuzz.fuzz(100, 0, tmp_path)
     assert not wrong, "\n".join(wrong)

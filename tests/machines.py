@@ -28,7 +28,8 @@ def says_in_one_line(code, err, match):
 
 @pytest.mark.parametrize("program", ["commit", "train", "eval", "synthetic"])
 def test_ctrl_c_while_torch_is_imported_is_one_line(program, tmp_path):
-    """A module in torch's place says when its import has begun, and does not end."""
+    """Ctrl-C ends a program in one line while torch is being imported; a module in its place says when that
+    has begun."""
     (tmp_path / "torch.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)")
     how = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     how["env"] = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -40,6 +41,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(program, tmp_path):
 
 
 def test_a_closed_pipe_ends_a_command_without_a_word(two):
+    """A command whose reader has gone, as with `| head`, ends without printing an error."""
     command = [sys.executable, str(HERE / "commit.py"), "log", "--run", str(two)]
     ours, its = os.pipe()
     os.close(ours)
@@ -50,6 +52,7 @@ def test_a_closed_pipe_ends_a_command_without_a_word(two):
 
 @pytest.mark.parametrize("program", ["train", "synthetic"])
 def test_without_a_terminal_no_bar_is_drawn(program, micro, tmp_path, monkeypatch, capsys):
+    """Where the output is no terminal, no bar is drawn, and the last step is told in a plain line."""
     monkeypatch.chdir(tmp_path)
     argv = "--variant clf --methods fixedmask --tasks 2 --steps 5".split()
     if program == "train":
@@ -75,6 +78,7 @@ GROUPS["eval"] = ["options", "what is measured", "answers"]
 
 @pytest.mark.parametrize("command", GROUPS)
 def test_help_explains_every_option_and_has_an_example(command, monkeypatch, capsys):
+    """The --help of every command explains each option, states numeric defaults, and shows examples."""
     program, *argv = command.split()
     module = importlib.import_module(program if program in PROGRAMS else f"studies.{program}")
     asked, show = [], Parser.print_help
@@ -94,6 +98,7 @@ def test_help_explains_every_option_and_has_an_example(command, monkeypatch, cap
 
 
 def test_make_tiny_explains_itself_too():
+    """The study that makes the tiny model has a --help with an example, too."""
     command = [sys.executable, "-m", "studies.make_tiny", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=HERE).stdout
     assert "python -m studies.make_tiny --data-only" in text
@@ -129,6 +134,7 @@ def test_a_full_disk_is_one_line_and_the_training_goes_on_later(base, world):
 
 @pytest.mark.skipif(not resource, reason="no limits here")
 def test_little_memory_is_one_line(base, world):
+    """A training that gets too little memory ends in one line that says so, and no file changes."""
     command = fuzz.options(base, "third", world / "new", *"--rank 4096 --bases 4096 --top-k 1".split())
     with untouched(world):
         process = train_limited(command, resource.RLIMIT_DATA, 2**31)
@@ -145,6 +151,7 @@ def only_readers_work(base, world, match, system=False):
 
 
 def test_a_run_folder_that_cannot_be_written_is_one_line(base, world):
+    """In a read-only run folder, commands that write are refused in one line, and those that read work."""
     folders = [world / "run" / part for part in (".", "versions", "data")]
     for folder in folders:
         folder.chmod(0o555)
@@ -159,6 +166,7 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(base, world):
 
 @pytest.mark.skipif(not importlib.util.find_spec("fcntl"), reason="no fcntl here")
 def test_a_second_process_is_refused_until_the_first_ends(base, world):
+    """While a process writes to a run folder others may read it, but not write until it has ended."""
     run, hold = ascii(str(world / "run")), "print(flush=True), time.sleep(600)"
     script = f"import commit, time\nwith commit.Run({run}).exclusive(): {hold}"
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=HERE)

@@ -61,6 +61,7 @@ def test_one_pass_chooses_the_gating_that_a_probe_would(make):
 
 
 def test_layers_below_are_bare_and_have_no_backward_pass():
+    """Bare layers have no bases, give the backbone's bits, and cost no backward pass in training."""
     model, ((prompt, response),) = upper_model(), random_examples(1)
     assert not any(".layers.0." in name for name in model.bank.shapes) and model.bank.layers == 1
     graphs, ids = [], torch.tensor([prompt + response])
@@ -74,6 +75,7 @@ def test_layers_below_are_bare_and_have_no_backward_pass():
 
 
 def test_what_goes_wrong_on_the_way_leaves_no_hook():
+    """An error while the gating is chosen leaves no hook and no gating, so the next pass is bare."""
     model, prompts = upper_model(), [[5, 6, 7]]
     bare = model.backbone(torch.tensor(prompts)).logits
 
@@ -138,6 +140,7 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("more", IMPOSSIBLE)
 def test_passes_that_cannot_be_are_refused(micro, tmp_path, more):
+    """A probe, template or number of bare layers that cannot work is refused before a folder is made."""
     with refused(IMPOSSIBLE[more], tmp_path / "run"):
         train.main(micro("alpaca", tmp_path / "run", *more.split()))
 
@@ -160,6 +163,7 @@ def test_without_bare_lower_layers_two_passes_are_advised():
 
 @torch.no_grad()
 def test_an_export_of_upper_layers_is_an_ordinary_lora(two, tmp_path):
+    """The LoRA of a version with bare lower layers opens in peft, and has the version's logits."""
     peft = pytest.importorskip("peft")
     git(two, "export code --to", tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())

@@ -98,7 +98,7 @@ def test_prompt_and_response_are_the_whole_text_cut(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ordinary_texts_have_the_tokens_they_have_together(family):
-    """They are as the tokenizer itself reads them, where no token covers the end of the prompt."""
+    """Prompt and answer have the tokens of their whole text, unless a token covers the end of the prompt."""
     tokenizer = FAMILIES[family]()
     tokenizer.chat_template = INST
     for answer in ("Hello there.", "3 tags", "日本"):
@@ -113,8 +113,8 @@ def test_ordinary_texts_have_the_tokens_they_have_together(family):
 
 
 def test_a_users_text_names_no_control_token_anywhere():
-    """It names none in a history, in tools or in the arguments of a call; the template's own stay what they
-    are."""
+    """A user's text never becomes a control token, in a history, in tools or in arguments of a call; the
+    template's own control tokens stay what they are."""
     calls = CHAT.replace("{{ m.content | trim", "{{ (m.tool_calls or []) | tojson }}{{ m.content | trim")
     tokenizer = chat_tokenizer("{{ tools | tojson }}" + calls)
     call = {"type": "function", "function": {"name": "f", "arguments": {END: ["</s>", {"x": "<s>"}]}}}
@@ -131,7 +131,8 @@ def test_a_users_text_names_no_control_token_anywhere():
 
 
 def test_a_control_token_called_ordinary_is_still_text():
-    """Only its role, EOS say, tells that it steers; what cannot be told apart is refused in one line."""
+    """A control token is known by its role, EOS say, where it is not marked as special; a tokenizer in which
+    text and token cannot be told apart is refused in one line."""
     about = json.loads(chat_tokenizer().backend_tokenizer.to_str())
     for token in about["added_tokens"]:
         token["special"] = False
@@ -147,6 +148,7 @@ def test_a_control_token_called_ordinary_is_still_text():
 
 
 def test_alpaca_has_no_place_for_a_history_or_tools():
+    """Under --template alpaca a record with a history or tools is refused, as they would be lost."""
     tokenizer = chat_tokenizer()
     for more in ({"history": messages("Be kind.", first="system")}, {"tools": [{"name": "f"}]}):
         with refused("'Say hello.' has (history|tools).*--template chat takes it"):
@@ -155,8 +157,8 @@ def test_alpaca_has_no_place_for_a_history_or_tools():
 
 
 def test_a_refusal_quotes_the_users_text_alone():
-    """It hides the texts by which the end of a turn is found; a template that insists on a system message is
-    no reason to refuse."""
+    """A refusal hides the texts by which the end of a turn is found, and a template that insists on a system
+    message is not refused."""
     record = {"instruction": f"Mine {END}", "output": "Done."}
     for template in ("{{ raise_exception('no ' + messages[-1].content) }}", "{{ messages | length }}" + CHAT):
         with pytest.raises(Refused) as refused:
@@ -237,7 +239,7 @@ def test_a_run_keeps_the_day_of_its_first_task(learn_by_chat, tmp_path, monkeypa
 
 
 def test_without_a_day_in_its_template_a_run_has_none(learn_by_chat, tmp_path, monkeypatch):
-    """Two days give the same versions."""
+    """A run whose template asks for no day stores none, so that two days give the same versions."""
     for template in CHAT, None:
         runs = []
         for day in (1, 2):
@@ -248,6 +250,7 @@ def test_without_a_day_in_its_template_a_run_has_none(learn_by_chat, tmp_path, m
 
 
 def test_a_run_folder_older_than_its_day_goes_on(learn_by_chat, tmp_path, monkeypatch):
+    """A run folder without a stored day takes the day of its first version, and refuses any other."""
     out = tmp_path / "run"
     set_clock(monkeypatch, 2026, 11, 28, 9)
     with monkeypatch.context() as m:

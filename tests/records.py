@@ -74,6 +74,7 @@ PLACES = ["list.json", "lines.jsonl", "lines.json", "windows.txt", "pretty.jsonl
 
 @pytest.mark.parametrize("name", PLACES)
 def test_records_of_all_forms_come_in_a_list_or_in_lines(tmp_path, name):
+    """Every form of record is read alike from a list, from lines, and from an object that has the list."""
     rows = [row for row, _ in FORMS]
     empty_line = "\r\n\r\n" if name == "windows.txt" else "\n\n"
     text = empty_line.join(json.dumps(r, ensure_ascii=False, indent=name[:1] == "p" or None) for r in rows)
@@ -138,6 +139,7 @@ BAD_RECORDS = [
 
 @pytest.mark.parametrize("bad, message", BAD_RECORDS)
 def test_a_bad_record_is_named_by_its_number_and_its_line(tmp_path, bad, message):
+    """A record that cannot be used in full is refused with its number, its line and the fault."""
     lines = f"{json.dumps(RECORD)}\n\n{json.dumps(bad)}"
     for text, where in ((json.dumps([RECORD, bad]), "record 2"), (lines, r"record 2 \(line 3\)")):
         (tmp_path / "bad.jsonl").write_text(text)
@@ -152,6 +154,7 @@ LINE = json.dumps(RECORD)
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_file_is_read_in_every_unicode_encoding(tmp_path, encoding):
+    """A file in UTF-8, UTF-16 or UTF-32 gives the same records, with byte order marks or without."""
     (tmp_path / "x").write_bytes(TEXT.encode(encoding))
     assert read_records(tmp_path / "x")[0]["output"] == "Grüße"
     joined = f"\ufeff{LINE}\r\n\r\n\ufeff{LINE}\r{LINE}\n"
@@ -190,6 +193,7 @@ NOT_RECORDS = [
 
 @pytest.mark.parametrize("data, message", NOT_RECORDS)
 def test_a_file_of_another_format_is_refused_by_its_name(tmp_path, data, message):
+    """A file that holds no records is refused by its name, and the line gives the reason."""
     path = tmp_path / "x"
     if data is not None:
         data(path) if callable(data) else path.write_bytes(data)
@@ -223,6 +227,7 @@ def say(n, answer="Hello."):
 
 
 def test_every_record_read_is_accounted_for(tmp_path, capsys):
+    """Each record read is counted once, as used or as left out, and no validation prompt is trained on."""
     rows = [say(i) for i in range(90)] + [say(0), say(1)] + [say(0, " "), say(95, "")]
     rows += [say(i, "word " * 99) for i in range(96, 99)] + [{**say(i), "label": False} for i in range(3)]
     examples, held, line = divided(tmp_path, capsys, rows)

@@ -24,6 +24,7 @@ DATA = HERE / "assets" / "data"
 
 @pytest.mark.parametrize("task", ["alpaca", "code"])
 def test_embedded_sets_are_what_the_readme_says(task):
+    """The embedded data has 4,000 training and 400 validation records or more, which share no prompt."""
     sets = {side: read_records(DATA / f"{task}.{side}.json") for side in ("train", "val")}
     train, val = ({(r["instruction"], r["input"]) for r in records} for records in sets.values())
     assert len(train) >= 4000 and len(val) >= 400 and not train & val
@@ -34,6 +35,7 @@ def test_embedded_sets_are_what_the_readme_says(task):
 
 
 def test_the_tiny_tokenizer_gives_back_any_text():
+    """The tiny tokenizer gives back any text as it was, with its spaces, line ends and rare characters."""
     tokenizer = tiny_tokenizer()
     for text in ("def f(x):\n    return  x", "naïve 漢字 🙂\r\n\t", " two  spaces ", "### Instruction:\n"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
@@ -49,6 +51,7 @@ def test_rows_that_train_differently_have_run_folders_of_their_own():
 
 
 def test_pictures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys):
+    """Pictures are drawn from files of results, or a line says why not, and no stranger's file is lost."""
     monkeypatch.chdir(tmp_path)
     synthetic.main(["--variant", "clf", "--methods", "ftn-slow", "--steps", "2", "--json", "out.json"])
     with monkeypatch.context() as m:
@@ -83,6 +86,7 @@ def test_the_table_of_architectures_judges_each_family(tmp_path, capsys):
 
 
 def test_losses_of_a_resumed_training_replace_the_lost_ones(tmp_path):
+    """Losses of steps that a resumed training repeats replace those that were logged before it was killed."""
     lines = [{"task": "a"}, *({"step": i, "lm": i} for i in (1, 2, 3)), {"task": "a", "start": 2}]
     lines += [{"step": 3, "lm": 0.30004}, {"task": "b"}, {"step": 1, "lm": 7}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -102,6 +106,7 @@ def run_variants(table, rows, micro, tmp_path, data=CHOOSE):
 
 
 def test_every_variant_is_another_training(micro, tmp_path, capsys):
+    """Each patched row of a table trains to a loss of its own, and a second call trains nothing again."""
     rows = ["NIWF, N 16, K 8", *(name for name, row in variants.CHOICES.items() if row.patch)]
     found = run_variants("choose", rows, micro, tmp_path, CHOOSE[:2])
     losses = [found[name]["R"]["stored"][0][0] for name in rows]
@@ -126,6 +131,7 @@ def test_two_task_rows_keep_or_lose_what_they_must(micro, tmp_path):
 
 
 def test_variants_remove_nothing_and_refuse_a_damaged_row(micro, tmp_path, capsys):
+    """A study removes no file that it did not make, and refuses a damaged row by its name."""
     place = tmp_path / "v" / "publish" / "0"
     mine = place / "then---lock-exact.part" / "mine.txt"
     mine.parent.mkdir(parents=True)
@@ -140,6 +146,7 @@ def test_variants_remove_nothing_and_refuse_a_damaged_row(micro, tmp_path, capsy
 
 
 def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
+    """A part that a row of the soft lock's table freezes does not move, and every other part does."""
     found = run_variants("soft-lock", [*variants.SOFT_LOCK], micro, tmp_path)
     for name in variants.SOFT_LOCK:
         drift, ((before, _), (now, _)) = found[name]["drift"]["alpaca"], found[name]["R"]["stored"]
@@ -150,6 +157,7 @@ def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
 
 
 def test_what_else_keeps_a_task_is_trained_and_asked_as_it_says(micro, tmp_path):
+    """Rows with replay train on more records, and rows that sum LoRAs are asked without any routing."""
     rows = ["one, replay of 5 %", "one, EWC 10000", "O-LoRA, 0.5", "mean of one a task"]
     found = run_variants("fair", rows, micro, tmp_path, data=[])
     sizes = {name: row["config"]["code"]["examples"] for name, row in found.items()}
@@ -169,6 +177,7 @@ def tables_of_pages():
 
 
 def test_pages_are_what_the_files_of_results_say():
+    """The pages of results and the README's blocks are up to date, and use every file of results."""
     reader = report.Reader()
     for path, text in report.results_pages(reader).items():
         assert path.read_text() == text, path
@@ -178,6 +187,7 @@ def test_pages_are_what_the_files_of_results_say():
 
 
 def test_every_name_is_used_by_a_page():
+    """Every name, column and kind of table that is defined for the pages of results is used there."""
     text = "".join(path.read_text() for path in names.PAGES.glob("*.md"))
     said = {*re.findall(r"[\w.-]+", " ".join(re.findall(r"\{([^{}\n]+)\}", text)))}
     assert {*names.OTHERS} | {*names.FUNCTIONS} <= said
@@ -200,6 +210,7 @@ def test_a_figure_is_measured_and_not_typed():
 
 
 def test_the_page_of_results_answers_in_two_minutes():
+    """The page of results is short, links each of its ten findings, and gives every claim a known verdict."""
     text = (report.RESULTS / "README.md").read_text()
     assert words_of(text) <= 1700
     first, findings, claims = re.split(r"^## .*$", text, flags=re.MULTILINE)
@@ -223,6 +234,7 @@ def words_of(text):
 
 
 def test_a_verdict_follows_the_rule():
+    """A claim holds if all seeds meet it, fails if none does, and is open if there is a single seed."""
     rows = {"good": [1.0, 2.0, 3.0], "bad": [4.0, 5.0, 6.0], "mixed": [0.0, 9.0, 0.0], "one": [7.0]}
     read = lambda name: {"rows": {key: {"x": value} for key, value in rows.items()}}[name]
     name = lambda key: f"rows/{key}/x"
@@ -239,6 +251,7 @@ def test_a_verdict_follows_the_rule():
 
 
 def test_rows_of_one_table_were_measured_on_the_same_items():
+    """Rows of a table share the bare model's perplexity for a seed and task, so they can be compared."""
     for kind, files in tables_of_pages():
         if kind in ("one-task", "two-tasks"):
             rows = [row for name in files for row in report.read_results(name)["rows"].values()]
@@ -249,6 +262,7 @@ def test_rows_of_one_table_were_measured_on_the_same_items():
 
 @pytest.mark.skipif(os.name != "posix" or not shutil.which("bash"), reason="no bash here")
 def test_remake_runs_the_commands_that_results_name(tmp_path):
+    """`studies/remake` runs exactly the commands that files of results name, so all can be made again."""
     python = tmp_path / "python"  # writes down how it is called
     python.write_text('#!/usr/bin/env bash\nprintf "%q " python "$@" >> called\necho >> called\n')
     python.chmod(0o755)
@@ -268,6 +282,7 @@ def test_remake_runs_the_commands_that_results_name(tmp_path):
 
 
 def test_a_file_of_results_with_other_rows_is_refused_by_name(tmp_path, monkeypatch):
+    """A file of results whose rows have another shape is refused by its name, without a traceback."""
     damaged = {}
     for kind, name in ((kind, name) for kind, files in tables_of_pages() for name in files):
         content = report.read_results(name)
@@ -291,7 +306,7 @@ def test_a_file_of_results_with_other_rows_is_refused_by_name(tmp_path, monkeypa
 
 @pytest.mark.parametrize("program, name, rows", [(report, "baselines", {}), (pictures, "regions", [{}])])
 def test_a_damaged_file_of_results_is_one_line(program, name, rows, tmp_path, monkeypatch):
-    """It is one line also where the file is one of many that a page or a picture is made of."""
+    """A damaged file of results is refused in one line, also as one of many of a page or a picture."""
     results = shutil.copytree(report.RESULTS, tmp_path / "results")
     damaged = json.dumps(report.read_results(f"tiny-{name}") | {"rows": rows})
     (results / f"tiny-{name}.json").write_text(damaged)

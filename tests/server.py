@@ -229,6 +229,7 @@ def is_refused(reply, status):
 
 @pytest.mark.parametrize("name,raw,status", HOSTILE, ids=[name for name, *_ in HOSTILE])
 def test_a_hostile_request_is_one_line_and_the_server_serves_on(echo, capfd, name, raw, status):
+    """A hostile request gets OpenAI's error object, in one line, and the server answers the next request."""
     before = echo.answers.answered
     is_refused(send(echo, here(raw, echo)), status)
     assert echo.answers.answered == before, "a refused request was answered"
@@ -239,6 +240,7 @@ def test_a_hostile_request_is_one_line_and_the_server_serves_on(echo, capfd, nam
 
 @pytest.mark.parametrize("raw", [b"", b"\r\n", b"GE", b"GET / HTTP/1.1\r\nHo"])
 def test_half_a_request_is_told_so(echo, no_noise, raw):
+    """A client that sends half a request is told so, and the server answers the next request."""
     nothing = [] if raw.strip() else [IndexError, ConnectionError]  # of no request it may not be told
     with contextlib.suppress(*nothing):
         is_refused(send(echo, raw, end=True), (400, 403))
@@ -247,6 +249,7 @@ def test_half_a_request_is_told_so(echo, no_noise, raw):
 
 
 def test_a_slow_request_is_ended(echo, monkeypatch, no_noise):
+    """A request whose bytes come too slowly is ended with status 408, so that it cannot hold its place."""
     monkeypatch.setattr(server, "PATIENCE", 0.5)
     raw = here(post(say(), Content_Length=1000), echo)
     with socket.create_connection(echo.server_address[:2], timeout=300) as connection:
@@ -264,6 +267,7 @@ def test_a_slow_request_is_ended(echo, monkeypatch, no_noise):
 
 
 def test_a_thousand_connections_leave_room_for_one_that_asks(echo, no_noise):
+    """Beside a thousand idle connections a request is answered, and the server's threads stay few."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = 4096 if limits[1] == resource.RLIM_INFINITY else min(4096, limits[1])
@@ -330,6 +334,7 @@ def streamed(events):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_answer_is_what_eval_py_prints_and_says_who_gave_it(two, of_two, monkeypatch, capsys, text):
+    """The server gives the text of eval.py, whole or streamed, and names the version that gave it."""
     load_in_double(monkeypatch)
     shown, note = asked(two, capsys, "--prompt", text, "--max-new-tokens", "5")
     found = ask(of_two, say(text, frobnicate=[1], user=None, temperature=None))
@@ -349,7 +354,7 @@ def test_an_answer_is_what_eval_py_prints_and_says_who_gave_it(two, of_two, monk
 
 
 def test_every_version_and_composition_is_a_model(two, tmp_path, monkeypatch, capsys):
-    """Each is asked by its name, its hash or the beginning of that, and answers as eval.py prints."""
+    """Each version and composition is asked by name, hash or its start, and answers as eval.py prints."""
     load_in_double(monkeypatch)
     out = copy_of(two, tmp_path)
     git(out, "compose alpaca code --weights .5 .5 --name AB")
@@ -397,6 +402,7 @@ STOPS = [("abcabd.", ["abd"]), ("aaab", ["aab"]), ("xyz", ["zz"]), ("", ["a"]), 
 
 @pytest.mark.parametrize("text, stops", STOPS)
 def test_pieces_are_held_back_while_they_may_begin_a_stop(text, stops):
+    """A streamed text ends before its first stop, however it is cut into pieces, and loses nothing else."""
     places = [text.index(stop) for stop in stops if stop in text]
     for cuts in itertools.product(("", "|"), repeat=max(len(text) - 1, 0)):
         pieces, sent = "".join(map("".join, zip(text, (*cuts, "")))).split("|"), []
@@ -421,6 +427,7 @@ def test_a_chat_is_written_in_the_run_s_own_template(of_two, of_chat):
 
 
 def test_prompt_and_answer_must_fit_into_the_context(of_chat):
+    """A prompt longer than the context is refused with OpenAI's code, and an answer stops at its limit."""
     for long in ("x " * 3000, "a" * 900_000):
         assert ask(of_chat, say(long))["error"]["code"] == "context_length_exceeded"
     found = ask(of_chat, say("x", model="base", max_tokens=10**6))
@@ -428,6 +435,7 @@ def test_prompt_and_answer_must_fit_into_the_context(of_chat):
 
 
 def test_the_public_openai_client_is_answered(two, of_two):
+    """OpenAI's own client lists models, gets answers whole and streamed, and raises its own errors."""
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port_of(of_two)}/v1", api_key="none", max_retries=0)
     assert [m.id for m in client.models.list()][:2] == ["auto", "base"]
@@ -448,6 +456,7 @@ def test_the_public_openai_client_is_answered(two, of_two):
 
 
 def test_the_page_asks_nobody_else_and_makes_no_html(echo):
+    """The page loads nothing from elsewhere and makes no HTML of a text, so an answer cannot run code."""
     status, headers, body = get("/?x", found=echo)
     page, policy = body.decode(), headers["Content-Security-Policy"]
     assert status == 200 and headers["Content-Type"].startswith("text/html")
@@ -490,6 +499,7 @@ def test_the_plane_is_where_means_differ_most(double):
 
 
 def test_the_server_opens_where_it_says_and_ends_in_one_line(two, capsys):
+    """The server opens at the address it prints, and a taken port, a bad option or Ctrl-C gives one line."""
     command = [sys.executable, str(HERE / "eval.py"), *"--web --port 0 --device cpu --run".split(), str(two)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -53,6 +53,7 @@ def nothing_moved(out):
 
 @pytest.mark.parametrize("variant, inputs, centre", [("clf", "uniform", 0.5), ("reg", "gaussian", 0.0)])
 def test_every_task_has_the_same_inputs_and_targets_of_its_own(variant, inputs, centre):
+    """Tasks share inputs and differ in targets, and training, search and test share no point."""
     row = StudyRow(variant, "nomask", 5, inputs=inputs)
     world, again = row.world(), row.world()
     batches = [world.batch(t, 4000, synthetic.generator("x")) for t in range(3)]
@@ -85,6 +86,7 @@ DISJOINT += [("clf", "gaussian", "ftn-slow-lock"), ("clf", "uniform", "random-di
 
 @pytest.mark.parametrize("variant, inputs, method", DISJOINT)
 def test_disjoint_masks_keep_stored_tasks_to_the_bit(variant, inputs, method):
+    """Tasks whose masks share no neuron keep parameters and outputs to the bit, and forget nothing."""
     outs = [run_row(StudyRow(variant, method, seed, inputs=inputs, tasks=4, **SMALL)) for seed in (0, 1)]
     assert outs[0]["winners"] != outs[1]["winners"]
     for out in outs:
@@ -102,6 +104,7 @@ RECALLED = [
 
 @pytest.mark.parametrize("row", RECALLED)
 def test_a_support_batch_recalls_the_mask_of_lowest_loss(row):
+    """A recall returns the stored mask whose loss on the support batch is lowest, for neurons and LoRAs."""
     learner = learner_of(row)
 
     def literal(winners, *batch):
@@ -124,6 +127,7 @@ def test_a_support_batch_recalls_the_mask_of_lowest_loss(row):
 
 
 def test_recall_changes_what_is_recovered_and_no_training():
+    """Recall changes the scores of recovery alone: masks, training and stored scores keep every bit."""
     told, recalled = (run_row(synthetic.Row("clf", m, 0, **SMALL)) for m in ("fixedmask", "fixedmask-recall"))
     assert told["R_stored"] == recalled["R_stored"] == told["R_recovered"]
     rows = [synthetic.Row("clf", f"ftn-slow-hidden{how}", 0, **SMALL) for how in ("", "-recall")]
@@ -175,6 +179,7 @@ def test_few_labels_are_tried_at_the_end_of_a_stream(capsys):
 
 
 def test_a_recovery_sees_the_labels_it_says_and_is_judged():
+    """A recovery sees exactly as many labels as its size says, and is judged by the mask that it finds."""
     learner = learner_of(support.SupportRow("clf", "ftn-slow", 0, **SMALL))
     for t in range(2):
         learner.begin(t)
@@ -206,6 +211,7 @@ def test_few_sentences_are_of_those_set_aside_for_support():
 
 
 def test_tasks_on_digits_rename_the_classes_of_the_same_images(monkeypatch, capsys):
+    """Tasks on digits permute the labels of the same images, and disjoint masks keep them to the bit."""
     pytest.importorskip("sklearn")
     small = dict(SMALL, batch=16)
     world = digits.DigitsRow("clf", "nomask", 3, **small).world()
@@ -240,6 +246,8 @@ def test_a_row_of_settings_changes_one_thing_alone():
 
 
 def test_one_generator_serves_all_seeds_where_one_is_named():
+    """A named generator gives all seeds the same targets, on test points that differ between seeds."""
+
     def world(seed, **given):
         return StudyRow("clf", "nomask", seed, **given).world()
 
@@ -263,6 +271,7 @@ def test_without_the_lock_a_shared_neuron_forgets():
 
 
 def test_a_full_grid_and_no_finite_score_are_refused():
+    """A full grid is refused unless it may grow, and a score that is not finite is refused with its task."""
     nine = dict(SMALL, tasks=9, steps=2)
     with refused("the grid is full: 64 of its 64 .*--grow"):
         run_row(synthetic.Row("clf", "ftn-slow-lock", 0, **nine))
@@ -273,6 +282,7 @@ def test_a_full_grid_and_no_finite_score_are_refused():
 
 
 def test_ewc_adds_the_gradient_of_its_penalty(double):
+    """EWC adds the gradient of strength / 2 sum F (theta - theta*)^2, with F from single examples."""
     learner = learner_of(synthetic.Row("reg", "ewc", 0, **SMALL))
     world, rng = learner.row.world(), synthetic.generator("ewc")
     learner.begin(0)
@@ -301,6 +311,7 @@ def test_ewc_adds_the_gradient_of_its_penalty(double):
 
 
 def test_a_supermask_is_learned_straight_through_and_kept(double):
+    """A supermask's scores get straight-through gradients over frozen weights, and no stored task moves."""
     learner = learner_of(synthetic.Row("clf", "supsup-wide", 0, dropout=0.0, **SMALL))
     frozen = [w.clone() for w in learner.weights]
     for W, b in zip(*unpack(frozen[0], learner.grid.shapes)):
@@ -318,6 +329,7 @@ def test_a_supermask_is_learned_straight_through_and_kept(double):
 
 @pytest.mark.parametrize("gain, method", [(4.0, "supsup-wide-top-0.003"), (2.0, "supsup-wide-he-top-0.03")])
 def test_a_top_supermask_keeps_half_of_every_layer_on(gain, method):
+    """A top supermask has half of every layer's weights on, and its name sets their scale and its rate."""
     learner = learner_of(synthetic.Row("clf", method, 0, **SMALL))
     for W in learner.layers(learner.weights)[:-1]:
         torch.testing.assert_close(W.abs(), torch.full_like(W, (gain / W.shape[2]) ** 0.5))
@@ -330,6 +342,7 @@ def test_a_top_supermask_keeps_half_of_every_layer_on(gain, method):
 
 
 def test_every_method_has_a_row():
+    """Every method can be asked for by its name, and `all` asks for each of them once."""
     for method in neurons.KNOWN:
         args = neurons.parse_options(["--methods", method])
         assert {row.method for row in neurons.rows_of(args)} == {method}
@@ -357,6 +370,7 @@ def test_forgetting_is_positive_where_a_score_got_worse():
 
 
 def test_tables_say_what_was_lost_and_what_overlaps(capsys):
+    """Tables split a loss into overlap and recall, alike for accuracies and errors, and show overlaps."""
     assert spread([1.0, 2.0, 6.0]) == "3.000 ±2.646" and spread([1.0, None]) == "1.000"
     row = dict(seed=0, tasks=3, overlap_last=[0.1, 0.2, 0.3], overlap_union=[0.7, 0.8, 0.9])
 
@@ -375,6 +389,7 @@ def test_tables_say_what_was_lost_and_what_overlaps(capsys):
 
 
 def test_rows_are_kept_and_are_the_same_for_any_workers(tmp_path, monkeypatch, capsys):
+    """A finished row is kept and not computed again, and is the same with any number of workers."""
     monkeypatch.chdir(tmp_path)
     command = "--variant clf --methods fixedmask ftn-slow --steps 2 --json rows.json --workers".split()
 
@@ -395,6 +410,7 @@ def test_rows_are_kept_and_are_the_same_for_any_workers(tmp_path, monkeypatch, c
 
 
 def test_a_damaged_or_swapped_kept_row_is_refused(tmp_path, monkeypatch):
+    """A kept row that is damaged or belongs to another row is refused by its name, and stays as it is."""
     monkeypatch.chdir(tmp_path)
     row, other = (synthetic.Row("clf", "fixedmask", seed, **SMALL) for seed in (0, 1))
     how = KNOWN["fixedmask"]
@@ -416,6 +432,7 @@ def test_a_damaged_or_swapped_kept_row_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_kept_row_is_named_after_what_decides_it(tmp_path, monkeypatch):
+    """A kept row's name tells seeds, methods, backbones and versions apart, so no stale row is used."""
     row, style = synthetic.Row("clf", "ftn-slow", 0), StyleRow("lora-ftn", 0, backbone=str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     names = lambda: (kept.kept_file(row, KNOWN["ftn-slow"]), kept.kept_file(style, KNOWN["lora-ftn"]))
@@ -438,6 +455,7 @@ def test_kept_rows_are_of_the_present_code():
 
 
 def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
+    """Ctrl-C ends an experiment and all its workers, and one line says that finished rows are kept."""
     command = [sys.executable, str(HERE / "synthetic.py"), "--methods", "ftn-slow", "--workers", "2"]
     fcntl, termios = map(pytest.importorskip, ("fcntl", "termios"))
     ours, its = os.openpty()  # a terminal, as the bar that is waited for is drawn on nothing else
@@ -475,6 +493,7 @@ def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(main, options, message, tmp_path, monkeypatch, capsys):
+    """An experiment or a training that cannot be run is refused in one line, and writes no file."""
     monkeypatch.chdir(tmp_path)
     assert re.search(message, run_quietly(main, options.split(), capsys))
     assert not [*tmp_path.iterdir()]
@@ -497,6 +516,7 @@ def test_disjoint_components_keep_every_stored_style_to_the_bit(method, more):
 
 
 def test_the_bank_takes_a_component_of_the_same_size_per_task():
+    """The bank gives each task its component of lowest loss, and under the lock none serves two tasks."""
     out = learner_of(StyleRow("lora-bank", 0, **SMALL_STYLE))
     A, B = next(iter(out.components.parts.values()))
     assert A.shape[:2] == (4, 8) and 0 < B.std() < 2e-3  # 16 components of rank 2, four at a time
@@ -584,8 +604,8 @@ def judges(model, example, right, gating_of, judged):
 
 
 def test_labels_are_judged_as_a_literal_loop_judges_them(toy, sequences):
-    """They are judged so under a task's own version and under the one that a router chose; a label's tokens
-    are all the likeliest if and only if greedy decoding gives it."""
+    """Labels are judged as in a literal loop, under a task's own version and the one that a router chose; a
+    label's tokens are all the likeliest if and only if greedy decoding gives it."""
     row, written = row_of(toy, sequences[0], "niwf"), sequences[1]["niwf"]
     found = row.kept.found
     with row.opened() as (run, model):
@@ -612,6 +632,7 @@ def test_labels_are_judged_as_a_literal_loop_judges_them(toy, sequences):
 
 
 def test_a_sequence_keeps_every_bit_of_kept_versions(sequences):
+    """In a sequence NIWF and a LoRA a task keep every bit, and the other methods that learn do not."""
     for method, row in sequences[1].items():
         if not row["learned"]:
             continue
@@ -624,6 +645,7 @@ def test_a_sequence_keeps_every_bit_of_kept_versions(sequences):
 
 
 def test_rows_of_a_sequence_hold_what_their_method_says(toy, sequences):
+    """A row of a sequence trains the tasks, replays the records and sums the LoRAs that its method names."""
     out, rows = sequences
     assert [*rows] == METHODS
     trained = {name: [*row["seconds"]] for name, row in rows.items()}
@@ -643,7 +665,8 @@ def test_rows_of_a_sequence_hold_what_their_method_says(toy, sequences):
 
 
 def test_the_penalty_of_orthogonal_loras_is_a_literal_loop(monkeypatch):
-    """It is half the sum of squared products of rows of an old A and a new one, beside Eq. (9)'s terms."""
+    """The penalty is strength times the sum of squared products of rows of an old A and a new one, beside
+    the terms of Eq. (9)."""
     model = micro_model(bases=1, committed=2)
     learner = types.SimpleNamespace(model=model)
     monkeypatch.setattr(variants, "LOSSES", lambda *_: {"lm": torch.tensor(1.0), "lock": torch.tensor(0.25)})
@@ -660,7 +683,7 @@ def test_the_penalty_of_orthogonal_loras_is_a_literal_loop(monkeypatch):
 
 
 def test_the_penalty_of_ewc_is_that_of_a_literal_loop(monkeypatch):
-    """It is 0 where the second task starts, and strength / 2 sum F (theta - theta*)^2 from there on."""
+    """EWC's penalty is 0 at the start of the second task, then strength / 2 sum F (theta - theta*)^2."""
     model = micro_model(bases=1)
     gating = torch.zeros(1, model.bank.layers, 1, dtype=torch.long), torch.ones(1, model.bank.layers, 1)
     learner = types.SimpleNamespace(model=model, dynamics=lambda h: h, gating=lambda z: gating)
@@ -682,6 +705,7 @@ def test_the_penalty_of_ewc_is_that_of_a_literal_loop(monkeypatch):
 
 
 def test_a_sequence_that_was_killed_goes_on_from_its_last_task(toy, sequences, tmp_path, monkeypatch, capsys):
+    """A killed sequence goes on after its last finished task, and ends with the row of an undisturbed run."""
     train_with, calls = sequence.train_with, []
 
     def killed(*args):
@@ -707,6 +731,7 @@ def test_a_sequence_that_was_killed_goes_on_from_its_last_task(toy, sequences, t
 
 
 def test_a_sequence_refuses_what_it_cannot_learn(toy, tmp_path, capsys):
+    """A task, option or method that a sequence cannot use is refused by name before a folder is made."""
     for more, why in {
         "--orders size,size": "a task is there twice",
         "--orders size,none": "none.train.json",
@@ -719,6 +744,7 @@ def test_a_sequence_refuses_what_it_cannot_learn(toy, tmp_path, capsys):
 
 
 def test_calibration_error_and_area_are_their_definitions():
+    """Calibration error over ten bins, and the area under the curve over all pairs, match literal loops."""
     torch.manual_seed(0)
     p, right = torch.rand(200, dtype=torch.float64), torch.rand(200) < 0.5
     p[0] = 1.0

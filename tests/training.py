@@ -33,7 +33,8 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
 def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, two, capsys):
-    """Where nothing is left to train, the report says so, and how the task was trained if asked otherwise."""
+    """After a second task, and after its command is given again, the first has the bits that it began with;
+    the report then says that nothing was trained, and with which options the task once was."""
     before = snapshot_of(two)
     train.main(micro("code", two, "--lock"))
     said = capsys.readouterr().out
@@ -56,7 +57,7 @@ def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, two, capsys):
 
 
 def test_a_batch_may_mix_prompts_that_go_to_different_versions(two):
-    """Each is answered as alone. Double precision is used, in which no choice is as near as rounding."""
+    """Each prompt of a batch is answered as alone. In double precision no choice is a near tie."""
     run, model, _ = evaluation.open_run(two, "cpu")
     for module in (run.versions[0].dynamics, *(v.field for v in run.versions)):
         module.double()
@@ -70,6 +71,7 @@ def test_a_batch_may_mix_prompts_that_go_to_different_versions(two):
 
 
 def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
+    """Under the exact lock a task writes its own bases and field alone, and its own bases lead at first."""
     run, model, _ = evaluation.open_run(first, "cpu")
     args = train.parse_options(micro("code", first, "--lock"))
     train.complete(args, run)
@@ -89,6 +91,7 @@ def test_exact_lock_trains_only_what_the_task_owns(micro, first, tmp_path):
 
 
 def test_a_third_task_reads_both_and_moves_neither(micro, two, tmp_path):
+    """A third task reads the bases of both earlier tasks, and moves no bit of either."""
     out = copy_of(two, tmp_path)
     train.main(micro("third", out, "--lock", "--data", HERE / "assets" / "data" / "alpaca.val.json"))
     run = Run(out)
@@ -102,6 +105,7 @@ def test_a_third_task_reads_both_and_moves_neither(micro, two, tmp_path):
 
 @pytest.mark.parametrize("lock", ["soft", "none"])
 def test_without_the_exact_lock_the_first_task_moves(micro, first, tmp_path, lock):
+    """Without the exact lock the first task's logits move, and such a run cannot take that lock later."""
     out = copy_of(first, tmp_path)
     train.main(micro("code", out, *(["--lock", "soft"] if lock == "soft" else [])))
     row = Run(out).manifest["results"][-1]
@@ -116,6 +120,7 @@ def test_without_the_exact_lock_the_first_task_moves(micro, first, tmp_path, loc
 
 
 def test_the_papers_own_setting_runs_and_is_read_back(micro, tmp_path):
+    """A run in the paper's own setting is read back with the same perplexities and routing."""
     out = tmp_path / "run"
     train.main(micro("alpaca", out, "--passes", "two", "--probe", "adapted", "--pool", "sequence"))
     train.main(micro("code", out, "--lock", "soft"))
@@ -169,6 +174,7 @@ def break_off(argv, last, monkeypatch, every=0, by=None):
 
 
 def test_a_stopped_training_resumes_to_the_same_bits(micro, first, two, tmp_path, monkeypatch):
+    """A training stopped at any step, by a crash or a signal, resumes to the bits of an undisturbed run."""
     out = copy_of(first, tmp_path)
     command = micro("code", out, "--lock")
     for last in (0, 3, 4):
@@ -184,6 +190,7 @@ def test_a_stopped_training_resumes_to_the_same_bits(micro, first, two, tmp_path
 
 
 def test_checkpointing_changes_no_bit_also_from_halfway(micro, two, first, tmp_path, monkeypatch):
+    """Checkpointing changes no bit of the result, even if a resumed training is the first to use it."""
     out = copy_of(first, tmp_path)
     break_off(micro("code", out, "--lock"), 4, monkeypatch)
     again, calls = FastBank.again, []
@@ -278,6 +285,7 @@ def test_the_loss_of_a_step_is_equation_9_in_any_split():
 
 @pytest.mark.parametrize("n, batch, grad_accum", [(100, 4, 2), (37, 3, 1), (5, 1, 16), (64, 16, 1)])
 def test_an_epoch_has_each_example_once_and_sorts_lengths(n, batch, grad_accum):
+    """An epoch has each example once, and puts like lengths into a batch, which saves padding."""
     args = argparse.Namespace(batch=batch, grad_accum=grad_accum, seed=7)
     lengths = torch.randperm(n).tolist()
     examples, steps = [([0] * length, [1]) for length in lengths], -(-n // (batch * grad_accum))
@@ -295,12 +303,14 @@ def test_an_epoch_has_each_example_once_and_sorts_lengths(n, batch, grad_accum):
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
+    """The learning rate rises evenly over its first steps, then never rises again, and ends near zero."""
     rates = [train.learning_rate(s, 100, 1.0) for s in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0
     assert rates[-1] < 1e-3 and all(a >= b for a, b in zip(rates[5:], rates[6:]))
 
 
 def test_a_stream_goes_on_and_says_what_every_task_cost(tmp_path, monkeypatch, capsys):
+    """A stream goes on from the tasks it has, and the growth benchmark lists each task's bytes and times."""
     monkeypatch.setattr(train, "TINY", dict(train.TINY, examples=16, val_examples=4))
     command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
     stream.main(["1", *command])
@@ -323,6 +333,7 @@ def test_a_stream_goes_on_and_says_what_every_task_cost(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("n, batch, size", [(16, 16, 2), (48, 16, 2), (40, 16, 3), (5, 1, 3), (2, 4, 3)])
 def test_every_process_has_its_share_of_a_step(n, batch, size, monkeypatch):
+    """Processes share out the examples of a step evenly, without leaving out or repeating any."""
     micros = [[*range(n)][i : i + batch] for i in range(0, n, batch)]
     shares = []
     for rank in range(size):
@@ -336,6 +347,7 @@ def test_every_process_has_its_share_of_a_step(n, batch, size, monkeypatch):
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    """Every process takes a GPU by its local rank, and is refused if there is none for it alone."""
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -411,6 +423,7 @@ def test_two_processes_learn_what_one_learns(micro, tmp_path, monkeypatch, more)
 
 @needs_fork
 def test_a_process_that_is_killed_or_stopped_ends_both(micro, first, tmp_path, monkeypatch):
+    """If either of two processes is killed or stopped, both end in one line, and resume to the same bits."""
     whole, broken = copy_of(first, tmp_path, "whole"), copy_of(first, tmp_path, "broken")
     before, schedule = len(steps_of(first)), train.learning_rate
     monkeypatch.setattr("plumbing.training.SAVE_EVERY", 0)
@@ -441,6 +454,7 @@ def test_a_process_that_is_killed_or_stopped_ends_both(micro, first, tmp_path, m
 
 @needs_fork
 def test_two_processes_learn_a_stream(tmp_path, monkeypatch):
+    """A stream that two processes learn passes verify, and its first task keeps every bit."""
     monkeypatch.setattr(train, "TINY", dict(train.TINY, examples=16, val_examples=20))
     command = ["2", "--out", str(tmp_path / "run"), "--device", "cpu"]
     assert train_in_two(command, tmp_path, main=stream.main)[1:] == (["", ""], [0, 0])
@@ -461,7 +475,8 @@ sys.stderr.writelines(name for name in left if "gloo" in name)
 
 
 def test_processes_that_torchrun_starts_speak_and_write_as_one(micro, first, tmp_path):
-    """None of them has a thread of the group left: it could abort the process while Python ends."""
+    """One of two processes prints and writes, and none keeps a thread of the group, which could abort Python
+    as it ends."""
     (tmp_path / "program.py").write_text(LEFT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [tmp_path / "program.py", *micro("alpaca", first)]
@@ -489,6 +504,7 @@ def test_literal_forms_of_benchmarks_give_the_same(double, monkeypatch, capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_the_exact_lock_holds_too(micro, tmp_path):
+    """On a GPU, too, the exact lock keeps the first task's logits to the bit."""
     for task in ("alpaca", "code"):
         train.main(micro(task, tmp_path / "run", "--lock", "--device", "cuda"))
     assert Run(tmp_path / "run").manifest["results"][-1]["identical"]["alpaca"] == [32, 32]
