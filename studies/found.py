@@ -30,7 +30,7 @@ from eval import open_run, perplexity_under, probe_all
 from plumbing.command import Parser, number, output_file, run_program, write_results
 from plumbing.prompts import encode
 from plumbing.tables import print_table
-from studies.likelier import Tasks, judge
+from studies.likelier import Tasks, few_lines, judge
 from studies.sequence import Kept
 from studies.stream import kinds_in_turn, learn
 from studies.styles import SENTENCES, StyleStream
@@ -172,9 +172,7 @@ def held_out(args, seed, every, task, run, model):
 
 def few_table(title, digits, rows):
     """Print a line for each task that no version has learned."""
-    names = [name for name in rows[0] if name not in ("seed", "task", "learned", "composed")]
-    lines = [[f"{row['task']} {row['seed']}", *(f"{row[name]:.{digits}f}" for name in names)] for row in rows]
-    print_table(title, ["", *names], lines)
+    print_table(title, *few_lines(digits, rows))
 
 
 TABLES = {

@@ -230,6 +230,13 @@ def routers(results):
     return ["%", "router", "home", "ACC", "most often elsewhere"], lines
 
 
+def few_lines(digits, rows):
+    """-> heads and lines of a table of rows of studies.found: a task each that no version has learned"""
+    names = [name for name in rows[0] if name not in ("seed", "task", "learned", "composed")]
+    lines = [[f"{row['task']}, seed {row['seed']}", *(f"{row[n]:.{digits}f}" for n in names)] for row in rows]
+    return ["", *names], lines
+
+
 def summary(results):
     """Print what is finished of all rows."""
     print_table("accuracy", *accuracies(results))

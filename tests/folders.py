@@ -65,7 +65,7 @@ def test_what_no_gating_names_is_not_read(two):
     parts = run.versions, model.bank.committed
     in_memory = lambda: [["tensors" in vars(x) for x in part] for part in parts]
     assert in_memory() == [[False, False], [False, False]]
-    with model.gated(run.stored(0, torch.randn(3, model.features))), torch.no_grad():
+    with model.gated(run.stored(0, torch.randn(3, model.features))):
         model.backbone(torch.tensor([[5, 6, 7]] * 3))
     assert in_memory() == [[True, False], [True, False]]
     model.detach()

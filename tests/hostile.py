@@ -1,4 +1,8 @@
-"""What is refused, in one line, with every byte still there: tables of bad inputs over all readers."""
+"""What is refused, in one line, with every byte still there: a table of bad inputs over all readers.
+
+Each is tried in the world that `studies/fuzz.py` builds: run folders with files inside and beside them that
+are not ours. Then what must work all the same.
+"""
 
 import collections
 import contextlib
@@ -14,9 +18,6 @@ import torch
 
 from studies import fuzz
 from tests.builders import RECORD, edit_json
-
-# A table of bad inputs over all readers. Each is tried in the world that `studies/fuzz.py` builds: run
-# folders with files inside and beside them that are not ours. Then what must work all the same.
 
 ABSENT, NAN, INF = object(), float("nan"), float("inf")
 DEEP = "[" * 100_000

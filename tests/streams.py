@@ -26,8 +26,10 @@ import train
 from ftn import PrivateMLPs, unpack
 from model import response_nll
 from plumbing import rows as kept
+from plumbing.prompts import encode
 from plumbing.tables import spread
 from studies import digits, likelier, neurons, sequence, settings, styles, support, tables, variants
+from studies import found as found_study
 from studies import sure as sure_study
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
@@ -741,6 +743,33 @@ def test_a_sequence_refuses_what_it_cannot_learn(toy, tmp_path, capsys):
     }.items():
         said = [*toy(tmp_path / "runs", "bare"), "--orders", "size", *more.split()]
         assert why in run_quietly(sequence.main, said, capsys) and not (tmp_path / "runs").exists()
+
+
+def test_a_task_that_is_left_out_is_asked_of_all_others(toy, sequences, tmp_path):
+    """A task that is left out is answered by the other versions alone: the one with the lowest loss on a few
+    records, and a composition of them. A row that is there is not made again."""
+    args, rest = sequence.parse_options(toy(sequences[0], "lora-each"))
+    args.val_examples, folder = 100, row_of(toy, sequences[0], "lora-each").folder
+    said = ["tasks", "--backbone", args.backbone, "--data", args.data, "--run", folder, "--tasks", "size"]
+    said += ["--out", tmp_path, "--seeds", "1", "--lora-steps", "8", *rest, "--json", tmp_path / "x.json"]
+    found_study.main([str(x) for x in said])
+    (row,) = rows_in(tmp_path / "x.json")
+    assert row["learned"] == 2 and {*row["composed"]["16"]} == {"colour", "truth"}
+    tasks = likelier.Tasks([*LABELS], args, rest)
+    run, model, tokenizer = evaluation.open_run(folder, "cpu")
+    few = [encode(record, tokenizer) for record in tasks.train["size"][:16]]
+
+    def loss(gating):
+        each = [([e], gating(model.probe([e[0]]))) for e in few]
+        return sum(float(response_nll(*model.logits(*pair)).sum()) for pair in each)
+
+    known = [lambda h: None, *(functools.partial(run.stored, i) for i in (0, 2))]
+    losses = sorted((loss(gating), i) for i, gating in enumerate(known))
+    judged = likelier.judge(model, *tasks.held_out["size"][:2], known[losses[0][1]])["likelier"]
+    assert losses[1][0] - losses[0][0] < 1e-3 or row["best single, 16"] == 100 * sum(judged) / len(judged)
+    before = snapshot_of(tmp_path)
+    found_study.main([str(x) for x in said[:-2]])
+    assert snapshot_of(tmp_path) == before
 
 
 def test_calibration_error_and_area_are_their_definitions():
