@@ -19,7 +19,7 @@ from plumbing import Refused
 from plumbing.command import Parser, run_program
 from plumbing.files import atomic
 from studies.architectures import VERDICTS
-from studies.likelier import accuracies, routers
+from studies.likelier import accuracies, few_lines, routers
 from studies.memory import TABLE_2, memory_lines
 from studies.names import PAGES, QUANTITIES, fill, grouped, of_method, over, pair
 from studies.support import SIZES
@@ -185,6 +185,8 @@ KINDS = counted, families, timings, depths, decomposed, overlaps, answers, quick
 TABLES = {draw.__name__.replace("_", "-"): draw for draw in KINDS}  # tables of one file each
 TABLES["sequence"] = lambda content: table(*accuracies(content["rows"]))  # rows of studies.sequence
 TABLES["routed"] = lambda content: table(*routers(content["rows"]))
+TABLES["kinds"] = lambda content: table(*few_lines(3, content["rows"]))  # rows of studies.found
+TABLES["tasks"] = lambda content: table(*few_lines(1, content["rows"]))
 
 
 # ------------------------------------------------------------------------------------------------- pages
