@@ -152,9 +152,9 @@ class Version:
 
     @classmethod
     def load(cls, path, earlier=()):
-        """Read a version. earlier: those before it in its run, which it may read. Raises Refused as
-        `read_version_file` does, if it reads what is not there, and if its tensors do not fit its header,
-        each other or the run's first version."""
+        """Read a version from its file. earlier: the run's versions before it. Raises Refused as
+        `read_version_file` does, if its `reads` names a version that is not among them, or one twice, and if
+        its tensors do not fit its header, each other or the run's first version."""
         head, tensors = read_version_file(path, tensors=True)
         known = {v.hash: v for v in earlier}
         parts = {name: part_of(tensors, name) for name in {key.partition(".")[0] for key in tensors}}
@@ -254,9 +254,9 @@ class Run(Folder):
         return self.speaker(i).gating(self.versions[i].dynamics(h_bar))
 
     def routed(self, h_bar, outside="nearest"):
-        """Return the gating when the coordinate alone decides, and its Route. Rows of a batch may go to
-        different versions. outside: what a coordinate gets that is like none learned, the "nearest" version
-        or the bare "base"."""
+        """Return the gating that the coordinates alone decide on, and their Route. Rows of a batch may go to
+        different versions. outside: who answers where the background is likelier than every region, the
+        likeliest version ("nearest") or the bare backbone ("base")."""
         z = self.versions[-1].dynamics(h_bar)
         found = route(z, [v.region for v in self.versions])
         asked = [self.speaker(i) for i in found.choice.tolist()]
@@ -290,8 +290,8 @@ class Run(Folder):
         return versions
 
     def load(self, model, versions=None):
-        """Put the bases of all versions, which are read unless given, read-only into the model's empty
-        bank."""
+        """Put the bases of all versions, of a shared bank the last's, read-only into the model's empty bank.
+        versions: read unless given. Raises Refused if they were made for another backbone."""
         self.versions, self.compositions = versions or self.read_versions(), []
         for i, v in enumerate(self.versions):
             if self.speaker(i) is v:
@@ -365,7 +365,7 @@ def compose(run, names, weights, name, like=None, backbone=None):
 
 def weigh(model, versions, examples, kept=4, steps=15, lr=0.5):
     """Find weights for n versions by the loss on examples: FTN's Algorithm 1 over versions in place of
-    neurons, without a torus. Each begins with 1 / (n + 1). -> hashes and weights of the `kept` largest"""
+    neurons, without a torus (ftn.py). Each begins with 1 / (n + 1). -> hashes, weights of the largest"""
     # Take four examples a pass, because a pass keeps the factors of all versions for its gradient.
     parts = [examples[i : i + 4] for i in range(0, len(examples), 4)]
     parts = [(part, model.probe([prompt for prompt, _ in part])) for part in parts]

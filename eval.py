@@ -84,8 +84,8 @@ def batches(*lists, size=EVAL_BATCH):
 
 
 def probe_all(model, examples, pool, gating=None, split=True):
-    """Return h_bar [n, features] of every example. Batches are fixed, so that the same input always gives the
-    same bits. split: all processes ask this, so each computes a part of the batches."""
+    """Return h_bar [n, features] of every example. pool: over the "prompt" or the "sequence". Batches depend
+    on `examples` alone, so the same list gives the same bits. split: each process computes a part."""
     rank, size = rank_and_size() if split else (0, 1)
     rows = [p if pool == "prompt" else p + r for p, r in examples]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -194,8 +194,9 @@ def describe_gating(gatings):
 
 def describe_drift(run, i, h_bar):
     """Return what the soft lock (or none) let happen to task i, of its inputs h_bar [n, features]: the share
-    inside its region at the commit and now; how far their coordinates moved, and their spread before; the
-    lock's loss at its anchors, and the share of the K bases chosen there that are still chosen."""
+    inside its region under the dynamics of its commit and of now; how far the coordinates moved in between,
+    and their spread before; the lock's loss at its anchors, and the share of the K bases chosen there that
+    are still chosen. With --probe adapted h_bar itself has moved, too, which this does not see."""
     v, speaker = run.versions[i], run.speaker(i)
     then, now = v.dynamics(h_bar), speaker.dynamics(h_bar)
     logits, old = take_snapshot(speaker.field, v.anchors), v.snapshot.shape[-1]
@@ -242,8 +243,8 @@ def report(run):
 
 def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128):
     """Answer a batch of prompts, instructions or records, greedily and routed. Return texts and a Route:
-    `run.tasks[i]` for i in its `choice` are who answered, its `probability` is how sure that is. outside: see
-    `Run.routed`."""
+    `run.tasks[i]` for i in `choice` answered, with that `probability`; with outside="base" the bare backbone
+    did where the Route is not `known()`. outside: see `Run.routed`."""
     ids = [prompt_ids(p, tokenizer, run.template, run.day) for p in prompts]
     ends, found = stop_ids(model.backbone, tokenizer, run.template), None
 
@@ -257,11 +258,11 @@ def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128
 
 
 def who_answers(run, h_bar, asked=None, outside="nearest"):
-    """Return the gating of one prompt, h_bar [1, features], and who answers it: {"version": its hash, None is
-    the bare backbone, "name", "asked": whether it was asked for, "nearest": the name of the region in which
-    the coordinate most likely lies, "probability": how likely, "known": whether that region is likelier than
-    the background, "u": artanh of the coordinate [1, d]}. asked: a version and its gating as a function of
-    h_bar. None: the prompt is routed."""
+    """Return the gating of one prompt, h_bar [1, features], and who answers it: {"version": its hash (of a
+    shared bank the one whose address is asked), None is the bare backbone, "name", "asked": whether it was
+    asked for, "nearest": the name of the region in which the coordinate most likely lies, "probability": how
+    likely, "known": whether that region is likelier than the background, "u": artanh of the coordinate [1,
+    d]}. asked: a version and its gating as a function of h_bar. None: the prompt is routed."""
     gating, found = run.routed(h_bar, outside)
     nearest, known = run.versions[found.choice[0]], bool(found.known()[0])
     version = nearest if known or outside == "nearest" else None
@@ -292,7 +293,9 @@ def exact_matches(run, model, tokenizer, args):
     def ask(records):
         for (batch,) in batches(records, size=4 * EVAL_BATCH):
             texts, found = answer(run, model, tokenizer, batch, args.outside, args.max_new_tokens)
-            yield from zip(texts, (run.tasks[i] for i in found.choice.tolist()))
+            learned = found.known() | (args.outside == "nearest")  # else the bare backbone answers
+            who = (run.tasks[i] if known else "base" for i, known in zip(found.choice.tolist(), learned))
+            yield from zip(texts, who)
 
     shares, wanted_of = {}, lambda record: text_of(tokenizer, encode(record, *written)[1])
     for task in run.tasks:
@@ -312,9 +315,9 @@ def gating_by_name(run, name):
 
 
 def most_like(run, model, tokenizer, path):
-    """Return who has the lowest loss on the labelled records of a file, a version, a composition or the bare
-    backbone, and its gating as a function of h_bar; print the five with the lowest. Inputs alone cannot tell
-    tasks apart that differ in their answers. Raises Refused as `read_examples` does."""
+    """Find whichever of the versions, the compositions and the bare backbone has the lowest loss on a file of
+    labelled records. Return it and its gating as a function of h_bar; print the five lowest. Inputs alone
+    cannot tell apart tasks that differ only in their answers. Raises Refused as `read_examples` does."""
     examples = read_examples(path, tokenizer, run.template, run.day)
     h_bar = probe_all(model, examples, "prompt", run.probe_gating())
     who = {e["task"]: gating_by_name(run, e["task"]) for e in run.entries} | {"the bare backbone": BARE}

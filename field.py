@@ -15,8 +15,8 @@ This file covers sections 3.2-3.5, 4.2, 4.3 and Appendix B of the NIWF paper, Eq
 departs from the paper in this, and why:
 * The GRU takes one step, from z_0 = 0: the paper does not name the coordinate before the first update, and
   an input has one h_bar, so the cell never recurs.
-* h_bar is standardised. Mean hidden states of a language model share a large common part (anisotropy).
-  Beside it inputs hardly differ, z hardly varies, and the field learns one constant gating.
+* h_bar is standardised. Mean hidden states of a language model share a large common part (anisotropy), so
+  inputs differ little: as printed, at alpha 16, z hardly varies and the field learns one or two gatings.
 * In one pass the GRU starts from the principal directions of h_bar, see `aim`.
 * A region's Gaussian is fitted to artanh(z), not to z, because coordinates pile up at the ends of (-1, 1).
   Its covariance is shrunk, and tau is a quantile of leave-one-out distances, so that it covers new inputs.
@@ -80,8 +80,8 @@ class CoordinateDynamics(nn.Module):
         self.register_buffer("z0", torch.zeros(coord_dim))
 
     def standardise(self, h_bar):
-        """Take every feature relative to its mean and deviation over h_bar [n, features] from now on: those
-        of the first task's training prompts. They are saved and frozen with the weights."""
+        """Set the mean and deviation with which `forward` standardises each feature to those of h_bar [n,
+        features], of the first task's training prompts. They are saved with the weights, never trained."""
         self.mean.copy_(h_bar.mean(0))
         self.deviation.copy_(h_bar.std(0, correction=0).clamp(min=1e-6))
 
@@ -120,19 +120,6 @@ def unsquash(z):
     return torch.atanh(z.clamp(-1 + 1e-6, 1 - 1e-6))
 
 
-def shrinkage(x):
-    """Return (share, scale): how far the covariance of centred x [n, d] is drawn towards scale * I, its mean
-    variance, for the least expected squared error (Ledoit and Wolf 2004). Nothing has to be chosen, and Sigma
-    is regular even with fewer coordinates than dimensions."""
-    n, d = x.shape
-    S = x.T @ x / n
-    scale = S.diagonal().mean()
-    spread = (S - scale * torch.eye(d, dtype=x.dtype)).square().sum()
-    noise = (x.square().sum(1).square().mean() - S.square().sum()) / n
-    share = (noise / spread).clamp(0, 1) if spread > 0 else torch.ones_like(scale)
-    return share, scale
-
-
 @dataclasses.dataclass(eq=False)
 class Region:
     """R = {z : d_M(z; mu, Sigma) <= tau}, NIWF Eq. (11). mean [d] and cov [d, d] are those of artanh(z), in
@@ -145,9 +132,9 @@ class Region:
 
     @classmethod
     def fit(cls, z, quantile=0.95):
-        """Fit a Gaussian to coordinates z [n, d]. tau is a quantile of the distances that each has from a
-        Gaussian fitted to the others. The paper's in-sample distances are too small: the fewer coordinates
-        to a dimension, the fewer unseen ones would lie within their quantile."""
+        """Fit a Gaussian to n points z [n, d]. tau is a quantile of leave-one-out distances: of each point
+        from a Gaussian fitted to the others. The paper's distances, from a Gaussian fitted to all, are too
+        small unless n is much larger than d, so too few new points would lie inside."""
         u = unsquash(z.cpu().double())
         mean, n, eye = u.mean(0), len(u), torch.eye(u.shape[1], dtype=u.dtype)
         x = u - mean
@@ -167,6 +154,19 @@ class Region:
     def distance(self, z):
         """Return d_M(z; mu, Sigma) [B], differentiable in z [B, d]."""
         return mahalanobis(z, self.mean.to(z), self.whiten.to(z))
+
+
+def shrinkage(x):
+    """Return (share, scale): the covariance of centred points x [n, d] is estimated as (1 - share) S + share
+    scale I, where scale is the mean variance and share makes the expected squared error least (Ledoit and
+    Wolf 2004). Nothing has to be chosen, and Sigma is regular even with fewer points than dimensions."""
+    n, d = x.shape
+    S = x.T @ x / n
+    scale = S.diagonal().mean()
+    spread = (S - scale * torch.eye(d, dtype=x.dtype)).square().sum()
+    noise = (x.square().sum(1).square().mean() - S.square().sum()) / n
+    share = (noise / spread).clamp(0, 1) if spread > 0 else torch.ones_like(scale)
+    return share, scale
 
 
 def left_out(x, scatter, ridge, share):
@@ -200,17 +200,17 @@ def background(regions, wide=2.0):
     return Region(mean, cov, tau=0.0, n=sum(r.n for r in regions))
 
 
-# Log-likelihoods are divided by it before they become probabilities (Guo et al. 2017). A Gaussian counts each
-# of the d features in full, although they repeat one another in part, and would be too sure of a choice. Its
-# value was chosen together with the factor of the background, and changes no choice.
+# `route` divides log-likelihoods by it before they become probabilities (Guo et al. 2017). Coordinates are
+# only nearly Gaussian, and over d dimensions such errors add up, so a choice would look too sure. The value
+# was chosen together with the factor of the background, and changes no choice.
 TEMPERATURE = 3.0
 
 
 @dataclasses.dataclass
 class Route:
-    """Where B coordinates belong: choice [B] (index of a region), the probability [B] of that choice and of
-    the background (unknown [B]) among all regions and the background, and for each region whether the
-    coordinate is inside it, d_M <= tau [B, regions]."""
+    """Where B coordinates belong. choice [B]: index of the likeliest region. probability, unknown [B]: the
+    probabilities of that region and of the background, among all regions and the background. inside [B,
+    regions]: whether a coordinate lies in a region, d_M <= tau."""
 
     choice: torch.Tensor
     probability: torch.Tensor
@@ -244,25 +244,25 @@ def route(z, regions):
 
 def sample_anchors(region, count, seed):
     """Draw `count` anchors a_j [count, d] from the region's Gaussian, and reject those outside the region
-    (Appendix B)."""
+    (Appendix B). If hardly any falls inside, the last draws are moved to the region's edge."""
     generator = torch.Generator().manual_seed(seed)
     scale, anchors = torch.linalg.cholesky(region.cov), torch.empty(0, len(region.mean))
     for _ in range(100):
         noise = torch.randn(4 * count, len(region.mean), generator=generator, dtype=torch.float64)
         draws = noise @ scale.T
-        inside = torch.tanh(region.mean + draws).float()
-        anchors = torch.cat([anchors, inside[region.distance(inside) <= region.tau]])[:count]
+        points = torch.tanh(region.mean + draws).float()
+        anchors = torch.cat([anchors, points[region.distance(points) <= region.tau]])[:count]
         if len(anchors) == count:
             return anchors
-    # tau can be so small that a draw hardly ever falls inside, if all coordinates are alike: pull draws in.
+    # tau can be so small that a draw hardly ever falls inside, if all coordinates are alike.
     shrink = region.tau / region.distance(torch.tanh(region.mean + draws))
     return torch.cat([anchors, torch.tanh(region.mean + shrink[:, None] * draws).float()])[:count]
 
 
 @torch.no_grad()
 def take_snapshot(field, anchors):
-    """NIWF Eq. (12): Phi(a_j) for every anchor, [count, L, N]. It is computed on the CPU, so that it can be
-    recomputed anywhere."""
+    """NIWF Eq. (12): Phi(a_j) for every anchor, [count, L, N]. It is computed on the CPU, so that a machine
+    with another GPU, or none, can compute it again."""
     device = field.w3.weight.device
     snapshot = field.cpu()(anchors.cpu())
     field.to(device)

@@ -23,8 +23,8 @@ This file covers section 2 and Algorithm 1 of the FTN paper, Eqs. (1) and (2), a
 Departure: ties in the k-winner-take-all go to the lower index (the paper does not say). The experiments are
 in synthetic.py. This file needs torch alone; here a grid of 64 neurons finds the mask of a batch:
 
-    python -c "import torch, ftn; grid, x, y = ftn.NeuronGrid(8, 2, 1), torch.randn(32, 2), torch.randn(32, 1)
-    print(ftn.SmoothKWTA(k=8).configure(lambda m: (grid(x, m) - y).square().mean(), side=8))"
+    python -c "import torch, ftn; grid, x = ftn.NeuronGrid(8, 2, 1), torch.randn(32, 2); y = x[:, :1]; print(
+    ftn.SmoothKWTA(k=8).configure(lambda m: (grid(x, m) - y).square().mean(), side=8))"
 """
 
 import contextlib
@@ -166,9 +166,9 @@ def k_winners(m, k, free=None):
 
 # ------------------------------------------------------------------------------------------------- the lock
 #
-# Commit is the sentence of the README again: freeze what a capability occupies, everything else stays
-# writable. The paper has no such lock: there the masks move with every batch, and a later task may write
-# where an earlier one lives. A committed mask no longer moves, so at test time it can simply be recalled.
+# To commit is here what it is for NIWF: freeze what a capability occupies; everything else stays writable.
+# The paper has no such lock: there the masks move with every batch, and a later task may write where an
+# earlier one lives. A committed mask no longer moves, so at test time it can simply be recalled.
 
 
 def commit_mask(components, winners):
@@ -198,9 +198,9 @@ class LoRAPool:
         Delta W(m) = sum_k m_k B_k A_k,    y = (W + Delta W(m)) x                      FTN Eqs. (1), (2)
 
     A component thus spans the depth. parts[target] = A [H, r, d_in], U(-1/sqrt(d_in), 1/sqrt(d_in)), and
-    B [H, r, d_out], transposed, zero or N(0, b_std^2). Delta W is formed once per pass from the chosen
-    components, so the others cost nothing; and a batch has more tokens than a projection has columns, so this
-    is less work than to run the components on the tokens. A search costs S passes of the backbone.
+    B [H, r, d_out], transposed, zero or N(0, b_std^2). Delta W is formed once per pass from the chosen n
+    components: d_in d_out (n r + T) products for T tokens. To run them on the tokens takes T n r (d_in +
+    d_out), which is more where n r and T both exceed the widths. A search costs S passes of the backbone.
     """
 
     def __init__(self, shapes, components, rank=4, b_std=0.0):
@@ -273,7 +273,7 @@ class LoRAPool:
 
 
 class FastGrid(NeuronGrid):
-    """The same grid. What `forward` computes for a mask [H], these compute for its winners or ALL."""
+    """The same grid. `respond` and `answer` run only the neurons that they are given, winners or ALL."""
 
     def respond(self, x, winners, dropout=0.0):
         """`forward` with a binary mask, given as its winners: no other neuron is run. [batch, d_out]"""

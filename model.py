@@ -5,10 +5,10 @@ gating names K of them and their weights, and the projection becomes
 
     y = W x + (alpha / r) * sum_k w_k B_{i_k} A_{i_k} x                                           NIWF Eq. (2)
 
-The model reads an input once. Its first m layers stay bare. What enters the next one gives h_bar: its mean
-over the prompt and, beside it, what the last token has. From h_bar field.py finds the coordinate and the
-gating; the layers from there on run with that gating, and give the logits. The file goes from the idea to
-its speed:
+The model reads an input once. Its first m layers stay bare. The hidden states that enter the next layer give
+h_bar: their mean over the prompt and, beside it, the last token's. From h_bar field.py finds the coordinate
+and the gating; the layers from there on run with that gating, and give the logits. The file goes from the
+idea to its speed:
 
     the whole           `niwf`: prompt -> h_bar -> z -> gating -> logits, on one sequence
     the bank            `AdapterBank`: all bases, gathered plainly
@@ -21,10 +21,10 @@ Departures, and why:
 * One pass. The paper runs the model twice (section 4.4), and lists that as a limitation (section 8): pass 1,
   the *probe*, gives h_bar, the mean of the last hidden states; pass 2 runs with the gating. `--passes two`
   does that, and adapts all layers.
-* What gives h_bar is *bare* (no adapters) and reads the *prompt* only. The paper pools over the whole
-  sequence, so pass 2 sees, through z, the tokens that it is asked to predict; and at generation time there is
-  no response to pool. Bare layers depend on nothing that is trained, so h_bar can be cached for ever, and
-  addresses never move.
+* h_bar comes from *bare* layers (no adapters) and from the *prompt* only. The paper pools over the whole
+  sequence, so pass 2 sees, through z, the tokens that it is to predict; and at generation time there is no
+  response to pool. Training changes no bare layer, so h_bar can be cached for ever. Under the exact lock the
+  dynamics are frozen, too, so addresses never move.
 * Only response tokens count in loss and perplexity, the one that ends a response included.
 * We patch with forward hooks and leave `forward` alone: removing a hook restores the module exactly.
 
@@ -86,6 +86,18 @@ def detach(handles):
         handle.remove()
 
 
+@dataclasses.dataclass
+class Block:
+    """`count` committed bases. read() gives them when they are first asked for."""
+
+    count: int
+    read: collections.abc.Callable
+
+    @functools.cached_property
+    def tensors(self):
+        return dict(self.read())
+
+
 class AdapterBank:
     """N bases (A_i, B_i) for each target, NIWF Eq. (1). Some are committed (read-only), some live (trained).
 
@@ -131,7 +143,7 @@ class AdapterBank:
         self.committed.append(Block(count, read))
 
     def unlock(self):
-        """Make every committed basis live. The soft lock and no lock do that to the bank."""
+        """Make every committed basis live, as the soft lock and no lock do before a later task."""
         for key in self.basis_shapes():
             whole = torch.cat([block.tensors[key] for block in self.committed])
             self.live[key] = nn.Parameter(whole.to(self.device[key.rpartition(".")[0]]))
@@ -176,7 +188,7 @@ class AdapterBank:
         x, y = (t if t.dim() == 3 else t.reshape(len(A), -1, t.shape[-1]) for t in (x, y))
         # fmt: off
         h = x @ A.mT                          # NIWF Eq. (3): h_k = A_{i_k} x, side by side: [B, T, K r]
-        if weights is not None:
+        if weights is not None:           # None: `fold` has put them into B
             h = (h * weights).to(x.dtype)     # NIWF Eq. (4): times (alpha / r) w_k
         B = B.expand(len(x), -1, -1)          # an adapted probe has one gating for all sequences
         y = torch.baddbmm(y, h, B)            # NIWF Eq. (5): y + sum_k B_{i_k} h_k
@@ -192,11 +204,11 @@ class AdapterBank:
 
 
 def response_logits(backbone, pad_id, examples):
-    """B pairs (prompt ids, response ids) -> logits [B, R, V] that predict labels [B, R], with R the longest
-    response; a label of -100 is padding."""
+    """Return, of B pairs (prompt ids, response ids), logits [B, R, V] that predict labels [B, R], R the
+    longest response. A label is -100 where a shorter response has not begun."""
     ids, mask = pad_left([p + r for p, r in examples], pad_id, backbone)
     longest, width = max(len(r) for _, r in examples), ids.shape[1]
-    # Ask for columns by number: unlike a slice they are copied out, and their logits are one product, not B.
+    # Select columns by a tensor, not a slice: it copies them, so the head is one product in place of B.
     keep = torch.arange(width - 1 - longest, width - 1)
     out = run_padded(backbone, ids, mask, use_cache=False, logits_to_keep=keep).logits
     if out.shape[1] == width:  # a few backbones, Whisper's decoder among them, give them all
@@ -215,7 +227,7 @@ def response_nll(logits, labels):
 def perplexity(nll, tokens):
     """exp of the mean negative log-likelihood per response token; nll and tokens are sums over a set."""
     mean = nll / tokens
-    return math.exp(mean) if mean < 690 else math.inf  # beyond any float, or nan
+    return math.exp(mean) if mean < 690 else math.inf  # too large, or nan
 
 
 # ------------------------------------------------------------------------------- one pass, or the paper's two
@@ -258,9 +270,9 @@ class NIWF:
 
     @contextlib.contextmanager
     def gated_by(self, gating_of, prompts, probe_gating=None):
-        """Within this block adapters run with the gating that `gating_of` makes of h_bar [B, features]: from
-        the moment at which the first pass, over B prompts, comes to layer m; without bare layers at once.
-        Factors are then gathered once, if memory allows."""
+        """Within this block adapters run with the gating that `gating_of` makes of h_bar [B, features]. With
+        bare layers it is chosen when the first pass, over B prompts, reaches layer m, without them before
+        that pass. The factors are then gathered once (`fold`), if memory allows."""
 
         def choose(h_bar):
             gating = gating_of(h_bar)
@@ -280,9 +292,9 @@ class NIWF:
 
     @torch.no_grad()
     def probe(self, rows, gating=None):
-        """Token lists -> h_bar [B, features], float32: the mean over tokens and the last token of what enters
-        layer m, above which nothing is computed; without bare layers the mean of the last hidden states,
-        with this gating."""
+        """Return h_bar [B, features], float32, of B token lists. With bare layers: mean and last token of the
+        hidden states that enter layer m, counted from 0, where the pass stops. Without: the mean of the last
+        hidden states, under this gating."""
         ids, mask = pad_left(rows, self.pad_id, self.backbone)
         run = functools.partial(run_padded, body_of(self.backbone), ids, mask, use_cache=False)
         lengths = [len(row) for row in rows]
@@ -317,21 +329,9 @@ class NIWF:
 
 # ------------------------------------------------------------------------------------------ the same, faster
 #
-# A run of many tasks holds many blocks of bases, and a prompt asks for few. `FastBank` reads a block when a
-# gating first names one of its bases, gathers without copying the bank, so that gradients reach live bases
-# only, and gathers once for a text whose gating stays.
-
-
-@dataclasses.dataclass
-class Block:
-    """`count` committed bases. read() gives them when they are first asked for."""
-
-    count: int
-    read: collections.abc.Callable
-
-    @functools.cached_property
-    def tensors(self):
-        return dict(self.read())
+# A run of many tasks holds many blocks of bases, and a prompt needs few. `FastBank` reads a block when a
+# gating first names one of its bases, looks bases up block by block without joining all blocks first, and
+# gathers once for a text, because its gating stays.
 
 
 class FastBank(AdapterBank):
@@ -346,7 +346,7 @@ class FastBank(AdapterBank):
 
     def locate(self, indices):
         """Return, for each layer, a list of (block, which of the layer's B K bases are in it [n], their
-        numbers in it [n])."""
+        numbers in it [n]); of a single block all are in it, and `which` is None."""
         sizes, layers = torch.tensor(self.sizes()), indices.transpose(0, 1).flatten(1)  # [L, B K]
         if len(sizes) == 1:
             return [[(0, None, layer)] for layer in layers]

@@ -11,7 +11,7 @@ tells which task it is. Every method sees the same batches. After each task all 
 
     stored      with the mask of the task's last training batch
     recovered   with the mask that the search finds from a cold start on a support batch of the task; methods
-                that keep their masks take the stored one that has the lowest loss on it
+                that recall take the stored one that has the lowest loss on it, and FixedMask is told the task
 
 R[i][j] is the score on task j after task i. ACC and MSE are means of the last row. A positive FM always means
 forgetting. This file covers section 3 and Appendices B and C of the FTN paper. Departures: the paper does not
@@ -240,11 +240,11 @@ class LockedMask(SearchedMask):
 
 
 class Learner:
-    """What a stream asks of a method. From `stored[t]`, a mask, the *handle*, it answers task t.
+    """A method on a stream of tasks. `stored[t]` is its *handle* on task t: the mask with which it answers.
 
     begin(t), train(t, *batch), end(t, *batch)     learn task t, batch after batch
     score, mean_loss, outputs(handle, *batch)      answer a batch with a handle
-    parameters(t)                                  a copy of what task t's answers are computed from
+    parameters(t)                                  a copy of task t's own weights, without a shared bias
     """
 
     curve_every = 100  # steps between two points of a curve
@@ -359,7 +359,7 @@ def run_row(row, how):
 
 
 def answers(learner, t):
-    """Task t's answers to its test set, and before them the parameters that they are computed from."""
+    """Return the parameters that task t's answers are computed from, and its outputs on its test set."""
     return learner.parameters(t), [learner.outputs(learner.stored[t], *learner.world.test[t])]
 
 

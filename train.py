@@ -16,9 +16,9 @@ same bits. Of several processes each computes its share of every step and of the
 those of one process. Only the first writes and prints. When one ends, all end, and the same command goes on.
 
 This file covers sections 3.4, 3.6 and 5.1 of the NIWF paper, Eq. (9). Departures: the paper's learning rate
-is not known, so we chose 2e-4, and 1e-3 for the tiny backbone, whose adapters are as small as it is. alpha is
-128 in place of 16, because the weights of Eq. (7) sum to 1, so that the paper's update is 1/K of that of a
-LoRA of rank K r. A new field starts with its own bases in front (`lead_with_own`), so that they are trained.
+is not known, so we chose 2e-4, and 1e-3 for the tiny backbone. alpha is 128 in place of 16: the weights of
+Eq. (7) sum to 1, so the paper's update is 1/K of that of a LoRA of rank K r with the same alpha / r. A new
+field starts with its own bases in front (`lead_with_own`), so that they are trained.
 """
 
 import collections
@@ -60,11 +60,11 @@ LENGTH_WINDOW = 4  # steps among whose examples those of like length are put tog
 
 
 def writable(run, model, h_bar, args):
-    """Return what learns a new task, with what the lock lets it write. This is all that the locks differ in.
+    """Return the Learner of a new task. In training the locks differ in this alone. run: see commit.py.
 
-    exact: new bases and a new field over all bases; the bank's committed bases and the dynamics are read
-    only. soft, none: the one bank, field and dynamics of the last version, all of it. h_bar [n, features]: of
-    the bare backbone for the task's examples. The dynamics standardise by those of the first task."""
+    The first task writes all. A later one, exact: new bases and a new field over all bases; older bases and
+    the dynamics are read only. soft, none: the bank, field and dynamics of the last version. h_bar [n,
+    features]: of the bare backbone; the first task's standardises. None: an adapted probe, a later task."""
     torch.manual_seed(args.seed + len(run.versions))
     bank = model.bank
     if run.versions and args.lock != "exact":
@@ -282,7 +282,7 @@ OPTIONS = {  # what it takes; what it is; its default; the tiny backbone's; does
                                 "h_bar in one pass; 0: a sixth of all", 0, fixed=True)},
     "commitment and locks (sections 3.4, 3.5)": {
         "--lock": Option(dict(nargs="?", const="exact", default="none", choices=["exact", "soft"]),
-                         "what protects older tasks: exact (bare --lock) or soft, the paper's [nothing]"),
+                         "what protects older tasks: exact (--lock alone) or soft, the paper's [nothing]"),
         "--anchors": Option(dict(type=number(int, 1, 10**6)), "anchors a_j per region", 256),
         "--quantile": Option(dict(type=number(float, 0.01, 1)),
                              "of the training distances, gives tau, Eq. (11)", 0.95),
@@ -375,8 +375,8 @@ def train_task(run, args, backbone, tokenizer):
     print(f"adapts    {describe_targets(backbone, model.bank.shapes)}")
     if args.checkpointing:
         model.checkpoint()
-    # Bare layers never change, so they are asked once. An adapted probe is asked in every step, and here only
-    # to standardise h_bar.
+    # Bare layers never change, so they are asked once. An adapted probe runs in every step instead, and its
+    # first task takes the bare h_bar only to standardise.
     asked = args.probe == "bare" or not run.tasks
     h_bar = probe_all(model, examples, args.pool) if asked else None
     learn(run, writable(run, model, h_bar, args), examples, h_bar, val, args)

@@ -19,7 +19,7 @@ from plumbing.backbone import from_shape
 from plumbing.passes import computed_once
 from plumbing.prompts import encode
 from plumbing.targets import layers_of
-from field import CoordinateDynamics, WeightField
+from field import CoordinateDynamics, Route, WeightField
 from plumbing.talk import pieces
 from studies import found as weighing
 from studies import memory
@@ -182,6 +182,14 @@ def test_all_tasks_are_measured_under_named_versions(two, tmp_path, capsys):
         assert row[task] == pytest.approx(stored[task], rel=1e-6)
         assert row["onlyA"] == pytest.approx(row["alpaca"], rel=1e-5)  # weight 0 takes code out again
     assert "as asked" in asked(out, capsys, *"--version onlyA --prompt Hi. --max-new-tokens 3".split())[1]
+
+
+def test_an_exact_match_says_where_the_bare_backbone_answers(two, tmp_path, monkeypatch, capsys):
+    """With --outside base the bare backbone answers what no version has learned, and is named for it."""
+    monkeypatch.setattr(Route, "known", lambda route: torch.zeros(len(route.choice), dtype=torch.bool))
+    for outside, named in (("base", 4), ("nearest", 0)):
+        evaluate(copy_of(two, tmp_path / outside), f"--outside {outside} --exact-match 2 --max-new-tokens 1")
+        assert capsys.readouterr().out.count("\n[base] ") == named
 
 
 def by_row(rows):
