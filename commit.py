@@ -358,17 +358,18 @@ def compose(run, names, weights, name, like=None, backbone=None):
     if like:
         opened = run.open_backbone(backbone or run.manifest["backbone"]["name"], pick_device(None))
         model, examples = run.open_model(*opened), read_examples(like, opened[1], run.template, run.day)
-        hashes, weights = weigh(model, [v for v in run.versions if v.hash in hashes], examples)
+        asked = [v for v in run.versions if v.hash in hashes]
+        hashes, weights = weigh(model, asked, examples, run.probe_gating())
     run.commit(Composition(name, hashes, list(weights)))
     return run.manifest["compositions"][-1]
 
 
-def weigh(model, versions, examples, kept=4, steps=15, lr=0.5):
+def weigh(model, versions, examples, probe_gating=None, kept=4, steps=15, lr=0.5):
     """Find weights for n versions by the loss on examples: FTN's Algorithm 1 over versions in place of
     neurons, without a torus (ftn.py). Each begins with 1 / (n + 1). -> hashes, weights of the largest"""
     # Take four examples a pass, because a pass keeps the factors of all versions for its gradient.
     parts = [examples[i : i + 4] for i in range(0, len(examples), 4)]
-    parts = [(part, model.probe([prompt for prompt, _ in part])) for part in parts]
+    parts = [(part, model.probe([prompt for prompt, _ in part], probe_gating)) for part in parts]
     tokens = sum(len(response) for _, response in examples)
 
     def loss(mask):
