@@ -232,7 +232,9 @@ def routers(results):
 
 def few_lines(digits, rows):
     """-> heads and lines of a table of rows of studies.found: a task each that no version has learned"""
-    names = [name for name in rows[0] if name not in ("seed", "task", "learned", "composed")]
+    names = ["bare", "nearest region"]
+    names += [f"{who}, {n}" for n in (16, 64) for who in ("best single", "composition", "LoRA")]
+    names = [name for name in names if name in rows[0]]
     lines = [[f"{row['task']}, seed {row['seed']}", *(f"{row[n]:.{digits}f}" for n in names)] for row in rows]
     return ["", *names], lines
 
