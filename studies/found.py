@@ -27,6 +27,7 @@ import statistics
 
 from commit import Composition, weigh
 from eval import open_run, perplexity_under, probe_all
+from plumbing import Refused
 from plumbing.command import Parser, number, output_file, run_program, write_results
 from plumbing.prompts import encode
 from plumbing.tables import print_table
@@ -142,10 +143,12 @@ def kinds(args, seed):
 
 
 def tasks(args, seed):
-    """Take each of some tasks out of a run that has a version for all. Return a row for each: the percentage
-    of its test records that are answered right."""
+    """Take each of some tasks out of a run that has a version for all. Yield a row for each: the percentage
+    of its test records that are answered right. Raises Refused if the run has no such task."""
     said = argparse.Namespace(**vars(args), seed=seed, part="test", examples=300, val_examples=100)
     run, model, _ = open_run(args.run, "cpu", backbone=args.backbone)
+    if unknown := [task for task in args.tasks if task not in run.tasks]:
+        raise Refused(f"--tasks {unknown[0]}: {args.run} has {', '.join(run.tasks)}")
     every, versions = Tasks(run.tasks, said, args.options), run.versions
     for task in args.tasks:
         run.versions = [v for v in versions if v.task != task]
@@ -198,6 +201,8 @@ def main(argv=None):
     add("--tasks", nargs="+", default=HELD_OUT, metavar="TASK", help="which are left out")
     add("--json", type=output_file, metavar="FILE", help="write what was measured")
     args, args.options = p.parse_known_args(argv)
+    if args.table == "tasks" and not (args.run and args.data):
+        p.error("tasks: --run names the run folder in which each has a version, --data their records")
     measured, table = TABLES[args.table]
     rows = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):

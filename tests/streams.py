@@ -745,7 +745,7 @@ def test_a_sequence_refuses_what_it_cannot_learn(toy, tmp_path, capsys):
         assert why in run_quietly(sequence.main, said, capsys) and not (tmp_path / "runs").exists()
 
 
-def test_a_task_that_is_left_out_is_asked_of_all_others(toy, sequences, tmp_path):
+def test_a_task_that_is_left_out_is_asked_of_all_others(toy, sequences, tmp_path, capsys):
     """A task that is left out is answered by the other versions alone: the one with the lowest loss on a few
     records, and a composition of them. A row that is there is not made again."""
     args, rest = sequence.parse_options(toy(sequences[0], "lora-each"))
@@ -769,6 +769,9 @@ def test_a_task_that_is_left_out_is_asked_of_all_others(toy, sequences, tmp_path
     assert losses[1][0] - losses[0][0] < 1e-3 or row["best single, 16"] == 100 * sum(judged) / len(judged)
     before = snapshot_of(tmp_path)
     found_study.main([str(x) for x in said[:-2]])
+    with refused("--tasks sise: .* has colour, size, truth"):
+        found_study.main([str(x) for x in [*said[:-2], "--tasks", "sise"]])
+    assert "--run names the run folder" in run_quietly(found_study.main, ["tasks"], capsys)
     assert snapshot_of(tmp_path) == before
 
 
