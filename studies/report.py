@@ -186,6 +186,7 @@ TABLES = {draw.__name__.replace("_", "-"): draw for draw in KINDS}  # tables of 
 TABLES["sequence"] = lambda content: table(*accuracies(content["rows"]))  # rows of studies.sequence
 TABLES["routed"] = lambda content: table(*routers(content["rows"]))
 TABLES["kinds"] = lambda content: table(*few_lines(3, content["rows"]))  # rows of studies.found
+TABLES["tasks"] = lambda content: table(*few_lines(1, content["rows"]))
 
 
 # ------------------------------------------------------------------------------------------------- pages
