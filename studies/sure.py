@@ -8,7 +8,8 @@ they are drawn and aimed at the first task, as in one pass, and a region is fitt
 prompts. *Refused* are prompts for which the background is likelier than any region or, as the paper's region
 has it, those outside the tau of the region that was chosen. --wide: by what the background's covariance is
 multiplied. --temperature: by what log-likelihoods are divided before they become probabilities. --coord-dim:
-d, the dimension of the coordinate.
+d, the dimension of the coordinate. --h-bar: both parts of it, or the mean over the prompt without the last
+token.
 
 A task that has the instruction of another to the letter can hardly be told from it. So AUROC is given of all
 tasks, and of those whose instruction no other has.
@@ -114,6 +115,7 @@ def main(argv=None):
     p.add_argument("--temperature", **temperatures, help="of the probabilities")
     dimensions = dict(type=number(int, 1, 4096), nargs="+", default=[64])
     p.add_argument("--coord-dim", **dimensions, help="of the coordinate")
+    p.add_argument("--h-bar", choices=["both", "mean"], nargs="+", default=["both"], help="parts of h_bar")
     p.add_argument("--json", type=output_file, help="write what was measured to this file")
     args = p.parse_args(argv)
     backbone, tokenizer = load_backbone(args.backbone, "cpu")
@@ -124,12 +126,16 @@ def main(argv=None):
             {t: read(f"{args.data}/{t}.{part}.json", count, prompts == WHOLE) for t in TASKS}
             for part, count in (("train", FIT), (args.part, ASKED))
         )
-        for wide, temperature, d in itertools.product(args.wide, args.temperature, args.coord_dim):
+        grid = itertools.product(args.wide, args.temperature, args.coord_dim, args.h_bar)
+        for wide, temperature, d, parts in grid:
+            sets = [fitted, asked]
+            if parts == "mean":  # the first half of the features
+                sets = [{task: h[:, : h.shape[1] // 2] for task, h in each.items()} for each in sets]
             patches = {"background": functools.partial(background, wide=wide), "TEMPERATURE": temperature}
             with unittest.mock.patch.multiple(field, **patches):
-                each = [measure(fitted, asked, own, d, seed) for seed in range(args.seeds)]
+                each = [measure(*sets, own, d, seed) for seed in range(args.seeds)]
             said = f"{prompts}, background x {wide:g}, temperature {temperature:g}"
-            rows[said + f", d {d}" * (d != 64)] = each
+            rows[said + f", d {d}" * (d != 64) + ", mean alone" * (parts == "mean")] = each
     names = [*each[0]]
     mean = lambda row, name: f"{statistics.mean(x[name] for x in row):.3f}"
     means = [[what, *(mean(row, name) for name in names)] for what, row in rows.items()]
