@@ -257,6 +257,12 @@ def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128
     return [text_of(tokenizer, row) for row in new], found
 
 
+def answering(run, found, outside):
+    """Return the version that answers each coordinate of a Route; None where the bare backbone does."""
+    sent = zip(found.choice.tolist(), found.known().tolist())
+    return [run.versions[i] if known or outside == "nearest" else None for i, known in sent]
+
+
 def who_answers(run, h_bar, asked=None, outside="nearest"):
     """Return the gating of one prompt, h_bar [1, features], and who answers it: {"version": its hash (of a
     shared bank the one whose address is asked), None is the bare backbone, "name", "asked": whether it was
@@ -265,7 +271,7 @@ def who_answers(run, h_bar, asked=None, outside="nearest"):
     d]}. asked: a version and its gating as a function of h_bar. None: the prompt is routed."""
     gating, found = run.routed(h_bar, outside)
     nearest, known = run.versions[found.choice[0]], bool(found.known()[0])
-    version = nearest if known or outside == "nearest" else None
+    (version,) = answering(run, found, outside)
     if asked:
         version, gating = asked[0], asked[1](h_bar)
     who = {"version": version and version.hash, "name": version.task if version else "base"}
@@ -293,9 +299,7 @@ def exact_matches(run, model, tokenizer, args):
     def ask(records):
         for (batch,) in batches(records, size=4 * EVAL_BATCH):
             texts, found = answer(run, model, tokenizer, batch, args.outside, args.max_new_tokens)
-            learned = found.known() | (args.outside == "nearest")  # else the bare backbone answers
-            who = (run.tasks[i] if known else "base" for i, known in zip(found.choice.tolist(), learned))
-            yield from zip(texts, who)
+            yield from zip(texts, (v.task if v else "base" for v in answering(run, found, args.outside)))
 
     shares, wanted_of = {}, lambda record: text_of(tokenizer, encode(record, *written)[1])
     for task in run.tasks:

@@ -31,7 +31,7 @@ from plumbing import Refused
 from plumbing.command import Parser, number, output_file, run_program, write_results
 from plumbing.prompts import encode
 from plumbing.tables import print_table
-from studies.likelier import Tasks, few_lines, judge
+from studies.likelier import FEW, Tasks, few_lines, judge
 from studies.sequence import Kept
 from studies.stream import kinds_in_turn, learn
 from studies.styles import SENTENCES, StyleStream
@@ -40,7 +40,6 @@ from studies.variants import LORA
 STYLE, KIND = "--epochs 8 --batch 8 --grad-accum 1", "--epochs 8"  # how a version is trained
 DRAWN, DRAWS = (1, 4, 16), 50  # records that a version is found from; draws of each number
 HELD_OUT = ["copa", "rte", "sst2", "agnews"]  # real tasks that are left out in turn
-FEW = 16, 64  # records of what no version has learned
 
 
 def how(args, more):
@@ -153,7 +152,8 @@ def tasks(args, seed):
     for task in args.tasks:
         run.versions = [v for v in versions if v.task != task]
         kept = Kept(args.out / f"tasks-{seed}" / f"{task}.json")
-        yield kept("row", held_out, args, seed, every, task, run, model)
+        made_of = " ".join([args.backbone, args.run, args.data, f"{args.lora_steps}", *args.options])
+        yield kept(made_of, held_out, args, seed, every, task, run, model)
 
 
 def held_out(args, seed, every, task, run, model):

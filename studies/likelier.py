@@ -27,6 +27,7 @@ from plumbing.tables import print_table
 
 BATCH = 8  # fixed, so that the same records give the same bits later
 ROUTER = "regions, prompt"  # the one that `Run.routed` is
+FEW = 16, 64  # records of a task that no version has learned, see studies/found.py
 VALIDATION = 8  # records to choose on, on which train.py compares logits after every later task
 
 
@@ -233,7 +234,7 @@ def routers(results):
 def few_lines(digits, rows):
     """-> heads and lines of a table of rows of studies.found: a task each that no version has learned"""
     names = ["bare", "nearest region"]
-    names += [f"{who}, {n}" for n in (16, 64) for who in ("best single", "composition", "LoRA")]
+    names += [f"{who}, {n}" for n in FEW for who in ("best single", "composition", "LoRA")]
     names = [name for name in names if name in rows[0]]
     lines = [[f"{row['task']}, seed {row['seed']}", *(f"{row[n]:.{digits}f}" for n in names)] for row in rows]
     return ["", *names], lines

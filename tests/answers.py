@@ -220,7 +220,7 @@ def test_by_count_mistral_7b_trains_its_second_task_in_23_gib():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_count_of_memory_is_what_autograd_keeps(checkpointing):
     """Tensors without memory are counted like others, so a training's memory is known before it runs. On such
-    tensors transformers cannot see that a single sequence needs no mask, and counts one more."""
+    tensors transformers cannot see that a single sequence needs no mask, so the mask is counted, too."""
     counts = {}
     for mode in (contextlib.nullcontext(), memory.FakeTensorMode()):
         with mode:

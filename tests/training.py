@@ -34,7 +34,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, two, capsys):
     """After a second task, and after its command is given again, the first has the bits that it began with;
-    the report then says that nothing was trained, and with which options the task once was."""
+    the report then says that nothing was trained, and which options the task was trained with."""
     before = snapshot_of(two)
     train.main(micro("code", two, "--lock"))
     said = capsys.readouterr().out
