@@ -2,27 +2,21 @@
 
     python -m studies.stream 76                     # a task for each of the 76 kinds
     python -m studies.stream 8 --out runs/eight
-    python -m studies.stream 76 --regions           # learn the first alone, find the regions of all
 
 Kinds are taken in alphabetical order, of general instructions and of code in turn. What the run folder
-already knows is not learned again, so the same command goes on. Under the exact lock the dynamics freeze
-with the first task, so the regions of all others can be found without learning them.
+already knows is not learned again, so the same command goes on. Options that this script does not know go to
+train.py.
 """
 
 import itertools
 import json
 import pathlib
-import statistics
 import tempfile
 
-import torch
-
 from commit import Run
-from eval import open_run, probe_all, report
-from field import Region, route
+from eval import report
 from plumbing.backbone import pick_device
-from plumbing.command import Parser, number, output_file, run_program, write_results
-from plumbing.prompts import prompt_ids
+from plumbing.command import Parser, number, run_program
 from plumbing.records import DATA, HUB_DATA, read_records
 from train import parse_options as training_options
 from train import run_task
@@ -54,51 +48,21 @@ def learn(folder, task, train, val, *options):
     return run
 
 
-def learn_stream(folder, count, device, passes="one"):
-    """Learn the first `count` kinds of instruction, a task each. -> the run folder"""
-    options = ["--lock", "--backbone", "tiny", "--epochs", "8", "--passes", passes, "--device", device]
+def learn_stream(folder, count, device, *options):
+    """Learn the first `count` kinds of instruction, a task each. options: of train.py. -> the run folder"""
+    options = ["--lock", "--backbone", "tiny", "--epochs", "8", "--device", device, *options]
     for task, records in kinds_in_turn(count).items():
         run = learn(folder, task, *records.values(), *options)
     return run
 
 
-@torch.no_grad()
-def find_regions(run, model, tokenizer, count):
-    """Find the regions of all kinds, after the first was learned. -> what is published: of the validation
-    prompts of every kind the share that is routed home, and in how many other regions one lies, mean"""
-    ids = lambda records: [(prompt_ids(r, tokenizer, run.template, run.day), []) for r in records]
-    place = lambda records: run.versions[0].dynamics(probe_all(model, ids(records), "prompt"))
-    kinds = kinds_in_turn(count)
-    regions = [Region.fit(place(records["train"])) for records in kinds.values()]
-    found = {"task": f"passes: {run.manifest['settings']['passes']}", "kinds": [*kinds]}
-    found |= {"home": [], "others": []}
-    for i, records in enumerate(kinds.values()):
-        routed = route(place(records["val"]), regions)
-        found["home"].append(float((routed.choice == i).double().mean()))
-        found["others"].append(float((routed.inside.sum(1) - routed.inside[:, i].int()).double().mean()))
-    home, others = (statistics.mean(found[key]) for key in ("home", "others"))
-    print(f"{found['task']}: {home:.1%} routed home; a prompt lies in {others:.2f} other regions")
-    return found
-
-
 def main(argv=None):
-    p = Parser(__doc__, prog="stream.py")
+    p = Parser(__doc__, prog="stream.py", allow_abbrev=False)
     p.add_argument("count", type=number(int, 1, 76), help="how many kinds of instruction, a task each")
     p.add_argument("--out", default="runs/stream", help="run folder")
-    p.add_argument("--passes", choices=["one", "two"], default="one", help="see train.py [one]")
-    p.add_argument("--regions", action="store_true", help="find regions, and learn the first kind alone")
     p.add_argument("--device", help="cpu, cuda, mps [what is there]")
-    p.add_argument("--json", type=output_file, help="write what --regions finds to this file")
-    args = p.parse_args(argv)
-    device = pick_device(args.device)
-    if not args.regions:
-        return report(learn_stream(args.out, args.count, device, args.passes))
-    rows = []
-    for passes in ("two", "one"):
-        folder = f"{args.out}-{passes}"
-        learn_stream(folder, 1, device, passes)
-        rows.append(find_regions(*open_run(folder, device), args.count))
-    write_results(args.json, "-m studies.stream", argv, indent=1, rows=rows)
+    args, rest = p.parse_known_args(argv)
+    return report(learn_stream(args.out, args.count, pick_device(args.device), *rest))
 
 
 if __name__ == "__main__":

@@ -656,7 +656,8 @@ def measure_transfer(folder, args):
     run = Run(folder)
     with patched("own bases alone"):
         out = pathlib.Path(args.out, "stream-own-bases-alone")
-        alone = learn_stream(out, len(run.tasks), pick_device(None), run.manifest["settings"]["passes"])
+        passes = run.manifest["settings"]["passes"]
+        alone = learn_stream(out, len(run.tasks), pick_device(None), "--passes", passes)
     learned = lambda run: [row["stored"][row["task"]] for row in run.manifest["results"]]
     found = {"tasks": run.tasks, "read": learned(run), "own bases alone": learned(alone)}
     print(*map("{}  {:.4f}, own bases alone {:.4f}".format, *found.values()), sep="\n")

@@ -70,7 +70,9 @@ def test_without_a_terminal_no_bar_is_drawn(program, micro, tmp_path, monkeypatc
 GROUPS = "answers synthetic neurons memory compose page sequence styles report pictures".split()
 GROUPS = dict.fromkeys([*GROUPS, "commit log", "commit verify"], ["options"])
 GROUPS |= dict.fromkeys([f"bench {c}" for c in "niwf decode first-token ftn".split()], ["options"])
-GROUPS |= dict.fromkeys("stream variants fuzz commit bench".split(), ["positional arguments", "options"])
+GROUPS |= dict.fromkeys(
+    "stream kinds variants fuzz commit bench".split(), ["positional arguments", "options"]
+)
 GROUPS |= {f"commit {c}": GROUPS["commit"] for c in "show rollback compose merge export".split()}
 GROUPS["train"] = ["optimisation", "bank, field and coordinate (sections 3.1-3.3)", "commitment and locks"]
 GROUPS["eval"] = ["options", "what is measured", "answers"]

@@ -24,7 +24,7 @@ from plumbing.backbone import pick_device
 from plumbing.command import run_program
 from plumbing.processes import ENDED
 from field import CoordinateDynamics, WeightField, top_k_gating
-from studies import bench, stream
+from studies import bench, kinds, stream
 from tests.builders import HERE, a_region, a_version_of, copy_of, edit_json, evaluate, forked, in_double
 from tests.builders import load_in_double, micro_model, outcome, random_examples, snapshot_of
 from tests.builders import refused, rows_in, tensors_of
@@ -310,7 +310,8 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_a_stream_goes_on_and_says_what_every_task_cost(tmp_path, monkeypatch, capsys):
-    """A stream goes on from the tasks it has, and the growth benchmark lists each task's bytes and times."""
+    """A stream goes on from the tasks it has, and the growth benchmark lists what tasks cost. What `kinds` finds
+    with a stream's regions is what the stream itself reports."""
     monkeypatch.setattr(train, "TINY", dict(train.TINY, examples=16, val_examples=4))
     command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
     stream.main(["1", *command])
@@ -329,6 +330,11 @@ def test_a_stream_goes_on_and_says_what_every_task_cost(tmp_path, monkeypatch, c
     assert [x["stored_forgetting"] for x in lines] == [0, 0] and lines[1]["identical"] == [8, 8]
     assert lines[1]["routed_home"] == sum(row["routing"][t][t] for t in run.tasks) / 8
     assert all(x["memory"] > 10**8 and x["routed_ms"] > 0 for x in lines)
+    regions, asked = (v.region for v in run.versions), {t: run.validation(t) for t in run.tasks}
+    monkeypatch.setattr(kinds.Region, "fit", lambda z: next(regions))
+    asked = {task: {"train": records, "val": records} for task, records in asked.items()}
+    home = kinds.find_regions(*evaluation.open_run(tmp_path / "run", "cpu"), asked)["each"]
+    assert home == [row["routing"][t][t] / 4 for t in run.tasks]
 
 
 @pytest.mark.parametrize("n, batch, size", [(16, 16, 2), (48, 16, 2), (40, 16, 3), (5, 1, 3), (2, 4, 3)])
