@@ -310,8 +310,8 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_a_stream_goes_on_and_says_what_every_task_cost(tmp_path, monkeypatch, capsys):
-    """A stream goes on from the tasks it has, and the growth benchmark lists what tasks cost. What `kinds` finds
-    with a stream's regions is what the stream itself reports."""
+    """A stream goes on from the tasks it has, and the growth benchmark lists what each task cost. With a
+    stream's own regions `kinds` finds what the stream itself reports."""
     monkeypatch.setattr(train, "TINY", dict(train.TINY, examples=16, val_examples=4))
     command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
     stream.main(["1", *command])
@@ -330,10 +330,11 @@ def test_a_stream_goes_on_and_says_what_every_task_cost(tmp_path, monkeypatch, c
     assert [x["stored_forgetting"] for x in lines] == [0, 0] and lines[1]["identical"] == [8, 8]
     assert lines[1]["routed_home"] == sum(row["routing"][t][t] for t in run.tasks) / 8
     assert all(x["memory"] > 10**8 and x["routed_ms"] > 0 for x in lines)
-    regions, asked = (v.region for v in run.versions), {t: run.validation(t) for t in run.tasks}
+    opened = evaluation.open_run(tmp_path / "run", "cpu")
+    regions, asked = (v.region for v in opened[0].versions), {t: run.validation(t) for t in run.tasks}
     monkeypatch.setattr(kinds.Region, "fit", lambda z: next(regions))
     asked = {task: {"train": records, "val": records} for task, records in asked.items()}
-    home = kinds.find_regions(*evaluation.open_run(tmp_path / "run", "cpu"), asked)["each"]
+    home = kinds.find_regions(*opened, asked)["each"]
     assert home == [row["routing"][t][t] / 4 for t in run.tasks]
 
 
