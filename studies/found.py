@@ -47,6 +47,13 @@ def how(args, more):
     return ["--device", "cpu", "--backbone", args.backbone, *more.split(), *args.options]
 
 
+def learn_lora(args, seed, task, few, held, batch):
+    """Learn a LoRA on a few records, in --lora-steps steps on `batch` of them. -> its run folder"""
+    where = args.out / f"lora-{seed}" / f"{task}-{len(few)}-{args.lora_steps}"
+    epochs = args.lora_steps * batch // len(few)
+    return learn(where, task, few, held, *how(args, f"{LORA} --seed {seed} --epochs {epochs}"))
+
+
 def asked(model, run, tokenizer, records):
     """Return the examples of records and their h_bar, as every function here takes them."""
     examples = [encode(record, tokenizer, run.template, run.day) for record in records]
@@ -131,9 +138,7 @@ def kinds(args, seed):
         known, composed = from_few(model, run, *asked(model, run, tokenizer, few))
         row = {"seed": seed, "task": kind, "learned": len(run.tasks), "composed": composed}
         for n in FEW:
-            where = args.out / f"lora-{seed}" / f"{kind}-{n}"
-            more = how(args, f"{LORA} --epochs {args.lora_steps * 16 // n}")
-            lora = learn(where, kind, few[:n], test, *more)
+            lora = learn_lora(args, seed, kind, few[:n], test, 16)
             row[f"LoRA, {n}"] = lora.manifest["results"][-1]["stored"][kind]
         yield row | perplexity_under(model, *asked(model, run, tokenizer, test), known)
 
@@ -164,9 +169,7 @@ def held_out(args, seed, every, task, run, model):
     row = {"seed": seed, "task": task, "learned": len(run.versions), "composed": composed}
     row |= {name: score(model, gating) for name, gating in known.items()}
     for n in FEW:
-        where = args.out / f"tasks-{seed}" / f"{task}-{n}"
-        more = how(args, f"{LORA} --seed {seed} --epochs {args.lora_steps * 8 // n}")
-        learn(where, task, few[:n], every.choose[task][:8], *more)
+        where = learn_lora(args, seed, task, few[:n], every.choose[task][:8], 8).folder
         alone, lora, _ = open_run(where, "cpu", backbone=args.backbone)
         row[f"LoRA, {n}"] = score(lora, functools.partial(alone.stored, 0))
         lora.detach()
