@@ -235,7 +235,8 @@ def measure_last(run, backbone, tokenizer):
 def report(run):
     """Print the table at the end: every task, stored and routed, when it was learned and now."""
     results = run.manifest["results"]
-    print_report(run.tasks, results, {p: forgetting(results, p) for p in ("stored", "routed")})
+    tasks = [t for t in run.tasks if t in results[-1]["stored"]]  # a merged version was measured elsewhere
+    print_report(tasks, results, {p: forgetting(results, p) for p in ("stored", "routed")})
 
 
 # ---------------------------------------------------------------------------------------------------- answers

@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers.utils import find_adapter_config_file
 
-from plumbing import Refused
+from plumbing import HOME, Refused
 from plumbing.processes import rank_and_size
 from plumbing.targets import offloaded
 
@@ -30,8 +30,8 @@ LLAMA_70B = dict(model_type="llama", hidden_size=8192, intermediate_size=28672, 
 LLAMA_70B |= dict(num_attention_heads=64, num_key_value_heads=8)
 # Shapes to be had with random weights, for memory and speed. The defaults of mistral are Mistral-7B-v0.1.
 RANDOM = {"random:mistral-7b": dict(model_type="mistral"), "random:llama-70b": LLAMA_70B}
-SAMPLE = 2**16  # a fingerprint sees at least a third as many values of a weight, or all
-TINY_FOLDER = str(pathlib.Path(__file__).parent.parent / "assets" / "tiny")
+SAMPLE = 2**16  # a fingerprint sees at least two thirds as many values of a weight, or all
+TINY_FOLDER = str(HOME / "assets" / "tiny")
 
 
 def pick_device(wanted):
@@ -54,10 +54,11 @@ def pick_device(wanted):
 @functools.cache
 def hub_or_cache():
     """Ask once whether the Hub is there; if not, use the cache alone. Its client would retry for a minute."""
-    host = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname
+    url = urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT)
+    address = url.hostname, url.port or (80 if url.scheme == "http" else 443)
     try:
         if not (huggingface_hub.constants.HF_HUB_OFFLINE or urllib.request.getproxies()):
-            socket.create_connection((host, 443), timeout=3).close()
+            socket.create_connection(address, timeout=3).close()
     except OSError:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
@@ -180,7 +181,7 @@ def digest_of(backbone, sample, left_out=()):
 
 
 def sample_of(x):
-    """Return some 100,000 of a weight's values [n] at equal distances, or all. The distance is odd, as a
+    """Return some 65,000 of a weight's values [n] at equal distances, or all. The distance is odd, as a
     power of two would see few columns."""
     return x[:: len(x) // SAMPLE | 1]
 

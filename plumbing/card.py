@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from plumbing import Refused
 from plumbing.backbone import RANDOM, find_backbone, hub_or_cache
 from plumbing.files import atomic
-from plumbing.prompts import end_token, prompt_of
+from plumbing.prompts import end_token, hello, prompt_of
 
 VERIFY = "python commit.py verify --at http://127.0.0.1:8000 --expected expected.json"
 CHECK = """`expected.json` holds {} validation prompts, and the greedy answers of this export. To see
@@ -108,7 +108,7 @@ def write_card(folder, run, entry, tokenizer, about, name, at, asked):
     """Write the model card. Return what was exported and where answers end, as a dict. about: what goes into
     the tensors' metadata, too. name: the backbone's. at: what the export is called in its commands. asked:
     how many answers are in expected.json."""
-    prompt = prompt_of("Say hello.", tokenizer, run.template, run.day)
+    prompt = prompt_of(hello(tokenizer, run.template, run.day), tokenizer, run.template, run.day)
     end = end_token(tokenizer, run.template)
     text, merged = tokenizer.convert_ids_to_tokens(end), about["kind"] == "merged"
     what = "the backbone in float32 with an update" if merged else "a LoRA adapter"

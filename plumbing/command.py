@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from typing import NamedTuple
@@ -19,8 +18,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from plumbing import Refused
-from plumbing.files import atomic, read_json
+from plumbing import HOME, Refused
+from plumbing.files import atomic, is_text, read_json, temporary
 from plumbing.processes import joined_processes
 
 
@@ -48,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         for text in sys.argv[1:] if args is None else args:
-            if text != text.encode("utf-8", "replace").decode():  # a lone surrogate, a byte that is no UTF-8
+            if not is_text(text):  # a byte that is no UTF-8 is half a surrogate pair
                 self.error(f"{ascii(text)} is not text")
         return super().parse_known_args(args, namespace)
 
@@ -120,8 +119,9 @@ def output_file(text):
             raise OSError(0, "it is a folder")
         if path.exists() and not {"command", "rows"} <= {*read_json(path, own=False)}:
             raise ValueError
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        trial = temporary(path)  # as long as the name that is written under
+        trial.touch(exist_ok=False)
+        trial.unlink()
     except OSError as e:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({e.strerror})") from None
     except (Refused, ValueError, TypeError):
@@ -131,7 +131,7 @@ def output_file(text):
 
 def provenance():
     """Return what a result depends on besides its options: date, revision, versions, machine."""
-    git = ["git", "-C", pathlib.Path(__file__).parent.parent, "rev-parse", "HEAD"]
+    git = ["git", "-C", HOME, "rev-parse", "HEAD"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -16,7 +16,7 @@ from plumbing.backbone import digest_of, from_shape, load_backbone, pick_device,
 from plumbing.card import base_of, check_push, label, on_hub, push, write_card
 from plumbing.expected import greedy_answers, questions, write_expected
 from plumbing.files import atomic_folder
-from plumbing.prompts import end_token, prompt_ids
+from plumbing.prompts import end_token, hello, prompt_ids
 from plumbing.targets import LINEAR, in_out, layer_numbers
 
 EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # as peft calls parts of experts
@@ -121,7 +121,8 @@ def write_merged(update, backbone, tokenizer, template, about, folder):
     tensors' metadata.
 
     Raises Refused if the backbone has other modules, or if what was saved does not answer as the version."""
-    targets, ids = targets_of(update, backbone), prompt_ids("Say hello.", tokenizer, template)
+    targets, record = targets_of(update, backbone), hello(tokenizer, template)
+    ids = prompt_ids(record, tokenizer, template)
     if len({id(module.weight) for module in targets.values()}) < len(targets):
         raise Refused("several layers share one weight, which cannot hold an update for each; an adapter can")
     logits_of = lambda backbone: backbone(torch.tensor([ids]), use_cache=False).logits
@@ -141,7 +142,7 @@ def write_merged(update, backbone, tokenizer, template, about, folder):
     backbone.to("meta")  # Free its memory for what is read back.
     try:
         saved, tokenizer = load_backbone(str(folder), "cpu")
-        same = prompt_ids("Say hello.", tokenizer, template) == ids and end_token(tokenizer, template) == end
+        same = prompt_ids(record, tokenizer, template) == ids and end_token(tokenizer, template) == end
     except Refused as e:
         raise Refused(f"the checkpoint cannot be opened once it is saved: {e}") from e
     if not same or digest_of(saved, sample_of) != digest:

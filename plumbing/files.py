@@ -5,7 +5,9 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import shutil
+import sys
 
 from plumbing import Refused
 from plumbing.processes import rank_and_size
@@ -50,8 +52,15 @@ def validate(value, form, where):
     return value
 
 
+def is_text(value):
+    """Return whether a value is a text that can be written: half a surrogate pair cannot."""
+    return isinstance(value, str) and value == value.encode("utf-8", "replace").decode()
+
+
 def check_name(option, name):
-    """Raise Refused if a name cannot become a file name."""
+    """Raise Refused if a name cannot become a file name, or means something else to a server."""
+    if name in ("auto", "base"):
+        raise Refused(f"{option} {name}: whoever asks eval.py's server for {name} means no version")
     if not NAME.fullmatch(name) or len(name.encode()) > 200:
         raise Refused(f"{option} {name!r}: use letters, digits, '_', '-' and '.'")
 
@@ -92,6 +101,12 @@ def read_json(path, own=True):
         raise Refused(f"{path}: not readable ({e.strerror})") from None
 
 
+def temporary(path):
+    """Return a new name beside a path. A number of the process would not do: in containers they repeat, and
+    what a killed command left would be in the way."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.niwf-tmp")
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Give a temporary path beside `path`; on success fsync it and rename it over `path`. So whoever reads,
@@ -100,7 +115,7 @@ def atomic(path):
         yield pathlib.Path(os.devnull)
         return
     path.parent.mkdir(exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.niwf-tmp")
+    tmp = temporary(path)
     open(tmp, "xb").close()  # never through a link, never over another file
     try:
         yield tmp
@@ -124,7 +139,7 @@ def atomic_folder(folder):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Refused(f"{folder} is not empty, or no folder")
     folder = folder.resolve()
-    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.niwf-tmp")
+    tmp = temporary(folder)
     made = [p for p in folder.parents if not p.exists()]
     tmp.mkdir(parents=True)
     try:
@@ -155,7 +170,7 @@ def put_aside(path):
     while (target := folder / (path.name + f".{number}" * (number > 0))).exists():
         number += 1
     path.rename(target)
-    print(f"{path} is named by no manifest: moved to {target}")
+    print(f"{path} is named by no manifest: moved to {target}", file=sys.stderr)
 
 
 def latest_run(root="runs"):

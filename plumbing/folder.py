@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import time
 
@@ -30,6 +31,7 @@ from plumbing.versionfile import read_version_file
 OLDER = {"targets": "all", "passes": "two", "bare_layers": 0}  # settings that older run folders lack
 PLACES = dict.fromkeys(("versions", "versions/orphans", "data", "data/orphans"), "folder")
 PLACES |= dict.fromkeys(("manifest.json", "log.jsonl", "training.safetensors", ".lock"), "file")
+BEGUN = re.compile(r"\.lock|\.manifest\.json\.[0-9a-f]+\.niwf-tmp").fullmatch  # before the first manifest
 
 
 class Folder:
@@ -59,7 +61,7 @@ class Folder:
             if not self.tasks and self.unnamed() and not (self.folder / "training.safetensors").exists():
                 why = "names no version, but versions/ holds some: restore it, or move them away"
                 raise Refused(f"{self.manifest_file}: {why}")
-        elif self.folder.exists() and (not self.folder.is_dir() or {*os.listdir(self.folder)} - {".lock"}):
+        elif self.folder.exists() and not (self.folder.is_dir() and all(map(BEGUN, os.listdir(self.folder)))):
             raise Refused(f"{self.folder}: not a run folder (no manifest.json); nothing is written there")
 
     def check_manifest(self):
@@ -266,7 +268,7 @@ class Folder:
         elif self.held:
             owner["name"] = place_of(name)
         elif owner["name"] not in (name, place_of(name)):
-            with self.exclusive():
+            with contextlib.suppress(Refused, OSError), self.exclusive():  # if nobody else is at work on it
                 self.manifest["backbone"]["name"] = place_of(name)
                 self.save()
         return backbone, tokenizer

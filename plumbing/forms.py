@@ -20,7 +20,7 @@ GIVEN = ("input", "context")
 SYSTEM = ("system", "system_prompt", "system_message")
 PLAIN = ("instruction", "input", "output", "kind", "history", "tools")
 
-ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
 ROLES |= dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(("gpt", "model", "bot"), "assistant")
 ROLES |= dict.fromkeys(("observation", "function", "ipython", "tool_response"), "tool")
 CALLS = ("function_call", "tool_call")  # ShareGPT's roles of a message that is a call, as JSON
@@ -241,6 +241,8 @@ def checked(plain, where, template):
         a_text(plain, key, where)
     try:
         json.dumps(plain, ensure_ascii=False).encode()
+    except RecursionError:
+        raise Refused(f"{where} is nested too deeply") from None
     except ValueError:
         raise Refused(f"{where} holds half a character (a lone surrogate)") from None
     if template == "alpaca":

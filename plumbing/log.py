@@ -30,7 +30,7 @@ def dependents(run, digest):
 def log(abouts):
     """Yield the lines of `python commit.py log`: newest first, as in git. abouts: what `describe` says of
     every version."""
-    for about in sorted(abouts, key=lambda about: about["date"], reverse=True):
+    for about in sorted(reversed(abouts), key=lambda about: about["date"], reverse=True):
         reads = [digest[:12] for digest in about["reads"]]
         yield f"* version {about['hash'][:12]}  {about['task']}  (lock: {about['lock']})"
         yield f"| Date:   {about['date']}"
@@ -106,6 +106,8 @@ def mergeable(run, other):
         raise Refused(f"{other.folder} belongs to another backbone than {run.folder}")
     run.refuse_shared()
     other.refuse_shared()
+    if not run.measured(ours["versions"][-1]):
+        raise Refused(f"{run.manifest_file}: {run.tasks[-1]} is not measured: train.py does")
     known, names = {e["hash"] for e in run.entries}, {e["task"] for e in run.entries}
     new = [e for e in other.entries if e["hash"] not in known]
     for entry in new:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from plumbing import Refused
-from plumbing.files import parse_json
+from plumbing.files import is_text, parse_json
 from plumbing.passes import context_of, sampler
 from plumbing.prompts import prompt_ids, system_message
 from plumbing.talk import pieces
@@ -39,11 +39,6 @@ class Wrong(Refused):
 
 
 # ------------------------------------------------------------------------------------------------- a request
-
-
-def is_text(value):
-    """Return whether a value is a text that can be written: half a surrogate pair cannot."""
-    return isinstance(value, str) and value == value.encode("utf-8", "replace").decode()
 
 
 def between(low, high, *kinds):
@@ -81,7 +76,7 @@ def message_of(message, where):
     texts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in parts]
     if not texts or not all(map(is_text, texts)):
         raise Wrong(f"{where}: its content is no text", param=where)
-    return {"role": ROLES[message["role"]], "content": "\n".join(texts)}
+    return {"role": ROLES[message["role"]], "content": "".join(texts)}
 
 
 def read_request(body):

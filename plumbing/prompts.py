@@ -76,7 +76,10 @@ def quoted(record, tokenizer):
             return {put(key): put(part) for key, part in value.items()}
         return [put(part) for part in value] if isinstance(value, list) else value
 
-    return put({"instruction": record} if isinstance(record, str) else record)
+    try:
+        return put({"instruction": record} if isinstance(record, str) else record)
+    except RecursionError:
+        raise Refused("a record is nested too deeply") from None
 
 
 def unquote(text, tokenizer):
@@ -206,6 +209,16 @@ def prompt_of(record, tokenizer, template, day=None):
     preamble, which says the same before every instruction. "chat": the tokenizer's chat template, up to where
     the answer begins. day: what a chat template is told that asks for it (ISO); None is today."""
     return unquote(render(quoted(record, tokenizer), tokenizer, template, day)[0], tokenizer)
+
+
+def hello(tokenizer, template, day=None):
+    """Return a record that a template can write: some insist on a system message."""
+    record = {"instruction": "Say hello."}
+    try:
+        prompt_of(record, tokenizer, template, day)
+    except Refused:
+        record["history"] = [{"role": "system", "content": "Be brief."}]
+    return record
 
 
 @functools.lru_cache(maxsize=4)

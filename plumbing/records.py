@@ -6,20 +6,19 @@ import dataclasses
 import itertools
 import json
 import math
-import pathlib
 import random
 import re
 
 from huggingface_hub import hf_hub_download
 
-from plumbing import Refused
+from plumbing import HOME, Refused
 from plumbing.backbone import hub_or_cache
 from plumbing.datafile import rows_of
 from plumbing.files import read_json
 from plumbing.forms import BAD, GOOD, own_record, plain_record
 from plumbing.prompts import encode
 
-DATA = pathlib.Path(__file__).parent.parent / "assets" / "data"
+DATA = HOME / "assets" / "data"
 HUB_DATA = {
     "alpaca": ("yahma/alpaca-cleaned", "alpaca_data_cleaned.json"),
     "code": ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"),

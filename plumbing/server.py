@@ -13,7 +13,6 @@ import ipaddress
 import itertools
 import json
 import math
-import pathlib
 import queue
 import re
 import socket
@@ -22,10 +21,10 @@ import sys
 import threading
 import time
 
-from plumbing import Refused
+from plumbing import HOME, Refused
 from plumbing.openai import Wrong, chunks, completion, read_request
 
-PAGE = pathlib.Path(__file__).parent.parent / "assets" / "page.html"
+PAGE = HOME / "assets" / "page.html"
 CONNECTIONS = 64  # open at a time, each with a thread
 PATIENCE = 10.0  # seconds that a client has to send a request, and then for every piece of the answer
 LARGEST = 2**20  # bytes in the body of a request
@@ -99,7 +98,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def hurry(self, late, most=None):
         """Stop reading from connections whose time ends before `late`, from at most `most`, the oldest first.
-        Their threads then see the end of the request, and refuse it. Return how many there were."""
+        Their threads then see an end, and answer what has come so far. Return how many there were."""
         with self.lock:
             found = [c for c, until in self.open.items() if until and until < late][:most]
             for connection in found:
@@ -120,15 +119,23 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     connection.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\n\r\n")
                 return self.shutdown_request(connection)
         self.grant(connection, PATIENCE)
-        super().process_request(connection, address)
+        try:
+            super().process_request(connection, address)
+        except RuntimeError:  # no thread can be started now
+            self.forget(connection)
+            raise
+
+    def forget(self, connection):
+        """Give back the place of a connection that has ended."""
+        with self.lock:
+            del self.open[connection]
+        self.slots.release()
 
     def process_request_thread(self, connection, address):
         try:
             super().process_request_thread(connection, address)
         finally:
-            with self.lock:
-                del self.open[connection]
-            self.slots.release()
+            self.forget(connection)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -172,6 +179,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raise Wrong unless a request is meant for this server, and comes from no other site. A name that
         somebody lets point here (DNS rebinding) stands in Host."""
         address, port = self.connection.getsockname()[:2]
+        address = address.removeprefix("::ffff:")  # so a server for IPv6 sees a client of IPv4
         names = {name.lower() for name in ("localhost", self.server.host, address)}
         hosts = {f"[{name}]" if ":" in name else name for name in names}
         hosts = {f"{name}:{port}" for name in hosts} | (hosts if port == 80 else set())

@@ -44,10 +44,11 @@ def parse_questions(doc, argv=None):
     add("--host", default="127.0.0.1", help="of --web; any but this lets other machines ask")
     args = p.parse_args(argv)
     ways = args.talk + args.web + (args.prompt is not None)
-    elsewhere = args.web or not ways
+    elsewhere, measures = args.web or not ways, args.json or args.exact_match is not None
     wrong = {
         "--prompt asks once, --talk and --web go on: one of them": ways > 1,
         "--prompt, --talk and --web go with one run folder": ways and len(args.run or ()) > 1,
+        "--json and --exact-match measure: without --prompt, --talk and --web": ways and measures,
         "--temperature goes with --prompt, --talk or --web": args.temperature and not ways,
         "--system goes with --prompt or --talk": args.system and elsewhere,
         "--top-p goes with a --temperature": args.top_p < 1 and not args.temperature,
