@@ -6,8 +6,11 @@ import io
 import json
 import re
 import shutil
+import socket
 import sys
+import urllib.request
 
+import huggingface_hub
 import pytest
 import tokenizers
 import torch
@@ -17,7 +20,7 @@ import commit
 import train
 from commit import Run
 from model import NIWF, response_nll
-from plumbing.backbone import fingerprint, is_backbone, load_backbone
+from plumbing.backbone import fingerprint, hub_or_cache, is_backbone, load_backbone
 from plumbing.passes import choose_targets, features_of, positions_of
 from plumbing.targets import LINEAR, describe_targets, find_targets, kind_of
 from tests.builders import VOCABULARY, asked, copy_of, edit_json, evaluate, git, micro_backbone, random_bank
@@ -413,6 +416,22 @@ def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_
     train.main(micro("alpaca", out, "--backbone", str(place)))
     assert Run(out).manifest["backbone"]["name"] == str(place)
     assert "bit-identical on 32 of 32" in capsys.readouterr().out
+    with Run(out).exclusive():  # nobody can note the new place now, and the answer does not need it
+        evaluate(out, "--prompt Hello. --max-new-tokens 3", "--backbone", place.rename(tmp_path / "fourth"))
+    assert Run(out).manifest["backbone"]["name"] == str(place)
+
+
+def test_a_mirror_of_the_hub_is_asked_at_its_own_port(monkeypatch):
+    """The Hub, or a mirror of it, is there if somebody listens at the address that is set, port included."""
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as mirror:
+        address = f"http://127.0.0.1:{mirror.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        hub_or_cache.__wrapped__()
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    hub_or_cache.__wrapped__()
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("bare", [0, 2])

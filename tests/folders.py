@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -56,6 +57,22 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
             tmp.write_text("half of the n")
             raise OSError("No space left on device")
     assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "old"
+
+
+def test_what_a_killed_command_left_is_in_nobodys_way(tmp_path):
+    """Two writes of one file do not meet. A folder in which the first manifest was never finished is free,
+    and one that holds something else is not."""
+    with atomic(tmp_path / "f") as one, atomic(tmp_path / "f") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "one"
+    for name in (".lock", ".manifest.json.0a1b2c3d.niwf-tmp"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    assert Run(tmp_path / "run").tasks == []
+    (tmp_path / "run" / "mine").touch()
+    with refused("not a run folder"):
+        Run(tmp_path / "run")
 
 
 @torch.no_grad()
@@ -143,7 +160,8 @@ def test_rollback_refuses_what_is_read_unless_cascading(micro, two, tmp_path):
 
 
 def test_branches_merge_as_if_trained_one_after_the_other(micro, first, two, tmp_path, capsys):
-    """A merge keeps all logits and perplexities of both branches, and a second merge changes nothing."""
+    """A merge keeps all logits and perplexities of both branches, and a second merge changes nothing. What
+    the other branch never measured is left out of the table."""
     left, right = copy_of(two, tmp_path, "left"), copy_of(first, tmp_path, "right")
     data = HERE / "assets" / "data" / "code.val.json"
     train.main(micro("third", right, "--lock", "--data", data, "--seed", "3"))
@@ -155,11 +173,18 @@ def test_branches_merge_as_if_trained_one_after_the_other(micro, first, two, tmp
     assert row["identical"] == dict.fromkeys(run.tasks, [32, 32]) and row["stored"] == stored[0] | stored[1]
     git(left, "merge", right)
     assert "already up to date" in capsys.readouterr().out
+    train.main(micro("code", left, "--lock"))
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines() if " stored " in line} == {
+        "alpaca",
+        "third",
+    }
 
 
 def test_merge_refuses_what_does_not_belong_together(two, first, micro, tmp_path):
     """Runs whose root, backbone or lock differ, or whose names clash, do not merge, and both stay whole."""
     other, (ours, clash, soft) = tmp_path / "other", (copy_of(first, tmp_path, name) for name in "abc")
+    killed = copy_of(two, tmp_path, "f")  # after a version was committed, before it was measured
+    edit_json(killed / "manifest.json", lambda m: m["results"].pop())
     mine, foreign = (copy_of(two, tmp_path, name) for name in "de")
     train.main(micro("alpaca", other, "--seed", "9"))
     edit_json(foreign / "manifest.json", lambda m: m["backbone"].update(fingerprint="0" * 64))
@@ -170,6 +195,7 @@ def test_merge_refuses_what_does_not_belong_together(two, first, micro, tmp_path
         (ours, foreign, "another backbone"),
         (mine, clash, "both runs have a version called code"),
         (ours, soft, "do not stand for themselves"),
+        (killed, ours, "code is not measured"),
     ):
         with refused(match, run, theirs):
             git(run, "merge", theirs)
@@ -197,9 +223,18 @@ def test_verify_finds_a_flipped_bit_and_a_moved_field(two, tmp_path, capsys):
 
 
 def test_show_log_and_names(two, tmp_path, capsys):
-    """Log and show describe every version, and an unknown, too short or taken name is refused."""
+    """Log and show describe every version, the newest first, and an unknown, too short or taken name is
+    refused. With --json there is nothing but JSON, whatever else is said."""
     out = copy_of(two, tmp_path)
     git(out, "compose alpaca code --weights .5 .5 --name AB")
+    (out / "versions" / f"{'1' * 64}.safetensors").touch()
+    capsys.readouterr()
+    git(out, "compose alpaca code --weights 1 1 --name both --json")
+    said = capsys.readouterr()
+    assert json.loads(said.out)["task"] == "both" and "is named by no manifest" in said.err
+    git(out, "log")
+    assert re.findall(r"^\* version \w+  (\w+)", capsys.readouterr().out, re.M)[:2] == ["both", "AB"]
+    git(out, "rollback both")
     git(out, "log")
     log, run = capsys.readouterr().out, Run(out)
     digest = run.manifest["versions"][1]["hash"]
@@ -215,10 +250,14 @@ def test_show_log_and_names(two, tmp_path, capsys):
         ("compose alpaca --weights 1 2 --name x", "1 versions and 2 weights"),
         ("compose alpaca --weights 1 --name code", "already has a version called code"),
         ("compose alpaca --weights 1 --name a/b", "use letters"),
+        ("compose alpaca --weights 1 --name base", "means no version"),
         ("rollback alpaca", "is read by code, AB"),
     ):
         with refused(match, out):
             git(out, words)
+    (out / "training.safetensors").touch()
+    with refused("finish its training first", out):
+        git(out, "compose alpaca --weights 1 --name new")
     with refused("not a run folder", out):
         git(tmp_path / "nowhere", "log")
 

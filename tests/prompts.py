@@ -21,7 +21,8 @@ import train
 from commit import Run
 from model import NIWF
 from plumbing import Refused
-from plumbing.prompts import encode, end_token, prompt_ids, prompt_of, stop_ids, text_of
+from plumbing.forms import checked
+from plumbing.prompts import encode, end_token, hello, prompt_ids, prompt_of, quoted, stop_ids, text_of
 from tests.builders import CHAT, END, RECORD, asked, chat_tokenizer, copy_of, edit_json, evaluate, git
 from tests.builders import messages, micro_backbone, outcome, refused, rows_in, saved
 
@@ -167,6 +168,18 @@ def test_a_refusal_quotes_the_users_text_alone():
     insists = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT
     record["history"] = messages("Be kind.", first="system")
     assert encode(record, chat_tokenizer(insists), "chat") == encode(record, chat_tokenizer(), "chat")
+    for template, first in ((insists, "system"), (CHAT, "user")):  # what an export shows and tries
+        tokenizer = chat_tokenizer(template)
+        assert f"[{first}]" in prompt_of(hello(tokenizer, "chat"), tokenizer, "chat").partition(END)[0]
+
+
+def test_a_record_that_is_nested_too_deeply_is_one_line():
+    """A record with lists in lists beyond what Python recurses to is refused, not a traceback."""
+    deep = functools.reduce(lambda inner, _: [inner], range(5000), "x")
+    record = {"instruction": "x", "output": "y", "tools": deep}
+    for read in (lambda: checked(record, "record 1", "chat"), lambda: quoted(record, chat_tokenizer())):
+        with refused("nested too deeply"):
+            read()
 
 
 # The same through the command lines.

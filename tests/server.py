@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -17,8 +18,9 @@ import eval as evaluation
 from commit import Run
 from field import Region, unsquash
 from plumbing import server
-from plumbing.openai import Wrong, send_until
+from plumbing.openai import Wrong, read_request, send_until
 from plumbing.plane import Plane
+from plumbing.records import read_records
 from tests.builders import HERE, asked, copy_of, evaluate, git, load_in_double, messages, run_quietly
 
 
@@ -476,6 +478,43 @@ def test_other_names_of_this_machine_are_let_in_by_host_alone():
             raw = post(say(), Host=f"{host}:{port}", Origin=f"http://{host}:{port}")
             assert send(found, raw)[0] == 200
         assert send(found, post(say(), Host=f"nobody:{port}"))[0] == 403
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_a_server_for_ipv6_knows_its_ipv4_address():
+    """Where a server listens on all addresses, one of IPv4 is let in under its own name."""
+    with serving(Echo(), "::") as found, socket.create_connection(("127.0.0.1", port_of(found))) as client:
+        client.sendall(post(say(), Host=f"127.0.0.1:{port_of(found)}"))
+        assert read_reply(client)[0] == 200
+
+
+def test_when_no_thread_can_start_no_place_is_lost(monkeypatch, capfd):
+    """A connection that gets no thread is closed, and its place is free again."""
+    with serving(Echo()) as found:
+        with monkeypatch.context() as m:
+            m.setattr(socketserver.ThreadingMixIn, "process_request", lambda *_: no_thread())
+            for _ in range(server.CONNECTIONS + 1):
+                with socket.create_connection(found.server_address[:2], timeout=300) as client:
+                    with contextlib.suppress(ConnectionError):
+                        assert client.recv(1) == b""
+        assert not found.open and ask(found, say())["choices"][0]["message"]["content"] == "Hi."
+    assert capfd.readouterr().err.count("can't start new thread") == server.CONNECTIONS + 1
+
+
+def no_thread():
+    raise RuntimeError("can't start new thread")
+
+
+def test_messages_are_asked_as_they_are_trained(tmp_path):
+    """The same messages have one form, whether they are learned from or asked: roles, and texts in parts."""
+    parts = [{"type": "text", "text": text} for text in ("Name", " it.")]
+    said = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
+    (tmp_path / "x.json").write_text(
+        json.dumps([{"messages": [*said, {"role": "assistant", "content": "x"}]}])
+    )
+    (record,) = read_records(tmp_path / "x.json", "chat")
+    asked = read_request(json.dumps({"model": "auto", "messages": said}))["messages"]
+    assert asked == [*record["history"], {"role": "user", "content": record["instruction"]}]
 
 
 def test_the_plane_is_where_means_differ_most(double):
