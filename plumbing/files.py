@@ -173,9 +173,9 @@ def put_aside(path):
     print(f"{path} is named by no manifest: moved to {target}", file=sys.stderr)
 
 
-def latest_run(root="runs"):
-    """Return the run folder under `root` whose manifest was written last. Raises Refused if there is none."""
-    manifests = pathlib.Path(root).glob("*/manifest.json")
+def latest_run():
+    """Return the run folder under runs/ whose manifest was written last. Raises Refused if there is none."""
+    manifests = pathlib.Path("runs").glob("*/manifest.json")
     if not (last := max(manifests, key=lambda p: p.stat().st_mtime, default=None)):
-        raise Refused(f"no run folder under {root}/: start one with train.py, or name one with --run")
+        raise Refused("no run folder under runs/: start one with train.py, or name one with --run")
     return last.parent

@@ -34,10 +34,10 @@ class Plane:
         """u [B, d] -> where it is seen [B, 2]."""
         return (u.cpu().double() - self.origin) @ self.axes.T
 
-    def outline(self, region, share=0.95, points=64):
-        """Return a closed line [points, 2] around `share` of a region's Gaussian as it is seen here."""
+    def outline(self, region):
+        """Return a closed line [64, 2] around 95 % of a region's Gaussian as it is seen here."""
         center, cov = self.axes @ (region.mean - self.origin), self.axes @ region.cov @ self.axes.T
         variance, directions = torch.linalg.eigh(cov)
-        turn = torch.linspace(0, 2 * torch.pi, points + 1, dtype=cov.dtype)[:-1, None]
-        radii = (-2 * math.log(1 - share) * variance.clamp(min=0)).sqrt()  # a quantile of Rayleigh's
+        turn = torch.linspace(0, 2 * torch.pi, 65, dtype=cov.dtype)[:-1, None]
+        radii = (-2 * math.log(0.05) * variance.clamp(min=0)).sqrt()  # a quantile of Rayleigh's
         return center + (torch.cat([turn.cos(), turn.sin()], 1) * radii) @ directions.T
