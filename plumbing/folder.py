@@ -257,8 +257,8 @@ class Folder:
 
     def open_backbone(self, name, device, device_map=None):
         """Load the backbone. Return (backbone, tokenizer). If it has another name than it had, the manifest
-        takes the new one; whoever holds the folder (`exclusive`) saves it. Raises Refused if the run folder
-        belongs to another backbone."""
+        takes the new one; whoever holds the folder (`exclusive`) saves it, and nobody does while another
+        process is at work. Raises Refused if the run folder belongs to another backbone."""
         backbone, tokenizer = load_backbone(name, device, device_map)
         owner = self.manifest["backbone"]
         if not owner:
