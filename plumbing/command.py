@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         for text in sys.argv[1:] if args is None else args:
-            if not is_text(text):  # a byte that is no UTF-8 is half a surrogate pair
+            if not is_text(text):  # Python reads a byte that is no UTF-8 as half a surrogate pair
                 self.error(f"{ascii(text)} is not text")
         return super().parse_known_args(args, namespace)
 
@@ -119,7 +119,7 @@ def output_file(text):
             raise OSError(0, "it is a folder")
         if path.exists() and not {"command", "rows"} <= {*read_json(path, own=False)}:
             raise ValueError
-        trial = temporary(path)  # as long as the name that is written under
+        trial = temporary(path)  # `atomic` writes under a name as long as this one
         trial.touch(exist_ok=False)
         trial.unlink()
     except OSError as e:

@@ -13,6 +13,7 @@ from plumbing import Refused
 from plumbing.processes import rank_and_size
 
 NAME, SHA = re.compile(r"\w[\w.-]{0,63}"), re.compile(r"[0-9a-f]{64}")
+AUTO, BASE = "auto", "base"  # to a server: whoever the prompt is routed to, and the bare backbone
 
 
 def validate(value, form, where):
@@ -58,8 +59,8 @@ def is_text(value):
 
 
 def check_name(option, name):
-    """Raise Refused if a name cannot become a file name, or means something else to a server."""
-    if name in ("auto", "base"):
+    """Raise Refused if a name cannot become a file name, or if a server's clients mean no version by it."""
+    if name in (AUTO, BASE):
         raise Refused(f"{option} {name}: whoever asks eval.py's server for {name} means no version")
     if not NAME.fullmatch(name) or len(name.encode()) > 200:
         raise Refused(f"{option} {name!r}: use letters, digits, '_', '-' and '.'")
@@ -102,8 +103,8 @@ def read_json(path, own=True):
 
 
 def temporary(path):
-    """Return a new name beside a path. A number of the process would not do: in containers they repeat, and
-    what a killed command left would be in the way."""
+    """Return a new name beside a path. It is drawn, because the numbers of processes repeat in containers:
+    what a killed command left would then be in the way."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.niwf-tmp")
 
 

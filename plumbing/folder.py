@@ -31,7 +31,9 @@ from plumbing.versionfile import read_version_file
 OLDER = {"targets": "all", "passes": "two", "bare_layers": 0}  # settings that older run folders lack
 PLACES = dict.fromkeys(("versions", "versions/orphans", "data", "data/orphans"), "folder")
 PLACES |= dict.fromkeys(("manifest.json", "log.jsonl", "training.safetensors", ".lock"), "file")
-BEGUN = re.compile(r"\.lock|\.manifest\.json\.[0-9a-f]+\.niwf-tmp").fullmatch  # before the first manifest
+BEGUN = re.compile(
+    r"\.lock|\.manifest\.json\.[0-9a-f]+\.niwf-tmp"
+).fullmatch  # what may lie in a folder of ours before its manifest
 
 
 class Folder:
@@ -113,6 +115,11 @@ class Folder:
     def measured(self, entry):
         """Return whether there is a row of results for a version."""
         return any(row["version"] == entry["hash"] for row in self.manifest["results"])
+
+    def refuse_unmeasured(self, entry):
+        """Raise Refused if there is no row of results for a version."""
+        if not self.measured(entry):
+            raise Refused(f"{self.manifest_file}: {entry['task']} is not measured: train.py does")
 
     def data_file(self, task, kind):
         """Return a file of a task. kind "val": the validation records that it is measured on, now and after
@@ -257,8 +264,8 @@ class Folder:
 
     def open_backbone(self, name, device, device_map=None):
         """Load the backbone. Return (backbone, tokenizer). If it has another name than it had, the manifest
-        takes the new one; whoever holds the folder (`exclusive`) saves it, and nobody does while another
-        process is at work. Raises Refused if the run folder belongs to another backbone."""
+        takes the new one; whoever holds the folder (`exclusive`) saves it. While another process holds it the
+        old name stays. Raises Refused if the run folder belongs to another backbone."""
         backbone, tokenizer = load_backbone(name, device, device_map)
         owner = self.manifest["backbone"]
         if not owner:
@@ -268,7 +275,8 @@ class Folder:
         elif self.held:
             owner["name"] = place_of(name)
         elif owner["name"] not in (name, place_of(name)):
-            with contextlib.suppress(Refused, OSError), self.exclusive():  # if nobody else is at work on it
+            # The answer does not need it: the folder may be held by another process, or be for reading only.
+            with contextlib.suppress(Refused, OSError), self.exclusive():
                 self.manifest["backbone"]["name"] = place_of(name)
                 self.save()
         return backbone, tokenizer

@@ -96,7 +96,7 @@ def composable(run, names, weights, name):
 
 def mergeable(run, other):
     """Return the entries that another run has and this one lacks. Raises Refused if the two have no first
-    version in common, or names clash."""
+    version in common, if names clash, or if a version is not measured."""
     ours, theirs = run.manifest, other.manifest
     if not theirs["versions"]:
         raise Refused(f"{other.folder}: no versions to merge")
@@ -106,15 +106,14 @@ def mergeable(run, other):
         raise Refused(f"{other.folder} belongs to another backbone than {run.folder}")
     run.refuse_shared()
     other.refuse_shared()
-    if not run.measured(ours["versions"][-1]):
-        raise Refused(f"{run.manifest_file}: {run.tasks[-1]} is not measured: train.py does")
+    run.refuse_unmeasured(ours["versions"][-1])
     known, names = {e["hash"] for e in run.entries}, {e["task"] for e in run.entries}
     new = [e for e in other.entries if e["hash"] not in known]
     for entry in new:
         if entry["task"] in names:
             raise Refused(f"both runs have a version called {entry['task']}; roll one back")
-        if entry["lock"] != "composed" and not other.measured(entry):
-            raise Refused(f"{other.manifest_file}: {entry['task']} is not measured: train.py does")
+        if entry["lock"] != "composed":
+            other.refuse_unmeasured(entry)
     return new
 
 

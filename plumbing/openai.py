@@ -16,14 +16,13 @@ from collections.abc import Callable
 
 import torch
 
-from plumbing import Refused
-from plumbing.files import is_text, parse_json
+from plumbing import Refused, forms
+from plumbing.files import AUTO, BASE, is_text, parse_json
 from plumbing.passes import context_of, sampler
 from plumbing.prompts import prompt_ids, system_message
 from plumbing.talk import pieces
 
-AUTO, BASE = "auto", "base"  # models that are no version: whoever the prompt is routed to, the bare backbone
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {role: forms.ROLES[role] for role in ("system", "developer", "user", "assistant")}
 
 
 class Wrong(Refused):

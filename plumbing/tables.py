@@ -40,10 +40,11 @@ of them are still in its region, {inside_at_commit:.1%} were at commit. How the 
 guards addresses; it holds neither the inputs to their addresses nor the bases that the addresses name."""
 
 
-def print_report(tasks, results, lost):
+def print_report(results, lost):
     """Print what `report` in eval.py does. results: rows as `measure` makes them. lost: {protocol: {task: how
     much was forgotten, in percent}}."""
-    row, width = results[-1], max(4, *map(len, tasks))
+    row, tasks = results[-1], [*lost["stored"]]
+    width = max(4, *map(len, tasks))
     print(f"\nvalidation perplexity after {row['task']} (version {row['version'][:12]})")
     print(f"{'task':{width}}  protocol      base  learned       now  forgetting")
     for t in tasks:

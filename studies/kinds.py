@@ -19,15 +19,10 @@ from plumbing.command import Parser, number, output_file, run_program, write_res
 from plumbing.prompts import prompt_ids
 from plumbing.tables import print_table, spread
 from studies.stream import kinds_in_turn, learn_stream
-from studies.variants import patched
+from studies.variants import PASSES, Variant, folder_name, patched
 
-WAYS = {  # how the first kind is learned: options of train.py; and what is changed, see studies/variants.py
-    "two passes": ("--passes two", None),
-    "one pass": ("", None),
-    "one pass, d 128": ("--coord-dim 128", None),
-    "one pass, mean alone": ("", "mean alone"),
-    "one pass, not aimed": ("", "not aimed"),
-}
+WAYS = ["two passes", "one pass", "one pass, mean alone", "one pass, not aimed"]
+WAYS = {way: PASSES[way] for way in WAYS} | {"one pass, d 128": Variant("--coord-dim 128")}
 
 
 @torch.no_grad()
@@ -56,12 +51,11 @@ def main(argv=None):
     args = p.parse_args(argv)
     device, kinds, rows = pick_device(args.device), kinds_in_turn(args.count), {}
     for way in args.ways:
-        options, patch = WAYS[way]
-        rows[way] = []
+        variant, rows[way] = WAYS[way], []
         for seed in tqdm(range(args.seeds), desc=way, unit="seed", disable=None, leave=False):
-            folder = f"{args.out}/{way.replace(' ', '-').replace(',', '')}-{seed}"
-            with patched(patch):
-                learn_stream(folder, 1, device, *options.split(), "--seed", f"{seed}")
+            folder = f"{args.out}/{folder_name(way)}-{seed}"
+            with patched(variant.patch):
+                learn_stream(folder, 1, device, *variant.options.split(), "--seed", f"{seed}")
                 rows[way].append(find_regions(*open_run(folder, device), kinds))
     spreads = lambda row: [spread([x[key] for x in row]) for key in ("home", "others")]
     lines = [[way, *spreads(row)] for way, row in rows.items()]

@@ -171,7 +171,7 @@ def last_table(row):
     results[-1] |= {key: row[key] for key in ("base", "routing", "inside", "identical")}
     results[-1] |= {"version": "", "gating": {}, "drift": {}}
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        report(types.SimpleNamespace(tasks=row["tasks"], manifest={"results": results}))
+        report(types.SimpleNamespace(manifest={"results": results}))
     return out.getvalue().strip().splitlines()[1:]
 
 

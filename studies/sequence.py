@@ -48,6 +48,7 @@ from studies.variants import (
     SOFT,
     TWO,
     Variant,
+    folder_name,
     parameters,
     patched,
     train_with,
@@ -139,7 +140,7 @@ class Row:
         self.name, self.method, self.order, self.tasks = name, METHODS[name], order, tasks
         self.args, self.rest = args, rest
         how = [order, f"seed {args.seed}", f"{args.examples} examples", *rest]
-        folder = pathlib.Path(args.out, "".join(c if c.isalnum() else "-" for c in " ".join(how)))
+        folder = pathlib.Path(args.out, folder_name(" ".join(how)))
         self.folder = folder / ("lora-each" if self.method.sums is not None else name)
         self.kept = Kept(folder / f"{name}.{args.part}-{args.val_examples}.json")
 

@@ -456,11 +456,16 @@ def patched(name):
         yield
 
 
+def folder_name(text):
+    """Return a text as the name of a folder."""
+    return "".join(c if c.isalnum() else "-" for c in text)
+
+
 def place_of(args, seed, *parts):
     """The folder or file that belongs to a row, or to the first task of several."""
     name = " ".join(part for part in parts if part) or "default"
     table = args.table if args.table in ("choose", *ONE_PASS) else "publish"
-    return pathlib.Path(args.out, table, f"{seed}", "".join(c if c.isalnum() else "-" for c in name))
+    return pathlib.Path(args.out, table, f"{seed}", folder_name(name))
 
 
 def folder_of(variant, seed, args):

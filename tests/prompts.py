@@ -175,7 +175,7 @@ def test_a_refusal_quotes_the_users_text_alone():
 
 def test_a_record_that_is_nested_too_deeply_is_one_line():
     """A record with lists in lists beyond what Python recurses to is refused, not a traceback."""
-    deep = functools.reduce(lambda inner, _: [inner], range(5000), "x")
+    deep = functools.reduce(lambda inner, _: [inner], range(100_000), "x")
     record = {"instruction": "x", "output": "y", "tools": deep}
     for read in (lambda: checked(record, "record 1", "chat"), lambda: quoted(record, chat_tokenizer())):
         with refused("nested too deeply"):
