@@ -357,7 +357,7 @@ def compose(run, names, weights, name, like=None, backbone=None):
     hashes = composable(run, names, weights, name)
     if like:
         opened = run.open_backbone(backbone or run.manifest["backbone"]["name"], pick_device(None))
-        model, examples = run.open_model(*opened), read_examples(like, opened[1], run.template, run.day)
+        model, examples = run.open_model(*opened), read_examples(like, *opened, run.template, run.day)
         asked = [v for v in run.versions if v.hash in hashes]
         hashes, weights = weigh(model, asked, examples, run.probe_gating())
     run.commit(Composition(name, hashes, list(weights)))

@@ -351,7 +351,8 @@ def run_task(run, args):
 
 def say_known(run, args):
     """Say that a task is committed already, and which options it was trained with if others were said."""
-    print(f"{args.task} is already committed in {run.folder}: nothing to train")
+    unread = f", and {args.data} is not read" if args.data else ""
+    print(f"{args.task} is already committed in {run.folder}: nothing to train{unread}")
     config = run.head(run.find(args.task))["config"]
     said = {key: value for key, value in vars(args).items() if key in DEFAULTS}
     if other := [f"{key} {config[key]}" for key in said if said[key] != config.get(key, said[key])]:

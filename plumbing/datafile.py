@@ -81,7 +81,7 @@ def rows_of(path):
         return [(f"{path}: record {i}", row) for i, row in enumerate(value, 1)], set()
     holds_records = lambda v: isinstance(v, list) and v and all(isinstance(row, dict) for row in v)
     lists = [key for key, v in value.items() if holds_records(v)]
-    known = [key for key in (*ASKED, *SAID, *CHATS) if key in value]
+    known = [key for key in (*ASKED, *SAID, *CHATS, "chosen") if key in value]
     if known and all(value[k] and isinstance(value[k], (list, dict)) and k not in lists for k in known):
         how = "pandas' to_json(orient='records') writes records"
         raise Refused(f"{path} holds columns in place of records: {how}")

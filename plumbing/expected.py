@@ -155,7 +155,8 @@ def text_from(at, reply, data):
     elif len(data) > LARGEST:
         why = f"an answer of more than {LARGEST} bytes"
     elif reply.status != 200:
-        hint = "; --model says under which name the export is served" * (reply.status == 404)
+        hint = "; --model says under which name the export is served, and /v1/completions must be there"
+        hint *= reply.status == 404
         why = f"it says {reply.status} {reply.reason[:40]}: {data.decode('utf-8', 'replace')[:200]}{hint}"
     else:
         why = f"the answer has no text under choices[0].text: {ascii(data[:60])[2:-1]}"

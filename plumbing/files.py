@@ -59,9 +59,11 @@ def is_text(value):
 
 
 def check_name(option, name):
-    """Raise Refused if a name cannot become a file name, or if a server's clients mean no version by it."""
+    """Raise Refused if a name cannot become a file name, or if whoever says it means something else."""
     if name in (AUTO, BASE):
         raise Refused(f"{option} {name}: whoever asks eval.py's server for {name} means no version")
+    if re.fullmatch("[0-9a-f]{12,64}", name):
+        raise Refused(f"{option} {name}: it would be taken for the hash of a version")
     if not NAME.fullmatch(name) or len(name.encode()) > 200:
         raise Refused(f"{option} {name!r}: use letters, digits, '_', '-' and '.'")
 

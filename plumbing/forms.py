@@ -18,6 +18,7 @@ SAID = ("output", "completion", "response", "answer")
 CHATS = ("messages", "conversations", "conversation")
 GIVEN = ("input", "context")
 SYSTEM = ("system", "system_prompt", "system_message")
+OTHERS = ("inputs", "choices", "options", "article", "text", "sentence", "premise", "hypothesis", "code")
 PLAIN = ("instruction", "input", "output", "kind", "history", "tools")
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
@@ -221,15 +222,29 @@ def unlearned(holder, keys, where):
 def check_rest(rest, plain, where, ignored):
     """Look at the keys that were not used. Raises Refused if one of them changes what is asked."""
     refuse_lost(rest, LOST_IN_RECORD, where)
-    asked = [plain["instruction"], plain.get("input", ""), *(m["content"] for m in plain.get("history", ()))]
+    rest = {key: value for key, value in rest.items() if value not in ("", [], {})}
     for key, value in rest.items():
-        if key in (*ASKED, *GIVEN, *SYSTEM, "history") and value not in ("", [], {}):
-            # It may repeat what is asked, or hold it whole.
-            text = value.strip() if isinstance(value, str) else None
-            whole = key in ASKED and text and asked[0].strip() in text
-            if text is None or not whole and not any(text in part for part in asked):
-                raise Refused(f"{where} has {key!r} beside what is asked, and it would be lost: put it there")
-    ignored.update(key for key, value in rest.items() if value not in ("", [], {}))
+        name = key.strip().lower()  # a table may head its columns 'Input'
+        if name in (*ASKED, *GIVEN, *SYSTEM, *OTHERS, "history", "tools") and not is_said(value, name, plain):
+            how = "beside what is asked, and it would be lost: put it there"
+            how = how if name == key else f"in place of {name!r}, and it would be lost: spell it so"
+            raise Refused(f"{where} has {key!r} {how}")
+    ignored.update(rest)
+
+
+def is_said(value, name, plain):
+    """Return whether a value changes nothing of a plain record: all its texts stand in what is asked or
+    answered, or it is one text that holds the instruction whole."""
+    said = [plain["instruction"], plain.get("input", ""), *(m["content"] for m in plain.get("history", ()))]
+    if name in (*ASKED, "text") and isinstance(value, str) and said[0].strip() and said[0].strip() in value:
+        return True
+    parts, said = [value], [*said, plain["output"]]
+    for part in parts:  # it grows
+        if isinstance(part, (list, dict)):
+            parts += part.values() if isinstance(part, dict) else part
+        elif not any(str(part).strip() in text for text in said):
+            return False
+    return True
 
 
 def checked(plain, where, template):

@@ -51,7 +51,9 @@ def are_stops(value):
 
 
 COUNT = between(1, 10**6, int), "a whole number from 1 to 1000000"
-FIELDS = {  # those that are read, each with a test and what it says if it is wrong; null is as if not said
+NONE = lambda x: x in ([], {}), "empty, and this server does nothing with it"
+# The fields that change an answer, each with a test and what it says if it is wrong; null is as if not said.
+FIELDS = {
     "model": (is_text, "the id of a model, see /v1/models"),
     "messages": (lambda m: isinstance(m, list) and m, "a list of messages"),
     "stream": (lambda x: type(x) is bool, "true or false"),
@@ -63,6 +65,13 @@ FIELDS = {  # those that are read, each with a test and what it says if it is wr
     "seed": (between(-(2**63), 2**63 - 1, int), "a whole number of 64 bits"),
     "n": (between(1, 1, int), "1: one answer is computed at a time"),
     "stop": (are_stops, "a text of at most 500 characters, or a list of up to four"),
+    "tools": NONE,
+    "functions": NONE,
+    "logit_bias": NONE,
+    "frequency_penalty": (between(0, 0, int, float), "0: nothing is penalised"),
+    "presence_penalty": (between(0, 0, int, float), "0: nothing is penalised"),
+    "logprobs": (lambda x: x is False, "false: none are sent"),
+    "response_format": (lambda x: x == {"type": "text"}, 'the only one there is, {"type": "text"}'),
 }
 
 

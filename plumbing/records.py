@@ -5,7 +5,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import math
 import random
 import re
 
@@ -16,9 +15,11 @@ from plumbing.backbone import hub_or_cache
 from plumbing.datafile import rows_of
 from plumbing.files import read_json
 from plumbing.forms import BAD, GOOD, own_record, plain_record
+from plumbing.passes import context_of
 from plumbing.prompts import encode
 
 DATA = HOME / "assets" / "data"
+FEW = 10  # training prompts
 HUB_DATA = {
     "alpaca": ("yahma/alpaca-cleaned", "alpaca_data_cleaned.json"),
     "code": ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"),
@@ -108,12 +109,13 @@ def take_usable(records, tokenizer, args, option):
     return kept, examples, tally
 
 
-def read_examples(path, tokenizer, template, day):
+def read_examples(path, backbone, tokenizer, template, day):
     """Return the examples of a file of a few labelled records, each of which is to count. Raises Refused as
-    `read_source` does, and if a record is not usable, or none is there."""
+    `read_source` does, and if a record is not usable, is too long for the backbone, or none is there."""
     source = read_source(path, template)
     refuse_unwritten(source, tokenizer)
-    how = argparse.Namespace(template=template, day=day, max_len=math.inf, like=len(source.records))
+    longest = context_of(backbone) or 2048
+    how = argparse.Namespace(template=template, day=day, max_len=longest, like=len(source.records))
     _, examples, tally = take_usable(source.records, tokenizer, how, "like")
     if not len(examples) == source.read > 0:
         source.tally = {"usable": len(examples), **source.tally, **tally}
@@ -193,4 +195,6 @@ def load_data(args, tokenizer):
         raise Refused(f"no usable records for {'validation' if examples else 'training'}: {lines}{why}")
     for each in sources:
         each.say()
+    if len(asked := {(*prompt,) for prompt, _ in examples}) < FEW:
+        print(f"          a region of {len(asked)} prompts is hardly found again: {FEW} or more make one")
     return examples, val

@@ -82,7 +82,7 @@ def exact_match(task, records, ask, wanted_of, show=0):
             wrong = "" if right else f"   expected {wanted!r}"
             print(f"[{who}] {asked}\n    {text!r}{wrong}")
     right, n = (sum(c) for c in zip(*kinds.values()))
-    print(f"\n{task}: {right} of {n} answers exactly right ({100 * right / n:.1f} %)")
+    print(f"\n{task}: {right} of {n} answers exactly right ({100 * right / n:.1f} %), routed")
     for kind, (hits, of) in sorted(kinds.items(), key=lambda k: -k[1][0] / k[1][1]):
         print(f"  {kind:16} {hits:3} of {of:3}  {100 * hits / of:5.1f} %")
     return dict(kinds)

@@ -44,14 +44,21 @@ def parse_questions(doc, argv=None):
     add("--host", default="127.0.0.1", help="of --web; any but this lets other machines ask")
     args = p.parse_args(argv)
     ways = args.talk + args.web + (args.prompt is not None)
-    elsewhere, measures = args.web or not ways, args.json or args.exact_match is not None
+    said = lambda name: getattr(args, name) != p.get_default(name)
+    elsewhere, measures = args.web or not ways, args.json or said("exact_match")
+    answers, greedy = ways or said("exact_match"), not args.temperature
     wrong = {
         "--prompt asks once, --talk and --web go on: one of them": ways > 1,
         "--prompt, --talk and --web go with one run folder": ways and len(args.run or ()) > 1,
+        "--run names a folder twice": len({*map(os.path.realpath, args.run or ())}) < len(args.run or ()),
         "--json and --exact-match measure: without --prompt, --talk and --web": ways and measures,
+        "--max-new-tokens goes with answers, or --exact-match": said("max_new_tokens") and not answers,
         "--temperature goes with --prompt, --talk or --web": args.temperature and not ways,
+        "--seed goes with a --temperature, and --prompt or --talk": said("seed") and (elsewhere or greedy),
+        "--input goes with --prompt": args.input and args.prompt is None,
+        "--host and --port go with --web": (said("host") or said("port")) and not args.web,
         "--system goes with --prompt or --talk": args.system and elsewhere,
-        "--top-p goes with a --temperature": args.top_p < 1 and not args.temperature,
+        "--top-p goes with a --temperature": args.top_p < 1 and greedy,
         "--version goes with --prompt or --talk; on a page, whoever asks chooses": args.version and args.web,
         "--like goes with --prompt or --talk, not --version": args.like and (args.version or elsewhere),
     }

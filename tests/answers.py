@@ -365,6 +365,7 @@ def test_a_found_composition_is_an_ordinary_one(two, tmp_path, capsys):
 UNLIKE = [([], "there are none"), ([RECORD, {"instruction": "x"}], "record 2")]
 UNLIKE += [([RECORD, RECORD | {"output": " "}], "2 read: 1 usable, 1 empty")]
 UNLIKE += [([RECORD | {"label": False}], "1 read")]
+UNLIKE += [([RECORD | {"output": "x " * 999}], "1 read: 1 over 256 tokens")]
 
 
 @pytest.mark.parametrize("records, why", UNLIKE)

@@ -247,10 +247,12 @@ def test_show_log_and_names(two, tmp_path, capsys):
     for words, match in (
         ("show nobody", "no version is called 'nobody'"),
         (f"show {digest[:3]}", "no version"),
-        ("compose alpaca --weights 1 2 --name x", "1 versions and 2 weights"),
+        ("compose alpaca --weights 1 2 --name x", "there are 1 versions, and 2 weights"),
         ("compose alpaca --weights 1 --name code", "already has a version called code"),
         ("compose alpaca --weights 1 --name a/b", "use letters"),
         ("compose alpaca --weights 1 --name base", "means no version"),
+        ("compose alpaca --weights 1 --name 0123456789ab", "taken for the hash of a version"),
+        ("compose alpaca --weights 0 --name x", "all are 0"),
         ("rollback alpaca", "is read by code, AB"),
     ):
         with refused(match, out):

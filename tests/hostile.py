@@ -481,7 +481,7 @@ BAD_NUMBERS = {  # options: what none of them can be
 }
 TRAIN_ARGUMENTS = [f"{o} {v}" for options, vs in BAD_NUMBERS.items() for o in options.split() for v in vs]
 TRAIN_ARGUMENTS += """--frobnicate x | --task ../x | --task=a/b | --task=-x | --task= | --task with-code
-    --task base
+    --task base | --task 0123456789ab
     --rank 3 | --top-k 5 | --out proj | --out target | --out notes.txt | --out notes.txt/x | --data proj
     --data none | --data notes.txt | --data pipe | --backbone tiny | --backbone none/such
     --backbone none.gguf | --backbone notes.txt | --backbone proj""".replace("\n", "|").split("|")
@@ -495,7 +495,8 @@ ARGUMENTS = {
         --version \udcff | --like code.json | --like none --prompt x | --like proj --prompt x
         --like notes.txt --prompt x | --like list.json --prompt x | --like pipe --prompt x
         --like code.json --prompt x --version alpaca | --device-map x | --prompt x --json new.json
-        --prompt x --exact-match | --json {0}{0}{0}{0}{0}{0}{0}{0}.json""",
+        --prompt x --exact-match | --input x | --talk --input x | --port 1 | --prompt x --host x | --seed 1
+        --prompt x --seed 1 | --max-new-tokens 3 | --run run ./run | --json {0}{0}{0}{0}{0}{0}{0}{0}.json""",
     "commit": """frobnicate | log --run none | log --run proj | log --run notes.txt | verify --run target
         show | show nobody | show --run proj alpaca | rollback alpaca | rollback nobody
         rollback alpaca --run proj | rollback x --run none | compose alpaca code --weights nan 1 --name x

@@ -24,6 +24,7 @@ SPELLED = {**CALL, "function": {"name": "look_up", "arguments": '{"word": "hello
 CALLED = [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "A word."}]
 SHARE = [{"from": "human", "value": "Say hello."}, {"from": "gpt", "value": "Hello."}]
 PARTS = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hello."}]
+FRAMED = "### Instruction:\nSay hello.\n\n### Response:\n"
 
 # fmt: off
 FORMS = [  # a record, and what the rest of the program has of it
@@ -51,7 +52,7 @@ FORMS = [  # a record, and what the rest of the program has of it
     ({"input": "Say hello.", "output": "Hello."}, HELLO),
     ({"query": "Say hello.", "response": "Hello.", "history": [["Hi.", "Yes?"]], "system": "Be kind."},
      {**HELLO, "history": [*BE_KIND, *messages("Hi.", "Yes?")]}),
-    ({**RECORD, "prompt": "### Instruction:\nSay hello.\n\n### Response:\n", "text": "all of it"}, RECORD),
+    ({**RECORD, "prompt": FRAMED, "text": FRAMED + "Hello."}, RECORD),
     # ShareGPT, and messages as they are met
     ({"conversations": SHARE, "id": 7}, HELLO),
     ({"messages": json.dumps([ASKED, {**ANSWER, "thinking": ""}])}, HELLO),
@@ -127,6 +128,11 @@ BAD_RECORDS = [
     ({"messages": [*BE_KIND, ASKED, ANSWER], "system": "Be rude."}, "has 'system' beside what is asked"),
     ({"messages": [ASKED, ANSWER], "context": "In French."}, "has 'context' beside what is asked"),
     ({**RECORD, "question": "Say bye."}, "has 'question' beside what is asked"),
+    ({**RECORD, "choices": ["hello", "bye"]}, "has 'choices' beside what is asked"),
+    ({**RECORD, "article": "It is late."}, "has 'article' beside what is asked"),
+    ({**RECORD, "choices": {"text": ["bye"], "label": [1]}}, "has 'choices' beside what is asked"),
+    ({**RECORD, "Input": "In French."}, "has 'Input' in place of 'input'"),
+    ({**RECORD, " Tools": [TOOL]}, "has ' Tools' in place of 'tools'"),
     *(({**RECORD, key: ["x"]}, f"has {key!r}, which would be lost")
       for key in ("image", "images", "videos", "audio", "documents", "suffix", "functions", "thinking")),
     ({"prompt": "x", "chosen": "y", "rejected": "z"}, "a pair of 'chosen' and 'rejected' without an output"),
@@ -183,6 +189,7 @@ NOT_RECORDS = [
     (b'[{"prompt": "a", "prompt": "b"}]', "'prompt' is there twice"),
     (b'{"prompt": "a", "completion": NaN}', "NaN is no number"),
     (b" \n\n", "there are none"), (b"[]", "expected a JSON list of records"), (b"", "there are none"),
+    (b'{"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}', "a pair of 'chosen' and 'rejected'"),
     (f'{{"train": [{LINE}], "test": [{LINE}]}}'.encode(), "more than one list of records .'train', 'test'"),
     (b'{"instruction": ["a", "b"], "output": ["c", "d"]}', "holds columns in place of records"),
     (b'{"instruction": {"0": "a"}, "output": {"0": "c"}}', "holds columns in place of records"),
@@ -322,6 +329,14 @@ def test_own_data_is_held_out_by_prompt(micro, tmp_path, capsys):
     assert len({r["instruction"] for r in held_out}) == 4 and all({*r} == {*RECORD} for r in held_out)
     printed = capsys.readouterr().out
     assert "mine.json: 80 read: 36 training, 4 validation, 40 repeats\n          ignored: id\n" in printed
+    assert "hardly found again" not in printed
+
+
+def test_few_prompts_are_said_to_make_no_region(tmp_path, capsys):
+    """Ten answers to nine prompts: a region fitted to nine is not trusted, and that is said."""
+    rows = [{**RECORD, "instruction": f"Say {max(i, 1)}.", "output": f"{i}"} for i in range(10)]
+    line = divided(tmp_path, capsys, rows, val=[{**RECORD, "instruction": "Say what."}])[2]
+    assert "          a region of 9 prompts is hardly found again: 10 or more make one\n" in line
 
 
 def test_the_validation_of_a_run_folder_is_read_strictly(tmp_path):

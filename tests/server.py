@@ -163,6 +163,13 @@ FIELD = {
     "max_completion_tokens": [0],
     "seed": [1.5, "x", 2**63],
     "n": [2, 0],
+    "tools": [[{"type": "function"}], "x"],
+    "functions": [[{"name": "x"}]],
+    "logit_bias": [{"1": 5}],
+    "frequency_penalty": [1, "x"],
+    "presence_penalty": [-0.5],
+    "logprobs": [True, 1],
+    "response_format": [{"type": "json_object"}, "text"],
     "stop": [7, [""], [7], ["a"] * 5, "", "x" * 501],
 }
 CONTENT = [None, 7, {}, [], ["x"], [{"type": "image_url", "image_url": {"url": "http://x/"}}]]
