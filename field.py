@@ -17,7 +17,7 @@ departs from the paper in this, and why:
   an input has one h_bar, so the cell never recurs.
 * h_bar is standardised. Mean hidden states of a language model share a large common part (anisotropy), so
   inputs differ little: as printed, at alpha 16, z hardly varies and the field learns one or two gatings.
-* In one pass the GRU starts from the principal directions of h_bar, see `aim`.
+* In one pass d is 128 in place of 64: layers near the first tell inputs apart in more directions.
 * A region's Gaussian is fitted to artanh(z), not to z, because coordinates pile up at the ends of (-1, 1).
   Its covariance is shrunk, and tau is a quantile of leave-one-out distances, so that it covers new inputs.
 * Routing compares regions with each other, and with a wide background, because one region's own 95 %
@@ -84,16 +84,6 @@ class CoordinateDynamics(nn.Module):
         features], of the first task's training prompts. They are saved with the weights, never trained."""
         self.mean.copy_(h_bar.mean(0))
         self.deviation.copy_(h_bar.std(0, correction=0).clamp(min=1e-6))
-
-    @torch.no_grad()
-    def aim(self, h_bar):
-        """Let the GRU's candidate start from the d principal directions of the standardised h_bar [n,
-        features], rotated at random. The random directions of a fresh GRU keep less of what tells inputs
-        apart, the more so the fewer layers have read them."""
-        x, d = (h_bar - self.mean) / self.deviation, len(self.z0)
-        principal = torch.pca_lowrank(x, q=min(d, *x.shape), center=False)[2]  # [features, d or fewer]
-        rotation = torch.linalg.qr(torch.randn(d, d)).Q[:, : principal.shape[1]]
-        self.gru.weight_ih[2 * d :] = rotation.to(x.device) @ principal.T  # the last third is the candidate's
 
     def forward(self, h_bar):
         """h_bar [B, features], detached from the backbone -> z [B, d] in (-1, 1)."""

@@ -82,8 +82,6 @@ def writable(run, model, h_bar, args):
         else:
             dynamics = CoordinateDynamics(model.features, args.coord_dim)
             dynamics.to(model.device).standardise(h_bar)
-            if model.bare:
-                dynamics.aim(h_bar)
     return Learner(
         model=model,
         field=field,
@@ -270,7 +268,7 @@ OPTIONS = {  # what it takes; what it is; its default; the tiny backbone's; does
         "--alpha": Option(WEIGHT, "alpha of Eq. (2)", 128.0, fixed=True),
         "--targets": Option(TEXT, "last names of the linear modules to adapt, commas between; all: those "
                             "in the layers of the text model, routers apart", "all", fixed=True),
-        "--coord-dim": Option(SIZE, "d, dimension of z", 64, fixed=True),
+        "--coord-dim": Option(SIZE, "d, dimension of z; in two passes the paper's 64", 128, fixed=True),
         "--field-hidden": Option(SIZE, "hidden width of Phi", 256),
         "--pool": Option(one_of("prompt", "sequence"), "tokens in the mean h_bar; the paper's: sequence",
                          "prompt", fixed=True),
@@ -294,8 +292,8 @@ DEFAULTS, TINY, FIXED = (column(OPTIONS, field) for field in ("default", "preset
 
 
 def parse_options(argv=None):
-    epilog = "Defaults are the paper's, but for lr, alpha, margin, pool, probe, passes and template: ours. "
-    epilog += "Tiny has " + ", ".join(f"{key} {value:g}" for key, value in TINY.items())
+    epilog = "Defaults are the paper's, but for lr, alpha, margin, d, pool, probe, passes and template: "
+    epilog += "ours. Tiny has " + ", ".join(f"{key} {value:g}" for key, value in TINY.items())
     epilog += f". {', '.join(FIXED)} are fixed by a run's first task."
     p = Parser(__doc__, prog="train.py", epilog=epilog)
     add_options(p, OPTIONS)
@@ -309,6 +307,8 @@ def complete(args, run):
     """Fill in what was not said, see `fill_in`. Raises Refused if options contradict each other or the
     run."""
     preset = TINY if args.backbone == "tiny" else {}
+    if getattr(args, "passes", "one") == "two":
+        preset = preset | {"coord_dim": 64}
     fill_in(args, DEFAULTS, preset, run.manifest["settings"] if run.tasks else {}, run.folder)
     if args.passes == "one" and (args.probe, args.pool) != ("bare", "prompt"):
         raise Refused("--probe adapted and --pool sequence are the paper's own: they need --passes two")

@@ -4,7 +4,7 @@
 
 Nothing is trained: the dynamics are as they are drawn, standardised on the first task, and a region is fitted
 to each task's first prompts. The others are routed. h_bar is the mean over the prompt's tokens, or that and
-what the last token has. The dynamics see it along random directions or, *aimed*, along principal ones.
+what the last token has. A coordinate has the paper's 64 dimensions, or 128.
 """
 
 import random
@@ -46,13 +46,12 @@ def features_at(backbone, pad_id, rows):
 
 
 @torch.no_grad()
-def routed_home(tasks, seed, aimed=False):
-    """tasks: h_bar [n, features] of each. -> the share of the prompts of each that are routed to it"""
+def routed_home(tasks, seed, d):
+    """tasks: h_bar [n, features] of each; d: the dimension of a coordinate. -> the share of the prompts of
+    each that are routed to it"""
     torch.manual_seed(seed)
-    dynamics = CoordinateDynamics(tasks[0].shape[1])
+    dynamics = CoordinateDynamics(tasks[0].shape[1], d)
     dynamics.standardise(tasks[0][:FIT])
-    if aimed:
-        dynamics.aim(tasks[0][:FIT])
     regions = [Region.fit(dynamics(h[:FIT])) for h in tasks]
     choices = [route(dynamics(h[FIT:]), regions).choice for h in tasks]
     return [float((choice == i).double().mean()) for i, choice in enumerate(choices)]
@@ -70,8 +69,8 @@ def main(argv=None):
     tasks, found = [features_at(backbone, pad_of(tokenizer), part) for part in rows], []
     for m, what in tasks[0]:
         h_bars = [task[m, what] for task in tasks]
-        for name, aimed in ((what, False), (f"{what}, aimed", True)):
-            home = [routed_home(h_bars, seed, aimed) for seed in range(args.seeds)]
+        for name, d in ((what, 64), (f"{what}, d 128", 128)):
+            home = [routed_home(h_bars, seed, d) for seed in range(args.seeds)]
             found.append({"m": m, "h_bar": name, "home": home})
             percent = 100 * sum(map(sum, home)) / 2 / args.seeds
             print(f"m {m:2}, {name:17} {percent:5.1f} % routed home", flush=True)

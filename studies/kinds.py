@@ -19,10 +19,10 @@ from plumbing.command import Parser, number, output_file, run_program, write_res
 from plumbing.prompts import prompt_ids
 from plumbing.tables import print_table, spread
 from studies.stream import kinds_in_turn, learn_stream
-from studies.variants import PASSES, Variant, folder_name, patched
+from studies.variants import PASSES, folder_name, patched
 
-WAYS = ["two passes", "one pass", "one pass, mean alone", "one pass, not aimed"]
-WAYS = {way: PASSES[way] for way in WAYS} | {"one pass, d 128": Variant("--coord-dim 128")}
+WAYS = ["two passes", "one pass", "one pass, mean alone", "one pass, d 64", "one pass, d 64, aimed"]
+WAYS = {way: PASSES[way] for way in WAYS}
 
 
 @torch.no_grad()

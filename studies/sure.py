@@ -4,12 +4,12 @@
     python -m studies.sure --backbone FOLDER --data FOLDER --part choose --wide 1 2 3 --temperature 1 2 3 4
 
 --data holds the files of thirteen tasks, see studies/sequence.py. Nothing is trained: the dynamics are as
-they are drawn and aimed at the first task, as in one pass, and a region is fitted to each task's first
-prompts. *Refused* are prompts for which the background is likelier than any region or, as the paper's region
-has it, those outside the tau of the region that was chosen. --wide: by what the background's covariance is
-multiplied. --temperature: by what log-likelihoods are divided before they become probabilities. --coord-dim:
-d, the dimension of the coordinate. --h-bar: both parts of it, or the mean over the prompt without the last
-token.
+they are drawn, standardised on the first task, and a region is fitted to each task's first prompts. *Refused*
+are prompts for which the background is likelier than any region or, as the paper's region has it, those
+outside the tau of the region that was chosen. --wide: by what the background's covariance is multiplied.
+--temperature: by what log-likelihoods are divided before they become probabilities. --coord-dim: d, the
+dimension of the coordinate. --ways: as in one pass; with h_bar the mean over the prompt, without the last
+token; or with dynamics that are aimed at the first task's principal directions.
 
 A task that has the instruction of another to the letter can hardly be told from it. So AUROC is given of all
 tasks, and of those whose instruction no other has.
@@ -32,6 +32,7 @@ from plumbing.prompts import pad_of, prompt_ids
 from plumbing.records import read_records
 from plumbing.tables import print_table
 from plumbing.targets import default_bare, layers_of
+from train import DEFAULTS
 
 TASKS = "mnli cb wic copa qqp boolq rte imdb yelp amazon sst2 dbpedia agnews".split()
 FIT, ASKED, LONGEST = 300, 100, 250  # prompts that a region is fitted to, that are routed; tokens of one
@@ -53,6 +54,16 @@ def features_of_task(model, tokenizer, path, count, instruction):
     return probe_all(model, rows, "prompt")
 
 
+@torch.no_grad()
+def aim(dynamics, h_bar):
+    """Let the GRU's candidate start from the principal directions of the standardised h_bar [n, features], as
+    many as z has, rotated at random. A fresh GRU has random directions."""
+    x, d = (h_bar - dynamics.mean) / dynamics.deviation, len(dynamics.z0)
+    principal = torch.pca_lowrank(x, q=min(d, *x.shape), center=False)[2]  # [features, d or fewer]
+    rotation = torch.linalg.qr(torch.randn(d, d)).Q[:, : principal.shape[1]]
+    dynamics.gru.weight_ih[2 * d :] = rotation.to(x.device) @ principal.T  # the last third is the candidate's
+
+
 def area_under_curve(known, unknown):
     """Return how often an unknown prompt has a larger figure than a known one (AUROC). known [n], unknown
     [k]; a draw counts half."""
@@ -69,14 +80,15 @@ def calibration_error(sure, right, bins=10):
 
 
 @torch.no_grad()
-def measure(fitted, asked, own, d, seed):
+def measure(fitted, asked, own, d, seed, aimed):
     """fitted, asked: {task: h_bar}; own: the tasks whose instruction no other has; d: the dimension of the
-    coordinate. Return what is published of one draw of the dynamics."""
+    coordinate; aimed: see `aim`. Return what is published of one draw of the dynamics."""
     torch.manual_seed(seed)
     first = next(iter(fitted.values()))
     dynamics = CoordinateDynamics(first.shape[1], d)
     dynamics.standardise(first)
-    dynamics.aim(first)
+    if aimed:
+        aim(dynamics, first)
     regions = {task: Region.fit(dynamics(h)) for task, h in fitted.items()}
     z = {task: dynamics(h) for task, h in asked.items()}
     found = {task: route(z[task], [*regions.values()]) for task in regions}
@@ -113,9 +125,9 @@ def main(argv=None):
     p.add_argument("--wide", type=number(float, 0, 100), nargs="+", default=[2.0], help="of the background")
     temperatures = dict(type=number(float, 0.01, 100), nargs="+", default=[field.TEMPERATURE])
     p.add_argument("--temperature", **temperatures, help="of the probabilities")
-    dimensions = dict(type=number(int, 1, 4096), nargs="+", default=[64])
+    dimensions = dict(type=number(int, 1, 4096), nargs="+", default=[DEFAULTS["coord_dim"]])
     p.add_argument("--coord-dim", **dimensions, help="of the coordinate")
-    p.add_argument("--h-bar", choices=["both", "mean"], nargs="+", default=["both"], help="parts of h_bar")
+    p.add_argument("--ways", choices=["plain", "mean", "aimed"], nargs="+", default=["plain"], help="to z")
     p.add_argument("--json", type=output_file, help="write what was measured to this file")
     args = p.parse_args(argv)
     backbone, tokenizer = load_backbone(args.backbone, "cpu")
@@ -126,16 +138,16 @@ def main(argv=None):
             {t: read(f"{args.data}/{t}.{part}.json", count, prompts == WHOLE) for t in TASKS}
             for part, count in (("train", FIT), (args.part, ASKED))
         )
-        grid = itertools.product(args.wide, args.temperature, args.coord_dim, args.h_bar)
-        for wide, temperature, d, parts in grid:
+        grid = itertools.product(args.wide, args.temperature, args.coord_dim, args.ways)
+        for wide, temperature, d, way in grid:
             sets = [fitted, asked]
-            if parts == "mean":  # the first half of the features
+            if way == "mean":  # the first half of the features
                 sets = [{task: h[:, : h.shape[1] // 2] for task, h in each.items()} for each in sets]
             patches = {"background": functools.partial(background, wide=wide), "TEMPERATURE": temperature}
             with unittest.mock.patch.multiple(field, **patches):
-                each = [measure(*sets, own, d, seed) for seed in range(args.seeds)]
-            said = f"{prompts}, background x {wide:g}, temperature {temperature:g}"
-            rows[said + f", d {d}" * (d != 64) + ", mean alone" * (parts == "mean")] = each
+                each = [measure(*sets, own, d, seed, way == "aimed") for seed in range(args.seeds)]
+            said = f"{prompts}, background x {wide:g}, temperature {temperature:g}, d {d}"
+            rows[said + {"plain": "", "mean": ", mean alone", "aimed": ", aimed"}[way]] = each
     names = [*each[0]]
     mean = lambda row, name: f"{statistics.mean(x[name] for x in row):.3f}"
     means = [[what, *(mean(row, name) for name in names)] for what, row in rows.items()]

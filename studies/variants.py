@@ -57,7 +57,7 @@ from field import CoordinateDynamics, Region, WeightField
 from studies.likelier import words_router
 from studies.stream import learn_stream
 from studies.report import rows_table
-from studies.sure import area_under_curve
+from studies.sure import aim, area_under_curve
 from plumbing.records import DATA, read_records
 from plumbing.rows import read_sealed, sealed
 
@@ -103,7 +103,7 @@ def random_dynamics(self):
 
 WEIGHTS, LOSSES, INIT = train.Learner.weights, train.loss_terms, WeightField.__init__
 UPDATE, WRITABLE = train.Training.update, train.writable
-FORWARD, FIT = WeightField.forward, Region.fit
+FORWARD, FIT, STANDARDISE = WeightField.forward, Region.fit, CoordinateDynamics.standardise
 LOGITS, BANK_UPDATE = model.NIWF.logits, model.AdapterBank.update
 
 
@@ -236,6 +236,12 @@ def sampled(region, count, seed):
     return inside[order[:count]].float()
 
 
+def standardised_and_aimed(self, h_bar):
+    """As `standardise`, and then aimed."""
+    STANDARDISE(self, h_bar)
+    aim(self, h_bar)
+
+
 def mean_alone(hidden, lengths):
     """The mean over the prompt, twice, in place of the mean and the last token."""
     mean = mean_over(hidden, lengths)
@@ -262,7 +268,7 @@ PATCHES = {
         (model.NIWF, "logits"): from_response_on,
         (model.AdapterBank, "update"): where_adapted,
     },
-    "not aimed": {(CoordinateDynamics, "aim"): lambda self, h_bar: None},
+    "aimed": {(CoordinateDynamics, "standardise"): standardised_and_aimed},
     "mean alone": {(model, "mean_and_last"): mean_alone},
     "fixed coordinate": {(CoordinateDynamics, "forward"): fixed_coordinate},
     **{f"all bases, orthogonal by {x:g}": orthogonal_by(x) for x in PENALTIES},
@@ -397,7 +403,8 @@ PASSES = {
     "read, then write": Variant(TWO, EXACT, patch="read, then write"),
     **{f"one pass, m {m}": Variant(f"--bare-layers {m}", EXACT) for m in (1, 2, 5)},
     "one pass, mean alone": Variant("", EXACT, patch="mean alone"),
-    "one pass, not aimed": Variant("", EXACT, patch="not aimed"),
+    "one pass, d 64": Variant("--coord-dim 64", EXACT),
+    "one pass, d 64, aimed": Variant("--coord-dim 64", EXACT, patch="aimed"),
 }
 FROZEN = [name for name in PATCHES if name.endswith("frozen")]
 SOFT_LOCK = {"nothing frozen": Variant("", SOFT)} | {name: Variant("", SOFT, later=name) for name in FROZEN}

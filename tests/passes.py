@@ -10,7 +10,7 @@ import commit
 import eval as evaluation
 import train
 from commit import Run
-from field import CoordinateDynamics, top_k_gating
+from field import top_k_gating
 from model import NIWF, response_nll
 from plumbing import Refused
 from plumbing.passes import choose_targets, until
@@ -108,25 +108,6 @@ def test_the_first_task_fixes_the_passes_and_bare_layers(micro, first, tmp_path)
     edit_json(out / "manifest.json", lambda m: m["settings"].update(bare_layers=1))
     with refused("settings: bare_layers 1, not 0", out):
         evaluation.open_run(out, "cpu")
-
-
-@pytest.mark.parametrize("n, d", [(200, 3), (2, 3), (1, 3)])
-def test_aimed_dynamics_see_the_principal_directions(n, d):
-    """The rows of the candidate's weights are orthonormal, and span the leading eigenvectors of h_bar's
-    covariance; with fewer prompts than dimensions they span what there is."""
-    torch.manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(8, 8)).Q
-    h_bar = torch.randn(n, 8) @ (basis * torch.tensor([9.0, 7, 5, 0.1, 0.1, 0.1, 0.1, 0.1])) @ basis.T
-    dynamics = CoordinateDynamics(8, d)
-    gates = dynamics.gru.weight_ih[: 2 * d].clone()
-    dynamics.standardise(h_bar)
-    dynamics.aim(h_bar)
-    assert torch.equal(dynamics.gru.weight_ih[: 2 * d], gates)
-    W, rank = dynamics.gru.weight_ih[2 * d :], min(n, d)
-    torch.testing.assert_close((W @ W.T).trace(), torch.tensor(float(rank)))
-    x = (h_bar - dynamics.mean) / dynamics.deviation
-    leading = torch.linalg.eigh(x.T @ x).eigenvalues.flip(0)[:d].sum()
-    torch.testing.assert_close((x @ W.T).square().sum(), leading, rtol=1e-3, atol=1e-3)
 
 
 IMPOSSIBLE = {
