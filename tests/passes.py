@@ -10,11 +10,12 @@ import commit
 import eval as evaluation
 import train
 from commit import Run
-from field import top_k_gating
+from field import CoordinateDynamics, top_k_gating
 from model import NIWF, response_nll
 from plumbing import Refused
 from plumbing.passes import choose_targets, until
 from plumbing.targets import adapted_targets, default_bare, find_targets, layers_of
+from studies import sure
 from tests.builders import chat_tokenizer, edit_json, git, micro_backbone, micro_gpt2, micro_model
 from tests.builders import VOCABULARY, random_examples, random_gating, refused
 
@@ -108,6 +109,33 @@ def test_the_first_task_fixes_the_passes_and_bare_layers(micro, first, tmp_path)
     edit_json(out / "manifest.json", lambda m: m["settings"].update(bare_layers=1))
     with refused("settings: bare_layers 1, not 0", out):
         evaluation.open_run(out, "cpu")
+
+
+@pytest.mark.parametrize("said, d", [("", 128), ("--passes two", 64), ("--passes two --coord-dim 32", 32)])
+def test_a_coordinate_has_the_papers_dimension_in_two_passes(tmp_path, said, d):
+    """In one pass z has 128 dimensions and in two the paper's 64, unless --coord-dim says otherwise."""
+    args = train.parse_options(["--task", "x", "--backbone", "tiny", *said.split()])
+    train.complete(args, Run(tmp_path / "run"))
+    assert args.coord_dim == d
+
+
+@pytest.mark.parametrize("n, d", [(200, 3), (2, 3), (1, 3)])
+def test_aimed_dynamics_see_the_principal_directions(n, d):
+    """The rows of the candidate's weights are orthonormal, and span the leading eigenvectors of h_bar's
+    covariance; with fewer prompts than dimensions they span what there is."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(8, 8)).Q
+    h_bar = torch.randn(n, 8) @ (basis * torch.tensor([9.0, 7, 5, 0.1, 0.1, 0.1, 0.1, 0.1])) @ basis.T
+    dynamics = CoordinateDynamics(8, d)
+    gates = dynamics.gru.weight_ih[: 2 * d].clone()
+    dynamics.standardise(h_bar)
+    sure.aim(dynamics, h_bar)
+    assert torch.equal(dynamics.gru.weight_ih[: 2 * d], gates)
+    W, rank = dynamics.gru.weight_ih[2 * d :], min(n, d)
+    torch.testing.assert_close((W @ W.T).trace(), torch.tensor(float(rank)))
+    x = (h_bar - dynamics.mean) / dynamics.deviation
+    leading = torch.linalg.eigh(x.T @ x).eigenvalues.flip(0)[:d].sum()
+    torch.testing.assert_close((x @ W.T).square().sum(), leading, rtol=1e-3, atol=1e-3)
 
 
 IMPOSSIBLE = {
