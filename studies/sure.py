@@ -97,7 +97,8 @@ def measure(fitted, asked, own, d, seed, aimed):
     row = {"home": float(right.double().mean()), "calibration error": calibration_error(sure, right)}
     left = {task: leave_out(task, regions, z) for task in regions}
     row |= {key: statistics.mean(x[key] for x in left.values()) for key in next(iter(left.values()))}
-    return row | {"AUROC, own instruction": statistics.mean(left[task]["AUROC"] for task in own)}
+    row |= {"AUROC, own instruction": statistics.mean(left[task]["AUROC"] for task in own)}
+    return row | {"AUROC of each": {task: x["AUROC"] for task, x in left.items()}}
 
 
 def leave_out(task, regions, z):
@@ -148,7 +149,7 @@ def main(argv=None):
                 each = [measure(*sets, own, d, seed, way == "aimed") for seed in range(args.seeds)]
             said = f"{prompts}, background x {wide:g}, temperature {temperature:g}, d {d}"
             rows[said + {"plain": "", "mean": ", mean alone", "aimed": ", aimed"}[way]] = each
-    names = [*each[0]]
+    names = [name for name, value in each[0].items() if isinstance(value, float)]
     mean = lambda row, name: f"{statistics.mean(x[name] for x in row):.3f}"
     means = [[what, *(mean(row, name) for name in names)] for what, row in rows.items()]
     print_table("routing of thirteen tasks, and of one that is left out", ["", *names], means)
