@@ -31,6 +31,7 @@ This file covers sections 3.5 and 3.6 of the NIWF paper, Eqs. (11) and (12), and
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -366,15 +367,18 @@ def compose(run, names, weights, name, like=None, backbone=None):
 
 def weigh(model, versions, examples, probe_gating=None, kept=4, steps=15, lr=0.5):
     """Find weights for n versions by the loss on examples: FTN's Algorithm 1 over versions in place of
-    neurons, without a torus (ftn.py). Each begins with 1 / (n + 1). -> hashes, weights of the largest"""
+    neurons, without a torus (ftn.py). Each begins with 1 / (n + 1). A step takes up to 16 examples, in turn.
+    -> hashes, weights of the largest"""
     # Take four examples a pass, because a pass keeps the factors of all versions for its gradient.
     parts = [examples[i : i + 4] for i in range(0, len(examples), 4)]
     parts = [(part, model.probe([prompt for prompt, _ in part], probe_gating)) for part in parts]
-    tokens = sum(len(response) for _, response in examples)
+    turns = itertools.cycle(parts)
 
     def loss(mask):
         shares = mask.detach().requires_grad_()
-        for part, h_bar in parts:
+        chosen = [*itertools.islice(turns, min(4, len(parts)))]
+        tokens = sum(len(response) for part, _ in chosen for _, response in part)
+        for part, h_bar in chosen:
             gating = Composition("", [], shares, versions).gating(h_bar)
             (response_nll(*model.logits(part, gating)).sum() / tokens).backward()
         return mask @ shares.grad  # its gradient in `mask` is that of the mean loss

@@ -66,20 +66,19 @@ def stored_gatings(run):
     return {"bare": lambda h: None, **stored}
 
 
-def from_few(model, run, examples, h_bar, composed=FEW):
+def from_few(model, run, examples, h_bar):
     """Return {who: its gating of h_bar}: the bare backbone, the nearest region, and what a few labelled
     examples of a task find among a run's versions; and {how many examples: {task: its weight}} of the
-    compositions, which are found from so many as `composed` says."""
+    compositions."""
     single, weights = stored_gatings(run), {}
     losses = model.nll_under(examples, h_bar, [*single.values()])
     found = {"bare": single["bare"], "nearest region": lambda h: run.routed(h)[0]}
     for n in FEW:
         found[f"best single, {n}"] = single[[*single][int(losses[:, :n].sum(1).argmin())]]
-        if n in composed:
-            hashes, shares = weigh(model, run.versions, examples[:n])
-            parts = [next(v for v in run.versions if v.hash == h) for h in hashes]
-            found[f"composition, {n}"] = Composition("", hashes, shares, parts).gating
-            weights[str(n)] = {v.task: share for v, share in zip(parts, shares)}
+        hashes, shares = weigh(model, run.versions, examples[:n])
+        parts = [next(v for v in run.versions if v.hash == h) for h in hashes]
+        found[f"composition, {n}"] = Composition("", hashes, shares, parts).gating
+        weights[str(n)] = {v.task: share for v, share in zip(parts, shares)}
     return found, weights
 
 
@@ -165,7 +164,7 @@ def held_out(args, seed, every, task, run, model):
     """Return the row of a task that no version of a run has learned."""
     few, (examples, right, _) = every.train[task][: max(FEW)], every.held_out[task]
     score = lambda model, gating: 100 * statistics.mean(judge(model, examples, right, gating)["likelier"])
-    known, composed = from_few(model, run, *asked(model, run, every.tokenizer, few), FEW[:1])
+    known, composed = from_few(model, run, *asked(model, run, every.tokenizer, few))
     row = {"seed": seed, "task": task, "learned": len(run.versions), "composed": composed}
     row |= {name: score(model, gating) for name, gating in known.items()}
     for n in FEW:
