@@ -21,7 +21,7 @@ departs from the paper in this, and why:
 * A region's Gaussian is fitted to artanh(z), not to z, because coordinates pile up at the ends of (-1, 1).
   Its covariance is shrunk, and tau is a quantile of leave-one-out distances, so that it covers new inputs.
 * Routing compares regions with each other, and with a wide background, because one region's own 95 %
-  ellipsoid cannot tell tasks apart.
+  ellipsoid need not tell tasks apart.
 
 It needs torch alone:
     python -c "import torch, field; print(field.WeightField(32, 16)(torch.zeros(1, 64)).shape)"

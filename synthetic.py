@@ -1,6 +1,6 @@
 """FTN's first experiment: three tasks, one after another, in one grid of neurons. What is forgotten?
 
-    python synthetic.py                        # both variants, the paper's methods, one seed
+    python synthetic.py                        # both variants, the paper's methods and the lock
     python synthetic.py --methods all          # and supsup-wide, the slowest
     python synthetic.py --seeds 8              # mean ± deviation over seeds, as in the paper
     python synthetic.py --tasks 12 --methods ftn-slow ftn-slow-lock --grow     # beyond the capacity H/k = 8

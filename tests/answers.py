@@ -74,7 +74,7 @@ def test_the_python_of_the_readme_answers_as_the_program(two, tmp_path, monkeypa
         shown, note = asked(out, capsys, "--prompt", prompt)
         percent = float(re.search(rf"nearest region: {name}, (.*) % sure", note)[1])
         assert shown == text.strip() and percent == pytest.approx(100 * float(sure), abs=0.06)
-    assert len(said["texts"]) == 2 and (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    assert len(said["texts"]) == 2 and (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     run, model, tokenizer = evaluation.open_run(out)
     records = run.validation("alpaca") + run.validation("code")
     texts, route = evaluation.answer(run, model, tokenizer, records, max_new_tokens=5)
