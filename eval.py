@@ -32,7 +32,7 @@ from model import perplexity, response_nll
 from plumbing import Refused
 from plumbing.backbone import pick_device
 from plumbing.command import run_program, write_results
-from plumbing.files import atomic, latest_run
+from plumbing.files import BASE, atomic, latest_run
 from plumbing.openai import Answers
 from plumbing.passes import sampler
 from plumbing.plane import Plane
@@ -68,9 +68,10 @@ def perplexity_under(model, examples, h_bar, gatings):
 
 def forgetting(results, protocol):
     """Return {task j: R[T,j] / R[j,j] - 1} in percent, from rows as `measure` makes them. R[i,j] is the
-    perplexity on task j after task i, and T the last task. This is the paper's own figure (its table of
-    results, "+85.5%"). protocol: "stored" or "routed". Raises Refused if a task has no row of its own."""
-    learned = {r["task"]: r[protocol][r["task"]] for r in results}
+    perplexity on task j after task i, and T the last row; the first of a task is of when it was learned. This
+    is the paper's own figure (its table of results, "+85.5%"). protocol: "stored" or "routed". Raises Refused
+    if a task has no row of its own."""
+    learned = {r["task"]: r[protocol][r["task"]] for r in reversed(results)}
     lost = [t for t in results[-1][protocol] if t not in learned]
     if lost:
         raise Refused(f"manifest.json: results: {lost[0]} was never measured when it was learned")
@@ -140,7 +141,7 @@ def measure_task(run, model, tokenizer, i, outside):
     rank, size = rank_and_size()
     for b, (batch, h, asked) in enumerate(parts):
         stored, (routed, found) = run.stored(i, h), run.routed(asked, outside)
-        choices += found.choice.tolist()
+        choices += [v.task if v else BASE for v in answering(run, found, outside)]
         inside.append(found.inside)
         gatings.append(stored)
         if b % size == rank:
@@ -158,7 +159,7 @@ def measure_task(run, model, tokenizer, i, outside):
         "base": base or perplexity(nll["base"], tokens),
         "stored": perplexity(nll["stored"], tokens),
         "routed": perplexity(nll["routed"], tokens),
-        "routing": {t: choices.count(j) for j, t in enumerate(run.tasks) if j == i or j in choices},
+        "routing": {t: choices.count(t) for t in (*run.tasks, BASE) if t == task or t in choices},
         "inside": {t: count for t, count in zip(run.tasks, inside) if t == task or count},
         "identical": [sum(map(str.__eq__, digests, at_commit)), len(digests)],
         "gating": describe_gating(gatings),
@@ -200,9 +201,8 @@ def describe_drift(run, i, h_bar):
     v, speaker = run.versions[i], run.speaker(i)
     then, now = v.dynamics(h_bar), speaker.dynamics(h_bar)
     logits, old = take_snapshot(speaker.field, v.anchors), v.snapshot.shape[-1]
-    now_chosen, then_chosen = (top_k_gating(x, v.top_k)[0] for x in (logits, v.snapshot))  # [count, L, K]
-    # No anchor chose a basis that the bank has only had since.
-    kept = (now_chosen[..., None] == then_chosen[..., None, :]).any(-1)
+    now_chosen = top_k_gating(logits, speaker.top_k)[0]  # [count, L, K], and K may be another now
+    kept = (top_k_gating(v.snapshot, v.top_k)[0][..., None] == now_chosen[..., None, :]).any(-1)
     share = lambda z: float((v.region.distance(z) <= v.region.tau).double().mean())
     return {
         "inside_at_commit": share(then),
@@ -379,13 +379,15 @@ def what_is_published(results):
 
 def measure_run(run, model, tokenizer, args):
     """Measure one run folder as it is now, print it, and return it as it goes to --json."""
-    row, _ = measure(run, model, tokenizer, args.outside)
-    rows = [r for r in run.manifest["results"] if r["version"] != row["version"]] + [row]
-    run.manifest["results"] = rows
+    (row, _), learned = measure(run, model, tokenizer, args.outside), run.manifest["results"]
+    run.manifest["results"] = learned + [row]
     report(run)
+    if args.outside == "base":
+        print("\nLearned: the nearest version answered; now: the bare backbone, what no version has learned.")
     config = {"backbone": run.manifest["backbone"], "outside": args.outside}
     out = {
-        **what_is_published(rows),
+        **what_is_published([r for r in learned if r["version"] != row["version"]] + [row]),
+        "forgetting": {p: forgetting(learned + [row], p) for p in ("stored", "routed")},
         "config": config | {v.task: {"lock": v.lock, **v.config} for v in run.versions},
     }
     if args.exact_match is not None:

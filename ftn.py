@@ -155,11 +155,11 @@ def k_winners(m, k, free=None):
 
     Raises GridFull if fewer than k are free.
     """
+    left = len(m) if free is None else int(free.sum())
+    if left < k:
+        used = f"{len(m) - left} of its {len(m)} components are committed"
+        raise GridFull(f"the grid is full: {used}, a task needs {k} and {left} are left")
     if free is not None:
-        left = int(free.sum())
-        if left < k:
-            used = f"{len(m) - left} of its {len(m)} components are committed"
-            raise GridFull(f"the grid is full: {used}, a task needs {k} and {left} are left")
         m = m.masked_fill(~free, float("-inf"))
     return m.argsort(descending=True, stable=True)[:k].sort().values
 
@@ -298,9 +298,9 @@ class FastGrid(NeuronGrid):
 class PrivateMLPs(torch.autograd.Function):
     """z [n, batch] of n private MLPs. theta [n, P] holds one neuron per row, x is [batch, d_in].
 
-    Plain autograd gives the same numbers. This walks the neurons in chunks, all layers of a chunk before
-    the next, in place, and runs a chunk again in the backward pass instead of keeping it: what is computed
-    stays in cache.
+    Plain autograd gives the same numbers, and x a gradient, too. This walks the neurons in chunks, all layers
+    of a chunk before the next, in place, and runs a chunk again in the backward pass instead of keeping it:
+    what is computed stays in cache.
     """
 
     # fmt: off

@@ -56,17 +56,18 @@ def niwf(backbone, bank, dynamics, field, top_k, layer, prompt, response):
     bank for their update (`attach`)."""
 
     # fmt: off
-    def choose(layer, inputs):                        # the bare layers have read the input
-        h = inputs[0][:, : prompt.shape[1]].float()   # what enters the first adapted layer [1, T, width]
+    def choose(hidden):                               # the bare layers have read the input
+        h = hidden[:, : prompt.shape[1]].float()      # what enters the first adapted layer [1, T, width]
         h_bar = torch.cat([h.mean(1), h[:, -1]], 1)   # its mean, and its last token [1, features]
         z = dynamics(h_bar)                           # NIWF Eq. (8): the coordinate [1, d]
         indices, weights = top_k_gating(field(z), top_k)  # Eqs. (6), (7): K bases a layer [1, L, K]
         bank.use((indices, weights))                  # from here on Eq. (2) in every projection
 
-    hook = layer.register_forward_pre_hook(choose)
-    logits = backbone(torch.cat([prompt, response], 1)).logits   # one pass over prompt and response
-    hook.remove()
-    bank.use(None)
+    try:
+        with on_entering(layer, choose):              # one pass over prompt and response
+            logits = backbone(torch.cat([prompt, response], 1)).logits
+    finally:
+        bank.use(None)
     return logits[:, prompt.shape[1] - 1 : -1]        # those that predict the response [1, R, V]
     # fmt: on
 

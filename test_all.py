@@ -665,6 +665,8 @@ def test_k_winners_breaks_ties_by_index_among_the_free():
     assert k_winners(m, 3, free).tolist() == [2, 3, 5]
     with pytest.raises(ftn.GridFull, match="the grid is full: 2 of its 6 .* needs 5 and 4 are left"):
         k_winners(m, 5, free)
+    with pytest.raises(ftn.GridFull, match="needs 7 and 6 are left"):
+        k_winners(m, 7)
     with pytest.raises(ValueError, match="must be odd"):
         smooth(torch.zeros(5, 5), kernel=7, rounds=1)
 

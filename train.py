@@ -288,6 +288,7 @@ OPTIONS = {  # what it takes; what it is; its default; the tiny backbone's; does
         "--lambda-sep": Option(WEIGHT, "weight of L_sep, Eq. (10)", 0.01),
         "--margin": Option(WEIGHT, "margin of L_sep", 0.0)}}
 # fmt: on
+SOFT_ALONE = "lambda_lock", "lambda_sep", "margin"
 DEFAULTS, TINY, FIXED = (column(OPTIONS, field) for field in ("default", "preset", "fixed"))
 
 
@@ -309,14 +310,22 @@ def complete(args, run):
     preset = TINY if args.backbone == "tiny" else {}
     if getattr(args, "passes", "one") == "two":
         preset = preset | {"coord_dim": 64}
-    fill_in(args, DEFAULTS, preset, run.manifest["settings"] if run.tasks else {}, run.folder)
+    fixed = dict(run.manifest["settings"]) if run.tasks else {}
+    shared = bool(run.tasks) and args.lock != "exact"
+    if shared:
+        fixed["field_hidden"] = run.head(run.manifest["versions"][-1])["config"].get("field_hidden", 256)
+    if getattr(args, "bare_layers", None) == 0:
+        del args.bare_layers
+    if idle := [key for key in SOFT_ALONE if args.lock == "exact" and hasattr(args, key)]:
+        raise Refused(f"--{idle[0].replace('_', '-')} goes with --lock soft: the exact lock has no penalty")
+    fill_in(args, DEFAULTS, preset, fixed, run.folder)
     if args.passes == "one" and (args.probe, args.pool) != ("bare", "prompt"):
         raise Refused("--probe adapted and --pool sequence are the paper's own: they need --passes two")
     if args.passes == "two" and args.bare_layers:
         raise Refused("--bare-layers goes with --passes one: two passes adapt all layers")
     if args.lock == "exact" and args.probe == "adapted":
         raise Refused("--lock exact needs --probe bare: an adapted probe moves when adapters are trained")
-    if args.top_k > args.bases:
+    if args.top_k > args.bases and not shared:
         raise Refused(f"--top-k {args.top_k} is more than --bases {args.bases}")
     check_name("--task", args.task)
     if args.task in [c["task"] for c in run.manifest["compositions"]]:
@@ -324,8 +333,8 @@ def complete(args, run):
     later = {v["lock"] for v in run.manifest["versions"][1:]}
     if later and (args.lock == "exact") != ("exact" in later):
         raise Refused(
-            f"{run.folder} holds tasks trained with --lock {'/'.join(sorted(later))}, which cannot be mixed "
-            f"with --lock {args.lock}; use the same or choose another --out"
+            f"{run.folder} holds tasks trained with lock {'/'.join(sorted(later))}, which cannot be mixed "
+            f"with lock {args.lock} (none: without --lock); use the same or choose another --out"
         )
 
 
@@ -351,11 +360,16 @@ def run_task(run, args):
 
 def say_known(run, args):
     """Say that a task is committed already, and which options it was trained with if others were said."""
-    unread = f", and {args.data} is not read" if args.data else ""
-    print(f"{args.task} is already committed in {run.folder}: nothing to train{unread}")
-    config = run.head(run.find(args.task))["config"]
-    said = {key: value for key, value in vars(args).items() if key in DEFAULTS}
-    if other := [f"{key} {config[key]}" for key in said if said[key] != config.get(key, said[key])]:
+    unread = [f", {file} is not read" for file in (args.data, args.val_data) if file]
+    print(f"{args.task} is already committed in {run.folder}: nothing to train{''.join(unread)}")
+    head = run.head(run.find(args.task))
+    made = {**OLDER, **head["config"], "lock": args.lock if head["lock"] == "first" else head["lock"]}
+    said = {key: value for key, value in vars(args).items() if key in DEFAULTS} | {"lock": args.lock}
+    if said.get("examples", 0) > made["examples"]:  # it says how many may be taken, and there were no more
+        del said["examples"]
+    if said.get("bare_layers") == 0:  # it says that the number is to be found
+        del said["bare_layers"]
+    if other := [f"{key} {made[key]}" for key in said if said[key] != made.get(key, said[key])]:
         print(f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out")
     run.save()  # where the backbone lies now
 
@@ -391,12 +405,14 @@ def main(argv=None):
 
         return synthetic.main(argv[2:])
     args, started = parse_options(argv), time.time()
+    if args.task == "synthetic":
+        raise Refused("--task synthetic comes first, then the options of synthetic.py")
     args.device = pick_device(args.device)
     if not args.backbone and not args.out:
         cuda = args.device.startswith("cuda")
         roomy = cuda and torch.cuda.get_device_properties(args.device).total_memory >= MISTRAL_BYTES
         args.backbone = MISTRAL if roomy else "tiny"
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", os.path.basename((args.backbone or "").rstrip("/")))
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", os.path.basename(os.path.abspath(args.backbone or "")))
     with Run(args.out or f"runs/{name}").exclusive() as run:
         run_task(run, args)
     report(run)

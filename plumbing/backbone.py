@@ -205,4 +205,6 @@ def is_backbone(backbone, digest):
 
 def place_of(name):
     """Return the name under which a backbone is found from everywhere: of a file or folder its whole path."""
-    return os.path.abspath(name) if name != "tiny" and os.path.exists(name) else name
+    if name == "tiny" or os.path.realpath(name) == os.path.realpath(TINY_FOLDER):
+        return "tiny"  # train.py has data and defaults for it
+    return os.path.abspath(name) if os.path.exists(name) else name

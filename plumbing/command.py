@@ -157,6 +157,7 @@ def write_results(path, program, argv, indent=None, **content):
     if not path:
         return
     command = shlex.join(["python", *program.split(), *(sys.argv[1:] if argv is None else argv)])
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)  # JSON has no Infinity, no NaN
     with atomic(path) as tmp:
         tmp.write_text(json.dumps({"command": command, **provenance(), **content}, indent=indent))
 
@@ -165,6 +166,8 @@ def run_program(main):
     """Run a program's `main`. An error that the user can mend, and Ctrl-C, end in one line and not in a
     traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for out in (sys.stdout, sys.stderr):
+        out.reconfigure(errors="replace")  # a terminal that cannot show a letter is no reason to stop
     name = pathlib.Path(sys.argv[0]).name
     try:
         with joined_processes():

@@ -26,14 +26,13 @@ from plumbing.manifest import DIGEST, MANIFEST, contradictions
 from plumbing.processes import first_alone
 from plumbing.prompts import today
 from plumbing.records import read_records
+from plumbing.training import drop_finished
 from plumbing.versionfile import read_version_file
 
 OLDER = {"targets": "all", "passes": "two", "bare_layers": 0}  # settings that older run folders lack
 PLACES = dict.fromkeys(("versions", "versions/orphans", "data", "data/orphans"), "folder")
 PLACES |= dict.fromkeys(("manifest.json", "log.jsonl", "training.safetensors", ".lock"), "file")
-BEGUN = re.compile(
-    r"\.lock|\.manifest\.json\.[0-9a-f]+\.niwf-tmp"
-).fullmatch  # what may lie in a folder of ours before its manifest
+BEGUN = re.compile(r"\.lock|\.manifest\.json\.[0-9a-f]+\.niwf-tmp").fullmatch  # may be before a manifest
 
 
 class Folder:
@@ -60,7 +59,7 @@ class Folder:
             if settings := self.manifest["settings"]:
                 settings.update({**OLDER, **settings})
                 settings.pop("fixed_coordinate", None)
-            if not self.tasks and self.unnamed() and not (self.folder / "training.safetensors").exists():
+            if not self.tasks and self.unnamed() and not self.state_file.exists():
                 why = "names no version, but versions/ holds some: restore it, or move them away"
                 raise Refused(f"{self.manifest_file}: {why}")
         elif self.folder.exists() and not (self.folder.is_dir() and all(map(BEGUN, os.listdir(self.folder)))):
@@ -75,6 +74,11 @@ class Folder:
     @property
     def manifest_file(self):
         return self.folder / "manifest.json"
+
+    @property
+    def state_file(self):
+        """The state of a training, while there is one."""
+        return self.folder / "training.safetensors"
 
     @property
     def tasks(self):
@@ -197,6 +201,7 @@ class Folder:
         with contextlib.ExitStack() as held:
             self.lock(held)
             self.read()  # as the other process may just have left it
+            drop_finished(self.state_file, self.tasks)
             self.held = True
             held.callback(setattr, self, "held", False)
             yield self
@@ -210,7 +215,9 @@ class Folder:
         if fcntl:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                if not os.path.samestat(os.stat(self.folder / ".lock"), os.fstat(f.fileno())):
+                    raise FileNotFoundError  # who held it has removed it since it was opened, see `leave`
+            except (BlockingIOError, FileNotFoundError):
                 raise Refused(f"{self.folder}: another process is at work on it; wait") from None
         held.callback(self.leave, made)
 
@@ -231,7 +238,7 @@ class Folder:
         for path in [*removed, *litter]:
             if path.is_file() and not path.is_symlink():
                 path.unlink()
-        for path in self.unnamed():
+        for path in [] if self.state_file.exists() else self.unnamed():  # it may be written again
             put_aside(path)
 
     def enter(self, entry):

@@ -105,7 +105,7 @@ def take_turns(rest, where):
     if texts and (before := rest.pop("history", None)):
         before = before if isinstance(before, list) else [before]
         pairs = all(isinstance(turn, list) and len(turn) == 2 for turn in before)
-        spread = [(role, text) for turn in before for role, text in zip(("user", "assistant"), turn)]
+        spread = ((role, text) for turn in before for role, text in zip(("user", "assistant"), turn))
         turns = [{"role": role, "content": text} for role, text in spread] if pairs else before
     for role, key in zip(("user", "assistant"), (asked, said)):
         side = rest.pop(key, None)

@@ -158,6 +158,8 @@ def parse_command(doc, argv=None):
     if args.command == "verify" and (bool(args.at) != bool(args.expected) or args.model and not args.at):
         parser.error("--at and --expected go together, and --model with them")
     if args.command == "compose":
+        if args.backbone and not args.like:
+            parser.error("--backbone goes with --like: nothing else runs it")
         if args.like and args.weights or not args.like and not (args.weights and args.versions):
             parser.error("compose takes versions and their --weights, or --like FILE, which finds weights")
     return args

@@ -229,7 +229,7 @@ def first_ids(tokenizer, template):
     if template == "chat":
         return []
     alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-    return whole[: next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)]
+    return whole[: next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)]
 
 
 def prompt_ids(record, tokenizer, template, day=None):

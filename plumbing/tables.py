@@ -52,7 +52,7 @@ def print_report(results, lost):
         home, n = row["routing"][t].get(t, 0), sum(row["routing"][t].values())
         others = [k for r, k in row["inside"][t].items() if r != t]
         notes = {"stored": "logits bit-identical on {} of {} examples".format(*row["identical"][t])}
-        notes["stored"] += ", as it has just been learned" * (t == row["task"])
+        notes["stored"] += ", as it has just been learned" * (learned is row)
         own, shared = row["inside"][t][t] / n, max(others, default=0) / n
         notes["routed"] = f"{100 * home / n:.1f} % routed to {t}; {100 * own:.0f} % lie in its region"
         notes["routed"] += f", {100 * shared:.0f} % in another's" if len(tasks) > 1 else ""

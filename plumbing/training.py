@@ -1,5 +1,6 @@
 """The state of a training: it can be killed at any moment, and the same command goes on to the same bits."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ except ImportError:  # Windows
     resource = None
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -64,6 +65,7 @@ class Training:
             of_both = lambda key: [known.get(key, "unsaid") for known in (about, self.about)]
             said = {key: of_both(key) for key in about | self.about}
             others = sorted(key for key, (before, now) in said.items() if before != now)
+            others.sort(key=("data", "task").__contains__)  # the words that tell a reader most come first
             if not others:
                 check_shapes(tensors := map_tensors(self.path), shapes)
                 for key, t in tensors.items():
@@ -117,12 +119,11 @@ class Training:
         they are not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
         if not math.isfinite(norm) or not math.isfinite(sum(losses.values())):
+            why, how = f"loss or gradient is not finite at step {self.step + 1} of {self.total}", ""
             if self.step:
                 self.save()
-            raise Refused(
-                f"loss or gradient is not finite at step {self.step + 1} of {self.total}; the state before "
-                f"it is kept in {self.path}: delete that, and try a smaller --lr"
-            )
+                how = f"the state before it is kept in {self.path}: delete that, and "
+            raise Refused(f"{why}: {how}try a smaller --lr")
         self.optimizer.param_groups[0]["lr"] = self.rate(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -148,6 +149,16 @@ class Training:
         if save and any_process(self.stop):
             done = f"stopped and saved at step {self.step} of {self.total}"
             raise KeyboardInterrupt(f"{done}; the same command goes on from there")
+
+
+@first_alone
+def drop_finished(path, tasks):
+    """Remove the state of a training whose task is committed: a kill came between the two."""
+    with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
+        with safe_open(path, "pt") as f:
+            finished = json.loads(f.metadata()["about"])["task"] in tasks
+        if finished:
+            path.unlink()
 
 
 def peak_memory(device):

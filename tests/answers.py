@@ -46,6 +46,15 @@ def test_the_drift_of_a_grown_bank_is_told_over_all_its_bases():
     run.versions = [old, a_version_of(now, dynamics, region, anchors, {})]
     drift = evaluation.describe_drift(run, 0, torch.randn(5, 3))
     assert drift["lock_loss"] == 0 and drift["top_k_kept"] == 0.5 and drift["moved"] == 0
+    run.versions[1].top_k = 1  # one choice is left, of a basis that was not there
+    assert evaluation.describe_drift(run, 0, torch.randn(5, 3))["top_k_kept"] == 0
+
+
+def test_what_was_learned_is_what_was_measured_then():
+    """A later measurement of the last version is compared with its first, and with no other task's."""
+    row = lambda task, **figures: {"task": task, "stored": figures}
+    rows = [row("a", a=2.0), row("b", a=2.0, b=4.0), row("b", a=3.0, b=5.0)]
+    assert evaluation.forgetting(rows, "stored") == pytest.approx({"a": 50.0, "b": 25.0})
 
 
 def test_pieces_of_a_text_hold_no_half_of_a_character():
@@ -189,8 +198,13 @@ def test_an_exact_match_says_where_the_bare_backbone_answers(two, tmp_path, monk
     """With --outside base the bare backbone answers what no version has learned, and is named for it."""
     monkeypatch.setattr(Route, "known", lambda route: torch.zeros(len(route.choice), dtype=torch.bool))
     for outside, named in (("base", 4), ("nearest", 0)):
-        evaluate(copy_of(two, tmp_path / outside), f"--outside {outside} --exact-match 2 --max-new-tokens 1")
+        out = copy_of(two, tmp_path / outside)
+        evaluate(out, f"--outside {outside} --exact-match 2 --max-new-tokens 1")
         assert capsys.readouterr().out.count("\n[base] ") == named
+        evaluate(out, f"--outside {outside} --json", tmp_path / "all.json")
+        (found,) = rows_in(tmp_path / "all.json")
+        assert found["routing"]["code"].get("base", 0) == 8 * named
+        assert ("now: the bare backbone" in capsys.readouterr().out) == bool(named)
 
 
 def by_row(rows):

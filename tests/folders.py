@@ -1,5 +1,6 @@
 """Run folders: versions, commands on them, exports, kills: what is committed stays, to the bit."""
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import eval as evaluation
 import train
 from commit import Run, Version
 from model import AdapterBank, FastBank
+from plumbing import folder as files_on_disk
 from plumbing.files import atomic
 from plumbing.targets import find_targets
 from field import CoordinateDynamics, WeightField, take_snapshot
@@ -73,6 +75,40 @@ def test_what_a_killed_command_left_is_in_nobodys_way(tmp_path):
     (tmp_path / "run" / "mine").touch()
     with refused("not a run folder"):
         Run(tmp_path / "run")
+
+
+@pytest.mark.skipif(not files_on_disk.fcntl, reason="no lock of files here")
+def test_a_lock_that_was_removed_meanwhile_is_not_taken(tmp_path, monkeypatch):
+    """One process opens the lock file; who held it leaves nothing behind, and a third makes a new one. Only
+    the third then holds the folder."""
+    flock, folder = files_on_disk.fcntl.flock, tmp_path / "run"
+    with contextlib.ExitStack() as third, contextlib.ExitStack() as first:
+        first.enter_context(Run(folder).exclusive())
+
+        def late(f, how):
+            monkeypatch.setattr(files_on_disk.fcntl, "flock", flock)
+            first.close()
+            third.enter_context(Run(folder).exclusive())
+            flock(f, how)
+
+        monkeypatch.setattr(files_on_disk.fcntl, "flock", late)
+        with refused("another process is at work"), Run(folder).exclusive():
+            pass
+
+
+def test_a_version_that_a_training_may_write_again_stays(tmp_path):
+    """While the state of a training is there, a version that no manifest names is not moved."""
+    folder = tmp_path / "run"
+    fake_commit(folder, "first", 0)
+    with Run(folder).exclusive() as run:
+        for _ in range(2):
+            (run.folder / "versions" / f"{'1' * 64}.safetensors").touch()
+            run.state_file.touch()
+            run.save()
+            assert run.unnamed()
+            run.state_file.unlink()
+            run.save()
+            assert not run.unnamed()
 
 
 @torch.no_grad()

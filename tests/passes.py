@@ -11,7 +11,7 @@ import eval as evaluation
 import train
 from commit import Run
 from field import CoordinateDynamics, top_k_gating
-from model import NIWF, response_nll
+from model import NIWF, niwf, response_nll
 from plumbing import Refused
 from plumbing.passes import choose_targets, until
 from plumbing.targets import adapted_targets, default_bare, find_targets, layers_of
@@ -87,6 +87,22 @@ def test_what_goes_wrong_on_the_way_leaves_no_hook():
         model.generate(prompts, fail, -1, 3)
     assert torch.equal(model.backbone(torch.tensor(prompts)).logits, bare)
     assert not model.first._forward_pre_hooks and model.bank.gating is None
+
+
+@pytest.mark.parametrize("where", ["dynamics", "head"])
+def test_niwf_in_ten_lines_leaves_no_hook_and_no_gating(where):
+    """An error on the way or after it leaves the backbone as it was."""
+    model = upper_model()
+    ids, bank = torch.tensor([[5, 6, 7]]), model.bank
+    bare, fail = model.backbone(ids).logits, lambda *_: 1 / 0
+    dynamics = fail if where == "dynamics" else lambda h_bar: h_bar
+    field = lambda z: torch.randn(1, bank.layers, 6)
+    handle = model.backbone.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        niwf(model.backbone, bank, dynamics, field, 2, model.first, ids, ids)
+    handle.remove()
+    assert torch.equal(model.backbone(ids).logits, bare) and bank.gating is None
+    assert not model.first._forward_pre_hooks
 
 
 def test_the_first_task_fixes_the_passes_and_bare_layers(micro, first, tmp_path):

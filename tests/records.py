@@ -120,6 +120,7 @@ BAD_RECORDS = [
     ({"messages": [{**ASKED, "content": [*PARTS, {"type": "image_url"}]}, ANSWER]}, "'image_url' is no text"),
     ({"conversations": [{"from": "function_call", "value": "look up"}, *SHARE]}, "'look up' is no tool call"),
     ({**RECORD, "history": [["Hi."]]}, r"history\[0\]"),
+    ({**RECORD, "history": -1}, r"history\[0\]"),
     ({**RECORD, "history": [ASKED, ANSWER]}, "--template chat takes it"),
     ({"messages": [*BE_KIND, ASKED, ANSWER]}, "has a system message.*--template chat takes it"),
     ({**RECORD, "system": "Be kind."}, "has a system message.*--template chat takes it"),

@@ -25,9 +25,9 @@ from plumbing.command import run_program
 from plumbing.processes import ENDED
 from field import CoordinateDynamics, WeightField, top_k_gating
 from studies import bench, kinds, stream
-from tests.builders import HERE, a_region, a_version_of, copy_of, edit_json, evaluate, forked, in_double
-from tests.builders import load_in_double, micro_model, outcome, random_examples, snapshot_of
-from tests.builders import refused, rows_in, tensors_of
+from tests.builders import HERE, a_region, a_version_of, copy_of, edit_json, evaluate, fake_commit, forked
+from tests.builders import git, in_double, load_in_double, micro_model, outcome, random_examples, refused
+from tests.builders import rows_in, snapshot_of, tensors_of
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
@@ -39,8 +39,12 @@ def test_exact_lock_nothing_stored_moves_by_a_bit(micro, first, two, capsys):
     train.main(micro("code", two, "--lock"))
     said = capsys.readouterr().out
     assert "+0.00 %  logits bit-identical on 32 of 32" in said and "it was trained with" not in said
+    train.main(micro("code", two, "--lock", "--examples", "9999"))
+    assert "it was trained with" not in capsys.readouterr().out
+    train.main(micro("code", two))
+    assert "it was trained with lock exact; to change that" in capsys.readouterr().out
     train.main(micro("code", two, "--lock", "--lr", "0.5"))
-    assert " is not read\nit was trained with lr 0.02;" in capsys.readouterr().out
+    assert " not read\nit was trained with lr 0.02;" in capsys.readouterr().out
     assert snapshot_of(two) == before
     old = {p.name: p.read_bytes() for p in (first / "versions").iterdir()}
     run, model, _ = evaluation.open_run(two, "cpu")
@@ -235,6 +239,43 @@ def test_a_kill_between_commit_and_measuring_is_made_good(micro, first, tmp_path
         train.main(command)
         found = Run(out).manifest["results"]
         assert found[:1] == seen and len(found) == n
+
+
+def test_a_kill_between_commit_and_the_end_leaves_no_state(micro, first, two, tmp_path, monkeypatch):
+    """The state of a training whose task is committed is nobody's any more: the next command that writes
+    removes it, whether it is the same or not."""
+    commit_task, out = train.commit_task, copy_of(first, tmp_path)
+
+    def killed(*args, **how):
+        commit_task(*args, **how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "commit_task", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(micro("code", out, "--lock"))
+    assert (out / "training.safetensors").exists() and Run(out).tasks == ["alpaca", "code"]
+    other = copy_of(out, tmp_path, "other")
+    git(other, "rollback code")
+    assert Run(other).tasks == ["alpaca"] and not (other / "training.safetensors").exists()
+    train.main(micro("code", out, "--lock"))
+    assert outcome(out) == outcome(two) and not (out / "training.safetensors").exists()
+
+
+def test_a_later_task_takes_what_the_shared_bank_and_field_have(tmp_path):
+    """Under the soft lock a later task has the field of the last, and as many bases as the bank; the exact
+    lock has no penalty to weigh; and what is to be found may be said again."""
+    a_task = ["--backbone", "tiny", "--task", "x"]
+    run = Run(tmp_path / "run")
+    fake_commit(run.folder, "first", 0)
+    run.read()
+    fits = lambda more: train.complete(train.parse_options([*a_task, *more.split()]), run)
+    with refused("--lambda-sep goes with --lock soft"):
+        fits("--lock --lambda-sep 1")
+    with refused("--field-hidden 99 does not fit"):
+        fits("--lock soft --field-hidden 99")
+    fits("--lock soft --top-k 20 --bare-layers 0")
+    with refused("--top-k 20 is more than --bases 16"):
+        fits("--lock --top-k 20")
 
 
 def test_a_chat_is_learned_and_asked_in_the_chat_template(chat, micro, tmp_path, capsys):
