@@ -77,6 +77,15 @@ def test_what_a_killed_command_left_is_in_nobodys_way(tmp_path):
         Run(tmp_path / "run")
 
 
+@pytest.mark.parametrize("error, wrong", [(1e-6, ""), (1e-2, "8 of 8 anchors give other logits than when")])
+def test_verify_tells_another_field_from_another_rounding(tmp_path, monkeypatch, error, wrong):
+    """Logits that another machine rounds otherwise are whole; those of another field are not."""
+    fake_commit(tmp_path / "run", "first", 0)
+    monkeypatch.setattr(commit, "take_snapshot", lambda *given: take_snapshot(*given) + error)
+    ((_, found),) = commit.verify(Run(tmp_path / "run"))
+    assert found.startswith(wrong) and bool(found) == bool(wrong)
+
+
 @pytest.mark.skipif(not files_on_disk.fcntl, reason="no lock of files here")
 def test_a_lock_that_was_removed_meanwhile_is_not_taken(tmp_path, monkeypatch):
     """One process opens the lock file; who held it leaves nothing behind, and a third makes a new one. Only
