@@ -409,7 +409,7 @@ def change(run, args):
     """Run a command that changes a run folder. -> (what it did as JSON, and as text)"""
     short = lambda entries: ", ".join(f"{e['task']} {e['hash'][:12]}" for e in entries)
     with run.exclusive():
-        if (run.folder / "training.safetensors").exists():
+        if run.state_file.exists():
             raise Refused(f"{run.folder}: finish its training first, or delete training.safetensors")
         if args.command == "rollback":
             gone = rollback(run, args.version, args.cascade)
