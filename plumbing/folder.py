@@ -26,12 +26,12 @@ from plumbing.manifest import DIGEST, MANIFEST, contradictions
 from plumbing.processes import first_alone
 from plumbing.prompts import today
 from plumbing.records import read_records
-from plumbing.training import drop_finished
+from plumbing.training import STATE, drop_finished
 from plumbing.versionfile import read_version_file
 
 OLDER = {"targets": "all", "passes": "two", "bare_layers": 0}  # settings that older run folders lack
 PLACES = dict.fromkeys(("versions", "versions/orphans", "data", "data/orphans"), "folder")
-PLACES |= dict.fromkeys(("manifest.json", "log.jsonl", "training.safetensors", ".lock"), "file")
+PLACES |= dict.fromkeys(("manifest.json", "log.jsonl", STATE, ".lock"), "file")
 BEGUN = re.compile(r"\.lock|\.manifest\.json\.[0-9a-f]+\.niwf-tmp").fullmatch  # may be before a manifest
 
 
@@ -41,6 +41,7 @@ class Folder:
 
     def __init__(self, folder):
         self.folder, self.held = pathlib.Path(folder), False
+        self.manifest_file, self.state_file = self.folder / "manifest.json", self.folder / STATE
         self.read()
 
     def read(self):
@@ -70,15 +71,6 @@ class Folder:
         validate(self.manifest, MANIFEST, self.manifest_file)
         for why in contradictions(self.manifest):
             raise Refused(f"{self.manifest_file}: {why}")
-
-    @property
-    def manifest_file(self):
-        return self.folder / "manifest.json"
-
-    @property
-    def state_file(self):
-        """The state of a training, while there is one."""
-        return self.folder / "training.safetensors"
 
     @property
     def tasks(self):

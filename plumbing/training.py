@@ -24,6 +24,7 @@ from plumbing.files import atomic
 from plumbing.processes import any_process, first_alone, rank_and_size, sum_over_processes
 from plumbing.versionfile import check_shapes, map_tensors
 
+STATE = "training.safetensors"  # in a run folder, while a task is being trained
 SAVE_EVERY = 20  # seconds between two saved states; more where saving takes over 5 % of the time
 
 
@@ -35,7 +36,7 @@ class Training:
     interrupt into a stop between two steps, as it would tear an update that it met."""
 
     def __init__(self, folder, weights, total, about, rate):
-        self.folder, self.path, self.total, self.about = folder, folder / "training.safetensors", total, about
+        self.folder, self.path, self.total, self.about = folder, folder / STATE, total, about
         self.weights, self.rate, self.step = weights, rate, 0
         self.optimizer = torch.optim.AdamW(weights.values(), lr=rate(0), weight_decay=0.01, fused=True)
 
@@ -153,8 +154,9 @@ class Training:
 
 @first_alone
 def drop_finished(path, tasks):
-    """Remove the state of a training whose task is committed: a kill came between the two."""
-    with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
+    """Remove the state of a training whose task is committed: a kill came between the two. One that
+    is damaged stays, and `resume` refuses it."""
+    with contextlib.suppress(OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError):
         with safe_open(path, "pt") as f:
             finished = json.loads(f.metadata()["about"])["task"] in tasks
         if finished:

@@ -261,7 +261,7 @@ def test_verify_finds_a_flipped_bit_and_a_moved_field(two, tmp_path, capsys):
     fake_commit(out, "root", 0)
     run, _ = opened(out)
     version = run.versions[0]
-    version.tensors["snapshot"] = version.snapshot + 1e-6
+    version.tensors["snapshot"] = version.snapshot + 1e-3
     run.manifest |= {"versions": [], "results": []}
     run.commit(version)
     assert "8 of 8 anchors" in commit.verify(Run(out))[0][1]
