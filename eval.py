@@ -383,7 +383,9 @@ def measure_run(run, model, tokenizer, args):
     run.manifest["results"] = learned + [row]
     report(run)
     if args.outside == "base":
-        print("\nLearned: the nearest version answered; now: the bare backbone, what no version has learned.")
+        print(
+            "\n--outside base: now holds the bare backbone's answers, where it gives them; learned does not."
+        )
     config = {"backbone": run.manifest["backbone"], "outside": args.outside}
     out = {
         **what_is_published([r for r in learned if r["version"] != row["version"]] + [row]),

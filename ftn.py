@@ -298,9 +298,9 @@ class FastGrid(NeuronGrid):
 class PrivateMLPs(torch.autograd.Function):
     """z [n, batch] of n private MLPs. theta [n, P] holds one neuron per row, x is [batch, d_in].
 
-    Plain autograd gives the same numbers, and x a gradient, too. This walks the neurons in chunks, all layers
-    of a chunk before the next, in place, and runs a chunk again in the backward pass instead of keeping it:
-    what is computed stays in cache.
+    Plain autograd gives the same numbers; here x gets no gradient. This walks the neurons in chunks, all
+    layers of a chunk before the next, in place, and runs a chunk again in the backward pass instead of
+    keeping it: what is computed stays in cache.
     """
 
     # fmt: off

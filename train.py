@@ -365,7 +365,9 @@ def say_known(run, args):
     head = run.head(run.find(args.task))
     made = {**OLDER, **head["config"], "lock": args.lock if head["lock"] == "first" else head["lock"]}
     said = {key: value for key, value in vars(args).items() if key in DEFAULTS} | {"lock": args.lock}
-    if said.get("examples", 0) > made["examples"]:  # it says how many may be taken, and there were no more
+    if said.get("examples", 0) > made.get(
+        "examples", math.inf
+    ):  # it says how many may be taken, and there were no more
         del said["examples"]
     if said.get("bare_layers") == 0:  # it says that the number is to be found
         del said["bare_layers"]

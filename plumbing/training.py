@@ -65,8 +65,8 @@ class Training:
                 about, step = json.loads(f.metadata()["about"]), int(f.metadata()["step"])
             of_both = lambda key: [known.get(key, "unsaid") for known in (about, self.about)]
             said = {key: of_both(key) for key in about | self.about}
-            others = sorted(key for key, (before, now) in said.items() if before != now)
-            others.sort(key=("data", "task").__contains__)  # the words that tell a reader most come first
+            others = [key for key, (before, now) in said.items() if before != now]
+            others.sort(key=lambda key: (key != "task", key == "data", key))  # what says most comes first
             if not others:
                 check_shapes(tensors := map_tensors(self.path), shapes)
                 for key, t in tensors.items():

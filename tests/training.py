@@ -189,6 +189,9 @@ def test_a_stopped_training_resumes_to_the_same_bits(micro, first, two, tmp_path
         break_off(command, last, monkeypatch)
     with refused("unfinished training", out):
         train.main([*command, "--seed", "5"])
+    data = HERE / "assets" / "data" / "alpaca.train.json"
+    with refused("unfinished training with task code, not other; finish", out):
+        train.main(micro("other", out, "--lock", "--data", data))
     train.main(command)
     assert outcome(out) == outcome(two) and not (out / "training.safetensors").exists()
 
