@@ -321,8 +321,8 @@ class Run(Folder):
 
 
 def verify(run):
-    """Check each file as when it is loaded, and its field on every anchor, up to rounding, which another
-    machine does otherwise. -> [(entry, what is wrong or "")]"""
+    """Check each file as when it is loaded, and its field on every anchor up to rounding, because another
+    machine rounds otherwise. -> [(entry, what is wrong or "")]"""
     found, earlier = [], []
     for entry in run.entries:
         wrong = ""
@@ -346,7 +346,7 @@ def rollback(run, name, cascade=False):
     some do and `cascade` is not said."""
     gone = removable(run, name, cascade)
     hashes, tasks = {e["hash"] for e in gone}, {e["task"] for e in gone}
-    files = [path for e in gone for path in run.files(e)]
+    files = [path for e in gone for path in run.files(e)] + [run.state_file]  # of one that is gone, if any
     run.manifest = without(copy.deepcopy(run.manifest), hashes, tasks)
     run.save(removed=files)
     return gone
@@ -409,7 +409,7 @@ def change(run, args):
     """Run a command that changes a run folder. -> (what it did as JSON, and as text)"""
     short = lambda entries: ", ".join(f"{e['task']} {e['hash'][:12]}" for e in entries)
     with run.exclusive():
-        if run.state_file.exists():
+        if run.in_training():
             raise Refused(f"{run.folder}: finish its training first, or delete training.safetensors")
         if args.command == "rollback":
             gone = rollback(run, args.version, args.cascade)

@@ -366,12 +366,12 @@ def answer_as_asked(run, model, tokenizer, args):
 
 
 def what_is_published(results):
-    """Return, from rows as `measure` makes them, R[i][j], the perplexity on task j after task i, None for
-    j > i, what came to be forgotten, and the last row's columns."""
-    tasks, last = [row["task"] for row in results], results[-1]
+    """Return, from rows as `forgetting` takes them, R[i][j], the perplexity on task j after task i as it was
+    measured last, None for j > i, what came to be forgotten, and the last row's columns."""
+    rows, last = {row["task"]: row for row in results}, results[-1]
     return {
-        "tasks": tasks,
-        "R": {p: [[row[p].get(t) for t in tasks] for row in results] for p in ("stored", "routed")},
+        "tasks": [*rows],
+        "R": {p: [[row[p].get(t) for t in rows] for row in rows.values()] for p in ("stored", "routed")},
         "forgetting": {p: forgetting(results, p) for p in ("stored", "routed")},
         **{key: last[key] for key in ("base", "routing", "inside", "identical", "gating", "drift")},
     }
@@ -379,17 +379,15 @@ def what_is_published(results):
 
 def measure_run(run, model, tokenizer, args):
     """Measure one run folder as it is now, print it, and return it as it goes to --json."""
-    (row, _), learned = measure(run, model, tokenizer, args.outside), run.manifest["results"]
-    run.manifest["results"] = learned + [row]
+    run.manifest["results"].append(measure(run, model, tokenizer, args.outside)[0])
     report(run)
     if args.outside == "base":
         print(
-            "\n--outside base: now holds the bare backbone's answers, where it gives them; learned does not."
+            "\n--outside base: now holds the bare backbone's answers where it gives them; learned does not."
         )
     config = {"backbone": run.manifest["backbone"], "outside": args.outside}
     out = {
-        **what_is_published([r for r in learned if r["version"] != row["version"]] + [row]),
-        "forgetting": {p: forgetting(learned + [row], p) for p in ("stored", "routed")},
+        **what_is_published(run.manifest["results"]),
         "config": config | {v.task: {"lock": v.lock, **v.config} for v in run.versions},
     }
     if args.exact_match is not None:

@@ -43,7 +43,7 @@ from plumbing.command import Option, Parser, add_options, column, fill_in, numbe
 from plumbing.files import check_name
 from plumbing.folder import OLDER
 from plumbing.passes import choose_targets, positions_of
-from plumbing.processes import first_alone, rank_and_size
+from plumbing.processes import rank_and_size
 from plumbing.prompts import asks_for_day
 from plumbing.records import load_data
 from plumbing.targets import default_bare, describe_targets, layers_of
@@ -217,8 +217,7 @@ def learn(run, learner, examples, h_bar, val, args):
     h_bar = learner.probe(examples, args) if args.probe == "adapted" else h_bar
     run.keep_validation(args.task, val)
     region = dict(quantile=args.quantile, count=args.anchors, seed=args.seed)
-    commit_task(run, learner, h_bar, args.task, args.lock, about, **region)
-    first_alone(training.path.unlink)()
+    commit_task(run, learner, h_bar, args.task, args.lock, about, **region)  # it removes the saved state
 
 
 def describe_training(examples, args):
@@ -301,6 +300,8 @@ def parse_options(argv=None):
     args = p.parse_args(argv)
     if args.task is None:
         p.error("say what to learn: --task NAME")
+    if getattr(args, "bare_layers", None) == 0:  # 0 says that the number is to be found, as if unsaid
+        del args.bare_layers
     return args
 
 
@@ -314,8 +315,6 @@ def complete(args, run):
     shared = bool(run.tasks) and args.lock != "exact"
     if shared:
         fixed["field_hidden"] = run.head(run.manifest["versions"][-1])["config"].get("field_hidden", 256)
-    if getattr(args, "bare_layers", None) == 0:
-        del args.bare_layers
     if idle := [key for key in SOFT_ALONE if args.lock == "exact" and hasattr(args, key)]:
         raise Refused(f"--{idle[0].replace('_', '-')} goes with --lock soft: the exact lock has no penalty")
     fill_in(args, DEFAULTS, preset, fixed, run.folder)
@@ -365,12 +364,8 @@ def say_known(run, args):
     head = run.head(run.find(args.task))
     made = {**OLDER, **head["config"], "lock": args.lock if head["lock"] == "first" else head["lock"]}
     said = {key: value for key, value in vars(args).items() if key in DEFAULTS} | {"lock": args.lock}
-    if said.get("examples", 0) > made.get(
-        "examples", math.inf
-    ):  # it says how many may be taken, and there were no more
-        del said["examples"]
-    if said.get("bare_layers") == 0:  # it says that the number is to be found
-        del said["bare_layers"]
+    if "examples" in said:  # it says how many may be taken, and there may have been fewer
+        said["examples"] = min(said["examples"], made.get("examples", said["examples"]))
     if other := [f"{key} {made[key]}" for key in said if said[key] != made.get(key, said[key])]:
         print(f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out")
     run.save()  # where the backbone lies now

@@ -26,13 +26,14 @@ from plumbing.manifest import DIGEST, MANIFEST, contradictions
 from plumbing.processes import first_alone
 from plumbing.prompts import today
 from plumbing.records import read_records
-from plumbing.training import STATE, drop_finished
+from plumbing.training import STATE, task_in_training
 from plumbing.versionfile import read_version_file
 
 OLDER = {"targets": "all", "passes": "two", "bare_layers": 0}  # settings that older run folders lack
 PLACES = dict.fromkeys(("versions", "versions/orphans", "data", "data/orphans"), "folder")
 PLACES |= dict.fromkeys(("manifest.json", "log.jsonl", STATE, ".lock"), "file")
-BEGUN = re.compile(r"\.lock|\.manifest\.json\.[0-9a-f]+\.niwf-tmp").fullmatch  # may be before a manifest
+# What may lie in a folder of ours before its manifest.
+BEGUN = re.compile(r"\.lock|\.manifest\.json\.[0-9a-f]+\.niwf-tmp").fullmatch
 
 
 class Folder:
@@ -127,6 +128,10 @@ class Folder:
         data = [self.data_file(entry["task"], kind) for kind in ("val", "logits")]
         return [self.path(entry["hash"])] + data * (entry["lock"] != "composed")
 
+    def in_training(self):
+        """Return whether there is the state of a training whose task is not committed yet."""
+        return self.state_file.exists() and task_in_training(self.state_file) not in self.tasks
+
     def unnamed(self):
         """Return version files that the manifest does not name: a command was killed before it could, or
         after it no longer did."""
@@ -193,7 +198,6 @@ class Folder:
         with contextlib.ExitStack() as held:
             self.lock(held)
             self.read()  # as the other process may just have left it
-            drop_finished(self.state_file, self.tasks)
             self.held = True
             held.callback(setattr, self, "held", False)
             yield self
@@ -227,10 +231,12 @@ class Folder:
         with atomic(self.manifest_file) as tmp:
             tmp.write_text(json.dumps(self.manifest, indent=1), encoding="utf-8")
         litter = [p for part in (".", "versions", "data") for p in (self.folder / part).glob(".*.niwf-tmp")]
+        if not self.in_training():
+            litter.append(self.state_file)
         for path in [*removed, *litter]:
             if path.is_file() and not path.is_symlink():
                 path.unlink()
-        for path in [] if self.state_file.exists() else self.unnamed():  # it may be written again
+        for path in [] if self.in_training() else self.unnamed():  # a training writes it again
             put_aside(path)
 
     def enter(self, entry):

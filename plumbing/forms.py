@@ -239,7 +239,7 @@ def is_said(value, name, plain):
     if name in (*ASKED, "text") and isinstance(value, str) and said[0].strip() and said[0].strip() in value:
         return True
     parts, said = [value], [*said, plain["output"]]
-    for part in parts:  # it grows
+    for part in parts:  # the list grows by what is nested
         if isinstance(part, (list, dict)):
             parts += part.values() if isinstance(part, dict) else part
         elif not any(str(part).strip() in text for text in said):

@@ -196,5 +196,5 @@ def load_data(args, tokenizer):
     for each in sources:
         each.say()
     if len(asked := {(*prompt,) for prompt, _ in examples}) < FEW:
-        print(f"          a region of {len(asked)} prompts is hardly found again: {FEW} or more make one")
+        print(f"          a region fitted to {len(asked)} prompts hardly finds new ones: give {FEW} or more")
     return examples, val

@@ -43,11 +43,19 @@ def parse_questions(doc, argv=None):
     add("--port", type=number(int, 0, 65535), default=8765, help="of --web; 0: any that is free")
     add("--host", default="127.0.0.1", help="of --web; any but this lets other machines ask")
     args = p.parse_args(argv)
-    ways = args.talk + args.web + (args.prompt is not None)
     said = lambda name: getattr(args, name) != p.get_default(name)
+    if why := next((why for why, found in impossible(args, said).items() if found), None):
+        p.error(why)
+    return args
+
+
+def impossible(args, said):
+    """Return {why it cannot be: whether it is asked for}. said(name): whether an option has another value
+    than its default."""
+    ways = args.talk + args.web + (args.prompt is not None)
     elsewhere, measures = args.web or not ways, args.json or said("exact_match")
     answers, greedy = ways or said("exact_match"), not args.temperature
-    wrong = {
+    return {
         "--prompt asks once, --talk and --web go on: one of them": ways > 1,
         "--prompt, --talk and --web go with one run folder": ways and len(args.run or ()) > 1,
         "--run names a folder twice": len({*map(os.path.realpath, args.run or ())}) < len(args.run or ()),
@@ -62,9 +70,6 @@ def parse_questions(doc, argv=None):
         "--version goes with --prompt or --talk; on a page, whoever asks chooses": args.version and args.web,
         "--like goes with --prompt or --talk, not --version": args.like and (args.version or elsewhere),
     }
-    if why := next((why for why, found in wrong.items() if found), None):
-        p.error(why)
-    return args
 
 
 def pieces(tokenizer, steps):

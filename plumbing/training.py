@@ -152,15 +152,11 @@ class Training:
             raise KeyboardInterrupt(f"{done}; the same command goes on from there")
 
 
-@first_alone
-def drop_finished(path, tasks):
-    """Remove the state of a training whose task is committed: a kill came between the two. One that
-    is damaged stays, and `resume` refuses it."""
+def task_in_training(path):
+    """Return the task of a saved state, or None if it cannot be read: `resume` then says why."""
     with contextlib.suppress(OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError):
         with safe_open(path, "pt") as f:
-            finished = json.loads(f.metadata()["about"])["task"] in tasks
-        if finished:
-            path.unlink()
+            return json.loads(f.metadata()["about"])["task"]
 
 
 def peak_memory(device):

@@ -21,8 +21,8 @@ from plumbing.tables import print_table, spread
 from studies.stream import kinds_in_turn, learn_stream
 from studies.variants import PASSES, folder_name, patched
 
-WAYS = ["two passes", "one pass", "one pass, mean alone", "one pass, d 64", "one pass, d 64, aimed"]
-WAYS = {way: PASSES[way] for way in WAYS}
+ONE = "one pass", "one pass, mean alone", "one pass, d 64", "one pass, d 64, aimed"
+WAYS = {way: PASSES[way] for way in ("two passes", *ONE)}
 
 
 @torch.no_grad()

@@ -330,14 +330,14 @@ def test_own_data_is_held_out_by_prompt(micro, tmp_path, capsys):
     assert len({r["instruction"] for r in held_out}) == 4 and all({*r} == {*RECORD} for r in held_out)
     printed = capsys.readouterr().out
     assert "mine.json: 80 read: 36 training, 4 validation, 40 repeats\n          ignored: id\n" in printed
-    assert "hardly found again" not in printed
+    assert "hardly finds" not in printed
 
 
 def test_few_prompts_are_said_to_make_no_region(tmp_path, capsys):
     """Ten answers to nine prompts: a region fitted to nine is not trusted, and that is said."""
     rows = [{**RECORD, "instruction": f"Say {max(i, 1)}.", "output": f"{i}"} for i in range(10)]
     line = divided(tmp_path, capsys, rows, val=[{**RECORD, "instruction": "Say what."}])[2]
-    assert "          a region of 9 prompts is hardly found again: 10 or more make one\n" in line
+    assert "          a region fitted to 9 prompts hardly finds new ones: give 10 or more\n" in line
 
 
 def test_the_validation_of_a_run_folder_is_read_strictly(tmp_path):

@@ -248,9 +248,13 @@ def test_a_kill_between_commit_and_the_end_leaves_no_state(micro, first, two, tm
     """The state of a training whose task is committed is nobody's any more: the next command that writes
     removes it, whether it is the same or not."""
     commit_task, out = train.commit_task, copy_of(first, tmp_path)
+    state = out / "training.safetensors"
 
     def killed(*args, **how):
+        saved = state.read_bytes()
         commit_task(*args, **how)
+        assert not state.exists()
+        state.write_bytes(saved)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "commit_task", killed)
@@ -258,6 +262,8 @@ def test_a_kill_between_commit_and_the_end_leaves_no_state(micro, first, two, tm
         train.main(micro("code", out, "--lock"))
     assert (out / "training.safetensors").exists() and Run(out).tasks == ["alpaca", "code"]
     other = copy_of(out, tmp_path, "other")
+    with refused("no version is called", other):
+        git(other, "rollback nobody")
     git(other, "rollback code")
     assert Run(other).tasks == ["alpaca"] and not (other / "training.safetensors").exists()
     train.main(micro("code", out, "--lock"))
