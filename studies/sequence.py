@@ -40,11 +40,13 @@ from plumbing.prompts import pad_of
 from plumbing.rows import read_sealed, sealed
 from studies.likelier import ROUTER, Tasks, judge, measures, summary, sent_to
 from studies.variants import (
+    ADDED,
     EXACT,
     LORA,
     NONE,
     OWN,
     PAPER,
+    PENALTIES,
     SOFT,
     TWO,
     Variant,
@@ -66,13 +68,14 @@ REPLAY = 0.02  # of every earlier task's records
 class Method:
     """variant: how tasks are trained, see studies/variants.py. replay: with some records of earlier tasks.
     alone: the row that has learned every task alone. sums: in place of a training, the weight of each version
-    of that row in a sum of all of them; 0 stands for their mean."""
+    of that row in a sum of all of them; 0: their mean. added: a version adds up all before it, too."""
 
     about: str
     variant: Variant | None = None
     replay: bool = False
     alone: str = ""
     sums: float | None = None
+    added: bool = False
 
     @property
     def at_once(self):
@@ -82,7 +85,7 @@ class Method:
     @property
     def asks_last(self):
         """Whether the last version answers for all: there is one, or it adds up the others."""
-        return self.at_once or bool(self.variant) and self.variant.patch == ORTHOGONAL
+        return self.at_once or self.added
 
     @property
     def routes(self):
@@ -94,7 +97,6 @@ class Method:
         return self.variant and (self.variant.patch if first else self.variant.later or self.variant.patch)
 
 
-ORTHOGONAL = "all bases, orthogonal by 0.5"
 PRINTED = Variant(f"{TWO} {PAPER}", SOFT, patch="not standardised")
 METHODS = {
     "bare": Method("the backbone, untrained"),
@@ -107,9 +109,17 @@ METHODS = {
     "arithmetic": Method("0.3 times their sum", alone="lora-each", sums=0.3),
     "niwf-alone": Method("NIWF exact, reads none", Variant("", EXACT, later=OWN)),
     "lora-replay": Method("one LoRA, replay of 2 %", Variant(LORA, NONE), replay=True, alone="lora-each"),
-    "o-lora": Method("O-LoRA: sum, orthogonal", Variant(LORA, EXACT, patch=ORTHOGONAL), alone="lora-each"),
     "niwf-soft": Method("NIWF, soft lock", Variant("", SOFT), alone="niwf-alone"),
     "niwf-printed": Method("NIWF as printed", PRINTED, alone="niwf-alone"),
+    **{
+        f"o-lora-{x:g}": Method(
+            f"O-LoRA, penalty {x:g}",
+            Variant(LORA, EXACT, patch=ADDED.format(x)),
+            alone="lora-each",
+            added=True,
+        )
+        for x in PENALTIES
+    },
 }
 
 

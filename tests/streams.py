@@ -552,7 +552,7 @@ def test_styles_share_sentences_and_parts_share_none():
         StyleStream(StyleRow("lora-ftn", 0), tokenizer)
 
 
-METHODS = "bare niwf lora-each lora-one lora-multi average o-lora niwf-printed".split()
+METHODS = "bare niwf lora-each lora-one lora-multi average o-lora-0.5 niwf-printed".split()
 LABELS = {"colour": ["Red", "Deep Blue"], "size": ["Small", "Large", "Very Large"]}
 LABELS["truth"] = ["True", "False"]
 
@@ -651,7 +651,7 @@ def test_rows_of_a_sequence_hold_what_their_method_says(toy, sequences):
     out, rows = sequences
     assert [*rows] == METHODS
     trained = {name: [*row["seconds"]] for name, row in rows.items()}
-    assert trained["niwf"] == trained["o-lora"] == [*LABELS] and trained["lora-multi"] == ["all"]
+    assert trained["niwf"] == trained["o-lora-0.5"] == [*LABELS] and trained["lora-multi"] == ["all"]
     assert not trained["bare"] and not trained["average"]
     assert all(0 <= x <= 100 for row in rows.values() for x in row["last"] + row["exact"])
     tasks = row_of(toy, out, "lora-replay").tasks
@@ -661,8 +661,8 @@ def test_rows_of_a_sequence_hold_what_their_method_says(toy, sequences):
     with once.opened() as (run, model), apart.opened():  # Delta W is the mean of what the LoRAs add
         indices, weights = once.named(run, 0)(model.probe([[5, 6, 7]]))
         assert indices[0, 0].tolist() == [0, 1, 2] and torch.equal(weights, torch.full_like(weights, 1 / 3))
-    with row_of(toy, out, "o-lora").opened() as (run, model):
-        indices, weights = row_of(toy, out, "o-lora").named(run, 0)(model.probe([[5, 6, 7]]))
+    with row_of(toy, out, "o-lora-0.5").opened() as (run, model):
+        indices, weights = row_of(toy, out, "o-lora-0.5").named(run, 0)(model.probe([[5, 6, 7]]))
         assert sorted(indices[0, 0].tolist()) == [0, 1, 2] and torch.equal(weights, torch.ones_like(weights))
 
 
