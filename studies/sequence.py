@@ -176,7 +176,7 @@ class Row:
     def said(self, task):
         """Write the records of a task, or of all. -> how train.py is told of them"""
         records, held = self.tasks.records(task, REPLAY if self.method.replay else 0)
-        paths = [self.folder.with_suffix(f".{part}.json") for part in ("train", "val")]
+        paths = [self.folder.with_name(f"{self.folder.name}.{part}.json") for part in ("train", "val")]
         for path, part in zip(paths, (records, held)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as tmp:
