@@ -5,7 +5,7 @@ region and a *snapshot* of the field on them. One sentence holds for everything 
 capability occupies; everything else stays writable. `train.py --lock` chooses how that promise is kept:
 
 exact   Addresses do not move: h_bar is of bare layers, and the dynamics freeze at the first commit. Contents
-        do not change: a later version may read committed bases, but it writes a field and bases of its own.
+        do not change: a later version may use committed bases, but it writes a field and bases of its own.
         Nothing committed has a gradient, a moment or decay, so a stored capability stays bit-identical.
 soft    The paper, Eqs. (9)-(13): one live bank, field and dynamics; a penalty holds the field's logits on the
         anchors. The bases and the dynamics move freely, and forgetting is what it is measured to be.
@@ -22,8 +22,8 @@ none    The same live bank, field and dynamics with no penalty at all.
     python commit.py export VERSION --to DIR [--merged] [--push OWNER/NAME]   # a whole model; to the Hub, too
     python commit.py verify --at URL --expected FILE          # does a server answer as the export it serves?
 
-None of these trains a basis, and whatever they do, every other version stays what it was, to the last
-bit. All take `--run DIR` (default: the latest under runs/) and `--json`.
+None of these trains a basis or changes a bit of another version's file. All take `--run DIR` (default: the
+latest under runs/) and `--json`.
 
 This file covers sections 3.5 and 3.6 of the NIWF paper, Eqs. (11) and (12), and what it calls versioning.
 """
@@ -65,7 +65,7 @@ from plumbing.versionfile import write_version
 def commit_task(run, learner, h_bar, task, lock, config, quantile=0.95, count=256, seed=0):
     """Commit what a task has learned (section 3.5). h_bar [n, features]: of its training prompts. -> Version
 
-    learner: the model, field and dynamics that were trained, see train.py. config: how, for the record."""
+    learner: the model, field and dynamics that were trained, see train.py. config: its options."""
     z = learner.dynamics(h_bar)  # collect the task's coordinates [n, d]
     region = Region.fit(z, quantile)  # NIWF Eq. (11): where the task lives
     anchors = sample_anchors(region, count, seed)  # a_j, points of the region [count, d]
@@ -99,7 +99,7 @@ class Version:
 
     task: str
     lock: str  # how it was trained: "exact", "soft", "none"; "first" had nothing to protect
-    reads: list  # hashes of the versions whose bases its field may choose, before its own
+    reads: list  # hashes of the versions whose bases its first logits choose; its own follow
     top_k: int
     dynamics: CoordinateDynamics  # under the exact lock, that of the run's first version
     region: Region
@@ -114,13 +114,8 @@ class Version:
     def tensors(self):
         return self.source if isinstance(self.source, dict) else map_tensors(self.source)
 
-    @property
-    def anchors(self):
-        return self.tensors["anchors"]
-
-    @property
-    def snapshot(self):
-        return self.tensors["snapshot"]
+    anchors = property(lambda self: self.tensors["anchors"])
+    snapshot = property(lambda self: self.tensors["snapshot"])
 
     @functools.cached_property
     def bases(self):
@@ -145,7 +140,7 @@ class Version:
         """Write it to `folder` under the hash of its contents, which is set."""
         kept = {key: t for key, t in self.tensors.items() if not key.startswith("dynamics.")}
         tensors = kept | {"region.mean": self.region.mean, "region.cov": self.region.cov}
-        if not self.reads:  # the coordinate space belongs to a version that stands on no other
+        if not self.reads:  # a version that reads others has the dynamics of the first
             tensors |= {f"dynamics.{k}": t for k, t in self.dynamics.state_dict().items()}
         head = {key: getattr(self, key) for key in ("task", "lock", "reads", "writes", "top_k", "config")}
         head |= {"tau": self.region.tau, "n": self.region.n, "anchors": len(self.anchors)}
@@ -154,14 +149,14 @@ class Version:
     @classmethod
     def load(cls, path, earlier=()):
         """Read a version from its file. earlier: the run's versions before it. Raises Refused as
-        `read_version_file` does, if its `reads` names a version that is not among them, or one twice, and if
-        its tensors do not fit its header, each other or the run's first version."""
+        `read_version_file` does, if it reads a version that is not among them, or one twice, and if its
+        tensors do not fit its header, each other or the run's first version."""
         head, tensors = read_version_file(path, tensors=True)
         known = {v.hash: v for v in earlier}
         parts = {name: part_of(tensors, name) for name in {key.partition(".")[0] for key in tensors}}
         lost = [h for i, h in enumerate(head["reads"]) if h not in known or h in head["reads"][:i]]
         if lost or head["lock"] == "composed":
-            raise Refused(f"{path}: composed, or reads {''.join(lost)[:12]}, which is not here, or twice")
+            raise Refused(f"{path}: must be no composition, and read versions of this run, each once")
         start = sum(v.writes for v in earlier) if head["lock"] in ("first", "exact") else 0
         own = torch.arange(start, start + head["writes"])
         index = torch.cat([*(known[h].own for h in head["reads"]), own])
@@ -178,7 +173,7 @@ class Version:
         region = Region(**{k: t.clone() for k, t in parts["region"].items()}, tau=head["tau"], n=head["n"])
         same = {key: head[key] for key in ("task", "lock", "reads", "top_k", "config", "writes")}
         shapes = {key: (*t.shape[1:],) for key, t in parts["bank"].items()}
-        # What was read for checking is let go.
+        # `source` is mapped again when a tensor is asked for.
         about = {"dynamics": dynamics, "region": region, "index": index, "hash": path.stem}
         return cls(**same, **about, source=path, shapes=shapes)
 
@@ -222,7 +217,7 @@ class Composition:
         (head, tensors), known = read_version_file(path, tensors=True), {v.hash: v for v in versions}
         weights = head.get("weights", [])
         if tensors or len(head["reads"]) != len(weights) or not any(weights) or {*head["reads"]} - {*known}:
-            raise Refused(f"{path}: reads: not versions of this run, or other weights, or it has tensors")
+            raise Refused(f"{path}: must read versions of this run, with a weight each, and have no tensors")
         return cls(head["task"], head["reads"], weights, [known[h] for h in head["reads"]], path.stem)
 
 
@@ -240,8 +235,7 @@ class Run(Folder):
         self.versions, self.compositions = [], []
 
     def speaker(self, i):
-        """Return the version whose field and bases answer for version i. The locks make no other difference
-        to answers."""
+        """Return the version whose field and bases answer for version i."""
         return self.versions[-1 if self.shared else i]
 
     def probe_gating(self):
@@ -250,13 +244,13 @@ class Run(Folder):
         return last.gating(last.dynamics.z0[None]) if adapted else None
 
     def stored(self, i, h_bar):
-        """Return the gating of task i when it is *given* that task i is asked for: its own dynamics, as they
-        were committed, and what now lies at that address. Under the exact lock this cannot change."""
+        """Return the gating of a prompt that is *known* to be of task i: by its dynamics as committed, and by
+        what now lies at that address. Under the exact lock this cannot change."""
         return self.speaker(i).gating(self.versions[i].dynamics(h_bar))
 
     def routed(self, h_bar, outside="nearest"):
-        """Return the gating that the coordinates alone decide on, and their Route. Rows of a batch may go to
-        different versions. outside: who answers where the background is likelier than every region, the
+        """Return the gating that the coordinates alone select, and their Route; each row of a batch has a
+        version of its own. outside: who answers where the background is likelier than every region, the
         likeliest version ("nearest") or the bare backbone ("base")."""
         z = self.versions[-1].dynamics(h_bar)
         found = route(z, [v.region for v in self.versions])
@@ -273,8 +267,8 @@ class Run(Folder):
         return (indices, weights), found
 
     def open_model(self, backbone, tokenizer, targets=None):
-        """Return the backbone with a bank that holds what the run has committed. targets: what to adapt, in a
-        run that has no version yet; the others adapt what their first does."""
+        """Return the backbone with a bank that holds what the run has committed. targets: what a run without
+        versions adapts; others adapt what their first does."""
         settings, versions = self.manifest["settings"], self.read_versions()
         if versions:
             targets = named_targets(backbone, {key.rpartition(".")[0] for key in versions[0].shapes})
@@ -291,9 +285,9 @@ class Run(Folder):
         return versions
 
     def load(self, model, versions=None):
-        """Put the bases of all versions, of a shared bank the last's, read-only into the model's empty bank.
-        versions: read unless given. Raises Refused if they were made for another backbone."""
-        self.versions, self.compositions = versions or self.read_versions(), []
+        """Put the bases of all versions (of a shared bank: the last's) read-only into the model's empty bank.
+        versions: None reads them. Raises Refused if they were made for another backbone."""
+        self.versions = versions or self.read_versions()
         for i, v in enumerate(self.versions):
             if self.speaker(i) is v:
                 if v.shapes != model.bank.basis_shapes() or v.dynamics.gru.input_size != model.features:
@@ -321,8 +315,8 @@ class Run(Folder):
 
 
 def verify(run):
-    """Check each file as when it is loaded, and its field on every anchor up to rounding, because another
-    machine rounds otherwise. -> [(entry, what is wrong or "")]"""
+    """Load, and so check, every file; compare its field on the anchors with the snapshot, up to another
+    machine's rounding. -> [(entry, what is wrong or "")]"""
     found, earlier = [], []
     for entry in run.entries:
         wrong = ""
@@ -342,8 +336,8 @@ def verify(run):
 
 
 def rollback(run, name, cascade=False):
-    """Take a version out, and those that stand on it if `cascade`. Return their entries. Raises Refused if
-    some do and `cascade` is not said."""
+    """Take a version out, with `cascade` also those that stand on it. Return their entries. Raises Refused
+    if some do, without `cascade`."""
     gone = removable(run, name, cascade)
     hashes, tasks = {e["hash"] for e in gone}, {e["task"] for e in gone}
     files = [path for e in gone for path in run.files(e)] + [run.state_file]  # of one that is gone, if any
@@ -354,8 +348,8 @@ def rollback(run, name, cascade=False):
 
 def compose(run, names, weights, name, like=None, backbone=None):
     """Commit a version that owns no bases: the gatings of several, weighed. Return its entry. Raises Refused
-    if that cannot be. like: a file of a few labelled records, on which weights for these versions, or for
-    all, are found (`weigh`); backbone: where it lies now, if it has moved."""
+    if that cannot be. like: a file of a few labelled records; `weigh` finds the weights on them, of all
+    versions if none is named. backbone: where it lies now, if it has moved."""
     hashes = composable(run, names, weights, name)
     if like:
         opened = run.open_backbone(backbone or run.manifest["backbone"]["name"], pick_device(None))

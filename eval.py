@@ -17,10 +17,9 @@ Perplexity is over response tokens, EOS included, of the validation records kept
 chat template writes into an answer, such as the tags of an empty thought, is part of the response: it is
 trained, generated, counted in perplexity and compared in an exact match.
 
-This file covers sections 5.2 and 5.3 of the NIWF paper. Departure: its tables have the stored figure only.
+This file covers sections 5.3 and 5.5 of the NIWF paper. Departure: its tables have the stored figure only.
 """
 
-import collections
 import functools
 import hashlib
 import json
@@ -46,7 +45,7 @@ from plumbing.talk import answer_prompt, parse_questions, talk
 import torch
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
-BARE = None, lambda h_bar: None  # no version, and its gating
+BARE = None, lambda h_bar: None  # no version, and the gating of none
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -54,7 +53,7 @@ BARE = None, lambda h_bar: None  # no version, and its gating
 
 def perplexity_under(model, examples, h_bar, gatings):
     """Return {name: the perplexity of examples}, each with the gating that gatings[name] makes of its h_bar.
-    What this file measures of task i is this with three:
+    Of task i this file measures it under three gatings:
 
     base      lambda h: None                   the bare backbone
     stored    lambda h: run.stored(i, h)       the right version is given
@@ -68,9 +67,9 @@ def perplexity_under(model, examples, h_bar, gatings):
 
 def forgetting(results, protocol):
     """Return {task j: R[T,j] / R[j,j] - 1} in percent, from rows as `measure` makes them. R[i,j] is the
-    perplexity on task j after task i, and T the last row; the first of a task is of when it was learned. This
-    is the paper's own figure (its table of results, "+85.5%"). protocol: "stored" or "routed". Raises Refused
-    if a task has no row of its own."""
+    perplexity on task j after task i, T the last row; R[j,j] is in task j's first row. This is the paper's
+    own figure (its table of results, "+85.5%"). protocol: "stored" or "routed". Raises Refused if a task has
+    no row of its own."""
     learned = {r["task"]: r[protocol][r["task"]] for r in reversed(results)}
     lost = [t for t in results[-1][protocol] if t not in learned]
     if lost:
@@ -99,8 +98,8 @@ def probe_all(model, examples, pool, gating=None, split=True):
 
 
 def validation_set(run, model, tokenizer, task):
-    """Return a task's validation examples, in the order in which every measurement takes them, their h_bar,
-    and the h_bar that routes them: of the prompt alone, because a prompt comes without its response."""
+    """Return a task's validation examples in a fixed order, their h_bar, and the h_bar that routes them: of
+    the prompt alone, because a user's prompt has no response yet."""
     examples = [encode(r, tokenizer, run.template, run.day) for r in run.validation(task)]
     examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
     gating, pool = run.probe_gating(), run.manifest["settings"]["pool"]
@@ -113,12 +112,12 @@ def validation_set(run, model, tokenizer, task):
 @torch.no_grad()
 def measure(run, model, tokenizer, outside="nearest"):
     """Measure every committed task as things stand. Return one row of R, and {task: digests of its stored
-    logits}.
+    logits}. The row has "task" and "version", of the last one, and for every task
 
-    The row is {"task", "version": the last one, "base", "stored", "routed": {task: perplexity}, "routing",
-    "inside": {task: {task: count, if there are any}}, "identical": {task: [examples whose stored logits have
-    the bits they had at commit, examples]}, "gating": see `describe_gating`, "drift": see
-    `describe_drift`}."""
+    base, stored, routed   perplexity
+    routing, inside        {task: how many inputs it answers; how many lie in its region}
+    identical              [examples whose stored logits have the bits they had at commit, examples]
+    gating, drift          see `describe_gating`, `describe_drift`"""
     last, digests = run.manifest["versions"][-1], {}
     row = {"task": last["task"], "version": last["hash"]}
     row |= {key: {} for key in "base stored routed routing inside identical gating drift".split()}
@@ -149,16 +148,13 @@ def measure_task(run, model, tokenizer, i, outside):
     sum_over_processes(losses)
     sum_over_processes(bits)
     digests = [bytes(row).hex() for row in bits.flatten(0, 1)[: len(examples)].tolist()]
-    nll = collections.Counter()
-    for values in losses.tolist():
-        nll.update(dict(zip(("base", "stored", "routed"), values)))
+    nll = losses.cumsum(0)[-1].tolist()  # batch after batch, as many processes as there may be
     tokens = sum(len(r) for _, r in examples)
     at_commit = run.digests(task) if run.measured(run.manifest["versions"][i]) else digests
     inside = torch.cat(inside).sum(0).tolist()
-    columns = {
-        "base": base or perplexity(nll["base"], tokens),
-        "stored": perplexity(nll["stored"], tokens),
-        "routed": perplexity(nll["routed"], tokens),
+    columns = {name: perplexity(x, tokens) for name, x in zip(("base", "stored", "routed"), nll)}
+    columns |= {"base": base} if base else {}
+    columns |= {
         "routing": {t: choices.count(t) for t in (*run.tasks, BASE) if t == task or t in choices},
         "inside": {t: count for t, count in zip(run.tasks, inside) if t == task or count},
         "identical": [sum(map(str.__eq__, digests, at_commit)), len(digests)],
@@ -170,8 +166,8 @@ def measure_task(run, model, tokenizer, i, outside):
 
 
 def measure_batch(model, batch, stored, routed, bare):
-    """Return a batch's negative log-likelihoods [3]: bare, if asked for, stored and routed; and the digests
-    [B, 8] of its stored logits, in bytes, which processes can sum."""
+    """Return a batch's negative log-likelihoods [3]: bare (0 unless asked for), stored and routed; and
+    digests of its stored logits: bytes [B, 8], which processes can sum."""
     logits, labels = model.logits(batch, stored)
     alike = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(stored, routed))
     digests = [[*hashlib.sha256(x.float().cpu().numpy().tobytes()).digest()[:8]] for x in logits]
@@ -186,8 +182,8 @@ def measure_batch(model, batch, stored, routed, bare):
 
 
 def describe_gating(gatings):
-    """Describe batches of (indices, weights) [B, L, K]: {"sets": how many top-K choices a layer makes over
-    all inputs, "bases": exp of the entropy of its weights}, means over layers."""
+    """Describe batches of (indices, weights) [B, L, K]. -> {"sets": how many different top-K sets a layer
+    chooses; "bases": exp of the entropy of its weights, the mean over inputs}, means over layers."""
     indices, weights = (torch.cat(parts) for parts in zip(*gatings))
     sets = [len(layer.sort(-1).values.unique(dim=0)) for layer in indices.unbind(1)]
     return {"sets": sum(sets) / len(sets), "bases": float(torch.special.entr(weights).sum(-1).exp().mean())}
@@ -222,9 +218,7 @@ def measure_last(run, backbone, tokenizer):
         model = run.open_model(backbone, tokenizer)
         row, digests = measure(run, model, tokenizer)
         if not all(math.isfinite(x) for key in ("base", "stored", "routed") for x in row[key].values()):
-            raise Refused(
-                f"after {last['task']} a perplexity is not finite: roll it back, use a smaller --lr"
-            )
+            raise Refused(f"after {last['task']} a perplexity is not finite: roll it back, take a lower --lr")
         with atomic(run.data_file(last["task"], "logits")) as tmp:
             tmp.write_text(json.dumps(digests[last["task"]]))
         run.manifest["results"].append(row)
@@ -234,7 +228,7 @@ def measure_last(run, backbone, tokenizer):
 
 def report(run):
     """Print the table at the end: every task that the last measurement saw, stored and routed, when it was
-    learned and now. A version that was merged in was measured without this run's own."""
+    learned and now. A merged version was measured in its own run, without this one's."""
     results = run.manifest["results"]
     print_report(results, {p: forgetting(results, p) for p in ("stored", "routed")})
 
@@ -244,8 +238,8 @@ def report(run):
 
 def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128):
     """Answer a batch of prompts, instructions or records, greedily and routed. Return texts and a Route:
-    `run.tasks[i]` for i in `choice` answered, with that `probability`; with outside="base" the bare backbone
-    did where the Route is not `known()`. outside: see `Run.routed`."""
+    `run.tasks[i]` for i in its `choice` answered; with outside="base" the bare backbone did where the Route
+    is not `known()`, see `Run.routed`."""
     ids = [prompt_ids(p, tokenizer, run.template, run.day) for p in prompts]
     ends, found = stop_ids(model.backbone, tokenizer, run.template), None
 
@@ -259,17 +253,21 @@ def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128
 
 
 def answering(run, found, outside):
-    """Return the version that answers each coordinate of a Route; None where the bare backbone does."""
+    """Return the version that answers each row of a Route; None is the bare backbone."""
     sent = zip(found.choice.tolist(), found.known().tolist())
     return [run.versions[i] if known or outside == "nearest" else None for i, known in sent]
 
 
 def who_answers(run, h_bar, asked=None, outside="nearest"):
-    """Return the gating of one prompt, h_bar [1, features], and who answers it: {"version": its hash (of a
-    shared bank the one whose address is asked), None is the bare backbone, "name", "asked": whether it was
-    asked for, "nearest": the name of the region in which the coordinate most likely lies, "probability": how
-    likely, "known": whether that region is likelier than the background, "u": artanh of the coordinate [1,
-    d]}. asked: a version and its gating as a function of h_bar. None: the prompt is routed."""
+    """Return the gating of one prompt, h_bar [1, features], and who answers it:
+
+    version, name          its hash and name (in a shared bank: whose address is asked); None: the backbone
+    asked                  whether it was asked for
+    nearest, probability   the likeliest region, and how likely it is
+    known                  whether that region is likelier than the background
+    u                      artanh of the coordinate [1, d]
+
+    asked: a version and its gating as a function of h_bar. None: the prompt is routed."""
     gating, found = run.routed(h_bar, outside)
     nearest, known = run.versions[found.choice[0]], bool(found.known()[0])
     (version,) = answering(run, found, outside)
@@ -280,9 +278,9 @@ def who_answers(run, h_bar, asked=None, outside="nearest"):
     return gating, who | {"known": known, "u": unsquash(run.versions[-1].dynamics(h_bar))}
 
 
-def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, *how):
-    """Stream the answer to one prompt (tokens) as `NIWF.stream` does. how: its max_new_tokens and choose. As
-    soon as the prompt is read, before there is a token, tell(who, gating) is called, see `who_answers`."""
+def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, max_new_tokens, choose):
+    """Stream the answer to one prompt (tokens) as `NIWF.stream` does. tell(who, gating) is called before the
+    first token, see `who_answers`."""
 
     def gating_of(h_bar):
         gating, who = who_answers(run, h_bar, asked, outside)
@@ -290,7 +288,7 @@ def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, *how):
         return gating
 
     ends = stop_ids(model.backbone, tokenizer, run.template)
-    return model.stream([prompt], gating_of, ends, *how, run.probe_gating())
+    return model.stream([prompt], gating_of, ends, max_new_tokens, choose, run.probe_gating())
 
 
 def exact_matches(run, model, tokenizer, args):
@@ -320,8 +318,8 @@ def gating_by_name(run, name):
 
 
 def most_like(run, model, tokenizer, path):
-    """Find whichever of the versions, the compositions and the bare backbone has the lowest loss on a file of
-    labelled records. Return it and its gating as a function of h_bar; print the five lowest. Inputs alone
+    """Find which version, composition or bare backbone has the lowest loss on a file of labelled records.
+    Return it and its gating as a function of h_bar; print the five lowest. Inputs alone
     cannot tell apart tasks that differ only in their answers. Raises Refused as `read_examples` does."""
     examples = read_examples(path, model.backbone, tokenizer, run.template, run.day)
     h_bar = probe_all(model, examples, "prompt", run.probe_gating())
@@ -335,10 +333,10 @@ def most_like(run, model, tokenizer, path):
 def perplexity_by_name(run, model, tokenizer, names):
     """Print the perplexity of every task under each of the named versions or compositions. -> {task: {name:
     perplexity}}"""
-    found, table = {name: gating_by_name(run, name)[1] for name in names}, {}
+    gatings, table = {name: gating_by_name(run, name)[1] for name in names}, {}
     for task in run.tasks:
         examples, h_bar, _ = validation_set(run, model, tokenizer, task)
-        table[task] = perplexity_under(model, examples, h_bar, found)
+        table[task] = perplexity_under(model, examples, h_bar, gatings)
     lines = [[task, *(f"{x:.3f}" for x in row.values())] for task, row in table.items()]
     print_table("validation perplexity under", ["", *names], lines)
     return table
@@ -366,8 +364,8 @@ def answer_as_asked(run, model, tokenizer, args):
 
 
 def what_is_published(results):
-    """Return, from rows as `forgetting` takes them, R[i][j], the perplexity on task j after task i as it was
-    measured last, None for j > i, what came to be forgotten, and the last row's columns."""
+    """Return R[i][j], the perplexity on task j after task i as measured last (None for j > i), what was
+    forgotten, and the last row's columns. results: rows as `forgetting` takes them."""
     rows, last = {row["task"]: row for row in results}, results[-1]
     return {
         "tasks": [*rows],
@@ -382,14 +380,10 @@ def measure_run(run, model, tokenizer, args):
     run.manifest["results"].append(measure(run, model, tokenizer, args.outside)[0])
     report(run)
     if args.outside == "base":
-        print(
-            "\n--outside base: now holds the bare backbone's answers where it gives them; learned does not."
-        )
+        print('\nThe bare backbone\'s answers count in the column "now", not in "learned".')
     config = {"backbone": run.manifest["backbone"], "outside": args.outside}
-    out = {
-        **what_is_published(run.manifest["results"]),
-        "config": config | {v.task: {"lock": v.lock, **v.config} for v in run.versions},
-    }
+    config |= {v.task: {"lock": v.lock, **v.config} for v in run.versions}
+    out = what_is_published(run.manifest["results"]) | {"config": config}
     if args.exact_match is not None:
         out["exact_match"] = exact_matches(run, model, tokenizer, args)
     if args.version:
@@ -398,8 +392,8 @@ def measure_run(run, model, tokenizer, args):
 
 
 def open_run(folder, device=None, names=(), device_map=None, backbone=None):
-    """Return a run, the model that holds its versions, and the tokenizer. device: None is the best there is.
-    backbone: where it lies now; None is where it was. Raises Refused if nothing has been committed there, no
+    """Return a run, the model that holds its versions, and the tokenizer. device: None is the best one.
+    backbone: where it lies now; None: where it was. Raises Refused if nothing has been committed there, no
     version has one of the names, or the device is not available."""
     device = pick_device(device)
     run = Run(folder)

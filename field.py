@@ -17,9 +17,9 @@ departs from the paper in this, and why:
   an input has one h_bar, so the cell never recurs.
 * h_bar is standardised. Mean hidden states of a language model share a large common part (anisotropy), so
   inputs differ little: as printed, at alpha 16, z hardly varies and the field learns one or two gatings.
-* In one pass d is 128 in place of 64: layers near the first tell inputs apart in more directions.
+* In one pass d is 128 (train.py), not 64: layers near the first tell inputs apart in more directions.
 * A region's Gaussian is fitted to artanh(z), not to z, because coordinates pile up at the ends of (-1, 1).
-  Its covariance is shrunk, and tau is a quantile of leave-one-out distances, so that it covers new inputs.
+  Its covariance is shrunk, and tau is a leave-one-out quantile, so that new inputs lie inside, too.
 * Routing compares regions with each other, and with a wide background, because one region's own 95 %
   ellipsoid need not tell tasks apart.
 
@@ -67,7 +67,7 @@ class WeightField(nn.Module):
 
 
 class CoordinateDynamics(nn.Module):
-    """h_bar, what the backbone makes of an input, -> its coordinate (section 3.3). features: the width of
+    """h_bar, a summary of an input's hidden states, -> its coordinate (section 3.3). features: the width of
     h_bar, see model.py."""
 
     def __init__(self, features, coord_dim=64):
@@ -123,16 +123,18 @@ class Region:
     @classmethod
     def fit(cls, z, quantile=0.95):
         """Fit a Gaussian to n points z [n, d]. tau is a quantile of leave-one-out distances: of each point
-        from a Gaussian fitted to the others. The paper's distances, from a Gaussian fitted to all, are too
-        small unless n is much larger than d, so too few new points would lie inside."""
+        from a Gaussian of the others, shrunk as that of all. The paper's distances, from a Gaussian of all
+        points, are too small unless n is much larger than d, so too few new points would lie inside."""
         u = unsquash(z.cpu().double())
         mean, n, eye = u.mean(0), len(u), torch.eye(u.shape[1], dtype=u.dtype)
         x = u - mean
         share, scale = shrinkage(x)
-        scatter, ridge = (1 - share) * x.T @ x, (share * scale + 1e-10) * eye  # the last: if all z are alike
+        scatter, ridge = (1 - share) * x.T @ x, (share * scale + 1e-10) * eye  # 1e-10: if all z are alike
         region = cls(mean, scatter / max(n - 1, 1) + ridge, tau=0.0, n=n)
         # With two coordinates or fewer none can be left out.
-        squared = left_out(x, scatter, ridge, share) if n > 2 else region.distance(z.cpu().double()).square()
+        squared = (
+            leave_one_out(x, scatter, ridge, share) if n > 2 else region.distance(z.cpu().double()).square()
+        )
         region.tau = float(squared.clamp(min=1e-12).sqrt().quantile(quantile))
         return region
 
@@ -159,10 +161,11 @@ def shrinkage(x):
     return share, scale
 
 
-def left_out(x, scatter, ridge, share):
-    """Return the squared distance [n] of every centred x_i [n, d] from a Gaussian fitted to the others.
+def leave_one_out(x, scatter, ridge, share):
+    """Return the squared distance [n] of every centred x_i [n, d] from a Gaussian of the others. scatter:
+    (1 - share) sum_i x_i x_i^T; ridge [d, d] is added to the covariance.
 
-    Without x_i the mean is x_i / (n - 1) further away, and the scatter loses n / (n - 1) x_i x_i^T. So the
+    Without x_i the mean moves by -x_i / (n - 1), and the sum of squares loses n / (n - 1) x_i x_i^T. So the
     inverse of what is left follows from one inverse for all (Sherman and Morrison)."""
     n = len(x)
     q = (x @ torch.linalg.inv(scatter / (n - 2) + ridge) * x).sum(1)
@@ -198,9 +201,9 @@ TEMPERATURE = 3.0
 
 @dataclasses.dataclass
 class Route:
-    """Where B coordinates belong. choice [B]: index of the likeliest region. probability, unknown [B]: the
-    probabilities of that region and of the background, among all regions and the background. inside [B,
-    regions]: whether a coordinate lies in a region, d_M <= tau."""
+    """Where B coordinates belong. choice [B]: index of the likeliest region. probability, unknown [B]: of
+    that region and of the background, in a softmax over all regions and the background. inside [B, regions]:
+    whether a coordinate lies in a region, d_M <= tau."""
 
     choice: torch.Tensor
     probability: torch.Tensor

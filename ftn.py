@@ -14,7 +14,7 @@ torus, then the k largest win. The same search, cold-started, finds the mask aga
 The file goes from the idea to its speed:
 
     the model           `NeuronGrid`, as the paper writes it
-    the mask search     `SmoothKWTA`, Algorithm 1 line by line; `propose`, its search, serves versions, too
+    the mask search     `SmoothKWTA`, Algorithm 1 line by line; commit.py uses its `propose`, too
     the lock            `commit_mask`: what a task occupies becomes read-only (ours, not the paper's)
     the adapter pool    `LoRAPool`: the same mask over low-rank components of a frozen language model
     the same, faster    `FastGrid`: the grid's numbers by a kernel that keeps its activations in cache
@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ALL = ...  # every neuron or component; the gradient of this index, unlike that of a slice, is not copied
+ALL = ...  # the index of all neurons or components; its backward pass copies nothing, that of a slice does
 
 
 # ------------------------------------------------------------------------------------------------- the model
@@ -52,9 +52,7 @@ class NeuronGrid(nn.Module):
     def __init__(self, side, d_in, d_out, layers=8, width=8, bias=False):
         super().__init__()
         self.side = side
-        self.shapes = (
-            [(width, d_in)] + [(width, width)] * (layers - 1) + [(1, width)]
-        )  # (out, in) of each layer
+        self.shapes = [(width, d_in), *[(width, width)] * (layers - 1), (1, width)]  # (out, in)
         theta = torch.empty(side * side, sum(o * i + o for o, i in self.shapes))
         for W, b in zip(*unpack(theta, self.shapes)):
             W.normal_(std=W.shape[2] ** -0.5)
@@ -77,7 +75,7 @@ class NeuronGrid(nn.Module):
 
 
 def unpack(theta, shapes):
-    """Rows [n, P] as views: the weights W [n, out, in] of every layer, and the biases b [n, out, 1]."""
+    """View rows [n, P] as the weights W [n, out, in] of every layer, and the biases b [n, out, 1]."""
     parts = theta.split([size for o, i in shapes for size in (o * i, o)], dim=1)
     weights = [W.unflatten(1, shape) for W, shape in zip(parts[::2], shapes)]
     return weights, [b.unsqueeze(2) for b in parts[1::2]]
@@ -90,7 +88,7 @@ def unpack(theta, shapes):
 class SmoothKWTA:
     """FTN Algorithm 1: `steps` (S) of Adam at `lr` (eta), `rounds` (T) of a `kernel` (s), then k winners.
 
-    start is the logit that all of m begins with: 0 in the paper, so that everything is half switched on.
+    start is the first value of every logit in m: 0 in the paper, so that every neuron begins half on.
     """
 
     k: int
@@ -101,7 +99,7 @@ class SmoothKWTA:
     start: float = 0.0
 
     def configure(self, loss, side, free=None):
-        """The winners [k] of a side x side grid, ascending.
+        """Find the winners [k] of a side x side grid, ascending.
 
         loss maps a relaxed mask sigma(m) [H], in (0, 1), to a scalar: for the model above it is
         `lambda mask: loss(grid(x, mask), y)`. free [H], if given, marks the components that may win.
@@ -116,9 +114,9 @@ class SmoothKWTA:
 
 
 def propose(loss, m, steps, lr):
-    """Algorithm 1, lines 3-5: relaxed logits m [n] after `steps` (S) of Adam at `lr` (eta).
+    """Improve relaxed logits m [n] by `steps` (S) of Adam at `lr` (eta): Algorithm 1, lines 3-5.
 
-    loss maps sigma(m) [n], in (0, 1), to a scalar. What has the n weights is the caller's: neurons of a grid,
+    loss maps sigma(m) [n], in (0, 1), to a scalar. The caller says what the n are: neurons of a grid,
     components of a pool, or, in commit.py, the versions of a run folder.
     """
     m = m.clone().requires_grad_()
@@ -136,7 +134,7 @@ class GridFull(ValueError):
 
 
 def smooth(m, kernel, rounds):
-    """`rounds` convolutions of m [D, D] with the uniform kernel x kernel average on the torus.
+    """Average m [D, D] on the torus `rounds` times, over kernel x kernel neighbours.
 
     The average is one over rows times one over columns, so all rounds together are one [D, D] matrix from
     each side. Raises ValueError if the kernel has no centre or is larger than the grid.
@@ -151,7 +149,7 @@ def smooth(m, kernel, rounds):
 
 
 def k_winners(m, k, free=None):
-    """Indices [k], ascending, of the k largest entries of m [H] among the free; ties go to the lower index.
+    """Find the k largest of the free entries of m [H]: indices, ascending. Ties go to the lower index.
 
     Raises GridFull if fewer than k are free.
     """
@@ -172,13 +170,13 @@ def k_winners(m, k, free=None):
 
 
 def commit_mask(components, winners):
-    """Later masks choose among the other neurons of a grid, or the other components of a pool."""
+    """Mark a mask's winners, in a grid or a pool, as taken: no later mask may have them."""
     components.free[winners] = False
 
 
 @torch.no_grad()
 def grow(grid, side):
-    """A larger grid that holds `grid` in its corner. Returns it and the new index of every old neuron [H]."""
+    """Return a larger grid that holds `grid` in its corner, and the new index [H] of every old neuron."""
     (width, d_in), layers = grid.shapes[0], len(grid.shapes) - 1
     larger = type(grid)(side, d_in, len(grid.readout), layers, width, grid.bias is not None).to(grid.theta)
     index = torch.arange(side * side).view(side, side)[: grid.side, : grid.side].flatten()
@@ -213,7 +211,7 @@ class LoRAPool:
         self.silent = torch.full((components,), b_std == 0)  # B is 0: it adds nothing and passes no gradient
 
     def take(self, rows):
-        """Copies of the components `rows`, or of ALL: {target: (A, B)}."""
+        """Copy the components `rows`, or ALL: {target: (A, B)}."""
         return {name: (A[rows].clone(), B[rows].clone()) for name, (A, B) in self.parts.items()}
 
     def store(self, rows, components):
@@ -248,7 +246,7 @@ class LoRAPool:
         return y + F.linear(x.to(self.delta[name].dtype), self.delta[name]).to(y.dtype)
 
     def loss_of_mask(self, loss):
-        """The function sigma(m) -> loss() under the relaxed mask, for `SmoothKWTA.configure`.
+        """Return sigma(m) -> loss() under that relaxed mask, for `SmoothKWTA.configure`.
 
         Silent components are left out: their gradient is exactly zero. Where all are silent, nothing is run.
         """
@@ -276,21 +274,21 @@ class FastGrid(NeuronGrid):
     """The same grid. `respond` and `answer` run only the neurons that they are given, winners or ALL."""
 
     def respond(self, x, winners, dropout=0.0):
-        """`forward` with a binary mask, given as its winners: no other neuron is run. [batch, d_out]"""
+        """Compute `forward` with a binary mask, given as its winners; no other neuron runs. [batch, d_out]"""
         return self.answer(self.theta[winners], self.readout[:, winners], x, dropout)
 
     def answer(self, theta, readout, x, dropout=0.0):
-        """The neurons theta [n, P] with the readout [d_out, n] of their own. [batch, d_out]"""
+        """Run the neurons theta [n, P] with their own readout [d_out, n]. -> [batch, d_out]"""
         return self.read(F.dropout(PrivateMLPs.apply(theta, x, self.shapes), dropout), readout)
 
     @torch.no_grad()
     def loss_of_mask(self, x, y, loss):
-        """sigma(m) -> loss(forward(x, sigma(m)), y), for `configure`. The neurons run once: here."""
+        """Return sigma(m) -> loss(forward(x, sigma(m)), y), for `configure`. The neurons run once: here."""
         z = PrivateMLPs.apply(self.theta, x, self.shapes)
         return lambda mask: loss(self.read(z, self.readout.detach() * mask), y)
 
     def read(self, z, readout):
-        """z [n, batch], readout [d_out, n] -> [batch, d_out]."""
+        """Apply the readout [d_out, n] to z [n, batch]. -> [batch, d_out]"""
         y = (readout @ z).T
         return y if self.bias is None else y + self.bias
 
@@ -341,11 +339,11 @@ class PrivateMLPs(torch.autograd.Function):
     # fmt: on
 
 
-CACHE = 2**17  # floats: the activations of one layer of the neurons walked together fit in a core's cache
+CACHE = 2**17  # floats in a core's cache: the activations of a chunk in one layer must fit
 
 
 def chunk_size(n, activations):
-    """How many of n neurons to walk together, given one's activations in a layer: a divisor of n."""
+    """Return how many of n neurons to walk together, a divisor, by one's activations in a layer."""
     return next(c for c in range(min(n, max(1, CACHE // activations)), 0, -1) if n % c == 0)
 
 
@@ -356,5 +354,5 @@ def chunks(n, *lists):
 
 @functools.cache
 def workspace(n, width, batch, count, dtype):
-    """`count` buffers [n, width, batch], the same at every call: fresh memory is fetched page by page."""
+    """Return `count` buffers [n, width, batch], the same at every call: fresh memory costs page faults."""
     return [torch.empty(n, width, batch, dtype=dtype) for _ in range(count)]

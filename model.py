@@ -1,7 +1,7 @@
 """NIWF on a frozen language model: a prompt chooses the low-rank bases that run while it is answered.
 
-Every target projection `y = W x` of the frozen model gets N bases (A_i, B_i). For each sequence and layer a
-gating names K of them and their weights, and the projection becomes
+Every projection `y = W x` of an adapted layer gets N bases (A_i, B_i). For each sequence and layer a gating
+names K of them and their weights, and the projection becomes
 
     y = W x + (alpha / r) * sum_k w_k B_{i_k} A_{i_k} x                                           NIWF Eq. (2)
 
@@ -26,7 +26,7 @@ Departures, and why:
   response to pool. Training changes no bare layer, so h_bar can be cached for ever. Under the exact lock the
   dynamics are frozen, too, so addresses never move.
 * Only response tokens count in loss and perplexity, the one that ends a response included.
-* We patch with forward hooks and leave `forward` alone: removing a hook restores the module exactly.
+* Adapters are forward hooks and leave `forward` alone: removing a hook restores the module exactly.
 
 Nothing is run here: train.py trains what this file defines, and eval.py asks it.
 """
@@ -115,7 +115,7 @@ class AdapterBank:
         self.layer = layer_numbers(targets)
         self.layers = len(set(self.layer.values()))
         self.committed, self.live = [], {}  # blocks of bases; those that are trained
-        self.gating = None  # for each layer what `use` made of (indices, weights); None: adapters off
+        self.gating = None  # for each layer (places, weights [B, 1, K r]), see `use`; None: adapters off
 
     def sizes(self):
         """Return how many bases each block holds: the committed ones, then the live one."""
@@ -160,7 +160,7 @@ class AdapterBank:
             self.gating = list(zip(self.locate(indices), weights.unbind(1)))
 
     def locate(self, indices):
-        """Return, for each layer, where its bases `indices` [B, L, K] lie. Here: the numbers themselves."""
+        """Return for each of L layers where its bases lie: here, their numbers in the bank, [B, K]."""
         return indices.unbind(1)
 
     def gather(self, name, places):
@@ -180,7 +180,7 @@ class AdapterBank:
 
     def update(self, name, x, y):
         """The hook: x [B, T, d_in], y = W x [B, T, d_out] -> y plus the gated update, NIWF Eq. (2). Some
-        modules see all tokens of a batch in one list, x [B T, d_in]."""
+        modules get both flat, x [B T, d_in]."""
         if self.gating is None:
             return y
         # Section 3.1: one gating a sequence. What is gathered is [B, K r, d], never [B, T, K r, d].
@@ -209,7 +209,7 @@ def response_logits(backbone, pad_id, examples):
     longest response. A label is -100 where a shorter response has not begun."""
     ids, mask = pad_left([p + r for p, r in examples], pad_id, backbone)
     longest, width = max(len(r) for _, r in examples), ids.shape[1]
-    # Select columns by a tensor, not a slice: it copies them, so the head is one product in place of B.
+    # Index with a tensor, not a slice: the copy is contiguous, so the head is one product in place of B.
     keep = torch.arange(width - 1 - longest, width - 1)
     out = run_padded(backbone, ids, mask, use_cache=False, logits_to_keep=keep).logits
     if out.shape[1] == width:  # a few backbones, Whisper's decoder among them, give them all
@@ -228,14 +228,14 @@ def response_nll(logits, labels):
 def perplexity(nll, tokens):
     """exp of the mean negative log-likelihood per response token; nll and tokens are sums over a set."""
     mean = nll / tokens
-    return math.exp(mean) if mean < 690 else math.inf  # too large, or nan
+    return math.exp(mean) if mean < 690 else math.inf  # it would overflow, or is nan
 
 
 # ------------------------------------------------------------------------------- one pass, or the paper's two
 
 
 class NIWF:
-    """A frozen backbone and its bank, asked with padded batches. An example is (prompt ids, response ids with
+    """A frozen backbone and its bank, run on padded batches. An example is (prompt ids, response ids with
     EOS). bare: m, how many layers stay bare; with 0 all are adapted, and h_bar takes a pass of its own."""
 
     def __init__(self, backbone, pad_id, rank=8, alpha=16, targets=None, bare=0):
@@ -257,7 +257,7 @@ class NIWF:
         self.checkpointed = []
 
     def checkpoint(self):
-        """Keep the inputs of layers alone for the backward pass from now on, see `compute_again`."""
+        """Checkpoint gradients from now on: the backward pass runs layers again, see `compute_again`."""
         self.checkpointed = compute_again(self.backbone, self.bank.again)
 
     @contextlib.contextmanager
@@ -272,8 +272,8 @@ class NIWF:
     @contextlib.contextmanager
     def gated_by(self, gating_of, prompts, probe_gating=None):
         """Within this block adapters run with the gating that `gating_of` makes of h_bar [B, features]. With
-        bare layers it is chosen when the first pass, over B prompts, reaches layer m, without them before
-        that pass. The factors are then gathered once (`fold`), if memory allows."""
+        bare layers it is chosen as the first pass, over B prompts, enters layer m; with none, before that
+        pass. If its bases are few, they are then gathered once (`FastBank.fold`)."""
 
         def choose(h_bar):
             gating = gating_of(h_bar)
@@ -293,9 +293,9 @@ class NIWF:
 
     @torch.no_grad()
     def probe(self, rows, gating=None):
-        """Return h_bar [B, features], float32, of B token lists. With bare layers: mean and last token of the
-        hidden states that enter layer m, counted from 0, where the pass stops. Without: the mean of the last
-        hidden states, under this gating."""
+        """Return h_bar [B, features], float32, of B token lists. With bare layers: mean and last token of
+        what enters layer m, counted from 0, where the pass stops. With none: the mean of the last hidden
+        states under this gating."""
         ids, mask = pad_left(rows, self.pad_id, self.backbone)
         run = functools.partial(run_padded, body_of(self.backbone), ids, mask, use_cache=False)
         lengths = [len(row) for row in rows]
@@ -305,26 +305,26 @@ class NIWF:
             return mean_over(run().last_hidden_state, lengths).to(self.device)
 
     def logits(self, examples, gating):
-        """B examples -> logits [B, R, V] that predict labels [B, R], see `response_logits`. Their h_bar has
-        been found before (`probe`), and with it the gating."""
+        """B examples -> logits [B, R, V] that predict labels [B, R], see `response_logits`. The gating was
+        made of their h_bar, see `probe`."""
         with self.gated(gating):
             return response_logits(self.backbone, self.pad_id, examples)
 
     @torch.no_grad()
     def nll_under(self, examples, h_bar, gatings):
         """Return the negative log-likelihood of B responses under each of several gatings, [gatings, B], in
-        nats. gatings: functions of h_bar [B, features]. What all share, the bare layers, is computed once."""
+        nats. gatings: functions of h_bar [B, features]. The bare layers, which all share, run once."""
         with computed_once(layers_of(self.backbone)[: self.bare]):
             return torch.stack([response_nll(*self.logits(examples, g(h_bar))) for g in gatings])
 
     def stream(self, prompts, gating_of, eos_id, max_new_tokens=128, choose=greedy, probe_gating=None):
         """Yield what `decode` yields. gating_of makes a gating of h_bar [B, features], and the gating stays.
-        Close a stream that is not walked to its end: until then the adapters run with its gating."""
+        Close a stream that is not read to its end: until then the adapters run with its gating."""
         with self.gated_by(gating_of, prompts, probe_gating):
             yield from decode(self.backbone, self.pad_id, prompts, eos_id, max_new_tokens, choose)
 
     def generate(self, prompts, *how, **more):
-        """Return continuations of B prompts, all (token lists), without EOS. Takes what `stream` takes."""
+        """Return the continuations of B prompts, token lists without EOS. Arguments as of `stream`."""
         return continuations(len(prompts), self.stream(prompts, *how, **more))
 
 
@@ -346,8 +346,8 @@ class FastBank(AdapterBank):
         super().use(gating)
 
     def locate(self, indices):
-        """Return, for each layer, a list of (block, which of the layer's B K bases are in it [n], their
-        numbers in it [n]); of a single block all are in it, and `which` is None."""
+        """Return for each layer a list of (block, which, number): `which` [n] of its B K bases lie in that
+        block, under which `number` [n] there. which None: all of them do."""
         sizes, layers = torch.tensor(self.sizes()), indices.transpose(0, 1).flatten(1)  # [L, B K]
         if len(sizes) == 1:
             return [[(0, None, layer)] for layer in layers]
@@ -372,7 +372,7 @@ class FastBank(AdapterBank):
             whole = parts[0][1]
             if len(parts) > 1:
                 whole = whole.new_empty(sum(len(which) for which, _ in parts), whole.shape[1])
-                for which, part in parts:  # the live ones last, as nothing before them has a gradient
+                for which, part in parts:  # live bases come last, so that one copy alone has a gradient
                     whole.index_copy_(0, which.to(device), part)
             found.append(whole.unflatten(1, (self.rank, -1)))
         return found
@@ -391,13 +391,13 @@ class FastBank(AdapterBank):
         self.folded = folded
 
     def again(self):
-        """Return the contexts of a checkpointed layer: one for its forward pass, and one for the same again,
-        in the backward pass. By then another gating may be in use, so this takes the first one back."""
+        """Return the contexts of a checkpointed layer's two runs. By the second, in the backward pass,
+        another gating may be in use, so its context puts the first one back."""
         return contextlib.nullcontext(), self.under(self.gating)
 
     @contextlib.contextmanager
     def under(self, gating):
-        """Within this block adapters run with what `use` once made of a gating."""
+        """Within this block `self.gating`, as `use` stored it, is this one."""
         now, self.gating = self.gating, gating
         try:
             yield

@@ -10,8 +10,8 @@ The tasks are a *concept shift*: they share their inputs and differ in their tar
 tells which task it is. Every method sees the same batches. After each task all so far are scored twice:
 
     stored      with the mask of the task's last training batch
-    recovered   with the mask that the search finds from a cold start on a support batch of the task; methods
-                that recall take the stored one that has the lowest loss on it, and FixedMask is told the task
+    recovered   with a mask found from a support batch of the task: by a cold search; methods that recall
+                take the stored one that has the lowest loss on it, and FixedMask is told the task
 
 R[i][j] is the score on task j after task i. ACC and MSE are means of the last row. A positive FM always means
 forgetting. This file covers section 3 and Appendices B and C of the FTN paper. Departures: the paper does not
@@ -103,15 +103,15 @@ class Row:
     lr: float = 3e-4
     VERSION: ClassVar[int] = 1  # raise it when the code of a row gives other numbers: see plumbing/rows.py
     decay, fresh_moments, bias = 0.0, True, False  # the precautions of Appendix C
-    files = ()  # on disk, that its numbers depend on
+    files = ()  # on disk, that its numbers come from
 
     @property
     def proposal(self):
-        """S, eta and m_0 of Algorithm 1."""
+        """Return S, eta and m_0 of Algorithm 1."""
         return HEAD[self.variant]["proposal"]
 
     def world(self):
-        """The tasks."""
+        """Make the tasks."""
         return ConceptShift(self, self.seed)
 
 
@@ -119,7 +119,7 @@ class Row:
 
 
 def generator(*key):
-    """A random stream of its own for every purpose, named by (seed, purpose, ...)."""
+    """Return a random generator for one purpose: key is (seed, purpose, ...)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -152,7 +152,7 @@ class ConceptShift:
         return torch.sin(self.frequency * (self.W[own] @ x.T + self.b[own])).T @ self.v[t]
 
     def batch(self, t, n, rng):
-        """x [n, 2] and y: classes [n] or values [n, 1]."""
+        """Draw n examples of task t: x [n, 2], and y, classes [n] or values [n, 1]."""
         x = self.sample(n, rng)
         y = self.signal(t, x) - self.centre[t]
         return x, (y > 0).long() if self.row.variant == "clf" else 0.75 * y[:, None]
@@ -162,7 +162,7 @@ class ConceptShift:
 
 
 def recall(mask, learner, t):
-    """The stored mask with the lowest loss on task t's support batch. A tie goes to the earlier task."""
+    """Return the stored mask with the lowest loss on task t's support batch; of equals the first."""
     return min(learner.stored, key=lambda handle: learner.mean_loss(handle, *learner.world.support[t]))
 
 
@@ -170,10 +170,10 @@ def recall(mask, learner, t):
 class Mask:
     """A way to choose. `mask_for` a batch of task t gives indices of neurons, or of adapters, or ALL."""
 
-    place = 9  # rows are computed in this order: the oracle's first, to show something soon, then the longest
+    place = 9  # in which order rows run: the oracle, which shows something soon, then the slow ones
 
     def recover(self, learner, t):
-        """The mask for task t's support batch, at test time."""
+        """Find the mask for task t's support batch, at test time."""
         return self.mask_for(learner, t, *learner.world.support[t])
 
     def penalize(self, learner):
@@ -242,9 +242,10 @@ class LockedMask(SearchedMask):
 class Learner:
     """A method on a stream of tasks. `stored[t]` is its *handle* on task t: the mask with which it answers.
 
-    begin(t), train(t, *batch), end(t, *batch)     learn task t, batch after batch
-    score, mean_loss, outputs(handle, *batch)      answer a batch with a handle
-    parameters(t)                                  a copy of task t's own weights, without a shared bias
+    begin(t), train(t, *batch), end(t, *batch)   learn task t, batch after batch
+    outputs(handle, *batch)                      answer a batch with a handle: y_hat [batch, d_out]
+    score, mean_loss(handle, *batch)             one number: accuracy, or the loss; the loss
+    parameters(t)                                a copy of task t's own weights, without a shared bias
     """
 
     curve_every = 100  # steps between two points of a curve
@@ -267,7 +268,7 @@ class Learner:
         self.mask.end(self, t, *batch)
 
     def describe(self):
-        """What a row of results says besides its scores: the masks, where there are any."""
+        """Return what a row of results says besides its scores: the masks, where there are any."""
         masks = torch.is_tensor(self.stored[0]) and len(self.stored[0]) == self.row.k
         return overlaps(self) if masks else {}
 
@@ -349,7 +350,8 @@ def run_row(row, how):
         curve.append(dict(step=t * row.steps + step, **scores))
         if step == row.steps:
             kept.append(answers(learner, t))
-            R = {f"R_{protocol}": [*R[f"R_{protocol}"], scores[protocol]] for protocol in scores}
+            for protocol in scores:
+                R[f"R_{protocol}"].append(scores[protocol])
     moved = [bits_moved(before, answers(learner, t)) for t, before in enumerate(kept)]
     out = dict(dataclasses.asdict(row), **R, curve=curve)
     out.update(parameters_moved=[share for share, _ in moved], outputs_moved=[share for _, share in moved])
@@ -364,7 +366,7 @@ def answers(learner, t):
 
 
 def bits_moved(before, after):
-    """Shares of parameters and of outputs that are not the same to the last bit."""
+    """Return the shares of parameters and of outputs that are not the same to the last bit."""
 
     def share(a, b):
         return sum((x != y).sum().item() for x, y in zip(a, b)) / sum(x.numel() for x in a)
@@ -373,7 +375,7 @@ def bits_moved(before, after):
 
 
 def overlaps(learner):
-    """The masks, and for every pair of tasks what they have in common, in units of k."""
+    """Return the masks, and for every pair of tasks what they have in common, in units of k."""
     union, k = learner.touched, learner.row.k
     last = [torch.zeros_like(u).index_fill(0, w, True) for u, w in zip(union, learner.stored)]
     pairs = list(itertools.combinations(range(len(last)), 2))
@@ -388,7 +390,7 @@ def overlaps(learner):
 
 
 def row_summary(out):
-    """A table's line from what `run_row` returned: means over tasks, or over pairs of tasks."""
+    """Return a table's line from what `run_row` returned: means over tasks, or over pairs of tasks."""
     sign, mean, line = VARIANTS[out["variant"]]["sign"], statistics.mean, {}
     for protocol in ("stored", "recovered"):
         R = out[f"R_{protocol}"]
@@ -408,7 +410,7 @@ def row_summary(out):
 
 
 def known_methods():
-    """{name: (learner, mask)}: FTN's, and what the paper compares them with."""
+    """Return {name: (learner, mask)}: FTN's, and what the paper compares them with."""
     from studies import baselines
 
     return METHODS | baselines.METHODS

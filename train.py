@@ -9,16 +9,18 @@
 An example takes this path: encode -> h_bar (model.py) -> coordinate -> gating (field.py) -> logits (model.py)
 -> loss, Eq. (9). Bare layers never change, so h_bar is found once for all examples, and kept. After the last
 step the task is committed (commit.py), every task is measured (eval.py), and the table is printed. The three
-locks share one loop: `writable` alone decides what a new task may write.
+locks share one loop: `writable` alone decides what a new task may write. A *run* is a folder of committed
+tasks, its *versions*: each has the bases that it wrote, its field and its region.
 
 Training can be killed at any moment: the same command goes on from `training.safetensors` and ends with the
 same bits. Of several processes each computes its share of every step and of the measuring, and their sums are
 those of one process. Only the first writes and prints. When one ends, all end, and the same command goes on.
 
-This file covers sections 3.4, 3.6 and 5.1 of the NIWF paper, Eq. (9). Departures: the paper's learning rate
-is not known, so we chose 2e-4, and 1e-3 for the tiny backbone. alpha is 128 in place of 16: the weights of
-Eq. (7) sum to 1, so the paper's update is 1/K of that of a LoRA of rank K r with the same alpha / r. A new
-field starts with its own bases in front (`lead_with_own`), so that they are trained.
+This file covers sections 3.4, 3.6 and 5.1 of the NIWF paper, Eq. (9). Departures: our copy of the paper lacks
+its learning rate, so we chose 2e-4, and 1e-3 for the tiny backbone. alpha is 128 in place of 16: the weights
+of Eq. (7) sum to 1, so with 16 the update is 1/K of that of a LoRA of rank K r. Under the exact lock a later
+field starts with its own bases in the top K (`lead_with_own`), so that they are trained. As printed
+is `--lock soft --passes two --probe adapted --pool sequence --alpha 16`, if h_bar is not standardised either.
 """
 
 import collections
@@ -53,7 +55,7 @@ import torch
 
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 MISTRAL_BYTES = 24.7e9  # 23.3 GB by count for its second task (studies.memory), the rest for CUDA
-LENGTH_WINDOW = 4  # steps among whose examples those of like length are put together
+LENGTH_WINDOW = 4  # steps whose examples are sorted by length, together
 
 
 # -------------------------------------------------------------------------------------- what a task may write
@@ -64,7 +66,7 @@ def writable(run, model, h_bar, args):
 
     The first task writes all. A later one, exact: new bases and a new field over all bases; older bases and
     the dynamics are read only. soft, none: the bank, field and dynamics of the last version. h_bar [n,
-    features]: of the bare backbone; the first task's standardises. None: an adapted probe, a later task."""
+    features]: the first task's sets the standardisation; None in later tasks of an adapted probe."""
     torch.manual_seed(args.seed + len(run.versions))
     bank = model.bank
     if run.versions and args.lock != "exact":
@@ -82,14 +84,9 @@ def writable(run, model, h_bar, args):
         else:
             dynamics = CoordinateDynamics(model.features, args.coord_dim)
             dynamics.to(model.device).standardise(h_bar)
-    return Learner(
-        model=model,
-        field=field,
-        dynamics=dynamics,
-        top_k=args.top_k,
-        reads=[v.hash for v in run.versions] if args.lock == "exact" else [],
-        protected=run.versions if args.lock == "soft" else [],
-    )
+    reads = [v.hash for v in run.versions] if args.lock == "exact" else []
+    protected = run.versions if args.lock == "soft" else []
+    return Learner(model, field, dynamics, args.top_k, reads, protected)
 
 
 @dataclasses.dataclass
@@ -101,15 +98,15 @@ class Learner:
     dynamics: CoordinateDynamics
     top_k: int
     reads: list  # hashes of the versions whose bases it may read, but not write
-    protected: list  # versions whose anchors hold the field: those of the soft lock
+    protected: list  # versions whose snapshots `lock_loss` holds, under the soft lock
 
     def gating(self, z):
         """z [B, d] -> (indices, weights), both [B, L, K]."""
         return top_k_gating(self.field(z), self.top_k)
 
     def probe(self, examples, args, split=True):
-        """Return h_bar [n, features] of `--probe adapted`: the paper's pass 1, which runs with the gating of
-        z_0, and not on the bare model."""
+        """Return h_bar [n, features] of `--probe adapted`, the paper's pass 1: adapters run with the gating
+        of z_0."""
         return probe_all(self.model, examples, args.pool, self.gating(self.dynamics.z0[None]), split)
 
     def weights(self):
@@ -123,8 +120,8 @@ class Learner:
 @torch.no_grad()
 def lead_with_own(field, old, top_k, z):
     """Lift a new field's logits for its own bases, those after the `old` ones, until they are the top K at
-    all of the task's coordinates z [n, d]. The top K of many bases would otherwise hold hardly one of them,
-    and only bases in the top K are trained."""
+    all of the task's coordinates z [n, d]. With many old bases few of them would be in the top K, and only
+    what is there is trained. So at first a version reads no older basis; training may change that."""
     logits = field(z)  # [n, L, N]
     behind = logits[..., :old].amax(-1) - logits[..., old:].topk(top_k).values[..., -1]
     lift = behind.amax(0) + 1e-3  # more than rounding takes away again
@@ -159,7 +156,7 @@ def learning_rate(step, total, peak):
 
 
 def micro_batches(examples, step, args):
-    """Return the indices of a step's examples, in lists of `--batch`, the same whenever it is asked.
+    """Return the indices of a step's examples, in lists of `--batch`: a function of seed and step.
 
     Padding costs what text costs, so like lengths come together: the shuffled examples of LENGTH_WINDOW steps
     are sorted by length and cut into micro-batches, which are shuffled again."""
@@ -216,8 +213,8 @@ def learn(run, learner, examples, h_bar, val, args):
             training.after_step(losses, sum(len(p) + len(r) for p, r in chosen))
     h_bar = learner.probe(examples, args) if args.probe == "adapted" else h_bar
     run.keep_validation(args.task, val)
-    region = dict(quantile=args.quantile, count=args.anchors, seed=args.seed)
-    commit_task(run, learner, h_bar, args.task, args.lock, about, **region)  # it removes the saved state
+    how = args.quantile, args.anchors, args.seed
+    commit_task(run, learner, h_bar, args.task, args.lock, about, *how)  # it removes the saved state
 
 
 def describe_training(examples, args):
@@ -225,7 +222,7 @@ def describe_training(examples, args):
     apart = ("data", "val_data", "val_examples", "backbone", "device", "device_map", "out")
     apart += ("checkpointing",)  # it changes no bit
     about = {k: v for k, v in sorted(vars(args).items()) if k not in apart}
-    for key, value in OLDER.items():  # as in the versions of older run folders, which lack these options
+    for key, value in OLDER.items():  # older versions lack these options, and had these values
         if about[key] == value:
             del about[key]
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
@@ -292,15 +289,15 @@ DEFAULTS, TINY, FIXED = (column(OPTIONS, field) for field in ("default", "preset
 
 
 def parse_options(argv=None):
-    epilog = "Defaults are the paper's, but for lr, alpha, margin, d, pool, probe, passes and template: "
-    epilog += "ours. Tiny has " + ", ".join(f"{key} {value:g}" for key, value in TINY.items())
+    epilog = "Defaults are the paper's, but for lr, epochs, alpha, margin, d, pool, probe, passes, lock and "
+    epilog += "template: ours. Tiny has " + ", ".join(f"{key} {value:g}" for key, value in TINY.items())
     epilog += f". {', '.join(FIXED)} are fixed by a run's first task."
     p = Parser(__doc__, prog="train.py", epilog=epilog)
     add_options(p, OPTIONS)
     args = p.parse_args(argv)
     if args.task is None:
         p.error("say what to learn: --task NAME")
-    if getattr(args, "bare_layers", None) == 0:  # 0 says that the number is to be found, as if unsaid
+    if getattr(args, "bare_layers", None) == 0:  # 0 means the default, as if left out
         del args.bare_layers
     return args
 
@@ -358,13 +355,13 @@ def run_task(run, args):
 
 
 def say_known(run, args):
-    """Say that a task is committed already, and which options it was trained with if others were said."""
+    """Say that a task is committed, and which of the given options differ from those of its training."""
     unread = [f", {file} is not read" for file in (args.data, args.val_data) if file]
     print(f"{args.task} is already committed in {run.folder}: nothing to train{''.join(unread)}")
     head = run.head(run.find(args.task))
     made = {**OLDER, **head["config"], "lock": args.lock if head["lock"] == "first" else head["lock"]}
     said = {key: value for key, value in vars(args).items() if key in DEFAULTS} | {"lock": args.lock}
-    if "examples" in said:  # it says how many may be taken, and there may have been fewer
+    if "examples" in said:  # an upper bound: the data may have held fewer
         said["examples"] = min(said["examples"], made.get("examples", said["examples"]))
     if other := [f"{key} {made[key]}" for key in said if said[key] != made.get(key, said[key])]:
         print(f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out")
@@ -377,7 +374,7 @@ def train_task(run, args, backbone, tokenizer):
         args.bare_layers = default_bare(len(layers_of(backbone)))
     targets = None if run.tasks else choose_targets(backbone, tokenizer, args.targets, args.bare_layers)
     args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)
-    if asks_for_day(tokenizer, args.template):  # if not, it is no setting: two days give the same bits
+    if asks_for_day(tokenizer, args.template):  # only then do two days give other bits
         args.day = run.day
     examples, val = load_data(args, tokenizer)
     if run.tasks:
@@ -387,8 +384,8 @@ def train_task(run, args, backbone, tokenizer):
     print(f"adapts    {describe_targets(backbone, model.bank.shapes)}")
     if args.checkpointing:
         model.checkpoint()
-    # Bare layers never change, so they are asked once. An adapted probe runs in every step instead, and its
-    # first task takes the bare h_bar only to standardise.
+    # Bare layers never change, so they run once. An adapted probe runs in every step, and its first task
+    # needs the bare h_bar for the standardisation alone.
     asked = args.probe == "bare" or not run.tasks
     h_bar = probe_all(model, examples, args.pool) if asked else None
     learn(run, writable(run, model, h_bar, args), examples, h_bar, val, args)
