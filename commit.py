@@ -1,8 +1,9 @@
 """Git for capabilities: what is committed stays, on disk and in what it answers.
 
 Committing a task writes an immutable *version*: the bases it wrote, its field, its region, *anchors* in that
-region and a *snapshot* of the field on them. One sentence holds for everything here: commit = freeze what a
-capability occupies; everything else stays writable. `train.py --lock` chooses how that promise is kept:
+region and a *snapshot* of the field on them, which the paper's lock holds and `verify` compares. One sentence
+holds for everything here: commit = freeze what a capability occupies; everything else stays writable.
+`train.py --lock` chooses how that promise is kept:
 
 exact   Addresses do not move: h_bar is of bare layers, and the dynamics freeze at the first commit. Contents
         do not change: a later version may use committed bases, but it writes a field and bases of its own.

@@ -183,7 +183,7 @@ def mahalanobis(z, mean, whiten):
 def background(regions, wide=2.0):
     """Return a wide Gaussian, as a Region, for what no version has learned: it has the moments of all
     coordinates that the regions (a tuple) were fitted to, with `wide` times their covariance. The factor 2
-    was chosen on thirteen tasks, of which one was left out at a time."""
+    was chosen on thirteen tasks, of which one was left out at a time (studies/sure.py)."""
     share = torch.tensor([r.n for r in regions], dtype=torch.float64)
     share = (share / share.sum())[:, None]
     means = torch.stack([r.mean for r in regions])  # [regions, d]
