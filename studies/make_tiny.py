@@ -26,7 +26,6 @@ keywords). The backbone has read about all of them in its pretraining prose, as 
 The same seed, versions, machine and number of threads give the same files.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -36,6 +35,8 @@ import re
 import time
 import types
 from pathlib import Path
+
+from plumbing.command import Parser, number, run_program  # first: it sets what torch reads when imported
 
 import numpy as np
 import torch
@@ -504,14 +505,14 @@ def make_backbone(out, seed, steps, batch=8, length=256, peak=2.5e-3, drills=120
     print(f"backbone in {(time.time() - began) / 60:.1f} min, sha256 {digest}")
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    p = Parser(__doc__, prog="make_tiny.py")
     p.add_argument("--out", type=Path, default=ASSETS, help="folder to write to [assets]")
     p.add_argument("--data-only", action="store_true", help="only the instruction sets")
-    p.add_argument("--steps", type=int, default=2700, help="pretraining steps of 2,048 tokens [2700]")
-    p.add_argument("--threads", type=int, default=2, help="of torch [2]")
-    p.add_argument("--seed", type=int, default=1, help="of data, text and weights [1]")
-    args = p.parse_args()
+    p.add_argument("--steps", type=number(int, 1), default=2700, help="pretraining steps of 2,048 tokens")
+    p.add_argument("--threads", type=number(int, 1), default=2, help="of torch")
+    p.add_argument("--seed", type=number(int, 0), default=1, help="of data, text and weights")
+    args = p.parse_args(argv)
     make_data(args.out, args.seed)
     if not args.data_only:
         torch.set_num_threads(args.threads)
@@ -519,4 +520,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -67,7 +67,7 @@ def test_without_a_terminal_no_bar_is_drawn(program, micro, tmp_path, monkeypatc
     assert len(re.findall("^(step 2/2|clf fixedmask seed 0) ", out, re.MULTILINE)) == 1
 
 
-GROUPS = "answers synthetic neurons memory compose page sequence styles report pictures".split()
+GROUPS = "answers synthetic neurons memory compose page sequence styles report pictures make_tiny".split()
 GROUPS = dict.fromkeys([*GROUPS, "commit log", "commit verify"], ["options"])
 GROUPS |= dict.fromkeys([f"bench {c}" for c in "niwf decode first-token ftn".split()], ["options"])
 GROUPS |= dict.fromkeys(
@@ -97,13 +97,6 @@ def test_help_explains_every_option_and_has_an_example(command, monkeypatch, cap
         assert action.help and (not action.option_strings or action.option_strings[0] in text), action
         if type(action.default) in (int, float):
             assert re.search(r"\[.+\]$", asked[0]._get_formatter()._expand_help(action)), action
-
-
-def test_make_tiny_explains_itself_too():
-    """The study that makes the tiny model has a --help with an example, too."""
-    command = [sys.executable, "-m", "studies.make_tiny", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=HERE).stdout
-    assert "python -m studies.make_tiny --data-only" in text
 
 
 def train_limited(argv, limit, value):
