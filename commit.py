@@ -52,7 +52,7 @@ from plumbing.export import export, say_export
 from plumbing.files import latest_run
 from plumbing.folder import Folder
 from plumbing.log import composable, describe, log, mergeable, parse_command, removable, show, without
-from plumbing.prompts import pad_of
+from plumbing.prompts import digest_of_prompts, pad_of
 from plumbing.records import read_examples
 from plumbing.targets import named_targets
 from plumbing.versionfile import COMPOSITION, check_tensors, map_tensors, part_of, read_version_file
@@ -271,6 +271,11 @@ class Run(Folder):
         """Return the backbone with a bank that holds what the run has committed. targets: what a run without
         versions adapts; others adapt what their first does."""
         settings, versions = self.manifest["settings"], self.read_versions()
+        said = settings.get("prompts")  # of a run with --template chat
+        if said and said != digest_of_prompts(tokenizer, self.template, self.day):
+            raise Refused(
+                f"{self.folder}: the model's chat template now writes other prompts than it learned"
+            )
         if versions:
             targets = named_targets(backbone, {key.rpartition(".")[0] for key in versions[0].shapes})
         how = {"rank": settings["rank"], "alpha": settings["alpha"], "bare": settings["bare_layers"]}

@@ -33,7 +33,7 @@ from plumbing.backbone import pick_device
 from plumbing.command import run_program, write_results
 from plumbing.files import BASE, atomic, latest_run
 from plumbing.openai import Answers
-from plumbing.passes import sampler
+from plumbing.passes import context_of, sampler
 from plumbing.plane import Plane
 from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
@@ -280,7 +280,9 @@ def who_answers(run, h_bar, asked=None, outside="nearest"):
 
 def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, max_new_tokens, choose):
     """Stream the answer to one prompt (tokens) as `NIWF.stream` does. tell(who, gating) is called before the
-    first token, see `who_answers`."""
+    first token, see `who_answers`. Raises Refused if the prompt fills the backbone's context."""
+    if len(prompt) >= (room := context_of(model.backbone) or 2**31):
+        raise Refused(f"the prompt has {len(prompt)} tokens, which leave no room in a context of {room}")
 
     def gating_of(h_bar):
         gating, who = who_answers(run, h_bar, asked, outside)
@@ -297,11 +299,13 @@ def exact_matches(run, model, tokenizer, args):
 
     def ask(records):
         for (batch,) in batches(records, size=4 * EVAL_BATCH):
-            texts, found = answer(run, model, tokenizer, batch, args.outside, args.max_new_tokens)
+            texts, found = answer(run, model, tokenizer, batch, args.outside, longest)
             yield from zip(texts, (v.task if v else "base" for v in answering(run, found, args.outside)))
 
-    shares, wanted_of = {}, lambda record: text_of(tokenizer, encode(record, *written)[1])
+    shares, trained = {}, lambda record: encode(record, *written)[1]
+    wanted_of = lambda record: text_of(tokenizer, trained(record))
     for task in run.tasks:
+        longest = args.max_new_tokens or max(len(trained(record)) for record in run.validation(task))
         records = sorted(run.validation(task), key=lambda record: len(prompt_of(record, *written)))
         shares[task] = exact_match(task, records, ask, wanted_of, args.exact_match)
     return shares
@@ -412,15 +416,16 @@ parse_options = functools.partial(parse_questions, __doc__)
 @torch.no_grad()
 def main(argv=None):
     args, outs = parse_options(argv), []
-    for folder in args.run or [latest_run()]:
+    folders = args.run or [latest_run()]
+    if len({(*Run(folder).tasks,) for folder in folders}) > 1:
+        raise Refused("the run folders hold different tasks, or in another order: no mean over them")
+    for folder in folders:
         names = args.version or ()
         run, model, tokenizer = open_run(folder, args.device, names, args.device_map, args.backbone)
         if args.web or args.talk or args.prompt is not None:
             return answer_as_asked(run, model, tokenizer, args)
         outs.append(measure_run(run, model, tokenizer, args))
     if len(outs) > 1:
-        if any(o["tasks"] != outs[0]["tasks"] for o in outs):
-            raise Refused("the run folders hold different tasks: no mean over them")
         print_over_runs(outs)
     if args.json:
         write_results(args.json, "eval.py", argv, indent=1, rows=outs)

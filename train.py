@@ -40,13 +40,13 @@ from eval import measure_last, probe_all, report
 from field import CoordinateDynamics, WeightField, lock_loss, separation_loss, top_k_gating
 from model import NIWF, response_nll
 from plumbing import Refused
-from plumbing.backbone import pick_device
+from plumbing.backbone import pick_device, place_of
 from plumbing.command import Option, Parser, add_options, column, fill_in, number, run_program
 from plumbing.files import check_name
 from plumbing.folder import OLDER
 from plumbing.passes import choose_targets, positions_of
 from plumbing.processes import rank_and_size
-from plumbing.prompts import asks_for_day
+from plumbing.prompts import asks_for_day, digest_of_prompts
 from plumbing.records import load_data
 from plumbing.targets import default_bare, describe_targets, layers_of
 from plumbing.training import Training, peak_memory
@@ -309,9 +309,10 @@ def complete(args, run):
     if getattr(args, "passes", "one") == "two":
         preset = preset | {"coord_dim": 64}
     fixed = dict(run.manifest["settings"]) if run.tasks else {}
-    shared = bool(run.tasks) and args.lock != "exact"
+    shared, held = bool(run.tasks) and args.lock != "exact", 0  # bases that are there and are trained further
     if shared:
-        fixed["field_hidden"] = run.head(run.manifest["versions"][-1])["config"].get("field_hidden", 256)
+        head = run.head(run.manifest["versions"][-1])
+        fixed["field_hidden"], held = head["config"].get("field_hidden", 256), head["writes"]
     if idle := [key for key in SOFT_ALONE if args.lock == "exact" and hasattr(args, key)]:
         raise Refused(f"--{idle[0].replace('_', '-')} goes with --lock soft: the exact lock has no penalty")
     fill_in(args, DEFAULTS, preset, fixed, run.folder)
@@ -321,8 +322,8 @@ def complete(args, run):
         raise Refused("--bare-layers goes with --passes one: two passes adapt all layers")
     if args.lock == "exact" and args.probe == "adapted":
         raise Refused("--lock exact needs --probe bare: an adapted probe moves when adapters are trained")
-    if args.top_k > args.bases and not shared:
-        raise Refused(f"--top-k {args.top_k} is more than --bases {args.bases}")
+    if args.top_k > max(args.bases, held):
+        raise Refused(f"--top-k {args.top_k} is more than --bases {max(args.bases, held)}")
     check_name("--task", args.task)
     if args.task in [c["task"] for c in run.manifest["compositions"]]:
         raise Refused(f"{run.folder} already has a composition called {args.task}")
@@ -337,11 +338,19 @@ def complete(args, run):
 # ------------------------------------------------------------------------------------------- the command line
 
 
+def default_backbone(device):
+    """Return Mistral-7B for a GPU that has room for it, else tiny."""
+    cuda = device.startswith("cuda")
+    roomy = cuda and torch.cuda.get_device_properties(device).total_memory >= MISTRAL_BYTES
+    return MISTRAL if roomy else "tiny"
+
+
 def run_task(run, args):
     """Train the task, unless that has been done, and measure everything that the run then knows."""
     # On a CPU all operations are deterministic anyway, and slower if they are told to be.
     torch.use_deterministic_algorithms(args.device.startswith("cuda"), warn_only=True)
-    args.backbone = args.backbone or (run.manifest["backbone"] or {"name": "tiny"})["name"]
+    known = run.manifest["backbone"] or {"name": default_backbone(args.device)}
+    args.backbone = args.backbone or known["name"]
     if args.task not in run.tasks:
         complete(args, run)
     backbone, tokenizer = run.open_backbone(args.backbone, args.device, args.device_map)
@@ -361,8 +370,8 @@ def say_known(run, args):
     head = run.head(run.find(args.task))
     made = {**OLDER, **head["config"], "lock": args.lock if head["lock"] == "first" else head["lock"]}
     said = {key: value for key, value in vars(args).items() if key in DEFAULTS} | {"lock": args.lock}
-    if "examples" in said:  # an upper bound: the data may have held fewer
-        said["examples"] = min(said["examples"], made.get("examples", said["examples"]))
+    if "examples" in said and type(made.get("examples")) is int:  # an upper bound: there may have been fewer
+        said["examples"] = min(said["examples"], made["examples"])
     if other := [f"{key} {made[key]}" for key in said if said[key] != made.get(key, said[key])]:
         print(f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out")
     run.save()  # where the backbone lies now
@@ -376,10 +385,14 @@ def train_task(run, args, backbone, tokenizer):
     args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)
     if asks_for_day(tokenizer, args.template):  # only then do two days give other bits
         args.day = run.day
+    if args.template == "chat" and not run.tasks:  # a model's own template may change, see `open_model`
+        args.prompts = digest_of_prompts(tokenizer, args.template, run.day)
     examples, val = load_data(args, tokenizer)
     if run.tasks:
         measure_last(run, backbone, tokenizer)
-    run.manifest["settings"] = {key: getattr(args, key) for key in (*FIXED, "day") if hasattr(args, key)}
+    run.manifest["settings"] = {
+        key: getattr(args, key) for key in (*FIXED, "day", "prompts") if hasattr(args, key)
+    }
     model = run.open_model(backbone, tokenizer, targets)
     print(f"adapts    {describe_targets(backbone, model.bank.shapes)}")
     if args.checkpointing:
@@ -402,10 +415,10 @@ def main(argv=None):
     if args.task == "synthetic":
         raise Refused("--task synthetic comes first, then the options of synthetic.py")
     args.device = pick_device(args.device)
-    if not args.backbone and not args.out:
-        cuda = args.device.startswith("cuda")
-        roomy = cuda and torch.cuda.get_device_properties(args.device).total_memory >= MISTRAL_BYTES
-        args.backbone = MISTRAL if roomy else "tiny"
+    if not args.out:
+        args.backbone = args.backbone or default_backbone(args.device)
+    if args.backbone and place_of(args.backbone) == "tiny":
+        args.backbone = "tiny"
     name = re.sub(r"[^A-Za-z0-9.]+", "-", os.path.basename(os.path.abspath(args.backbone or "")))
     with Run(args.out or f"runs/{name}").exclusive() as run:
         run_task(run, args)

@@ -87,11 +87,13 @@ def find_backbone(name):
     """Return where a backbone lies, see `load_backbone`: a path or Hub id, and options of `from_pretrained`.
     Raises Refused if it cannot be read."""
     path, options = TINY_FOLDER if name == "tiny" else name, {"trust_remote_code": False}
-    if name.endswith(".gguf"):
+    if name.lower().endswith(".gguf"):
         refuse_without(f"backbone {name}", "gguf", "accelerate")
         path, options["gguf_file"] = os.path.split(os.path.abspath(name))
     elif os.path.isdir(path) and not list(pathlib.Path(path).glob("*.safetensors")):
         raise Refused(f"backbone {name} has no .safetensors file; `save_pretrained` writes one")
+    elif os.path.isfile(path):
+        raise Refused(f"backbone {name} is a file: name its folder, or a .gguf file")
     if not os.path.exists(path):
         hub_or_cache()
     with loading(name):

@@ -38,6 +38,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc, **how):
         super().__init__(formatter_class=HelpFormatter, **how)
         self.color = False  # Python 3.14 has it on
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e6 for an option
         program = re.escape(self.prog).replace(r"\.py", r"(\.py)?", 1)
         mine = re.compile(rf"    python (-m studies\.)?{program}\b")
         examples = [line for line in doc.splitlines() if mine.match(line)]
@@ -166,13 +167,14 @@ def run_program(main):
     """Run a program's `main`. An error that the user can mend, and Ctrl-C, end in one line and not in a
     traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for out in (sys.stdout, sys.stderr):
+    for out in filter(None, (sys.stdout, sys.stderr)):  # None: the shell has closed it
         out.reconfigure(errors="replace")  # a terminal that cannot show a letter is no reason to stop
     name = pathlib.Path(sys.argv[0]).name
     try:
         with joined_processes():
             main()
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except BrokenPipeError:  # as in `log | head`: whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -38,10 +38,10 @@ BEGUN = re.compile(r"\.lock|\.manifest\.json\.[0-9a-f]+\.niwf-tmp").fullmatch
 
 class Folder:
     """A run folder: one backbone, the settings fixed by its first task, and its versions in the order of
-    commitment. `manifest` says all of that; `held` is true within `exclusive`. Raises Refused as `read`."""
+    commitment. `manifest` says all of that. Raises Refused as `read`."""
 
     def __init__(self, folder):
-        self.folder, self.held = pathlib.Path(folder), False
+        self.folder = pathlib.Path(folder)
         self.manifest_file, self.state_file = self.folder / "manifest.json", self.folder / STATE
         self.read()
 
@@ -198,8 +198,6 @@ class Folder:
         with contextlib.ExitStack() as held:
             self.lock(held)
             self.read()  # as the other process may just have left it
-            self.held = True
-            held.callback(setattr, self, "held", False)
             yield self
 
     @first_alone
@@ -268,20 +266,15 @@ class Folder:
             self.save()
 
     def open_backbone(self, name, device, device_map=None):
-        """Load the backbone. Return (backbone, tokenizer). If it has another name than it had, the manifest
-        takes the new one; whoever holds the folder (`exclusive`) saves it. While another process holds it the
-        old name stays. Raises Refused if the run folder belongs to another backbone."""
+        """Load the backbone. Return (backbone, tokenizer). The manifest takes its name, which `save` keeps;
+        who only asks changes nothing on disk. Raises Refused if the run folder belongs to another
+        backbone."""
         backbone, tokenizer = load_backbone(name, device, device_map)
         owner = self.manifest["backbone"]
         if not owner:
             self.manifest["backbone"] = {"name": place_of(name), "fingerprint": fingerprint(backbone)}
         elif not is_backbone(backbone, owner["fingerprint"]):
             raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")
-        elif self.held:
+        else:
             owner["name"] = place_of(name)
-        elif owner["name"] not in (name, place_of(name)):
-            # The answer does not need it: the folder may be held by another process, or be for reading only.
-            with contextlib.suppress(Refused, OSError), self.exclusive():
-                self.manifest["backbone"]["name"] = place_of(name)
-                self.save()
         return backbone, tokenizer

@@ -233,12 +233,12 @@ def check_rest(rest, plain, where, ignored):
 
 
 def is_said(value, name, plain):
-    """Return whether a value changes nothing of a plain record: all its texts stand in what is asked or
-    answered, or it is one text that holds the instruction whole."""
+    """Return whether a value changes nothing of what a plain record asks: all its texts stand there, or it is
+    one text that holds the instruction whole."""
     said = [plain["instruction"], plain.get("input", ""), *(m["content"] for m in plain.get("history", ()))]
     if name in (*ASKED, "text") and isinstance(value, str) and said[0].strip() and said[0].strip() in value:
         return True
-    parts, said = [value], [*said, plain["output"]]
+    parts = [value]
     for part in parts:  # the list grows by what is nested
         if isinstance(part, (list, dict)):
             parts += part.values() if isinstance(part, dict) else part
@@ -255,11 +255,13 @@ def checked(plain, where, template):
     for key in ("input", "kind"):
         a_text(plain, key, where)
     try:
-        json.dumps(plain, ensure_ascii=False).encode()
+        json.dumps(plain, ensure_ascii=False, allow_nan=False).encode()
     except RecursionError:
         raise Refused(f"{where} is nested too deeply") from None
-    except ValueError:
+    except UnicodeEncodeError:
         raise Refused(f"{where} holds half a character (a lone surrogate)") from None
+    except ValueError:
+        raise Refused(f"{where} holds a number that JSON cannot write (infinite, or none)") from None
     if template == "alpaca":
         history = [m for m in plain.pop("history", ()) if m["content"].strip() or "tool_calls" in m]
         if history or "tools" in plain:

@@ -19,7 +19,7 @@ SETTINGS = {"rank": COUNT, "alpha": NOT_NEGATIVE, "coord_dim": COUNT, "pool": ("
             "probe": ("bare", "adapted"), "template": ("alpaca", "chat"),  # what a run's first task fixes
             # older run folders lack these: two passes, all targets, and a day that is their first version's
             "passes?": ("one", "two"), "bare_layers?": COUNT_OR_0, "targets?": LIST,
-            "day?": DAY, "fixed_coordinate?": False}
+            "day?": DAY, "fixed_coordinate?": False, "prompts?": DIGEST}  # prompts: with --template chat
 ENTRY = {"hash": SHA, "task": NAME, "lock": LOCKS, "date": DATE}
 DRIFT = ("inside_at_commit", "inside_now", "moved", "spread", "lock_loss", "top_k_kept")
 PERPLEXITIES, COUNTS = {NAME: POSITIVE}, {NAME: {NAME: COUNT_OR_0}}
@@ -54,5 +54,9 @@ def contradictions(manifest):
             yield "results: a row without its task, or of unknown ones"
         elif any({*row[key]} != tasks for key in "stored routed routing inside identical gating".split()):
             yield "results: a row with holes"
-        elif any(t not in row["inside"][t] or row["identical"][t][0] > row["identical"][t][1] for t in tasks):
+        elif any(t not in row["inside"][t] for t in tasks):
+            yield "results: a row that does not count its own region"
+        elif any(not 0 < sum(row["routing"][t].values()) == row["identical"][t][1] for t in tasks):
+            yield "results: a row that counts other examples than there are"
+        elif any(row["identical"][t][0] > row["identical"][t][1] for t in tasks):
             yield "results: a row that counts what is not there"

@@ -19,7 +19,7 @@ import torch
 from plumbing import Refused, forms
 from plumbing.files import AUTO, BASE, is_text, parse_json
 from plumbing.passes import context_of, sampler
-from plumbing.prompts import prompt_ids, system_message
+from plumbing.prompts import prompt_ids, refuse_left_out, system_message
 from plumbing.talk import pieces
 
 ROLES = {role: forms.ROLES[role] for role in ("system", "developer", "user", "assistant")}
@@ -190,8 +190,9 @@ class Answers:
         history, last = messages[:-1], messages[-1]["content"]
         if history and history[0]["role"] == "system":
             history[:1] = system_message(history[0]["content"], *how)
-        room = context_of(self.backbone) or 2048
-        ids = prompt_ids({"instruction": last, "history": history}, *how)
+        room, record = context_of(self.backbone) or 2048, {"instruction": last, "history": history}
+        refuse_left_out([record], *how)
+        ids = prompt_ids(record, *how)
         if len(ids) >= room:
             why = f"messages: {len(ids)} tokens leave no room for an answer in a context of {room}"
             raise Wrong(why, param="messages", code="context_length_exceeded")

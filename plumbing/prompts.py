@@ -8,6 +8,7 @@ that asks for the day is always told the run's, so that its text is the same tom
 import contextlib
 import datetime
 import functools
+import hashlib
 import json
 import re
 import types
@@ -197,12 +198,27 @@ def system_message(text, tokenizer, template, day):
         return []
     if template == "alpaca":
         raise Refused("the template alpaca has no place for a system message: --template chat takes it")
-    history, alone = [{"role": "system", "content": text}], None
-    with contextlib.suppress(Refused):  # a template may insist on a system message
-        alone = prompt_of(text, tokenizer, template, day)
-    if prompt_of({"instruction": text, "history": history}, tokenizer, template, day) == alone:
-        raise Refused("--template chat: the tokenizer's template leaves a system message out")
-    return history
+    record = {"instruction": text, "history": [{"role": "system", "content": text}]}
+    refuse_left_out([record], tokenizer, template, day)
+    return record["history"]
+
+
+def refuse_left_out(records, tokenizer, template, day):
+    """Raise Refused if a chat template leaves out a system message, or what a tool said, of these records. Of
+    each role one message is asked for, at the beginning of a chat and one further on."""
+    if template == "alpaca" or not tokenizer.chat_template:
+        return  # `render` refuses them
+    chats = [(record, i, m["role"]) for record in records for i, m in enumerate(record.get("history") or ())]
+    for role in ("system", "tool"):
+        for first in (True, False):
+            record, i, _ = next((c for c in chats if c[2] == role and (c[1] == 0) == first), (None, 0, role))
+            if record:
+                history = [*record["history"]]
+                history[i] = {**history[i], "content": "5309182764"}
+                if "5309182764" not in prompt_of({**record, "history": history}, tokenizer, template, day):
+                    where = "" if first else " after the first"
+                    what = f"leaves out a message of the role {role!r}{where}"
+                    raise Refused(f"--template chat: the tokenizer's template {what}")
 
 
 def prompt_of(record, tokenizer, template, day=None):
@@ -267,6 +283,12 @@ def encode(record, tokenizer, template="alpaca", day=None):
     if end not in response:
         raise Refused(f"--template chat: {tokenizer.decode(end)!r} does not end every answer")
     return prompt, response[: len(response) - response[::-1].index(end)]  # often a line break follows it
+
+
+def digest_of_prompts(tokenizer, template, day):
+    """Return a digest of the tokens of a prompt and its answer: another template writes other ones."""
+    example = encode({**hello(tokenizer, template, day), "output": "Hello."}, tokenizer, template, day)
+    return hashlib.sha256(json.dumps(example).encode()).hexdigest()[:16]
 
 
 def pad_of(tokenizer):

@@ -16,7 +16,7 @@ from plumbing.datafile import rows_of
 from plumbing.files import read_json
 from plumbing.forms import BAD, GOOD, own_record, plain_record
 from plumbing.passes import context_of
-from plumbing.prompts import encode
+from plumbing.prompts import encode, refuse_left_out
 
 DATA = HOME / "assets" / "data"
 FEW = 10  # training prompts
@@ -113,7 +113,7 @@ def read_examples(path, backbone, tokenizer, template, day):
     """Return the examples of a file of a few labelled records, each of which is to count. Raises Refused as
     `read_source` does, and if a record is not usable, is too long for the backbone, or none is there."""
     source = read_source(path, template)
-    refuse_unwritten(source, tokenizer)
+    refuse_unwritten(source, tokenizer, template, day)
     longest = context_of(backbone) or 2048
     how = argparse.Namespace(template=template, day=day, max_len=longest, like=len(source.records))
     _, examples, tally = take_usable(source.records, tokenizer, how, "like")
@@ -154,12 +154,16 @@ def hold_out(answers, prompts, tokenizer, args):
     return val, tally, prompts
 
 
-def refuse_unwritten(source, tokenizer):
-    """Raise Refused if records have tools or calls of tools, and the chat template never names them."""
+def refuse_unwritten(source, tokenizer, template, day):
+    """Raise Refused if records have tools, calls of tools or messages that the chat template never writes."""
     for key in ("tools", "tool_calls"):
         used = any(key in holder for r in source.records for holder in (r, *r.get("history", ())))
         if used and tokenizer.chat_template and not re.search(rf"\b{key}\b", str(tokenizer.chat_template)):
             raise Refused(f"{source.path} has {key!r}, which the tokenizer's chat template does not write")
+    try:
+        refuse_left_out(source.records, tokenizer, template, day)
+    except Refused as e:
+        raise Refused(f"{source.path}: {e}") from None
 
 
 def load_data(args, tokenizer):
@@ -172,7 +176,7 @@ def load_data(args, tokenizer):
     prompts = sorted(answers)
     random.Random(args.seed).shuffle(prompts)
     for each in sources:
-        refuse_unwritten(each, tokenizer)
+        refuse_unwritten(each, tokenizer, args.template, getattr(args, "day", None))
     if val_path:
         asked = by_prompt(held)
         kept = [record for records in asked.values() for record in records]

@@ -20,6 +20,7 @@ import socketserver
 import sys
 import threading
 import time
+import urllib.parse
 
 from plumbing import HOME, Refused
 from plumbing.openai import Wrong, chunks, completion, read_request
@@ -81,14 +82,14 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     self.answers.answer(job.request, job.tell)
             except Exception as e:
                 if not isinstance(e, Refused):
-                    self.handle_error()
+                    self.handle_error()  # of a client that broke off only a ConnectionError comes here
                     e = Wrong(f"the answer failed: {type(e).__name__}", 500)
                 job.events.put(e if isinstance(e, Wrong) else Wrong(e))
 
-    def handle_error(self, *_):
+    def handle_error(self, *connection):
         """Print the error that is being handled in one line. That a client breaks off is no error."""
         e = sys.exc_info()[1]
-        if not isinstance(e, OSError):
+        if not isinstance(e, OSError if connection else ConnectionError):
             print(Refused(f"[{type(e).__name__}: {e}"[:300] + "]"), file=sys.stderr, flush=True)
 
     def grant(self, connection, seconds):
@@ -207,7 +208,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def route(self):
         """Answer one request."""
-        path, found = self.path.partition("?")[0], self.server.found
+        path, found = urllib.parse.unquote(self.path.partition("?")[0]), self.server.found
         try:
             self.check_origin()
             if self.command == "GET" and path in found:

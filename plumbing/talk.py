@@ -34,7 +34,8 @@ def parse_questions(doc, argv=None):
     add("--input", default="", help="the input that goes with --prompt")
     add("--talk", action="store_true", help="answer what is typed or piped in, line after line")
     add("--system", default="", metavar="TEXT", help="the system message that goes before either")
-    add("--max-new-tokens", type=number(int, 1, 10**6), default=128, help="where an answer is cut off")
+    about = "where an answer is cut off [128; for --exact-match where the longest that was trained ends]"
+    add("--max-new-tokens", type=number(int, 1, 10**6), help=about)
     add("--temperature", type=number(float, 0, 100), default=0.0, help="of draws; 0: the likeliest tokens")
     about = "draw from the likeliest tokens that together have this probability"
     add("--top-p", type=number(float, 0, 1), default=1.0, help=about)
@@ -46,6 +47,8 @@ def parse_questions(doc, argv=None):
     said = lambda name: getattr(args, name) != p.get_default(name)
     if why := next((why for why, found in impossible(args, said).items() if found), None):
         p.error(why)
+    if args.exact_match is None:
+        args.max_new_tokens = args.max_new_tokens or 128
     return args
 
 
@@ -110,9 +113,10 @@ def talk(ask, entries, named, bare, history_of, system="", asked=None):
     `bare` the backbone, named(NAME) a version. entries: those of the versions. history_of(text): see
     `system_message`."""
     history = history_of(system)
+    if not sys.stdin:
+        raise Refused("--talk: there is no standard input to read from")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    for end in (sys.stdin, sys.stdout):
-        end.reconfigure(errors="replace")  # bytes that are no text are no reason to stop
+    sys.stdin.reconfigure(errors="replace")  # bytes that are no text are no reason to stop
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  `input` then edits lines and keeps a history

@@ -194,6 +194,29 @@ def test_all_tasks_are_measured_under_named_versions(two, tmp_path, capsys):
     assert "as asked" in asked(out, capsys, *"--version onlyA --prompt Hi. --max-new-tokens 3".split())[1]
 
 
+def test_an_exact_match_waits_for_the_longest_answer(two, monkeypatch):
+    """Unless it is said where answers are cut off, they may be as long as the longest that was trained."""
+    given, ask = [], evaluation.answer
+    cut = lambda run, model, tokenizer, batch, outside, n: ask(
+        run, model, tokenizer, batch, outside, given.append(n) or 1
+    )
+    monkeypatch.setattr(evaluation, "answer", cut)
+    evaluate(two, "--exact-match")
+    run, _, tokenizer = evaluation.open_run(two)
+    for task in run.tasks:
+        longest = max(len(encode(record, tokenizer)[1]) for record in run.validation(task))
+        assert given.pop(0) == longest
+    evaluate(two, "--exact-match --max-new-tokens 3")
+    assert {*given} - {longest} == {3}
+
+
+def test_run_folders_of_other_tasks_are_refused_before_anything_is_measured(first, two, monkeypatch):
+    """Over several run folders there is a mean only if they hold the same tasks."""
+    monkeypatch.setattr(evaluation, "open_run", None)
+    with refused("hold different tasks", first, two):
+        evaluation.main(["--run", str(first), str(two)])
+
+
 def test_an_exact_match_says_where_the_bare_backbone_answers(two, tmp_path, monkeypatch, capsys):
     """With --outside base the bare backbone answers what no version has learned, and is named for it."""
     monkeypatch.setattr(Route, "known", lambda route: torch.zeros(len(route.choice), dtype=torch.bool))

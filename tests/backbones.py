@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import sys
+import types
 import urllib.request
 
 import huggingface_hub
@@ -23,7 +24,17 @@ from model import NIWF, response_nll
 from plumbing.backbone import fingerprint, hub_or_cache, is_backbone, load_backbone
 from plumbing.passes import choose_targets, features_of, positions_of
 from plumbing.targets import LINEAR, describe_targets, find_targets, kind_of
-from tests.builders import VOCABULARY, asked, copy_of, edit_json, evaluate, git, micro_backbone, random_bank
+from tests.builders import (
+    HERE,
+    VOCABULARY,
+    asked,
+    copy_of,
+    edit_json,
+    evaluate,
+    git,
+    micro_backbone,
+    random_bank,
+)
 from tests.builders import random_examples, random_gating, refused, saved, snapshot_of, tiny_tokenizer
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
@@ -240,14 +251,14 @@ def test_where_positions_end_so_do_records_prompts_and_answers(on_folder, tmp_pa
     run = Run(out)
     assert run.head(run.entries[0])["config"]["max_len"] == 64
     assert "bit-identical on 4 of 4" in capsys.readouterr().out
-    with refused("tokens in one row are more than the 64 positions", out):
+    with refused("tokens, which leave no room in a context of 64", out):
         evaluate(out, "--prompt", "many words " * 40)
     typed = io.TextIOWrapper(io.BytesIO(b"Hello.\n" + b"many words " * 40 + b"\nHello.\n"))
     monkeypatch.setattr("sys.stdin", typed)
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), write_through=True))
     evaluate(out, "--talk --max-new-tokens 500")
     said = sys.stdout.buffer.getvalue().decode()
-    assert said.count("[version") == 2 and "64 positions of this backbone]" in said
+    assert said.count("[version") == 2 and "leave no room in a context of 64]" in said
     model = NIWF(backbone, 2)
     random_bank(model.bank, 2)
     prompts = [[5] * 60, [6] * 9]
@@ -386,8 +397,33 @@ def test_a_run_trained_in_bfloat16_is_opened_in_float32(first, tmp_path, monkeyp
     assert "alpaca" in capsys.readouterr().out
 
 
+def test_a_backbone_is_a_folder_or_a_gguf_file(tmp_path):
+    """Any other file is refused by name, and the Hub is not asked for it."""
+    for name in ("model.safetensors", "README.md"):
+        (tmp_path / name).touch()
+        with refused("is a file: name its folder, or a .gguf file", tmp_path):
+            load_backbone(str(tmp_path / name), "cpu")
+
+
+def test_a_gpu_with_room_takes_mistral_wherever_the_run_goes(tmp_path, monkeypatch):
+    """--out chooses the run folder, not the backbone; and the tiny backbone is tiny by whatever name."""
+    for size, name in ((23e9, "tiny"), (30e9, train.MISTRAL)):
+        card = types.SimpleNamespace(total_memory=size)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        assert train.default_backbone("cuda") == name and train.default_backbone("cpu") == "tiny"
+    opened = []
+    monkeypatch.setattr(train, "default_backbone", lambda device: "a/model")
+    monkeypatch.setattr(Run, "open_backbone", lambda run, name, *how: opened.append(name) or (None, None))
+    for more in ([], ["--backbone", "assets/tiny"]):
+        with pytest.raises(AttributeError):  # there is no backbone
+            monkeypatch.chdir(HERE)
+            train.main(["--task", "alpaca", "--out", str(tmp_path / "run"), *more])
+    assert opened == ["a/model", "tiny"]
+
+
 def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_path, monkeypatch, capsys):
-    """Each of the three programs does so; another backbone in its place is refused and nothing changes."""
+    """Each of the three programs verifies it, and refuses another in its place. Training remembers the place;
+    to ask, as one may with a copy that does not stay, changes nothing."""
     out, old = copy_of(first, tmp_path), Run(first).manifest["backbone"]
     place = shutil.copytree(old["name"], tmp_path / "moved")
     edit_json(out / "manifest.json", lambda m: m["backbone"].update(name=str(tmp_path / "gone")))
@@ -402,23 +438,19 @@ def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_
         for kind in ("lora", "new/merged --merged"):
             with refused(why, tmp_path):
                 git(out, export + kind, *wrong)
+    before = snapshot_of(out)
     monkeypatch.chdir(tmp_path)
     evaluate(out, "--backbone moved")
+    evaluate(out, "--prompt Hello. --max-new-tokens 3 --backbone moved")
+    git(out, export + "new/merged --merged", "--backbone", "moved")
+    git(out, export + "lora", "--backbone", "moved")
+    base = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(place) and snapshot_of(out) == before
+    train.main(micro("alpaca", out, "--backbone", "moved"))
     assert Run(out).manifest["backbone"] == {**old, "name": str(place)}
+    assert "bit-identical on 32 of 32" in capsys.readouterr().out
     monkeypatch.chdir("/")
     evaluate(out, "--prompt Hello. --max-new-tokens 3")
-    place = place.rename(tmp_path / "again")
-    git(out, export + "new/merged --merged", "--backbone", place)
-    git(out, export + "lora", "--backbone", place)
-    base = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert base == str(place) == Run(out).manifest["backbone"]["name"]
-    place = place.rename(tmp_path / "third")
-    train.main(micro("alpaca", out, "--backbone", str(place)))
-    assert Run(out).manifest["backbone"]["name"] == str(place)
-    assert "bit-identical on 32 of 32" in capsys.readouterr().out
-    with Run(out).exclusive():  # nobody can note the new place now, and the answer does not need it
-        evaluate(out, "--prompt Hello. --max-new-tokens 3", "--backbone", place.rename(tmp_path / "fourth"))
-    assert Run(out).manifest["backbone"]["name"] == str(place)
 
 
 def test_a_mirror_of_the_hub_is_asked_at_its_own_port(monkeypatch):

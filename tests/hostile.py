@@ -150,6 +150,7 @@ IN_MANIFEST = {  # places in the manifest: what cannot stand there
     "results.1.stored.poems": [3.0],
     "results.1.routing.code results.1.inside.code results.1.drift": [ABSENT, None, 7],
     "results.1.routing.code.code results.1.inside.code.code": NO_COUNT,
+    "results.1.routing.code": [{}, {"code": 10**6}],
     "results.1.identical.code": [ABSENT, None, 7, [], [3], [5, 3], [-1, 3], ["3", 3], [1, 2, 3]],
     "results.1.gating.code": [ABSENT, None, {}, {"sets": "x", "bases": 1}, {"sets": NAN, "bases": 1}],
     "results.1.drift.code": [None, {}],

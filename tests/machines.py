@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from plumbing.command import Parser
+from plumbing.command import Parser, run_program
 from studies import fuzz
-from tests.builders import HERE, PROGRAMS
+from tests.builders import HERE, PROGRAMS, evaluate, refused
 from tests.hostile import argv_of, refuses, untouched, works
 
 try:
@@ -48,6 +48,15 @@ def test_a_closed_pipe_ends_a_command_without_a_word(two):
     process = subprocess.run(command, stdout=its, stderr=subprocess.PIPE, text=True, timeout=6000)
     os.close(its)
     assert (process.stderr, process.returncode) == ("", 1)
+
+
+def test_closed_ends_are_no_traceback(two, monkeypatch):
+    """The shell may close a program's output or input: `>&-`, `<&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    run_program(lambda: print("unheard"))
+    monkeypatch.setattr(sys, "stdin", None)
+    with refused("there is no standard input", two):
+        evaluate(two, "--talk")
 
 
 @pytest.mark.parametrize("program", ["train", "synthetic"])

@@ -22,6 +22,7 @@ from commit import Run
 from model import NIWF
 from plumbing import Refused
 from plumbing.forms import checked
+from plumbing.openai import Answers
 from plumbing.prompts import encode, end_token, hello, prompt_ids, prompt_of, quoted, stop_ids, text_of
 from tests.builders import CHAT, END, RECORD, asked, chat_tokenizer, copy_of, edit_json, evaluate, git
 from tests.builders import messages, micro_backbone, outcome, refused, rows_in, saved
@@ -346,6 +347,40 @@ def said_nothing(monkeypatch, see=lambda ids, ends: None):
     monkeypatch.setattr(NIWF, "stream", stream)
 
 
+TOOLLESS = DEAF.replace("system", "tool")
+LATE = DEAF.replace("'system' %}", "'system' or m == messages[0] %}")
+LEFT_OUT = [(DEAF, "system", 0), (LATE, "system", 2), (TOOLLESS, "tool", 2)]
+
+
+@pytest.mark.parametrize("template, role, place", LEFT_OUT)
+def test_what_the_template_leaves_out_is_refused(learn_by_chat, chat, tmp_path, template, role, place):
+    """Nobody trains on half a question, or is asked one: a message that the template drops is refused, on
+    whatever place it stands, in a file and by the server."""
+    turns = messages("Hi.", "Hello.", "Say 3.", "3")
+    turns.insert(place, {"role": role, "content": "Be kind."})
+    with refused(f"rows.json: .*leaves out a message of the role '{role}'"):
+        learn_by_chat("one", tmp_path / "run", template, rows=[{"messages": turns}] * 9)
+    tokenizer, run = chat_tokenizer(template), types.SimpleNamespace(template="chat", day=None)
+    asked = types.SimpleNamespace(tokenizer=tokenizer, run=run, backbone=micro_backbone())
+    with refused(f"leaves out a message of the role '{role}'"):
+        Answers.prompt(asked, turns[:-1])
+    asked.tokenizer = chat_tokenizer()
+    assert tokenizer.decode(Answers.prompt(asked, turns[:-1])[0]).count("Be kind.") == 1
+
+
+def test_another_chat_template_is_noticed(learn_by_chat, tmp_path):
+    """A model's own template may change with the model's folder. Prompts would then be others than those that
+    were learned, so nobody is answered by them, and nothing more is learned."""
+    run = learn_by_chat("one", tmp_path / "run")
+    name = run.manifest["backbone"]["name"]
+    saved(micro_backbone(len(chat_tokenizer())), name, chat_tokenizer(CHAT.replace("[", "(")))
+    message = "chat template now writes other prompts"
+    with refused(message, run.folder):
+        evaluate(run.folder, "--prompt Hi.")
+    with refused(message, run.folder):
+        learn_by_chat("two", run.folder, CHAT, "--lock")
+
+
 def talk(monkeypatch, run, lines, *more):
     """Pipe lines into a talk."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
@@ -372,7 +407,11 @@ def test_a_system_message_goes_before_a_prompt(learn_by_chat, tmp_path, monkeypa
     assert "--system goes with --prompt or --talk" in capsys.readouterr().err
 
 
-NO_PLACE = {None: "no place for a system", NO_SYSTEM: "'Be kind.' .no system", DEAF: "leaves a system"}
+NO_PLACE = {
+    None: "no place for a system",
+    NO_SYSTEM: "'Be kind.' .no system",
+    DEAF: "leaves out a message of the role 'system'",
+}
 
 
 @pytest.mark.parametrize("template", NO_PLACE)

@@ -131,6 +131,8 @@ BAD_RECORDS = [
     ({**RECORD, "question": "Say bye."}, "has 'question' beside what is asked"),
     ({**RECORD, "choices": ["hello", "bye"]}, "has 'choices' beside what is asked"),
     ({**RECORD, "article": "It is late."}, "has 'article' beside what is asked"),
+    ({**RECORD, "text": "Hello."}, "has 'text' beside what is asked"),  # to be repeated
+    ({**RECORD, "tools": '[{"most": 1e999}]'}, "a number that JSON cannot write"),
     ({**RECORD, "choices": {"text": ["bye"], "label": [1]}}, "has 'choices' beside what is asked"),
     ({**RECORD, "Input": "In French."}, "has 'Input' in place of 'input'"),
     ({**RECORD, " Tools": [TOOL]}, "has ' Tools' in place of 'tools'"),

@@ -373,7 +373,7 @@ def test_every_version_and_composition_is_a_model(two, tmp_path, monkeypatch, ca
         listed, plane = page("/v1/models")["data"], page("/plane")
         assert [m["id"] for m in listed] == ["auto", "base", *(e["hash"] for e in entries)]
         assert [m["name"] for m in listed[2:]] == ["alpaca", "code", "AB"] and listed[2]["created"] > 1e9
-        assert page(f"/v1/models/{entries[0]['hash']}") == page("/v1/models/alpaca") == listed[2]
+        assert page(f"/v1/models/{entries[0]['hash']}") == page("/v1/models/%61lpaca") == listed[2]
         for entry in entries:
             how = "--prompt Hi. --max-new-tokens 5 --version".split()
             shown, _ = asked(out, capsys, *how, entry["task"])
@@ -520,6 +520,19 @@ def test_when_no_thread_can_start_no_place_is_lost(monkeypatch, capfd):
                         assert client.recv(1) == b""
         assert not found.open and ask(found, say())["choices"][0]["message"]["content"] == "Hi."
     assert capfd.readouterr().err.count("can't start new thread") == server.CONNECTIONS + 1
+
+
+def test_an_error_of_ours_is_printed(monkeypatch, capfd):
+    """A file that is gone while the server runs is an error of ours, not a client that broke off."""
+
+    def gone(*_):
+        raise FileNotFoundError("versions/x")
+
+    answers = Echo()
+    answers.answer = gone
+    with serving(answers) as found:
+        assert "the answer failed: FileNotFoundError" in ask(found, say())["error"]["message"]
+    assert "FileNotFoundError: versions/x" in capfd.readouterr().err
 
 
 def test_messages_are_asked_as_they_are_trained(tmp_path):
