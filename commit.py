@@ -273,9 +273,7 @@ class Run(Folder):
         settings, versions = self.manifest["settings"], self.read_versions()
         said = settings.get("prompts")  # of a run with --template chat
         if said and said != digest_of_prompts(tokenizer, self.template, self.day):
-            raise Refused(
-                f"{self.folder}: the model's chat template now writes other prompts than it learned"
-            )
+            raise Refused(f"{self.folder}: the model's chat template writes other prompts than it learned by")
         if versions:
             targets = named_targets(backbone, {key.rpartition(".")[0] for key in versions[0].shapes})
         how = {"rank": settings["rank"], "alpha": settings["alpha"], "bare": settings["bare_layers"]}

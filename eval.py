@@ -323,8 +323,8 @@ def gating_by_name(run, name):
 
 def most_like(run, model, tokenizer, path):
     """Find which version, composition or bare backbone has the lowest loss on a file of labelled records.
-    Return it and its gating as a function of h_bar; print the five lowest. Inputs alone
-    cannot tell apart tasks that differ only in their answers. Raises Refused as `read_examples` does."""
+    Return it and its gating as a function of h_bar; print the five lowest. Inputs alone cannot tell apart
+    tasks that differ only in their answers. Raises Refused as `read_examples` does."""
     examples = read_examples(path, model.backbone, tokenizer, run.template, run.day)
     h_bar = probe_all(model, examples, "prompt", run.probe_gating())
     who = {e["task"]: gating_by_name(run, e["task"]) for e in run.entries} | {"the bare backbone": BARE}

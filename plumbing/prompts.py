@@ -208,17 +208,16 @@ def refuse_left_out(records, tokenizer, template, day):
     each role one message is asked for, at the beginning of a chat and one further on."""
     if template == "alpaca" or not tokenizer.chat_template:
         return  # `render` refuses them
-    chats = [(record, i, m["role"]) for record in records for i, m in enumerate(record.get("history") or ())]
-    for role in ("system", "tool"):
-        for first in (True, False):
-            record, i, _ = next((c for c in chats if c[2] == role and (c[1] == 0) == first), (None, 0, role))
-            if record:
-                history = [*record["history"]]
-                history[i] = {**history[i], "content": "5309182764"}
-                if "5309182764" not in prompt_of({**record, "history": history}, tokenizer, template, day):
-                    where = "" if first else " after the first"
-                    what = f"leaves out a message of the role {role!r}{where}"
-                    raise Refused(f"--template chat: the tokenizer's template {what}")
+    places, mark = {}, "5309182764"
+    for record in records:
+        for i, message in enumerate(record.get("history") or ()):
+            if message["role"] in ("system", "tool"):
+                places.setdefault((message["role"], i > 0), (record, i))
+    for (role, later), (record, i) in places.items():
+        history = [{**m, "content": mark} if j == i else m for j, m in enumerate(record["history"])]
+        if mark not in prompt_of({**record, "history": history}, tokenizer, template, day):
+            what = f"leaves out a message of the role {role!r}{' after the first' * later}"
+            raise Refused(f"--template chat: the tokenizer's template {what}")
 
 
 def prompt_of(record, tokenizer, template, day=None):

@@ -374,7 +374,7 @@ def test_another_chat_template_is_noticed(learn_by_chat, tmp_path):
     run = learn_by_chat("one", tmp_path / "run")
     name = run.manifest["backbone"]["name"]
     saved(micro_backbone(len(chat_tokenizer())), name, chat_tokenizer(CHAT.replace("[", "(")))
-    message = "chat template now writes other prompts"
+    message = "chat template writes other prompts"
     with refused(message, run.folder):
         evaluate(run.folder, "--prompt Hi.")
     with refused(message, run.folder):
