@@ -124,11 +124,14 @@ def computed_once(layers):
 
 def mean_over(hidden, lengths):
     """Hidden states [B, T, features], padded on the left, and how many tokens each row has -> their means
-    [B, features], float32."""
+    [B, features], float32. Raises Refused if one is not finite: it would be no coordinate."""
     lengths = torch.tensor(lengths, device=hidden.device)[:, None]
     real = torch.arange(hidden.shape[1], device=hidden.device) >= hidden.shape[1] - lengths  # [B, T]
     # Take `where` and no product: what a padding position holds, nan say, must not reach the mean.
-    return torch.where(real[:, :, None], hidden.float(), 0.0).sum(1) / lengths
+    mean = torch.where(real[:, :, None], hidden.float(), 0.0).sum(1) / lengths
+    if not mean.isfinite().all():
+        raise Refused("the backbone's hidden states are not finite: its weights are damaged, or overflow")
+    return mean
 
 
 def mean_and_last(hidden, lengths):

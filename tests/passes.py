@@ -201,3 +201,15 @@ def test_an_export_of_upper_layers_is_an_ordinary_lora(two, tmp_path):
     found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")(ids).logits
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found, model.backbone(ids).logits)
+
+
+@pytest.mark.parametrize("bare", [0, 1])
+def test_what_is_not_finite_is_no_coordinate(bare):
+    """A backbone whose hidden states overflow would send every prompt to the first region."""
+    model = micro_model(bare=bare)
+    model.backbone.get_input_embeddings().weight.data[5] = torch.inf
+    assert model.probe([[6, 7], [8]]).isfinite().all()
+    with refused("hidden states are not finite"):
+        model.probe([[6, 7], [5, 8]])
+    with refused("hidden states are not finite"):
+        model.generate([[6, 7], [5, 8]], lambda h: None, -1, 2)
