@@ -235,16 +235,16 @@ def of_method(rows, method, variant="clf"):
     return [r for r in rows if (r["variant"], r["method"]) == (variant, method)]
 
 
-def topography(variant, same):
-    """What masks of FTN-Slow share with those of other seeds, of the same task or of others, a value a seed.
-    FTN Figure 1."""
+def topography(same):
+    """What masks of FTN-Slow share with those of other seeds, of the same task or of others, a value for each
+    generator that all seeds share. FTN Figure 1."""
 
     def found(read):
-        rows = of_method(read("ftn-experiment-1"), "ftn-slow", variant)
-        masks = [[{*w} for w in r["winners"]] for r in rows]
-        for one, others in ((one, [x for x in masks if x is not one]) for one in masks):
-            pairs = itertools.product(enumerate(one), *[[(j, w) for x in others for j, w in enumerate(x)]])
-            yield mean(len(a & b) / len(a) for (i, a), (j, b) in pairs if (i == j) == same)
+        for rows in (of_method(read(f), "ftn-slow") for f in ONE_FOR_ALL):
+            masks = [[{*w} for w in r["winners"]] for r in rows]
+            pairs = (itertools.product(*map(enumerate, two)) for two in itertools.combinations(masks, 2))
+            shared = ((i == j, len(a & b) / len(a)) for two in pairs for (i, a), (j, b) in two)
+            yield mean(part for alike, part in shared if alike == same)
 
     return found
 
@@ -278,11 +278,13 @@ def fm_of(files, method="ftn-slow", key="recovered_fm"):
 
 
 def apart(read):
-    """How far random masks end from searched ones under the lock, a value a generator."""
+    """How much higher random masks end than searched ones under the lock, for each generator a list of a
+    value a seed."""
     for files in GENERATORS.values():
         rows = [row for f in files for row in read(f)]
-        end = lambda m, rows=rows: mean(row_summary(r)["recovered_last"] for r in of_method(rows, m))
-        yield abs(end("random-disjoint-recall") - end("ftn-slow-lock"))
+        ends = lambda m, rows=rows: {r["seed"]: row_summary(r)["recovered_last"] for r in of_method(rows, m)}
+        random, searched = ends("random-disjoint-recall"), ends("ftn-slow-lock")
+        yield [random[seed] - searched[seed] for seed in sorted(searched)]
 
 
 # fmt: off
@@ -298,12 +300,12 @@ OTHERS = {  # name: (digits, function of read) -> values, one a seed or a shape
     "step": (2, time_ratio("niwf-bench", "{}, a step", other="peft")),
     "one-step": (2, time_ratio("niwf-one-bench", "{}, a step", other="peft")),
     "first": (2, time_ratio("first-token-bench", "{}, first token after 256")),
+    "first-real": (2, lambda read: time_ratio("first-token-bench", "{}, first token after 256")(read)[1:2]),
     "first-peft": (2, time_ratio("first-token-bench", "{}, first token after 256", other="peft")),
     "right-A": (1, right("alpaca")), "right-B": (1, right("code")), "gains": (2, gains),
     "stream-early": (2, lambda read: stream_ratios(read)[:1]),
     "stream-late": (2, lambda read: stream_ratios(read)[1:]),
-    **{f"topography{v}-{which}": (3, topography(variant, which == "same"))
-       for v, variant in (("", "clf"), ("-reg", "reg")) for which in ("same", "other")},
+    "topography-same": (3, topography(True)), "topography-other": (3, topography(False)),
     **{f"{which}-{short}": (3, lost_to(i, variant, method))
        for i, which in enumerate(("by-overlap", "in-recall"))
        for short, variant, method in (("slow", "clf", "ftn-slow"), ("slow-reg", "reg", "ftn-slow"),
@@ -312,7 +314,9 @@ OTHERS = {  # name: (digits, function of read) -> values, one a seed or a shape
     "double-pirate": (2, lambda read: pair(of_method(read("lora-ftn"), "lora-ftn", "style"), 3, 5)),
     "pooled-correlation": (2, lambda read: [statistics.correlation(*zip(*itertools.chain(*streams(read))))]),
     "correlations": (2, lambda read: [statistics.correlation(*zip(*x)) for x in streams(read)]),
-    "apart": (3, apart), "for-all": (3, fm_of(ONE_FOR_ALL)), "printed-all": (3, fm_of(HIDDEN)),
+    "apart": (3, lambda read: map(mean, apart(read))),
+    "above": (3, lambda read: itertools.chain(*apart(read))),
+    "for-all": (3, fm_of(ONE_FOR_ALL)), "printed-all": (3, fm_of(HIDDEN)),
     "hidden-all": (3, fm_of(HIDDEN.values(), "ftn-slow-hidden")),
     "hidden-stored": (3, fm_of(HIDDEN.values(), "ftn-slow-hidden", "stored_fm")),
 }

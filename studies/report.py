@@ -91,11 +91,11 @@ def rows_table(kind, contents):
 
 def counted(content):
     """rows of studies.memory: the parts of a training's memory, in GiB, with 1, 2 and 4 devices."""
-    lines = []
+    lines, printed = [], {} if "--backbone" in content["command"] else TABLE_2  # of Mistral, in GB
     for part, sizes in memory_lines(content["rows"]).items():
-        paper = f"{TABLE_2[part]:.2f}" if TABLE_2.get(part) else ""
+        paper = f"{printed[part] * 1e9 / 2**30:.2f}" if printed.get(part) else ""
         lines.append([part, *(f"{size / 2**30:.2f}" for size in sizes), paper])
-    heads = ["GiB", "task 1", "checkpointing", "task 2", "checkpointing", "the paper, Mistral-7B, GB"]
+    heads = ["GiB", "task 1", "checkpointing", "task 2", "checkpointing", "the paper, task 1"]
     return table(heads, lines)
 
 
