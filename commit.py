@@ -250,8 +250,8 @@ class Run(Folder):
         return self.speaker(i).gating(self.versions[i].dynamics(h_bar))
 
     def routed(self, h_bar, outside="nearest"):
-        """Return the gating that the coordinates alone select, and their Route; each row of a batch has a
-        version of its own. outside: who answers where the background is likelier than every region, the
+        """Return the gating that the coordinates alone select, and their Route; rows of a batch may go to
+        different versions. outside: who answers where the background is likelier than every region, the
         likeliest version ("nearest") or the bare backbone ("base")."""
         z = self.versions[-1].dynamics(h_bar)
         found = route(z, [v.region for v in self.versions])
@@ -273,7 +273,7 @@ class Run(Folder):
         settings, versions = self.manifest["settings"], self.read_versions()
         said = settings.get("prompts")  # of a run with --template chat
         if said and said != digest_of_prompts(tokenizer, self.template, self.day):
-            raise Refused(f"{self.folder}: the model's chat template writes other prompts than it learned by")
+            raise Refused(f"{self.folder}: the model's chat template writes other prompts than were learned")
         if versions:
             targets = named_targets(backbone, {key.rpartition(".")[0] for key in versions[0].shapes})
         how = {"rank": settings["rank"], "alpha": settings["alpha"], "bare": settings["bare_layers"]}

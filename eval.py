@@ -33,7 +33,7 @@ from plumbing.backbone import pick_device
 from plumbing.command import run_program, write_results
 from plumbing.files import BASE, atomic, latest_run
 from plumbing.openai import Answers
-from plumbing.passes import context_of, sampler
+from plumbing.passes import context_of, room_for, sampler
 from plumbing.plane import Plane
 from plumbing.processes import rank_and_size, sum_over_processes
 from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
@@ -148,7 +148,7 @@ def measure_task(run, model, tokenizer, i, outside):
     sum_over_processes(losses)
     sum_over_processes(bits)
     digests = [bytes(row).hex() for row in bits.flatten(0, 1)[: len(examples)].tolist()]
-    nll = losses.cumsum(0)[-1].tolist()  # batch after batch, as many processes as there may be
+    nll = losses.cumsum(0)[-1].tolist()  # one batch after another: the same bits for any number of processes
     tokens = sum(len(r) for _, r in examples)
     at_commit = run.digests(task) if run.measured(run.manifest["versions"][i]) else digests
     inside = torch.cat(inside).sum(0).tolist()
@@ -280,9 +280,8 @@ def who_answers(run, h_bar, asked=None, outside="nearest"):
 
 def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, max_new_tokens, choose):
     """Stream the answer to one prompt (tokens) as `NIWF.stream` does. tell(who, gating) is called before the
-    first token, see `who_answers`. Raises Refused if the prompt fills the backbone's context."""
-    if len(prompt) >= (room := context_of(model.backbone) or 2**31):
-        raise Refused(f"the prompt has {len(prompt)} tokens, which leave no room in a context of {room}")
+    first token, see `who_answers`. Raises Refused as `room_for` does."""
+    room_for(len(prompt), context_of(model.backbone))
 
     def gating_of(h_bar):
         gating, who = who_answers(run, h_bar, asked, outside)
@@ -295,19 +294,19 @@ def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, max_new_t
 
 def exact_matches(run, model, tokenizer, args):
     """Count the validation prompts that are answered as trained. -> {task: {kind: [right, of]}}"""
-    written = tokenizer, run.template, run.day
+    written, shares = (tokenizer, run.template, run.day), {}
 
-    def ask(records):
+    def ask(records, longest):
         for (batch,) in batches(records, size=4 * EVAL_BATCH):
             texts, found = answer(run, model, tokenizer, batch, args.outside, longest)
             yield from zip(texts, (v.task if v else "base" for v in answering(run, found, args.outside)))
 
-    shares, trained = {}, lambda record: encode(record, *written)[1]
-    wanted_of = lambda record: text_of(tokenizer, trained(record))
     for task in run.tasks:
-        longest = args.max_new_tokens or max(len(trained(record)) for record in run.validation(task))
         records = sorted(run.validation(task), key=lambda record: len(prompt_of(record, *written)))
-        shares[task] = exact_match(task, records, ask, wanted_of, args.exact_match)
+        wanted = [encode(record, *written)[1] for record in records]
+        answers = ask(records, args.max_new_tokens or max(map(len, wanted)))
+        texts = [text_of(tokenizer, ids) for ids in wanted]
+        shares[task] = exact_match(task, records, answers, texts, args.exact_match)
     return shares
 
 

@@ -19,8 +19,8 @@ those of one process. Only the first writes and prints. When one ends, all end, 
 This file covers sections 3.4, 3.6 and 5.1 of the NIWF paper, Eq. (9). Departures: our copy of the paper lacks
 its learning rate, so we chose 2e-4, and 1e-3 for the tiny backbone. alpha is 128 in place of 16: the weights
 of Eq. (7) sum to 1, so with 16 the update is 1/K of that of a LoRA of rank K r. Under the exact lock a later
-field starts with its own bases in the top K (`lead_with_own`), so that they are trained. As printed
-is `--lock soft --passes two --probe adapted --pool sequence --alpha 16`, if h_bar is not standardised either.
+field starts with its own bases in the top K (`lead_with_own`), so that they are trained. The paper's own
+setting is `--lock soft --passes two --probe adapted --pool sequence --alpha 16`; h_bar stays standardised.
 """
 
 import collections
@@ -349,8 +349,8 @@ def run_task(run, args):
     """Train the task, unless that has been done, and measure everything that the run then knows."""
     # On a CPU all operations are deterministic anyway, and slower if they are told to be.
     torch.use_deterministic_algorithms(args.device.startswith("cuda"), warn_only=True)
-    known = run.manifest["backbone"] or {"name": default_backbone(args.device)}
-    args.backbone = args.backbone or known["name"]
+    owner = run.manifest["backbone"]
+    args.backbone = args.backbone or (owner["name"] if owner else default_backbone(args.device))
     if args.task not in run.tasks:
         complete(args, run)
     backbone, tokenizer = run.open_backbone(args.backbone, args.device, args.device_map)

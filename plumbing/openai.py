@@ -18,7 +18,7 @@ import torch
 
 from plumbing import Refused, forms
 from plumbing.files import AUTO, BASE, is_text, parse_json
-from plumbing.passes import context_of, sampler
+from plumbing.passes import context_of, room_for, sampler
 from plumbing.prompts import prompt_ids, refuse_left_out, system_message
 from plumbing.talk import pieces
 
@@ -190,13 +190,13 @@ class Answers:
         history, last = messages[:-1], messages[-1]["content"]
         if history and history[0]["role"] == "system":
             history[:1] = system_message(history[0]["content"], *how)
-        room, record = context_of(self.backbone) or 2048, {"instruction": last, "history": history}
+        record = {"instruction": last, "history": history}
         refuse_left_out([record], *how)
         ids = prompt_ids(record, *how)
-        if len(ids) >= room:
-            why = f"messages: {len(ids)} tokens leave no room for an answer in a context of {room}"
-            raise Wrong(why, param="messages", code="context_length_exceeded")
-        return ids, room - len(ids)
+        try:
+            return ids, room_for(len(ids), context_of(self.backbone) or 2048)
+        except Refused as e:
+            raise Wrong(f"messages: {e}", param="messages", code="context_length_exceeded") from None
 
     @torch.no_grad()
     def answer(self, request, tell):

@@ -37,6 +37,14 @@ def context_of(backbone):
     return max(0, *(getattr(config, key, None) or 0 for key in LIMITS))
 
 
+def room_for(tokens, context):
+    """Return how many tokens may follow a prompt of so many, None if `context` is 0: it is not known. Raises
+    Refused if there is room for none."""
+    if context and tokens >= context:
+        raise Refused(f"the prompt has {tokens} tokens, which leave no room in a context of {context}")
+    return context - tokens if context else None
+
+
 def positions_of(backbone):
     """Return how many positions a backbone has a number for, or None if it has no last one: rotary
     embeddings are computed for any."""

@@ -207,7 +207,7 @@ def refuse_left_out(records, tokenizer, template, day):
     """Raise Refused if a chat template leaves out a system message, or what a tool said, of these records. Of
     each role one message is asked for, at the beginning of a chat and one further on."""
     if template == "alpaca" or not tokenizer.chat_template:
-        return  # `render` refuses them
+        return  # `render` refuses such records
     places, mark = {}, "5309182764"
     for record in records:
         for i, message in enumerate(record.get("history") or ()):

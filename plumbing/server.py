@@ -82,12 +82,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     self.answers.answer(job.request, job.tell)
             except Exception as e:
                 if not isinstance(e, Refused):
-                    self.handle_error()  # of a client that broke off only a ConnectionError comes here
+                    self.handle_error()
                     e = Wrong(f"the answer failed: {type(e).__name__}", 500)
                 job.events.put(e if isinstance(e, Wrong) else Wrong(e))
 
     def handle_error(self, *connection):
-        """Print the error that is being handled in one line. That a client breaks off is no error."""
+        """Print the error that is being handled in one line. That a client breaks off is no error: a thread
+        that serves a connection then has some OSError, and `work`, which names none, a ConnectionError."""
         e = sys.exc_info()[1]
         if not isinstance(e, OSError if connection else ConnectionError):
             print(Refused(f"[{type(e).__name__}: {e}"[:300] + "]"), file=sys.stderr, flush=True)
