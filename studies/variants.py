@@ -15,8 +15,8 @@
 A row is one training by train.py, or two, in a run folder of its own under runs/variants. What is there is
 not trained again, and rows that differ in their second task alone share their first. Options that this script
 does not know go to train.py. All tables but `passes`, `fair` and those that choose for them are of the
-paper's two passes. A row is its options and, where no option says it, a change of one function, made here and
-nowhere else.
+paper's two passes; in `fair` the LoRAs are, so that they are on all layers. A row is its options and, where
+no option says it, a change of one function, made here and nowhere else.
 
 The LoRAs are NIWF with N = K = 1: Eq. (7) then has one weight, 1, and there is no field to learn; the
 coordinate only routes. alpha follows K r, so that all updates have the same scale. Under the exact lock that
@@ -61,7 +61,7 @@ from studies.sure import aim, area_under_curve
 from plumbing.records import DATA, read_records
 from plumbing.rows import read_sealed, sealed
 
-STRENGTHS, PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e6), (0.05, 0.5, 5, 50)  # of EWC, and of O-LoRA
+STRENGTHS, PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e6), (0.5, 5, 50, 500, 5000)  # of EWC, and of O-LoRA
 
 rms = lambda x: float(x.square().mean().sqrt())
 
@@ -320,6 +320,7 @@ LORA = "--bases 1 --top-k 1 --rank 64"
 LARGE_LORA = "--bases 1 --top-k 1 --rank 128 --alpha 256"
 TWICE = "--alpha 256"  # where 16 bases are active in place of 8, so that the update has the same size
 TWO = "--passes two"
+WHOLE = f"{TWO} {LORA}"  # a LoRA on every layer: in one pass the first layers have none
 PAPER = "--pool sequence --probe adapted --alpha 16"
 EXACT, SOFT, NONE = "--lock exact", "--lock soft", ""
 WORTH = {
@@ -358,18 +359,21 @@ CHOICES = {
 OWN, ADDED = "own bases alone", "all bases, orthogonal by {:g}"
 FAIR = {
     "NIWF, exact lock": Variant("", EXACT),
+    "NIWF, exact lock, two passes": Variant(TWO, EXACT),
     **{
-        f"LoRA r {r}, one a task": Variant(f"--bases 1 --top-k 1 --rank {r} --alpha 128", EXACT, later=OWN)
+        f"LoRA r {r}, one a task": Variant(
+            f"{TWO} --bases 1 --top-k 1 --rank {r} --alpha 128", EXACT, later=OWN
+        )
         for r in (8, 16, 32, 64)
     },
-    "LoRA r 64, one a task, by words": Variant(f"{LORA} --alpha 128", EXACT, later=OWN, words=True),
-    "LoRA r 64, one": Variant(LORA, NONE),
-    "one, replay of 1 %": Variant(LORA, NONE, replay=0.01),
-    "one, replay of 5 %": Variant(LORA, NONE, replay=0.05),
-    **{f"one, EWC {x:g}": Variant(LORA, NONE, later=f"EWC {x:g}") for x in STRENGTHS},
-    **{f"O-LoRA, {x:g}": Variant(LORA, EXACT, later=ADDED.format(x), sums=0) for x in PENALTIES},
-    "mean of one a task": Variant(LORA, EXACT, later=OWN, sums=0.5),
-    **{f"{x:g} times their sum": Variant(LORA, EXACT, later=OWN, sums=x) for x in (0.3, 0.7, 1)},
+    "LoRA r 64, one a task, by words": Variant(f"{WHOLE} --alpha 128", EXACT, later=OWN, words=True),
+    "LoRA r 64, one": Variant(WHOLE, NONE),
+    "one, replay of 1 %": Variant(WHOLE, NONE, replay=0.01),
+    "one, replay of 5 %": Variant(WHOLE, NONE, replay=0.05),
+    **{f"one, EWC {x:g}": Variant(WHOLE, NONE, later=f"EWC {x:g}") for x in STRENGTHS},
+    **{f"O-LoRA, {x:g}": Variant(WHOLE, EXACT, later=ADDED.format(x), sums=0) for x in PENALTIES},
+    "mean of one a task": Variant(WHOLE, EXACT, later=OWN, sums=0.5),
+    **{f"{x:g} times their sum": Variant(WHOLE, EXACT, later=OWN, sums=x) for x in (0.3, 0.7, 1)},
 }
 BASELINES = {
     "full fine-tuning": Variant(lr=1e-4),
