@@ -10,6 +10,7 @@ answer is drawn anew.
 import contextlib
 import dataclasses
 import pathlib
+import queue
 import secrets
 import time
 from collections.abc import Callable
@@ -107,6 +108,19 @@ def read_request(body):
     if asked["messages"][-1]["role"] != "user":
         raise Wrong("messages: the last is not the user's", param="messages")
     return asked
+
+
+class Job:
+    """A request that waits in line, and the events of its answer, see `Answers.answer`."""
+
+    def __init__(self, request):
+        self.request, self.events, self.gone = request, queue.SimpleQueue(), False
+
+    def tell(self, event):
+        """Pass on an event. Raises ConnectionError once whoever asked has gone away."""
+        if self.gone:
+            raise ConnectionAbortedError
+        self.events.put(event)
 
 
 # ------------------------------------------------------------------------------------------------- an answer

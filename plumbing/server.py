@@ -23,7 +23,7 @@ import time
 import urllib.parse
 
 from plumbing import HOME, Refused
-from plumbing.openai import Wrong, chunks, completion, read_request
+from plumbing.openai import Job, Wrong, chunks, completion, read_request
 
 PAGE = HOME / "assets" / "page.html"
 CONNECTIONS = 64  # open at a time, each with a thread
@@ -31,19 +31,6 @@ PATIENCE = 10.0  # seconds that a client has to send a request, and then for eve
 LARGEST = 2**20  # bytes in the body of a request
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 HEADERS |= {"Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer"}
-
-
-class Job:
-    """A request that waits in line, and the events of its answer, see `Answers.answer`."""
-
-    def __init__(self, request):
-        self.request, self.events, self.gone = request, queue.SimpleQueue(), False
-
-    def tell(self, event):
-        """Pass on an event. Raises ConnectionError once whoever asked has gone away."""
-        if self.gone:
-            raise ConnectionAbortedError
-        self.events.put(event)
 
 
 def page_policy(page):

@@ -21,9 +21,10 @@ import train
 from commit import Run
 from model import NIWF
 from plumbing import Refused
+from plumbing.control import quoted
 from plumbing.forms import checked
 from plumbing.openai import Answers
-from plumbing.prompts import encode, end_token, hello, prompt_ids, prompt_of, quoted, stop_ids, text_of
+from plumbing.prompts import encode, end_token, hello, prompt_ids, prompt_of, stop_ids, text_of
 from tests.builders import CHAT, END, RECORD, asked, chat_tokenizer, copy_of, edit_json, evaluate, git
 from tests.builders import messages, micro_backbone, outcome, refused, rows_in, saved
 
