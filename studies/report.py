@@ -183,8 +183,8 @@ def answers(content):
 
 KINDS = counted, families, timings, depths, decomposed, overlaps, answers, quick_start
 TABLES = {draw.__name__.replace("_", "-"): draw for draw in KINDS}  # tables of one file each
-TABLES["sequence"] = lambda content: table(*accuracies(content["rows"]))  # rows of studies.sequence
-TABLES["routed"] = lambda content: table(*routers(content["rows"]))
+TABLES["sequence"] = lambda *files: table(*accuracies([row for f in files for row in f["rows"]]))  # of one
+TABLES["routed"] = lambda *files: table(*routers([row for f in files for row in f["rows"]]))  # file or more
 TABLES["kinds"] = lambda content: table(*few_lines(3, content["rows"]))  # rows of studies.found
 TABLES["tasks"] = lambda content: table(*few_lines(1, content["rows"]))
 
