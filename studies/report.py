@@ -183,8 +183,9 @@ def answers(content):
 
 KINDS = counted, families, timings, depths, decomposed, overlaps, answers, quick_start
 TABLES = {draw.__name__.replace("_", "-"): draw for draw in KINDS}  # tables of one file each
-TABLES["sequence"] = lambda *files: table(*accuracies([row for f in files for row in f["rows"]]))  # of one
-TABLES["routed"] = lambda *files: table(*routers([row for f in files for row in f["rows"]]))  # file or more
+rows_of = lambda files: [row for content in files for row in content["rows"]]
+TABLES["sequence"] = lambda *files: table(*accuracies(rows_of(files)))  # rows of studies.sequence
+TABLES["routed"] = lambda *files: table(*routers(rows_of(files)))
 TABLES["kinds"] = lambda content: table(*few_lines(3, content["rows"]))  # rows of studies.found
 TABLES["tasks"] = lambda content: table(*few_lines(1, content["rows"]))
 
@@ -227,9 +228,8 @@ def commands():
     for path in sorted(RESULTS.glob("*.json")):
         content = read_results(path.stem)
         machine = f"{content['machine']}, torch {content['torch']}"
-        known = "processor" in content
-        processor = f"{content['processor']}, {content['kernels']}" if known else "not recorded"
-        threads = str(content.get("threads", ""))
+        known = (content[key] for key in ("processor", "kernels") if key in content)
+        processor, threads = ", ".join(known) or "not recorded", str(content.get("threads", ""))
         made = [content["date"][:10], (content.get("git") or "")[:7], machine, processor, threads]
         lines.append([f"[{path.stem}]({path.name})", f"`{content['command']}`", *made])
     heads = ["file", "command", "date", "revision", "machine", "processor, kernels", "threads"]
