@@ -38,8 +38,8 @@ def context_of(backbone):
 
 
 def room_for(tokens, context):
-    """Return how many tokens may follow a prompt of so many, None if `context` is 0: it is not known. Raises
-    Refused if there is room for none."""
+    """Return how many tokens may follow a prompt of `tokens`; None if `context` is 0, which means that it is
+    not known. Raises Refused if there is room for none."""
     if context and tokens >= context:
         raise Refused(f"the prompt has {tokens} tokens, which leave no room in a context of {context}")
     return context - tokens if context else None

@@ -74,8 +74,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 job.events.put(e if isinstance(e, Wrong) else Wrong(e))
 
     def handle_error(self, *connection):
-        """Print the error that is being handled in one line. That a client breaks off is no error: a thread
-        that serves a connection then has some OSError, and `work`, which names none, a ConnectionError."""
+        """Print the error that is being handled in one line. That a client breaks off is no error: the
+        thread of its connection then raises some OSError, and `work`, which gives none, a ConnectionError."""
         e = sys.exc_info()[1]
         if not isinstance(e, OSError if connection else ConnectionError):
             print(Refused(f"[{type(e).__name__}: {e}"[:300] + "]"), file=sys.stderr, flush=True)

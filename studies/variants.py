@@ -361,12 +361,10 @@ FAIR = {
     "NIWF, exact lock": Variant("", EXACT),
     "NIWF, exact lock, two passes": Variant(TWO, EXACT),
     **{
-        f"LoRA r {r}, one a task": Variant(
-            f"{TWO} --bases 1 --top-k 1 --rank {r} --alpha 128", EXACT, later=OWN
-        )
+        f"LoRA r {r}, one a task": Variant(f"{TWO} --bases 1 --top-k 1 --rank {r}", EXACT, later=OWN)
         for r in (8, 16, 32, 64)
     },
-    "LoRA r 64, one a task, by words": Variant(f"{WHOLE} --alpha 128", EXACT, later=OWN, words=True),
+    "LoRA r 64, one a task, by words": Variant(WHOLE, EXACT, later=OWN, words=True),
     "LoRA r 64, one": Variant(WHOLE, NONE),
     "one, replay of 1 %": Variant(WHOLE, NONE, replay=0.01),
     "one, replay of 5 %": Variant(WHOLE, NONE, replay=0.05),
