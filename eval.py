@@ -26,21 +26,18 @@ import json
 import math
 
 from commit import Run
-from field import take_snapshot, top_k_gating, unsquash
+from field import take_snapshot, top_k_gating
 from model import perplexity, response_nll
 from plumbing import Refused
+from plumbing.asking import answer_as_asked, answering
 from plumbing.backbone import pick_device
 from plumbing.command import run_program, write_results
 from plumbing.files import BASE, atomic, latest_run
-from plumbing.openai import Answers
-from plumbing.passes import context_of, room_for, sampler
-from plumbing.plane import Plane
 from plumbing.processes import rank_and_size, sum_over_processes
-from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, system_message, text_of
+from plumbing.prompts import encode, prompt_ids, prompt_of, stop_ids, text_of
 from plumbing.records import read_examples
-from plumbing.server import serve
 from plumbing.tables import exact_match, print_over_runs, print_report, print_table
-from plumbing.talk import answer_prompt, parse_questions, talk
+from plumbing.talk import parse_questions
 
 import torch
 
@@ -252,46 +249,6 @@ def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128
     return [text_of(tokenizer, row) for row in new], found
 
 
-def answering(run, found, outside):
-    """Return the version that answers each row of a Route; None is the bare backbone."""
-    sent = zip(found.choice.tolist(), found.known().tolist())
-    return [run.versions[i] if known or outside == "nearest" else None for i, known in sent]
-
-
-def who_answers(run, h_bar, asked=None, outside="nearest"):
-    """Return the gating of one prompt, h_bar [1, features], and who answers it:
-
-    version, name          its hash and name (in a shared bank: whose address is asked); None: the backbone
-    asked                  whether it was asked for
-    nearest, probability   the likeliest region, and how likely it is
-    known                  whether that region is likelier than the background
-    u                      artanh of the coordinate [1, d]
-
-    asked: a version and its gating as a function of h_bar. None: the prompt is routed."""
-    gating, found = run.routed(h_bar, outside)
-    nearest, known = run.versions[found.choice[0]], bool(found.known()[0])
-    (version,) = answering(run, found, outside)
-    if asked:
-        version, gating = asked[0], asked[1](h_bar)
-    who = {"version": version and version.hash, "name": version.task if version else "base"}
-    who |= {"asked": bool(asked), "nearest": nearest.task, "probability": float(found.probability[0])}
-    return gating, who | {"known": known, "u": unsquash(run.versions[-1].dynamics(h_bar))}
-
-
-def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, max_new_tokens, choose):
-    """Stream the answer to one prompt (tokens) as `NIWF.stream` does. tell(who, gating) is called before the
-    first token, see `who_answers`. Raises Refused as `room_for` does."""
-    room_for(len(prompt), context_of(model.backbone))
-
-    def gating_of(h_bar):
-        gating, who = who_answers(run, h_bar, asked, outside)
-        tell(who, gating)
-        return gating
-
-    ends = stop_ids(model.backbone, tokenizer, run.template)
-    return model.stream([prompt], gating_of, ends, max_new_tokens, choose, run.probe_gating())
-
-
 def exact_matches(run, model, tokenizer, args):
     """Count the validation prompts that are answered as trained. -> {task: {kind: [right, of]}}"""
     written, shares = (tokenizer, run.template, run.day), {}
@@ -345,24 +302,6 @@ def perplexity_by_name(run, model, tokenizer, names):
     return table
 
 
-def answer_as_asked(run, model, tokenizer, args):
-    """Serve a page, talk, or answer one prompt, as the options say."""
-    stream = functools.partial(stream_answer, run, model, tokenizer, args.outside)
-    named = functools.partial(gating_by_name, run)
-    if args.web:
-        plane = Plane.of([v.region for v in run.versions])
-        answers = Answers(run, model.backbone, tokenizer, stream, named, BARE, plane, args)
-        return serve(answers, args.host, args.port)
-    choose = sampler(args.temperature, args.top_p, args.seed)
-    ask = functools.partial(answer_prompt, run, tokenizer, stream, args.max_new_tokens, choose)
-    asked = named(args.version[0]) if args.version else None
-    asked = most_like(run, model, tokenizer, args.like) if args.like else asked
-    history_of = functools.partial(system_message, tokenizer=tokenizer, template=run.template, day=run.day)
-    if args.talk:
-        return talk(ask, run.entries, named, BARE, history_of, args.system, asked)
-    return ask({"instruction": args.prompt, "input": args.input, "history": history_of(args.system)}, asked)
-
-
 # ------------------------------------------------------------------------------------------- the command line
 
 
@@ -385,7 +324,7 @@ def measure_run(run, model, tokenizer, args):
     if args.outside == "base":
         print('\nThe bare backbone\'s answers count in the column "now", not in "learned".')
     config = {"backbone": run.manifest["backbone"], "outside": args.outside}
-    config |= {v.task: {"lock": v.lock, **v.config} for v in run.versions}
+    config["versions"] = {v.task: {"lock": v.lock, **v.config} for v in run.versions}
     out = what_is_published(run.manifest["results"]) | {"config": config}
     if args.exact_match is not None:
         out["exact_match"] = exact_matches(run, model, tokenizer, args)
@@ -422,7 +361,10 @@ def main(argv=None):
         names = args.version or ()
         run, model, tokenizer = open_run(folder, args.device, names, args.device_map, args.backbone)
         if args.web or args.talk or args.prompt is not None:
-            return answer_as_asked(run, model, tokenizer, args)
+            named = functools.partial(gating_by_name, run)
+            asked = named(names[0]) if names else None
+            asked = most_like(run, model, tokenizer, args.like) if args.like else asked
+            return answer_as_asked(run, model, tokenizer, named, BARE, asked, args)
         outs.append(measure_run(run, model, tokenizer, args))
     if len(outs) > 1:
         print_over_runs(outs)

@@ -203,12 +203,13 @@ TEMPERATURE = 3.0
 class Route:
     """Where B coordinates belong. choice [B]: index of the likeliest region. probability, unknown [B]: of
     that region and of the background, in a softmax over all regions and the background. inside [B, regions]:
-    whether a coordinate lies in a region, d_M <= tau."""
+    whether a coordinate lies in a region, d_M <= tau. u [B, d]: artanh of the coordinates."""
 
     choice: torch.Tensor
     probability: torch.Tensor
     unknown: torch.Tensor
     inside: torch.Tensor
+    u: torch.Tensor
 
     def known(self):
         """Return whether each coordinate's region is at least as likely as the background, [B]."""
@@ -223,13 +224,14 @@ def route(z, regions):
     asked = [*regions, background((*regions,))]
     whiten = torch.stack([r.whiten for r in asked])  # [regions + 1, d, d]
     mean = torch.stack([r.mean for r in asked])[:, None]  # [regions + 1, 1, d]
-    distance = mahalanobis(z.cpu().double(), mean, whiten).T  # [B, regions + 1]
+    z = z.cpu().double()
+    distance = mahalanobis(z, mean, whiten).T  # [B, regions + 1]
     # log N(z; mu, Sigma) without its constant: log |Sigma|^(-1/2) sums the logarithms of L^-1's diagonal.
     scores = whiten.diagonal(dim1=1, dim2=2).log().sum(1) - distance.square() / 2
     choice, shares = scores[:, :-1].argmax(1), (scores / TEMPERATURE).softmax(1)
     probability = shares.gather(1, choice[:, None])[:, 0]
     tau = torch.tensor([r.tau for r in regions], dtype=distance.dtype)
-    return Route(choice, probability, shares[:, -1], distance[:, :-1] <= tau)
+    return Route(choice, probability, shares[:, -1], distance[:, :-1] <= tau, unsquash(z))
 
 
 # ------------------------------------------------------------- anchors, and the losses of the soft lock

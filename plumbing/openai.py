@@ -1,10 +1,10 @@
 """Chat completions as OpenAI's clients speak them: what a request may say, and what is answered.
 
 Beside OpenAI's own fields an answer has the field "niwf": which version gives it and how sure that is, see
-`who_answers` in eval.py; "coordinate", where the prompt lies in the plane of `draw_plane`; and "gating", for
-every adapted layer the bases that run and their weights. What a request leaves unsaid is as on the command
-line: the likeliest tokens are taken, where OpenAI's own default is a temperature of 1. Without a seed every
-answer is drawn anew.
+`who_answers` in asking.py; "coordinate", where the prompt lies in the plane of `draw_plane`; and "gating",
+for every adapted layer the bases that run and their weights. What a request leaves unsaid is as on the
+command line: the likeliest tokens are taken, where OpenAI's own default is a temperature of 1. Without a seed
+every answer is drawn anew.
 """
 
 import contextlib
@@ -146,7 +146,7 @@ def send_until(texts, stops, send):
 @dataclasses.dataclass
 class Answers:
     """What a server answers. named(NAME): a version and its gating, bare: the same of the bare backbone,
-    stream: see `stream_answer`, all of eval.py. defaults: what a request does not say: max_new_tokens,
+    stream: `stream_answer`, see asking.py. defaults: what a request does not say: max_new_tokens,
     temperature, top_p."""
 
     run: object

@@ -90,7 +90,7 @@ def pieces(tokenizer, steps):
 
 def answer_prompt(run, tokenizer, stream, max_new_tokens, choose, prompt, asked=None):
     """Print the answer to one prompt as it comes; then say which version gave it, and how sure the routing
-    is. stream, asked: see `stream_answer` in eval.py."""
+    is. stream, asked: see asking.py."""
     ids, found = prompt_ids(prompt, tokenizer, run.template, run.day), []
     steps = stream(ids, lambda who, _: found.append(who), asked, max_new_tokens, choose)
     with contextlib.closing(steps):

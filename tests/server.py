@@ -17,7 +17,7 @@ import torch
 import eval as evaluation
 from commit import Run
 from field import Region, unsquash
-from plumbing import server
+from plumbing import asking, server
 from plumbing.openai import Wrong, read_request, send_until
 from plumbing.plane import Plane
 from plumbing.records import read_records
@@ -67,7 +67,7 @@ def answers_of(folder):
     served = []
     with pytest.MonkeyPatch.context() as m:
         load_in_double(m)
-        m.setattr(evaluation, "serve", lambda answers, host, port: served.append(answers))
+        m.setattr(asking, "serve", lambda answers, host, port: served.append(answers))
         evaluate(folder, "--web --max-new-tokens 5")
     return served[0]
 
