@@ -46,7 +46,7 @@ from plumbing.passes import mean_and_last, mean_over, on_entering, pad_left, run
 from plumbing.targets import adapted_targets, compute_again, device_of, find_targets, in_out, layer_numbers
 from plumbing.targets import layers_of
 
-FOLDED_PARAMETERS = 2**28  # at most 1 GiB of gathered bases while a text is generated
+FOLDED_PARAMETERS = 2**28  # `FastBank.fold` keeps at most 1 GiB
 
 
 @torch.no_grad()
@@ -273,15 +273,8 @@ class NIWF:
     def gated_by(self, gating_of, prompts, probe_gating=None):
         """Within this block adapters run with the gating that `gating_of` makes of h_bar [B, features]. With
         bare layers it is chosen as the first pass, over B prompts, enters layer m; with none, before that
-        pass. If its bases are few, they are then gathered once (`FastBank.fold`)."""
-
-        def choose(h_bar):
-            gating = gating_of(h_bar)
-            self.bank.use(gating)
-            if gating and self.bank.parameter_count(gating[0][:, 0].numel()) <= FOLDED_PARAMETERS:
-                self.bank.fold()
-
-        lengths = [len(p) for p in prompts]
+        pass."""
+        choose, lengths = lambda h_bar: self.bank.use(gating_of(h_bar)), [len(p) for p in prompts]
         h_bar = None if self.bare else self.probe(prompts, probe_gating)
         with self.gated(None), contextlib.ExitStack() as hook:
             if self.bare:
@@ -321,7 +314,11 @@ class NIWF:
         """Yield what `decode` yields. gating_of makes a gating of h_bar [B, features], and the gating stays.
         Close a stream that is not read to its end: until then the adapters run with its gating."""
         with self.gated_by(gating_of, prompts, probe_gating):
-            yield from decode(self.backbone, self.pad_id, prompts, eos_id, max_new_tokens, choose)
+            steps = decode(self.backbone, self.pad_id, prompts, eos_id, max_new_tokens, choose)
+            for i, step in enumerate(steps):
+                if i == 1:  # not before the first token, because whoever asked waits for that
+                    self.bank.fold()
+                yield step
 
     def generate(self, prompts, *how, **more):
         """Return the continuations of B prompts, token lists without EOS. Arguments as of `stream`."""
@@ -383,12 +380,15 @@ class FastBank(AdapterBank):
 
     @torch.no_grad()
     def fold(self):
-        """Gather the factors of all modules once, for a gating that stays, with Eq. (4) folded into B."""
-        folded = {}
-        for name in self.shapes:
-            A, B, weights = self.factors(name)
-            folded[name] = A, (weights.mT * B).to(B.dtype), None
-        self.folded = folded
+        """Gather the factors of all modules once, for a gating that stays, with Eq. (4) folded into B. With
+        many sequences or bases that would take too much memory, and nothing is done."""
+        chosen = self.gating[0][1].numel() // self.rank if self.gating else 0  # B K
+        if 0 < self.parameter_count(chosen) <= FOLDED_PARAMETERS:
+            folded = {}
+            for name in self.shapes:
+                A, B, weights = self.factors(name)
+                folded[name] = A, B.mul_(weights.mT), None
+            self.folded = folded
 
     def again(self):
         """Return the contexts of a checkpointed layer's two runs. By the second, in the backward pass,
