@@ -227,7 +227,8 @@ def routers(results):
         for router, counts in out["home"].items():
             worst = ", ".join(f"{a} to {b} {p:.0f}" for p, a, b in confusions(counts, out["tasks"])[:4])
             acc = f"{out['routed'][router]['ACC']:.1f}"
-            lines.append([out["about"], router, f"{home_share(counts):.1f}", acc, worst])
+            who = f"{out['about']}, order {out['order']}"
+            lines.append([who, router, f"{home_share(counts):.1f}", acc, worst])
     return ["%", "router", "home", "ACC", "most often elsewhere"], lines
 
 
