@@ -325,8 +325,9 @@ def complete(args, run):
     if args.top_k > max(args.bases, held):
         raise Refused(f"--top-k {args.top_k} is more than --bases {max(args.bases, held)}")
     check_name("--task", args.task)
-    if args.task in [c["task"] for c in run.manifest["compositions"]]:
-        raise Refused(f"{run.folder} already has a composition called {args.task}")
+    names = {e["task"].lower(): e["task"] for e in run.entries}  # on some disks case makes no other file
+    if taken := names.get(args.task.lower()):
+        raise Refused(f"--task {args.task}: {run.folder} has {taken}; give it another name")
     later = {v["lock"] for v in run.manifest["versions"][1:]}
     if later and (args.lock == "exact") != ("exact" in later):
         raise Refused(

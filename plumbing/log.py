@@ -109,10 +109,10 @@ def mergeable(run, other):
     run.refuse_shared()
     other.refuse_shared()
     run.refuse_unmeasured(ours["versions"][-1])
-    known, names = {e["hash"] for e in run.entries}, {e["task"] for e in run.entries}
+    known, names = {e["hash"] for e in run.entries}, {e["task"].lower() for e in run.entries}
     new = [e for e in other.entries if e["hash"] not in known]
     for entry in new:
-        if entry["task"] in names:
+        if entry["task"].lower() in names:  # which are one on some disks
             raise Refused(f"both runs have a version called {entry['task']}; roll one back")
         if entry["lock"] != "composed":
             other.refuse_unmeasured(entry)

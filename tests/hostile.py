@@ -482,7 +482,7 @@ BAD_NUMBERS = {  # options: what none of them can be
 }
 TRAIN_ARGUMENTS = [f"{o} {v}" for options, vs in BAD_NUMBERS.items() for o in options.split() for v in vs]
 TRAIN_ARGUMENTS += """--frobnicate x | --task ../x | --task=a/b | --task=-x | --task= | --task with-code
-    --task base | --task 0123456789ab
+    --task base | --task 0123456789ab | --task Alpaca
     --rank 3 | --top-k 5 | --out proj | --out target | --out notes.txt | --out notes.txt/x | --data proj
     --data none | --data notes.txt | --data pipe | --backbone tiny | --backbone none/such
     --backbone none.gguf | --backbone notes.txt | --backbone proj""".replace("\n", "|").split("|")
