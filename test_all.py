@@ -534,13 +534,16 @@ def test_a_stream_that_is_closed_early_leaves_the_adapters_off():
 
 
 @pytest.mark.parametrize("rows", ["alike", "mixed"])
-def test_bases_gathered_once_for_a_text_give_equation_2(rows):
-    """Bases that are gathered once for a whole text give the logits of Eq. (2), and are dropped after it."""
+def test_bases_gathered_once_for_a_text_give_equation_2(rows, monkeypatch):
+    """Bases that are gathered once, unless they are many, give Eq. (2), and are dropped after the text."""
     model, ids = micro_model(bases=3, committed=3), torch.randint(3, 300, (3, 7))
     gating = random_gating(1 if rows == "alike" else 3, 2, 6)
     gating = tuple(g.expand(3, -1, -1) for g in gating)
     with model.gated(gating), torch.no_grad():
         wanted = model.backbone(ids).logits
+        with monkeypatch.context() as few:
+            few.setattr("model.FOLDED_PARAMETERS", 99)
+            assert not model.bank.fold() and not model.bank.folded
         model.bank.fold()
         torch.testing.assert_close(model.backbone(ids).logits, wanted)
     assert model.bank.folded is None and not torch.allclose(model.backbone(ids).logits, wanted)
