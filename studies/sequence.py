@@ -149,9 +149,8 @@ class Row:
     def __init__(self, name, order, tasks, args, rest):
         self.name, self.method, self.order, self.tasks = name, METHODS[name], order, tasks
         self.args, self.rest = args, rest
-        options = sorted(f"--{said.strip()}" for said in " ".join(rest).split("--")[1:])
-        how = [order, f"seed {args.seed}", f"{args.examples} examples", *options]
-        folder = pathlib.Path(args.out, folder_name(" ".join(how)))  # one, in whatever order they are said
+        how = [order, f"seed {args.seed}", f"{args.examples} examples", *rest]
+        folder = pathlib.Path(args.out, folder_name(" ".join(how)))
         self.folder = folder / ("lora-each" if self.method.sums is not None else name)
         self.kept = Kept(folder / f"{name}.{args.part}-{args.val_examples}.json")
 

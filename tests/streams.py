@@ -706,14 +706,6 @@ def test_the_penalty_of_ewc_is_that_of_a_literal_loop(monkeypatch):
     assert penalty() == pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_row_is_where_its_options_say_in_whatever_order(toy, tmp_path):
-    """The order of options on the command line does not change where a row is kept, and their values do."""
-    tasks, options = [*LABELS], [["--batch", "8"], ["--lr", "0.02"], ["--max-len", "64"]]
-    args, _ = sequence.parse_options(toy(tmp_path, "niwf"))
-    where = lambda options: sequence.Row("niwf", "4", tasks, args, sum(options, [])).folder
-    assert where(options) == where(options[::-1]) != where([*options[:2], ["--max-len", "65"]])
-
-
 def test_a_sequence_that_was_killed_goes_on_from_its_last_task(toy, sequences, tmp_path, monkeypatch, capsys):
     """A killed sequence goes on after its last finished task, and ends with the row of an undisturbed run."""
     train_with, calls = sequence.train_with, []
