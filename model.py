@@ -274,7 +274,8 @@ class NIWF:
         """Within this block adapters run with the gating that `gating_of` makes of h_bar [B, features]. With
         bare layers it is chosen as the first pass, over B prompts, enters layer m; with none, before that
         pass."""
-        choose, lengths = lambda h_bar: self.bank.use(gating_of(h_bar)), [len(p) for p in prompts]
+        choose = lambda h_bar: self.bank.use(gating_of(h_bar))
+        lengths = [len(p) for p in prompts]
         h_bar = None if self.bare else self.probe(prompts, probe_gating)
         with self.gated(None), contextlib.ExitStack() as hook:
             if self.bare:
@@ -316,7 +317,7 @@ class NIWF:
         with self.gated_by(gating_of, prompts, probe_gating):
             steps = decode(self.backbone, self.pad_id, prompts, eos_id, max_new_tokens, choose)
             for i, step in enumerate(steps):
-                if i == 1:  # not before the first token, because whoever asked waits for that
+                if i == 1:  # The first token does not wait for this, because whoever asked waits for it.
                     self.bank.fold()
                 yield step
 

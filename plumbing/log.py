@@ -112,7 +112,7 @@ def mergeable(run, other):
     known, names = {e["hash"] for e in run.entries}, {e["task"].lower() for e in run.entries}
     new = [e for e in other.entries if e["hash"] not in known]
     for entry in new:
-        if entry["task"].lower() in names:  # which are one on some disks
+        if entry["task"].lower() in names:  # a disk may take no notice of case
             raise Refused(f"both runs have a version called {entry['task']}; roll one back")
         if entry["lock"] != "composed":
             other.refuse_unmeasured(entry)
