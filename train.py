@@ -325,8 +325,7 @@ def complete(args, run):
     if args.top_k > max(args.bases, held):
         raise Refused(f"--top-k {args.top_k} is more than --bases {max(args.bases, held)}")
     check_name("--task", args.task)
-    names = {e["task"].lower(): e["task"] for e in run.entries}  # a disk may take no notice of case
-    if taken := names.get(args.task.lower()):
+    if taken := run.namesake(args.task):
         raise Refused(f"--task {args.task}: {run.folder} has {taken}; give it another name")
     later = {v["lock"] for v in run.manifest["versions"][1:]}
     if later and (args.lock == "exact") != ("exact" in later):

@@ -160,9 +160,12 @@ class Folder:
             raise Refused(f"{path}: {len(digests)} digests for {records} validation records")
         return digests
 
+    def namesake(self, name):
+        """Return the version of this name, whatever its capitals, of which a disk may take no notice."""
+        return next((e["task"] for e in self.entries if e["task"].lower() == name.lower()), None)
+
     def find(self, name):
-        """Return the manifest's entry for a task name or the start of a hash, as in git. Raises Refused if
-        there is none, or more than one."""
+        """Return the entry of a name or of the start of a hash, as in git. Raises Refused unless one fits."""
         by_name = [e for e in self.entries if e["task"] == name]
         found = by_name or [e for e in self.entries if len(name) >= 4 and e["hash"].startswith(name.lower())]
         if len(found) != 1:
@@ -266,15 +269,12 @@ class Folder:
             self.save()
 
     def open_backbone(self, name, device, device_map=None):
-        """Load the backbone. Return (backbone, tokenizer). The manifest takes its name, which `save` keeps;
-        who only asks changes nothing on disk. Raises Refused if the run folder belongs to another
-        backbone."""
+        """Load the backbone, and put its name into the manifest, which `save` alone writes. Return (backbone,
+        tokenizer). Raises Refused if the run folder belongs to another backbone."""
         backbone, tokenizer = load_backbone(name, device, device_map)
         owner = self.manifest["backbone"]
-        if not owner:
-            self.manifest["backbone"] = {"name": place_of(name), "fingerprint": fingerprint(backbone)}
-        elif not is_backbone(backbone, owner["fingerprint"]):
+        if owner and not is_backbone(backbone, owner["fingerprint"]):
             raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")
-        else:
-            owner["name"] = place_of(name)
+        known = owner["fingerprint"] if owner else fingerprint(backbone)
+        self.manifest["backbone"] = {"name": place_of(name), "fingerprint": known}
         return backbone, tokenizer

@@ -91,8 +91,8 @@ def composable(run, names, weights, name):
     for e in entries:
         if run.head(e)["lock"] == "composed":
             raise Refused(f"{e['task']} is a composition itself: compose its versions")
-    if name in {e["task"] for e in run.entries}:
-        raise Refused(f"{run.folder} already has a version called {name}")
+    if taken := run.namesake(name):
+        raise Refused(f"--name {name}: {run.folder} has {taken}; give it another name")
     return [e["hash"] for e in entries]
 
 
@@ -109,10 +109,10 @@ def mergeable(run, other):
     run.refuse_shared()
     other.refuse_shared()
     run.refuse_unmeasured(ours["versions"][-1])
-    known, names = {e["hash"] for e in run.entries}, {e["task"].lower() for e in run.entries}
+    known = {e["hash"] for e in run.entries}
     new = [e for e in other.entries if e["hash"] not in known]
     for entry in new:
-        if entry["task"].lower() in names:  # a disk may take no notice of case
+        if run.namesake(entry["task"]):
             raise Refused(f"both runs have a version called {entry['task']}; roll one back")
         if entry["lock"] != "composed":
             other.refuse_unmeasured(entry)

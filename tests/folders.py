@@ -293,7 +293,7 @@ def test_show_log_and_names(two, tmp_path, capsys):
         ("show nobody", "no version is called 'nobody'"),
         (f"show {digest[:3]}", "no version"),
         ("compose alpaca --weights -1e-3 2 --name x", "there are 1 versions, and 2 weights"),
-        ("compose alpaca --weights 1 --name code", "already has a version called code"),
+        ("compose alpaca --weights 1 --name CODE", "has code; give it another name"),
         ("compose alpaca --weights 1 --name a/b", "use letters"),
         ("compose alpaca --weights 1 --name base", "means no version"),
         ("compose alpaca --weights 1 --name 0123456789ab", "taken for the hash of a version"),
