@@ -317,7 +317,7 @@ class NIWF:
         with self.gated_by(gating_of, prompts, probe_gating):
             steps = decode(self.backbone, self.pad_id, prompts, eos_id, max_new_tokens, choose)
             for i, step in enumerate(steps):
-                if i == 1:  # The first token does not wait for this, because whoever asked waits for it.
+                if i == 1:  # Whoever asked waits for the first token, so this comes after it.
                     self.bank.fold()
                 yield step
 

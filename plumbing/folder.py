@@ -161,11 +161,11 @@ class Folder:
         return digests
 
     def namesake(self, name):
-        """Return the version of this name, whatever its capitals, of which a disk may take no notice."""
+        """Return our name that equals this one but for capitals, or None: on some disks both are one file."""
         return next((e["task"] for e in self.entries if e["task"].lower() == name.lower()), None)
 
     def find(self, name):
-        """Return the entry of a name or of the start of a hash, as in git. Raises Refused unless one fits."""
+        """Return the entry of a name or start of a hash, as in git. Raises Refused unless just one fits."""
         by_name = [e for e in self.entries if e["task"] == name]
         found = by_name or [e for e in self.entries if len(name) >= 4 and e["hash"].startswith(name.lower())]
         if len(found) != 1:

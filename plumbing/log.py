@@ -92,7 +92,7 @@ def composable(run, names, weights, name):
         if run.head(e)["lock"] == "composed":
             raise Refused(f"{e['task']} is a composition itself: compose its versions")
     if taken := run.namesake(name):
-        raise Refused(f"--name {name}: {run.folder} has {taken}; give it another name")
+        raise Refused(f"{run.folder} already has a version called {taken}")
     return [e["hash"] for e in entries]
 
 
