@@ -145,7 +145,7 @@ class Region:
 
     def distance(self, z):
         """Return d_M(z; mu, Sigma) [B], differentiable in z [B, d]."""
-        return mahalanobis(z, self.mean.to(z), self.whiten.to(z))
+        return mahalanobis(unsquash(z), self.mean.to(z), self.whiten.to(z))
 
 
 def shrinkage(x):
@@ -173,10 +173,10 @@ def leave_one_out(x, scatter, ridge, share):
     return (n / (n - 1)) ** 2 * q / (1 - lost * q).clamp(min=1e-12)
 
 
-def mahalanobis(z, mean, whiten):
-    """Return d_M [B] of z [B, d] from a Gaussian with mean [d] and whiten L^-1 [d, d]; or [n, B] from n of
-    them, with [n, 1, d] and [n, d, d]."""
-    return ((unsquash(z) - mean) @ whiten.mT).square().sum(-1).clamp(min=1e-12).sqrt()
+def mahalanobis(u, mean, whiten):
+    """Return d_M [B] of u [B, d], artanh of coordinates, from a Gaussian with mean [d] and whiten L^-1
+    [d, d]; or [n, B] from n of them, with [n, 1, d] and [n, d, d]."""
+    return ((u - mean) @ whiten.mT).square().sum(-1).clamp(min=1e-12).sqrt()
 
 
 @functools.lru_cache(maxsize=1)  # the regions of a run stay, and every prompt asks
@@ -224,14 +224,14 @@ def route(z, regions):
     asked = [*regions, background((*regions,))]
     whiten = torch.stack([r.whiten for r in asked])  # [regions + 1, d, d]
     mean = torch.stack([r.mean for r in asked])[:, None]  # [regions + 1, 1, d]
-    z = z.cpu().double()
-    distance = mahalanobis(z, mean, whiten).T  # [B, regions + 1]
+    u = unsquash(z.cpu().double())
+    distance = mahalanobis(u, mean, whiten).T  # [B, regions + 1]
     # log N(z; mu, Sigma) without its constant: log |Sigma|^(-1/2) sums the logarithms of L^-1's diagonal.
     scores = whiten.diagonal(dim1=1, dim2=2).log().sum(1) - distance.square() / 2
     choice, shares = scores[:, :-1].argmax(1), (scores / TEMPERATURE).softmax(1)
     probability = shares.gather(1, choice[:, None])[:, 0]
     tau = torch.tensor([r.tau for r in regions], dtype=distance.dtype)
-    return Route(choice, probability, shares[:, -1], distance[:, :-1] <= tau, unsquash(z))
+    return Route(choice, probability, shares[:, -1], distance[:, :-1] <= tau, u)
 
 
 # ------------------------------------------------------------- anchors, and the losses of the soft lock
