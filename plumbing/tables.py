@@ -8,7 +8,7 @@ def spread(values, digits=3):
     """Mean and standard deviation of values as text. None among them is left out; no value gives no text."""
     values = [v for v in values if v is not None]
     text = f"{statistics.mean(values):.{digits}f}" if values else ""
-    return text + (f" ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def print_table(title, heads, lines):

@@ -5,9 +5,11 @@ task's own, end token included. It is an exact match if greedy decoding gives th
 needs no decoding: each of its tokens, the end token included, must be the likeliest after those before it.
 """
 
+import collections
 import copy
 import functools
 import hashlib
+import math
 import random
 import statistics
 
@@ -23,7 +25,7 @@ from plumbing.backbone import load_backbone, pick_device
 from plumbing.passes import pad_left, run_padded
 from plumbing.prompts import encode, prompt_ids, prompt_of
 from plumbing.records import prompt_key, read_records, take_usable
-from plumbing.tables import print_table
+from plumbing.tables import print_table, spread
 
 BATCH = 8  # fixed, so that the same records give the same bits later
 ROUTER = "regions, prompt"  # the one that `Run.routed` is
@@ -205,31 +207,51 @@ def confusions(counts, names):
     return sorted(((p, names[i], names[j]) for i, j, p in cells if p and i != j), reverse=True)
 
 
+def paired(out, first):
+    """Return how many points more a row gets right in use than another of the same order, and 1.96 times the
+    standard error of that over the records, which are the same, not over trainings. None without records."""
+    pairs = zip(out.get("in use", ()), first.get("in use", ()))
+    apart = [[100 * (int(a) - int(b)) for a, b in zip(*texts, strict=True)] for texts in pairs]
+    if not apart or out is first:
+        return None
+    errors = [statistics.variance(task) / len(task) for task in apart]
+    return statistics.mean(map(statistics.mean, apart)), 1.96 * math.sqrt(sum(errors)) / len(apart)
+
+
 def accuracies(results):
-    """-> heads and lines of a table of rows as studies.sequence publishes them."""
+    """-> heads and lines of a table of rows as studies.sequence publishes them. The last column compares
+    a row with the first of its order."""
     said = lambda value, digits=1: "" if value is None else f"{value:.{digits}f}"
-    lines = []
+    lines, firsts = [], {}
     for out in results:
         stored, seconds = out["stored"], sum(out["seconds"].values())
         figures = [stored.get(key) for key in ("ACC", "exact match", "BWT", "forgetting", "FWT")]
         ways = [out["routed"].get(f"regions, {what}", {}).get("ACC") for what in ("prompt", "input")]
         size = [f"{n / 1e6:.1f}" for n in out["parameters"] or ()] or ["", ""]
-        cells = [*map(said, [*figures, *ways]), *size, str(len(out["seconds"])), f"{seconds:.0f}"]
+        more = paired(out, firsts.setdefault(out["order"], out))
+        more = "{:+.1f} ± {:.1f}".format(*more) if more else ""
+        cells = [*map(said, [*figures, *ways]), *size, f"{seconds:.0f}", more]
         lines.append([f"{out['about']}, order {out['order']}", *cells])
     heads = ["%", "ACC", "exact match", "BWT", "forgotten", "FWT", "routed", "by input"]
-    return [*heads, "M trained", "M kept", "trainings", "seconds"], lines
+    return [*heads, "M trained", "M kept", "seconds", "in use, less the first"], lines
 
 
 def routers(results):
-    """-> heads and lines of a table of who answers: every router of every row."""
-    lines = []
+    """-> heads and lines of a table of who answers: every router of every method, over its orders."""
+    groups, lines = {}, []
     for out in results:
         for router, counts in out["home"].items():
-            worst = ", ".join(f"{a} to {b} {p:.0f}" for p, a, b in confusions(counts, out["tasks"])[:4])
-            acc = f"{out['routed'][router]['ACC']:.1f}"
-            who = f"{out['about']}, order {out['order']}"
-            lines.append([who, router, f"{home_share(counts):.1f}", acc, worst])
-    return ["%", "router", "home", "ACC", "most often elsewhere"], lines
+            groups.setdefault((out["about"], router), []).append((out, counts))
+    for (about, router), found in groups.items():
+        home = [home_share(counts) for _, counts in found]
+        acc = [out["routed"][router]["ACC"] for out, _ in found]
+        elsewhere = collections.Counter()
+        for out, counts in found:
+            for percent, *pair in confusions(counts, out["tasks"]):
+                elsewhere[" to ".join(pair)] += percent / len(found)
+        worst = ", ".join(f"{pair} {percent:.0f}" for pair, percent in elsewhere.most_common(4))
+        lines.append([about, router, str(len(found)), spread(home, 1), spread(acc, 1), worst])
+    return ["%", "router", "orders", "home", "ACC", "most often elsewhere"], lines
 
 
 def few_lines(digits, rows):

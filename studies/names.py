@@ -118,7 +118,6 @@ QUANTITIES = {  # name: (head of its column, digits, function of a row with one 
     "overlap": ("overlap of last masks", 3, of_summary("overlap_last")),
     "parameters": ("own parameters moved", 3, of_summary("parameters_moved")),
     "outputs": ("outputs moved", 3, of_summary("outputs_moved")),
-    "ms": ("ms a step", 0, lambda r: r["ms_per_step"]),
     "most-shared": ("largest overlap", 2, lambda r: max(r["overlap_last"])),
     "disjoint": ("disjoint pairs, %", 0, lambda r: 100 * mean(x == 0 for x in r["overlap_last"])),
     "alike": ("tasks with an older one's adapter", 0, lambda r: r["tasks"] - len({*r["chosen"]})),
@@ -136,7 +135,7 @@ QUANTITIES = {  # name: (head of its column, digits, function of a row with one 
 }
 SAID = {  # of a row that has another value than the paper's
     "backbone": "{}", "inputs": "{} inputs", "frequency": "frequency {:g}", "generator": "generator {}",
-    "leak": "{} left out", "reconfigure": "a search {} step", "b_std": "B's deviation {:g}",
+    "leak": "with {}", "reconfigure": "a search {} step", "b_std": "B's deviation {:g}",
     "tasks": "{} tasks", "steps": "{} steps", "grow": "a grid that grows",
     "search": "S {0[0]:g}, eta {0[1]:g}", "m0": "m0 {:g}"}
 # fmt: on
@@ -412,7 +411,7 @@ def over(found, digits):
     """Mean and deviation over seeds; of what is not 0 but would be rounded to it, the powers of ten."""
     found = [x for x in found if x is not None]
     if not found or mean(found) == 0 or abs(mean(found)) >= 10**-digits / 2:
-        return spread(found, digits).replace("±", "± ")
+        return spread(found, digits)
     return f"{mean(found):.0e}" + (f" ± {statistics.stdev(found):.0e}" if len(found) > 1 else "")
 
 

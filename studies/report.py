@@ -64,7 +64,7 @@ COLUMNS = {  # tables with a line a row and these quantities, means over its see
     "one-task": "nats learned trained choices bases inside",
     "locked": "forgotten forgotten-routed lock-loss top-k moved inside-then inside-now",
     "found": "bare named routed-home found-1 found-16",
-    "scores": "score fm score-stored fm-stored overlap parameters outputs ms",
+    "scores": "score fm score-stored fm-stored overlap parameters outputs",
     **{
         f"{way}-labels": " ".join(f"{way}-{what}-{n}" for what in ("found", "score") for n in SIZES)
         for way in ("search", "recall")
@@ -74,7 +74,7 @@ COLUMNS = {  # tables with a line a row and these quantities, means over its see
 
 
 def rows_table(kind, contents):
-    """The rows of all files in one table; the paper's score and FM beside FTN's."""
+    """The rows of all files in one table; beside FTN's the paper's score and FM, if it has any."""
     names, lines = COLUMNS[kind].split(), []
     rows = [item for content in contents for item in grouped(content["rows"]).items()]
     for row, seeds in rows if kind != "stream" else [*rows[:3], *rows[11::12], rows[-1]]:
@@ -83,10 +83,11 @@ def rows_table(kind, contents):
         cells = [over(cell, QUANTITIES[name][1]) for name, cell in zip(names, cells)]
         if not any(cells):
             continue
-        paper = PUBLISHED[seeds[0]["variant"]].get(row.split()[1], ("", "")) if kind == "scores" else ()
-        lines.append([row, str(len(seeds)), *cells, *paper])
-    heads = ["", "seeds", *(QUANTITIES[name][0] for name in names)]
-    return table([*heads, "paper: score", "FM"] if kind == "scores" else heads, lines)
+        paper = PUBLISHED[seeds[0]["variant"]].get(row.partition(" ")[2]) if kind == "scores" else ()
+        lines.append([row, str(len(seeds)), *cells, *(paper or ("", ""))])
+    heads = ["", "seeds", *(QUANTITIES[name][0] for name in names), "paper: score", "FM"]
+    width = len(heads) if any(line[-1] for line in lines) and kind == "scores" else len(heads) - 2
+    return table(heads[:width], [line[:width] for line in lines])
 
 
 def counted(content):

@@ -251,6 +251,13 @@ class Row:
         cells = [self.kept.found.get(f"{when} {task}") for task in self.tasks.names]
         return [100 * statistics.mean(cell[kind]) for cell in cells] if all(cells) else []
 
+    def in_use(self):
+        """Return for every task a text with a character a record: 1 if it is answered right when nobody names
+        the task. [] if some are not measured."""
+        kept = self.kept.found
+        cells = [kept.get(f"routed {t}", {}).get(ROUTER) or kept.get(f"last {t}") for t in self.tasks.names]
+        return ["".join(map(str, cell["likelier"])) for cell in cells] if all(cells) else []
+
     def result(self, alone):
         """Return what is published of the row. alone: the row that FWT compares with, or None."""
         kept, names = self.kept.found, self.tasks.names
@@ -258,6 +265,7 @@ class Row:
         out = {"method": self.name, "about": self.method.about, "order": self.order, "tasks": names}
         out |= {"learned": learned, "last": last, "exact": exact, "stored": {}, "routed": {}, "home": {}}
         out["records"] = [len(self.tasks.held_out[task][0]) for task in names]
+        out["in use"] = self.in_use()
         if last:
             out["stored"] = measures(learned, last, alone.percent("learned") if alone else None)
             out["stored"]["exact match"] = statistics.mean(exact)

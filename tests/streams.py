@@ -371,9 +371,20 @@ def test_forgetting_is_positive_where_a_score_got_worse():
     assert likelier.measures([], last) == {"ACC": wanted["ACC"]}
 
 
+def test_rows_are_compared_record_by_record():
+    """Two rows differ by the mean over tasks of paired differences, with 1.96 times its standard error."""
+    ours, theirs = {"in use": ["1101", "11"]}, {"in use": ["0100", "10"]}
+    apart = [[1, 0, 0, 1], [0, 1]]
+    error = sum(torch.tensor(task).float().var() / len(task) for task in apart) ** 0.5 / 2
+    assert likelier.paired(ours, theirs) == pytest.approx((50.0, 196 * float(error)))
+    assert likelier.paired(ours, ours) is None and likelier.paired({"in use": []}, theirs) is None
+    with pytest.raises(ValueError):
+        likelier.paired(ours, {"in use": ["0100", "1"]})  # other records
+
+
 def test_tables_say_what_was_lost_and_what_overlaps(capsys):
     """Tables split a loss into overlap and recall, alike for accuracies and errors, and show overlaps."""
-    assert spread([1.0, 2.0, 6.0]) == "3.000 ±2.646" and spread([1.0, None]) == "1.000"
+    assert spread([1.0, 2.0, 6.0]) == "3.000 ± 2.646" and spread([1.0, None]) == "1.000"
     row = dict(seed=0, tasks=3, overlap_last=[0.1, 0.2, 0.3], overlap_union=[0.7, 0.8, 0.9])
 
     def made(variant, method, stored, recovered):
@@ -722,7 +733,7 @@ def test_a_sequence_that_was_killed_goes_on_from_its_last_task(toy, sequences, t
     before = snapshot_of(tmp_path / "runs")
     capsys.readouterr()
     sequence.main([*toy(tmp_path / "runs", "niwf"), "--summary"])
-    assert re.search(r"NIWF exact.*  3 ", capsys.readouterr().out)  # trainings
+    assert re.search(r"NIWF exact.*  \d+ *$", capsys.readouterr().out, re.MULTILINE)  # seconds, so far
     assert snapshot_of(tmp_path / "runs") == before
     found = learned_sequence(toy, tmp_path / "runs", "niwf")["niwf"]
     timeless = lambda row: {key: value for key, value in row.items() if key not in ("seconds", "stored")}
