@@ -51,10 +51,11 @@ def draw_ftn(rows, folder):
 
 
 def draw_masks(by_method):
-    """FTN Figures 1 and 4: a tile for every method and seed, a colour for every task, summed and clipped."""
+    """FTN Figures 1 and 4: a tile for every method and seed, a colour for every task."""
     seeds = sorted({r["seed"] for rows in by_method.values() for r in rows})
     size = 1.3 * len(seeds) + 1, 1.4 * len(by_method)
-    figure, axes = plt.subplots(len(by_method), len(seeds), figsize=size, squeeze=False)
+    how = dict(figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(by_method), len(seeds), **how)
     for (method, rows), line in zip(by_method.items(), axes):
         line[0].set_ylabel(method, fontsize=8)
         for seed, axis in zip(seeds, line):
@@ -64,16 +65,27 @@ def draw_masks(by_method):
                     axis.imshow(mask_image(r), interpolation="nearest")
     for seed, axis in zip(seeds, axes[0]):
         axis.set_title(f"seed {seed}", fontsize=8)
-    figure.tight_layout()
+    colours = task_colours(next(iter(by_method.values()))[0]["tasks"])
+    look = [plt.Rectangle((0, 0), 1, 1, fc=colour) for colour in colours]
+    names = [f"task {t + 1}" for t in range(len(look))]
+    figure.legend(look, names, loc="outside lower center", ncols=len(look), fontsize=8, frameon=False)
     return figure
 
 
+def task_colours(n):
+    """Return a colour for each of n tasks, RGB."""
+    return [matplotlib.colors.hsv_to_rgb((t / n, 1, 1)) for t in range(n)]
+
+
 def mask_image(result):
-    """[D, D, 3]"""
+    """Return the masks of a stream as an image [D, D, 3]. Tasks that share a neuron have their colours summed
+    there; with more than three tasks such a sum is the colour of another, so it is white."""
     side, n = result["final_side"], result["tasks"]
-    image = torch.zeros(side * side, 3)
-    for t, winners in enumerate(result["winners"]):
-        image[winners] += torch.tensor(matplotlib.colors.hsv_to_rgb((t / n, 1, 1))).float()
+    image, taken = torch.zeros(side * side, 3), torch.zeros(side * side)
+    for colour, winners in zip(task_colours(n), result["winners"]):
+        image[winners] += torch.tensor(colour).float()
+        taken[winners] += 1
+    image[(taken > 1) & (n > 3)] = 1
     return image.clamp(max=1).view(side, side, 3).numpy()
 
 
@@ -93,7 +105,10 @@ def draw_matrices(by_method):
             axis.text(j, i, f"{cell:.1f}", **look)
         axis.imshow(cells, vmin=0, vmax=8, cmap="viridis_r")
         axis.set_title(method, fontsize=10)
-        axis.set(xticks=[], yticks=[], xlabel="task", ylabel="after task")
+        ticks = dict(ticks=range(n), labels=range(1, n + 1), fontsize=7)
+        axis.set_xticks(**ticks)
+        axis.set_yticks(**ticks)
+        axis.set(xlabel="task", ylabel="after task")
     figure.tight_layout()
     return figure
 
@@ -166,7 +181,8 @@ def draw_coordinates(runs):
             for inside, marker in ((1, "o"), (0, "x")):
                 points = [p for p, h in zip(found["tsne"], found["home"]) if h == inside]
                 label = f"{task}, {home:.0f} % in its region" if inside else f"{task}, outside it"
-                axis.scatter(*zip(*points or [(math.nan,) * 2]), s=12, marker=marker, c=colour, label=label)
+                size = 12 if inside else 40
+                axis.scatter(*zip(*points or [(math.nan,) * 2]), s=size, marker=marker, c=colour, label=label)
         axis.set(xticks=[], yticks=[], title=f"--lock {run['lock']}: after {run['tasks'][-1]}")
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
     return figure
@@ -195,15 +211,15 @@ def draw_growth(lines):
 
 def draw_overlap(read):
     """A point a stream: what its last masks share, mean over pairs, and what it forgets, stored."""
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.6, 4), layout="constrained")
     series = [(label, files, "ftn-slow", BLUE) for label, files in GENERATORS.items()]
-    series.append(("three more for all", ONE_FOR_ALL[2:], "ftn-slow", BLUE))
+    series += [(f"generator {file[-1]}, for all", (file,), "ftn-slow", BLUE) for file in ONE_FOR_ALL[2:]]
     series.append(("older neurons hidden, S 10, m0 -4", HIDDEN.values(), "ftn-slow-hidden", ORANGE))
-    for (label, files, method, colour), marker in zip(series, "os^DvP*x"):
+    for (label, files, method, colour), marker in zip(series, "os^DvP<>*x"):
         rows = [row for file in files for row in of_method(read(file), method)]
         axis.scatter(*zip(*shared_and_lost(rows)), s=30, marker=marker, c=colour, alpha=0.7, label=label)
     axis.set(xlabel="share of neurons that two last masks have in common", ylabel="FM, stored")
-    axis.legend(fontsize=8, title="task generator", title_fontsize=8)
+    figure.legend(loc="outside right center", fontsize=8, title="task generator", title_fontsize=8)
     return figure
 
 
