@@ -139,8 +139,7 @@ class Version:
 
     def save(self, folder):
         """Write it to `folder` under the hash of its contents, which is set."""
-        kept = {key: t for key, t in self.tensors.items() if not key.startswith("dynamics.")}
-        tensors = kept | {"region.mean": self.region.mean, "region.cov": self.region.cov}
+        tensors = self.tensors | {"region.mean": self.region.mean, "region.cov": self.region.cov}
         if not self.reads:  # a version that reads others has the dynamics of the first
             tensors |= {f"dynamics.{k}": t for k, t in self.dynamics.state_dict().items()}
         head = {key: getattr(self, key) for key in ("task", "lock", "reads", "writes", "top_k", "config")}
@@ -157,12 +156,16 @@ class Version:
         parts = {name: part_of(tensors, name) for name in {key.partition(".")[0] for key in tensors}}
         lost = [h for i, h in enumerate(head["reads"]) if h not in known or h in head["reads"][:i]]
         if lost or head["lock"] == "composed":
-            raise Refused(f"{path}: must be no composition, and read versions of this run, each once")
+            what = f"reads {lost[0][:12]}, which is no version before it" if lost else "is a composition"
+            raise Refused(f"{path}: {what}")
         start = sum(v.writes for v in earlier) if head["lock"] in ("first", "exact") else 0
         own = torch.arange(start, start + head["writes"])
         index = torch.cat([*(known[h].own for h in head["reads"]), own])
         try:
-            check_tensors(head, tensors, parts, bases=len(index), first=earlier[0] if earlier else None)
+            check_tensors(head, tensors, parts, len(index), earlier)
+            region = {key: t.clone() for key, t in parts["region"].items()}
+            region = Region(**region, tau=head["tau"], n=head["n"])
+            route(tensors["anchors"][:1], [*(v.region for v in earlier[:1]), region])
             field_of(tensors)
             dynamics = earlier[0].dynamics if head["reads"] else None
             if not dynamics:
@@ -171,7 +174,6 @@ class Version:
                 dynamics.load_state_dict(parts["dynamics"])
         except (KeyError, ValueError, RuntimeError, IndexError) as e:
             raise Refused(f"{path}: its tensors do not fit: {e}") from None
-        region = Region(**{k: t.clone() for k, t in parts["region"].items()}, tau=head["tau"], n=head["n"])
         same = {key: head[key] for key in ("task", "lock", "reads", "top_k", "config", "writes")}
         shapes = {key: (*t.shape[1:],) for key, t in parts["bank"].items()}
         # `source` is mapped again when a tensor is asked for.
@@ -293,9 +295,9 @@ class Run(Folder):
         versions: None reads them. Raises Refused if they were made for another backbone."""
         self.versions = versions or self.read_versions()
         for i, v in enumerate(self.versions):
+            if v.shapes != model.bank.basis_shapes() or v.dynamics.gru.input_size != model.features:
+                raise Refused(f"{self.path(v.hash)}: made for other modules than this backbone has")
             if self.speaker(i) is v:
-                if v.shapes != model.bank.basis_shapes() or v.dynamics.gru.input_size != model.features:
-                    raise Refused(f"{self.path(v.hash)}: made for other modules than this backbone has")
                 model.bank.commit(v.writes, lambda v=v: v.bases)
             v.dynamics.to(model.device)
         self.compositions = [self.read_version(e, self.versions) for e in self.manifest["compositions"]]

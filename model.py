@@ -308,7 +308,7 @@ class NIWF:
     def nll_under(self, examples, h_bar, gatings):
         """Return the negative log-likelihood of B responses under each of several gatings, [gatings, B], in
         nats. gatings: functions of h_bar [B, features]. The bare layers, which all share, run once."""
-        with computed_once(layers_of(self.backbone)[: self.bare]):
+        with computed_once(layers_of(self.backbone)[: self.bare] if self.bare else []):
             return torch.stack([response_nll(*self.logits(examples, g(h_bar))) for g in gatings])
 
     def stream(self, prompts, gating_of, eos_id, max_new_tokens=128, choose=greedy, probe_gating=None):

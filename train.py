@@ -313,8 +313,8 @@ def complete(args, run):
     if shared:
         head = run.head(run.manifest["versions"][-1])
         fixed["field_hidden"], held = head["config"].get("field_hidden", 256), head["writes"]
-    if idle := [key for key in SOFT_ALONE if args.lock == "exact" and hasattr(args, key)]:
-        raise Refused(f"--{idle[0].replace('_', '-')} goes with --lock soft: the exact lock has no penalty")
+    if idle := [key for key in SOFT_ALONE if args.lock != "soft" and hasattr(args, key)]:
+        raise Refused(f"--{idle[0].replace('_', '-')} goes with --lock soft: nothing else has a penalty")
     fill_in(args, DEFAULTS, preset, fixed, run.folder)
     if args.passes == "one" and (args.probe, args.pool) != ("bare", "prompt"):
         raise Refused("--probe adapted and --pool sequence are the paper's own: they need --passes two")
@@ -328,7 +328,7 @@ def complete(args, run):
     if taken := run.namesake(args.task):
         raise Refused(f"--task {args.task}: {run.folder} has {taken}; give it another name")
     later = {v["lock"] for v in run.manifest["versions"][1:]}
-    if later and (args.lock == "exact") != ("exact" in later):
+    if later and args.lock not in later:
         raise Refused(
             f"{run.folder} holds tasks trained with lock {'/'.join(sorted(later))}, which cannot be mixed "
             f"with lock {args.lock} (none: without --lock); use the same or choose another --out"

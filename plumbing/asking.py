@@ -20,7 +20,7 @@ def answering(run, found, outside):
     return [run.versions[i] if known or outside == "nearest" else None for i, known in sent]
 
 
-def who_answers(run, h_bar, asked=None, outside="nearest"):
+def who_answers(run, h_bar, asked, outside):
     """Return the gating of one prompt, h_bar [1, features], and who answers it:
 
     version, name          its hash and name (in a shared bank: whose address is asked); None: the backbone
@@ -40,8 +40,10 @@ def who_answers(run, h_bar, asked=None, outside="nearest"):
 
 def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, max_new_tokens, choose):
     """Stream the answer to one prompt (tokens) as `NIWF.stream` does. tell(who, gating) is called before the
-    first token, see `who_answers`. Raises Refused as `room_for` does."""
-    room_for(len(prompt), context_of(model.backbone))
+    first token, see `who_answers`. An answer ends with the backbone's context. Raises Refused as `room_for`
+    does."""
+    room = room_for(len(prompt), context_of(model.backbone))
+    longest = min(max_new_tokens, room or max_new_tokens)
 
     def gating_of(h_bar):
         gating, who = who_answers(run, h_bar, asked, outside)
@@ -49,7 +51,7 @@ def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, max_new_t
         return gating
 
     ends = stop_ids(model.backbone, tokenizer, run.template)
-    return model.stream([prompt], gating_of, ends, max_new_tokens, choose, run.probe_gating())
+    return model.stream([prompt], gating_of, ends, longest, choose, run.probe_gating())
 
 
 def answer_as_asked(run, model, tokenizer, named, bare, asked, args):

@@ -65,7 +65,7 @@ def check_name(option, name):
     if re.fullmatch("[0-9a-f]{12,64}", name):
         raise Refused(f"{option} {name}: it would be taken for the hash of a version")
     if not NAME.fullmatch(name) or len(name.encode()) > 200:
-        raise Refused(f"{option} {name!r}: use letters, digits, '_', '-' and '.'")
+        raise Refused(f"{option} {name!r}: use at most 64 letters, digits, '_', '-' and '.'")
 
 
 def refuse_constant(text):

@@ -58,12 +58,12 @@ class Folder:
         if self.manifest_file.exists():
             self.manifest = read_json(self.manifest_file)
             self.check_manifest()
-            if settings := self.manifest["settings"]:
+            if settings := self.manifest["settings"]:  # none are left when the last version is taken out
                 settings.update({**OLDER, **settings})
                 settings.pop("fixed_coordinate", None)
-            if not self.tasks and self.unnamed() and not self.state_file.exists():
-                why = "names no version, but versions/ holds some: restore it, or move them away"
-                raise Refused(f"{self.manifest_file}: {why}")
+                if not self.tasks and self.unnamed() and not self.state_file.exists():
+                    why = "names no version, but versions/ holds some: restore it, or move them away"
+                    raise Refused(f"{self.manifest_file}: {why}")
         elif self.folder.exists() and not (self.folder.is_dir() and all(map(BEGUN, os.listdir(self.folder)))):
             raise Refused(f"{self.folder}: not a run folder (no manifest.json); nothing is written there")
 

@@ -183,7 +183,7 @@ class Answers:
             versions.append({"id": v.hash, "name": v.task, "lock": v.lock, "outline": outline})
             owners += [i] * (v.writes if run.speaker(i) is v else 0)
         settings, layers = run.manifest["settings"], len(run.versions[0].snapshot[0])
-        about = {"template": run.template, "layers": layers, "bare": settings.get("bare_layers", 0)}
+        about = {"template": run.template, "layers": layers, "bare": settings["bare_layers"]}
         about |= {"backbone": pathlib.PurePath(run.manifest["backbone"]["name"]).name, "bases": owners}
         about |= {"temperature": self.defaults.temperature, "max_tokens": self.defaults.max_new_tokens}
         compositions = [{"id": c.hash, "name": c.task} for c in run.compositions]

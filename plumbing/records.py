@@ -53,7 +53,7 @@ class Source:
             print(f"          {sum(turns)} chats hold several answers: the last of each is learned")
 
 
-def read_source(path, template="alpaca"):
+def read_source(path, template):
     """Read a file of records: a JSON list, JSON lines, or an object that holds one list of records. Raises
     Refused, with the number of the record and of its line, if one cannot be used; see `plain_record`."""
     rows, ignored = rows_of(path)

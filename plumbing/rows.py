@@ -13,6 +13,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 
 import torch
 from tqdm import tqdm
@@ -64,9 +65,11 @@ def finished_row(compute, row, how):
 
 
 def leave_interrupts_to_parent():
-    """Let the parent alone handle Ctrl-C; it then ends its workers."""
+    """Let the parent alone handle Ctrl-C; it then ends its workers. If it is killed they end, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    follow = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def finished_rows(compute, jobs, workers):

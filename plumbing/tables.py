@@ -66,7 +66,7 @@ def print_report(results, lost):
         print(DRIFT_REPORT.format(task=t, **d))
 
 
-def exact_match(task, records, answers, wanted, show=0):
+def exact_match(task, records, answers, wanted, show):
     """Count a task's records whose answer is the text that is trained, and print a line for each kind of
     instruction (a record's "kind"; a record without one counts under its task). -> {kind: [right, of]}
 

@@ -106,7 +106,7 @@ def answer_prompt(run, tokenizer, stream, max_new_tokens, choose, prompt, asked=
     print(f"\n\n[{note}]")
 
 
-def talk(ask, entries, named, bare, history_of, system="", asked=None):
+def talk(ask, entries, named, bare, history_of, system, asked):
     """Answer one line of input after another, until there is none.
 
     ask(prompt, asked) prints an answer; asked is who gives it: None is whoever the prompt is routed to,

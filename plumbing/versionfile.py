@@ -25,9 +25,13 @@ def write_version(folder, head, tensors):
 
 
 def map_tensors(path):
-    """Map the tensors of a safetensors file into memory: those that are not used take none."""
-    with safe_open(path, "pt") as f:
-        return {key: f.get_tensor(key) for key in f.keys()}
+    """Map the tensors of a safetensors file into memory: those that are not used take none. Raises Refused if
+    it cannot be read."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise Refused(f"{path}: gone, or not readable ({e})") from None
 
 
 def read_version_file(path, tensors=False):
@@ -44,7 +48,7 @@ def read_version_file(path, tensors=False):
         with safe_open(path, "pt") as f:
             head = json.loads(f.metadata()["version"], **STRICT)
         found = map_tensors(path) if tensors else {}
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise Refused(f"{path}: corrupted version file ({e}); restore it from a copy") from None
     form = COMPOSITION if isinstance(head, dict) and head.get("lock") == "composed" else VERSION
     return validate(head, form, path), found
@@ -65,10 +69,11 @@ def check_shapes(tensors, shapes):
             raise ValueError(f"{key} is {t.dtype} {(*t.shape,)}, not {kind} {(*shapes[key],)} or not finite")
 
 
-def check_tensors(head, tensors, parts, bases, first):
+def check_tensors(head, tensors, parts, bases, earlier):
     """Raise ValueError, KeyError or IndexError if the tensors of a version file, by key and by part, do not
-    fit its header, each other, N = `bases` (those that it writes and reads) or the run's first version. Field
+    fit its header, each other, N = `bases` (those that it writes and reads) or the versions before it. Field
     and dynamics check their own shapes when they are loaded."""
+    first = earlier[0] if earlier else None
     (_, layers, _), (hidden, d) = tensors["snapshot"].shape, parts["field"]["w1.weight"].shape
     own = ("field.",) if head["reads"] else ("field.", "dynamics.")
     shapes = {key: t.shape for key, t in tensors.items() if key.startswith(own)}
@@ -79,6 +84,8 @@ def check_tensors(head, tensors, parts, bases, first):
     one_basis = first.shapes if first else {key: (rank, *bank[key].shape[2:]) for key in keys}
     shapes |= {f"bank.{key}": (head["writes"], *shape) for key, shape in one_basis.items()}
     check_shapes(tensors, shapes)
+    if earlier and head["lock"] != "exact" and head["writes"] < earlier[-1].writes:
+        raise ValueError("a shared bank has lost bases")
     cov = tensors["region.cov"]
     if not torch.allclose(cov, cov.T) or torch.linalg.cholesky_ex(cov)[1]:
         raise ValueError("region.cov is no covariance")

@@ -17,7 +17,7 @@ from commit import Run, weigh
 from eval import most_like, open_run
 from model import NIWF, response_nll
 from plumbing.backbone import from_shape
-from plumbing.passes import computed_once
+from plumbing.passes import computed_once, context_of
 from plumbing.prompts import encode
 from plumbing.targets import layers_of
 from field import CoordinateDynamics, Route, WeightField
@@ -324,6 +324,30 @@ def test_weights_of_versions_are_algorithm_1_written_out(five, count, kept):
     hashes, weights = weigh(model, run.versions, examples, kept=kept, steps=4)
     assert hashes == [run.versions[i].hash for i in winners] and len(hashes) == min(kept, n)
     assert weights == pytest.approx(m[winners].sigmoid().tolist(), rel=1e-4)
+
+
+def test_versions_are_compared_where_layers_are_no_single_stack(monkeypatch):
+    """With no bare layers nobody asks which layers there are: some backbones have several stacks."""
+    model = NIWF(micro_backbone(), pad_id=0, rank=3)
+    monkeypatch.setattr("model.layers_of", lambda _: pytest.fail("asked for layers"))
+    examples = random_examples(3)
+    (found,) = model.nll_under(examples, torch.zeros(3, model.features), [lambda h: None])
+    assert torch.equal(found, response_nll(*model.logits(examples, None)))
+
+
+def test_an_answer_ends_with_the_context(two, monkeypatch):
+    """What is asked on the command line has as many tokens as the context leaves room for, as on the page."""
+    longest, stream = [], NIWF.stream
+
+    def see(model, prompts, gating_of, ends, most, *more):
+        longest.append((len(prompts[0]), most))
+        return stream(model, prompts, gating_of, ends, 1, *more)
+
+    monkeypatch.setattr(NIWF, "stream", see)
+    for most in (10**6, 3):
+        evaluate(two, "--prompt Hi. --max-new-tokens", str(most))
+    (tokens, most), (_, few) = longest
+    assert tokens + most == context_of(micro_backbone()) and few == 3
 
 
 def test_bare_layers_are_computed_once_for_all_gatings():

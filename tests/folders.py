@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -18,6 +19,7 @@ import train
 from commit import Run, Version
 from model import AdapterBank, FastBank
 from plumbing import folder as files_on_disk
+from plumbing import versionfile as files_of_versions
 from plumbing.files import atomic
 from plumbing.targets import find_targets
 from field import CoordinateDynamics, WeightField, take_snapshot
@@ -308,6 +310,50 @@ def test_show_log_and_names(two, tmp_path, capsys):
         git(out, "compose alpaca --weights 1 --name new")
     with refused("not a run folder", out):
         git(tmp_path / "nowhere", "log")
+
+
+def test_a_file_that_cannot_be_read_hides_no_other_version(tmp_path, monkeypatch):
+    """`verify` says which version's file cannot be read, and what reads it, and goes on. A version whose file
+    goes away while it is in use is refused in one line."""
+    out = tmp_path / "run"
+    hashes = [fake_commit(out, name, i, reads_all=name != "c") for i, name in enumerate("abc")]
+    versions, digest = Run(out).read_versions(), files_of_versions.hashlib.file_digest
+
+    def broken(f, kind):
+        if hashes[1] in f.name:
+            raise OSError(5, "Input/output error")
+        return digest(f, kind)
+
+    with monkeypatch.context() as m:
+        m.setattr(files_of_versions.hashlib, "file_digest", broken)
+        found = [wrong for _, wrong in commit.verify(Run(out))]
+    assert "Input/output error" in found[1] and found[0] == found[2] == ""
+    Run(out).path(hashes[0]).unlink()
+    found = [wrong for _, wrong in commit.verify(Run(out))]
+    assert "its file is missing" in found[0] and f"reads {hashes[0][:12]}, which is no" in found[1]
+    with refused("gone, or not readable"):
+        versions[0].gating(torch.zeros(1, 6))
+
+
+def test_a_rollback_of_the_last_version_that_was_killed_goes_on(tmp_path, monkeypatch):
+    """If a kill comes between the manifest and the files, the next command takes the run folder as it is, and
+    puts the file aside."""
+    out = tmp_path / "run"
+    digest = fake_commit(out, "a", 0)
+
+    unlink = pathlib.Path.unlink
+
+    def killed(path, **how):
+        if path == Run(out).path(digest):
+            raise KeyboardInterrupt
+        unlink(path, **how)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(pathlib.Path, "unlink", killed)
+        git(out, "rollback a")
+    assert Run(out).tasks == [] and Run(out).path(digest).exists()
+    fake_commit(out, "b", 1)
+    assert Run(out).tasks == ["b"] and (out / "versions" / "orphans" / f"{digest}.safetensors").exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

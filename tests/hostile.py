@@ -251,7 +251,7 @@ doubled, single, half, integer = (getattr(torch.Tensor, kind) for kind in ("doub
 IN_TENSORS = {  # of code: 8 anchors, 2 layers, 8 logits of which 4 are its own, d = 4
     "anchors": [gone, nan_in, cut, longer, doubled, narrow, lambda t: t + 2, lambda t: t[:0].clone()],
     "snapshot": [gone, nan_in, cut, half, narrow, thin, lambda t: t[0].clone()],
-    "region.mean": [gone, nan_in, cut, single],
+    "region.mean": [gone, nan_in, cut, single, lambda t: t + 1e200],
     "region.cov": [gone, nan_in, cut, single, torch.neg, torch.zeros_like, infinite, lopsided],
     "field.w1.weight": [gone, nan_in, cut, half, lambda t: t.T.clone()],
     "field.w3.weight": [gone, nan_in, cut, longer],
@@ -268,7 +268,17 @@ IN_FIRST_TENSORS = {
     f"{BANK}.A": [gone, nan_in],
 }
 
+
+def smaller(head, tensors):
+    """Let a version's coordinates have a dimension less, in all of its parts."""
+    along = {"anchors": 1, "region.mean": 0, "region.cov": 1, "field.w1.weight": 1, "field.norm.weight": 0}
+    for key, axis in {**along, "field.norm.bias": 0}.items():
+        tensors[key] = tensors[key].narrow(axis, 0, 3).clone()
+    tensors["region.cov"] = tensors["region.cov"][:3].clone()
+
+
 LIES = [
+    ("coordinates of another dimension", smaller),
     ("a tensor more", extra("evil", ONE)),
     ("a basis more", extra("bank.x.A", torch.ones(4, 2, 32))),
     ("dynamics of its own", extra("dynamics.z0", torch.zeros(4))),

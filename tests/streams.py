@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -467,8 +468,10 @@ def test_kept_rows_are_of_the_present_code():
     assert run_row(row)["R_stored"][-1] == pytest.approx([0.51136, 0.27183, 0.08664], abs=1e-3)
 
 
-def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
-    """Ctrl-C ends an experiment and all its workers, and one line says that finished rows are kept."""
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path, by):
+    """Ctrl-C ends an experiment and all its workers, and one line says that finished rows are kept. If it is
+    killed alone its workers end, too."""
     command = [sys.executable, str(HERE / "synthetic.py"), "--methods", "ftn-slow", "--workers", "2"]
     fcntl, termios = map(pytest.importorskip, ("fcntl", "termios"))
     ours, its = os.openpty()  # a terminal, as the bar that is waited for is drawn on nothing else
@@ -476,17 +479,22 @@ def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path):
     how = dict(cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=its)
     process = subprocess.Popen(command, **how)
     os.close(its)
+    watch = threading.Timer(300, os.killpg, (process.pid, signal.SIGKILL))  # if a worker goes on
+    watch.start()
     said = b""
     with contextlib.suppress(OSError):  # at the end, when nobody holds the other side
         while part := os.read(ours, 1000):
             started, said = b"row" in said, said + part
             if b"row" in said and not started:
-                os.killpg(process.pid, signal.SIGINT)
+                (os.killpg if by == signal.SIGINT else os.kill)(process.pid, by)
     os.close(ours)
-    assert process.wait(600) == 1 and b"Traceback" not in said
-    assert said.strip().splitlines()[-1].startswith(b"synthetic.py: stopped; finished rows are kept")
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert watch.is_alive()
+    watch.cancel()
+    assert process.wait(600) == (1 if by == signal.SIGINT else -by) and b"Traceback" not in said
+    if by == signal.SIGINT:
+        assert said.strip().splitlines()[-1].startswith(b"synthetic.py: stopped; finished rows are kept")
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from plumbing.backbone import pick_device
 from plumbing.command import run_program
 from plumbing.processes import ENDED
 from field import CoordinateDynamics, WeightField, top_k_gating
-from studies import bench, kinds, stream
+from studies import bench, fuzz, kinds, stream
 from tests.builders import HERE, a_region, a_version_of, copy_of, edit_json, evaluate, fake_commit, forked
 from tests.builders import git, in_double, load_in_double, micro_model, outcome, random_examples, refused
 from tests.builders import rows_in, snapshot_of, tensors_of
@@ -119,8 +119,26 @@ def test_without_the_exact_lock_the_first_task_moves(micro, first, tmp_path, loc
     with tensors_of(out, 0) as old, tensors_of(out, 1) as new:
         assert {*old.keys()} == {*new.keys()}
         assert not torch.equal(old.get_tensor("dynamics.w_z.weight"), new.get_tensor("dynamics.w_z.weight"))
-    with refused("cannot be mixed", out):
-        train.main(micro("third", out, "--lock", "exact"))
+    for other in {"exact", "soft"} - {lock}:
+        with refused("cannot be mixed", out):
+            train.main(micro("third", out, "--lock", other))
+    # Files that are whole, and do not fit the others.
+    shrunk, narrow = copy_of(out, tmp_path, "shrunk"), copy_of(out, tmp_path, "narrow")
+    fuzz.forge(shrunk, 1, lose_a_basis)
+    sized = "dynamics.gru.weight_ih", "dynamics.mean", "dynamics.deviation"
+    fuzz.forge(narrow, 0, lambda _, t: t.update({key: t[key][..., :9].clone() for key in sized}))
+    for folder, match in ((shrunk, "has lost bases"), (narrow, "other modules")):
+        with refused(match, folder):
+            evaluate(folder)
+
+
+def lose_a_basis(head, tensors):
+    """Take the last basis out of a version of a shared bank."""
+    head["writes"] -= 1
+    of_bases = lambda t: t.unflatten(0, (2, -1))[:, :-1].flatten(0, 1)  # 2 layers
+    parts = {"bank": lambda t: t[:-1], "snapshot": lambda t: t[..., :-1], "field.w3": of_bases}
+    for key, change in ((key, c) for key in tensors for part, c in parts.items() if key.startswith(part)):
+        tensors[key] = change(tensors[key]).clone()
 
 
 def test_the_papers_own_setting_runs_and_is_read_back(micro, tmp_path):
@@ -278,8 +296,9 @@ def test_a_later_task_takes_what_the_shared_bank_and_field_have(tmp_path):
     fake_commit(run.folder, "first", 0)
     run.read()
     fits = lambda more: train.complete(train.parse_options([*a_task, *more.split()]), run)
-    with refused("--lambda-sep goes with --lock soft"):
-        fits("--lock --lambda-sep 1")
+    for lock in ("--lock", ""):
+        with refused("--lambda-sep goes with --lock soft"):
+            fits(f"{lock} --lambda-sep 1")
     with refused("--field-hidden 99 does not fit"):
         fits("--lock soft --field-hidden 99")
     fits("--lock soft --top-k 16 --bare-layers 0")
