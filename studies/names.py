@@ -46,10 +46,9 @@ GENERATORS = {  # what is different in the task generator: the files that have i
     "one for all seeds": ("ftn-generator-0",), "another for all": ("ftn-generator-1",)}
 # fmt: on
 ONE_FOR_ALL = [f"ftn-generator-{seed}" for seed in range(5)]  # of all eight seeds
-HIDDEN = {  # of every generator: the file of the search as printed, and of ten steps, hidden, from -4
-    "ftn-experiment-1": "ftn-slow-hidden-10",
-    **{f: f"{f}-hidden-10" for f in ("ftn-frequency-4", "ftn-frequency-16", "ftn-gaussian", *ONE_FOR_ALL)},
-}
+OTHER = ["ftn-frequency-4", "ftn-frequency-16", "ftn-gaussian", *ONE_FOR_ALL]  # generators
+HIDDEN = {"ftn-experiment-1": "ftn-slow-hidden-10", **{f: f"{f}-hidden-10" for f in OTHER}}  # of as printed
+RECALLED = [f"{f}-recalled-10" for f in ("ftn-slow", *OTHER)]  # the same with recall
 
 
 def share(counts, name, row):
@@ -276,14 +275,13 @@ def fm_of(files, method="ftn-slow", key="recovered_fm"):
     return lambda read: [mean(row_summary(r)[key] for r in of_method(read(f), method)) for f in files]
 
 
-def apart(read):
-    """How much higher random masks end than searched ones under the lock, for each generator a list of a
-    value a seed."""
-    for files in GENERATORS.values():
-        rows = [row for f in files for row in read(f)]
+def apart(read, first="random-disjoint-recall", second="ftn-slow-lock"):
+    """How much higher a method ends than another, for each of six generators a list of a value a seed."""
+    for files, recalled in zip(GENERATORS.values(), RECALLED):
+        rows = [row for f in (*files, recalled) for row in read(f)]
         ends = lambda m, rows=rows: {r["seed"]: row_summary(r)["recovered_last"] for r in of_method(rows, m)}
-        random, searched = ends("random-disjoint-recall"), ends("ftn-slow-lock")
-        yield [random[seed] - searched[seed] for seed in sorted(searched)]
+        one, other = ends(first), ends(second)
+        yield [one[seed] - other[seed] for seed in sorted(other)]
 
 
 # fmt: off
@@ -318,6 +316,8 @@ OTHERS = {  # name: (digits, function of read) -> values, one a seed or a shape
     "for-all": (3, fm_of(ONE_FOR_ALL)), "printed-all": (3, fm_of(HIDDEN)),
     "hidden-all": (3, fm_of(HIDDEN.values(), "ftn-slow-hidden")),
     "hidden-stored": (3, fm_of(HIDDEN.values(), "ftn-slow-hidden", "stored_fm")),
+    "recalled-all": (3, fm_of(RECALLED, "ftn-slow-hidden-recall")),
+    "below-oracle": (3, lambda read: map(mean, apart(read, "fixedmask-recall", "ftn-slow-hidden-recall"))),
 }
 # fmt: on
 
