@@ -219,8 +219,8 @@ def paired(out, first):
 
 
 def accuracies(results):
-    """-> heads and lines of a table of rows as studies.sequence publishes them. The last column compares
-    a row with the first of its order."""
+    """-> heads and lines of a table of rows as studies.sequence publishes them, without empty columns. The
+    last compares a row with the first of its order."""
     said = lambda value, digits=1: "" if value is None else f"{value:.{digits}f}"
     lines, firsts = [], {}
     for out in results:
@@ -233,7 +233,9 @@ def accuracies(results):
         cells = [*map(said, [*figures, *ways]), *size, f"{seconds:.0f}", more]
         lines.append([f"{out['about']}, order {out['order']}", *cells])
     heads = ["%", "ACC", "exact match", "BWT", "forgotten", "FWT", "routed", "by input"]
-    return [*heads, "M trained", "M kept", "seconds", "in use, less the first"], lines
+    heads += ["M trained", "M kept", "seconds", "in use, less the first"]
+    shown = [i for i in range(len(heads)) if not i or any(line[i] for line in lines)]
+    return [heads[i] for i in shown], [[line[i] for i in shown] for line in lines]
 
 
 def routers(results):

@@ -297,7 +297,7 @@ def test_show_log_and_names(two, tmp_path, capsys):
         ("compose alpaca --weights -1e-3 2 --name x", "there are 1 versions, and 2 weights"),
         ("compose alpaca --weights 1 --name code", "already has a version called code"),
         ("compose alpaca --weights 1 --name CODE", "already has a version called code"),
-        ("compose alpaca --weights 1 --name a/b", "use letters"),
+        ("compose alpaca --weights 1 --name a/b", "use at most 64 letters"),
         ("compose alpaca --weights 1 --name base", "means no version"),
         ("compose alpaca --weights 1 --name 0123456789ab", "taken for the hash of a version"),
         ("compose alpaca --weights 0 --name x", "all are 0"),
