@@ -156,7 +156,7 @@ class Version:
         parts = {name: part_of(tensors, name) for name in {key.partition(".")[0] for key in tensors}}
         lost = [h for i, h in enumerate(head["reads"]) if h not in known or h in head["reads"][:i]]
         if lost or head["lock"] == "composed":
-            what = f"reads {lost[0][:12]}, which is no version before it" if lost else "is a composition"
+            what = f"reads {lost[0][:12]} twice, or before it is there" if lost else "is a composition"
             raise Refused(f"{path}: {what}")
         start = sum(v.writes for v in earlier) if head["lock"] in ("first", "exact") else 0
         own = torch.arange(start, start + head["writes"])
@@ -165,7 +165,7 @@ class Version:
             check_tensors(head, tensors, parts, len(index), earlier)
             region = {key: t.clone() for key, t in parts["region"].items()}
             region = Region(**region, tau=head["tau"], n=head["n"])
-            route(tensors["anchors"][:1], [*(v.region for v in earlier[:1]), region])
+            route(tensors["anchors"][:1], [*(v.region for v in earlier[:1]), region])  # can it be asked?
             field_of(tensors)
             dynamics = earlier[0].dynamics if head["reads"] else None
             if not dynamics:
