@@ -40,8 +40,8 @@ def who_answers(run, h_bar, asked, outside):
 
 def stream_answer(run, model, tokenizer, outside, prompt, tell, asked, max_new_tokens, choose):
     """Stream the answer to one prompt (tokens) as `NIWF.stream` does. tell(who, gating) is called before the
-    first token, see `who_answers`. An answer ends with the backbone's context. Raises Refused as `room_for`
-    does."""
+    first token, see `who_answers`. The answer ends where the backbone's context does. Raises Refused as
+    `room_for` does."""
     room = room_for(len(prompt), context_of(model.backbone))
     longest = min(max_new_tokens, room or max_new_tokens)
 

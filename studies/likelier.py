@@ -25,7 +25,7 @@ from plumbing.backbone import load_backbone, pick_device
 from plumbing.passes import pad_left, run_padded
 from plumbing.prompts import encode, prompt_ids, prompt_of
 from plumbing.records import prompt_key, read_records, take_usable
-from plumbing.tables import print_table, spread
+from plumbing.tables import print_table, spread, without_empty
 
 BATCH = 8  # fixed, so that the same records give the same bits later
 ROUTER = "regions, prompt"  # the one that `Run.routed` is
@@ -234,8 +234,7 @@ def accuracies(results):
         lines.append([f"{out['about']}, order {out['order']}", *cells])
     heads = ["%", "ACC", "exact match", "BWT", "forgotten", "FWT", "routed", "by input"]
     heads += ["M trained", "M kept", "seconds", "in use, less the first"]
-    shown = [i for i in range(len(heads)) if not i or any(line[i] for line in lines)]
-    return [heads[i] for i in shown], [[line[i] for i in shown] for line in lines]
+    return without_empty(heads, lines)
 
 
 def routers(results):

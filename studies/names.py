@@ -46,9 +46,9 @@ GENERATORS = {  # what is different in the task generator: the files that have i
     "one for all seeds": ("ftn-generator-0",), "another for all": ("ftn-generator-1",)}
 # fmt: on
 ONE_FOR_ALL = [f"ftn-generator-{seed}" for seed in range(5)]  # of all eight seeds
-OTHER = ["ftn-frequency-4", "ftn-frequency-16", "ftn-gaussian", *ONE_FOR_ALL]  # generators
-HIDDEN = {"ftn-experiment-1": "ftn-slow-hidden-10", **{f: f"{f}-hidden-10" for f in OTHER}}  # of as printed
-RECALLED = [f"{f}-recalled-10" for f in ("ftn-slow", *OTHER)]  # the same with recall
+HIDDEN = {"ftn-experiment-1": "ftn-slow-hidden-10"}  # the search as printed: ten steps, older neurons hidden
+HIDDEN |= {f: f"{f}-hidden-10" for f in ("ftn-frequency-4", "ftn-frequency-16", "ftn-gaussian", *ONE_FOR_ALL)}
+RECALLED = [f.replace("hidden", "recalled") for f in HIDDEN.values()]  # the same with recall
 
 
 def share(counts, name, row):

@@ -18,6 +18,7 @@ from eval import report
 from plumbing import Refused
 from plumbing.command import Parser, run_program
 from plumbing.files import atomic
+from plumbing.tables import without_empty
 from studies.architectures import VERDICTS
 from studies.likelier import accuracies, few_lines, routers
 from studies.memory import TABLE_2, memory_lines
@@ -74,7 +75,7 @@ COLUMNS = {  # tables with a line a row and these quantities, means over its see
 
 
 def rows_table(kind, contents):
-    """The rows of all files in one table; beside FTN's the paper's score and FM, if it has any."""
+    """The rows of all files in one table, without empty columns; beside FTN's the paper's score and FM."""
     names, lines = COLUMNS[kind].split(), []
     rows = [item for content in contents for item in grouped(content["rows"]).items()]
     for row, seeds in rows if kind != "stream" else [*rows[:3], *rows[11::12], rows[-1]]:
@@ -83,11 +84,10 @@ def rows_table(kind, contents):
         cells = [over(cell, QUANTITIES[name][1]) for name, cell in zip(names, cells)]
         if not any(cells):
             continue
-        paper = PUBLISHED[seeds[0]["variant"]].get(row.partition(" ")[2]) if kind == "scores" else ()
-        lines.append([row, str(len(seeds)), *cells, *(paper or ("", ""))])
-    heads = ["", "seeds", *(QUANTITIES[name][0] for name in names), "paper: score", "FM"]
-    width = len(heads) if any(line[-1] for line in lines) and kind == "scores" else len(heads) - 2
-    return table(heads[:width], [line[:width] for line in lines])
+        paper = PUBLISHED[seeds[0]["variant"]].get(row.split()[1], ("", "")) if kind == "scores" else ()
+        lines.append([row, str(len(seeds)), *cells, *paper])
+    heads = ["", "seeds", *(QUANTITIES[name][0] for name in names)]
+    return table(*without_empty([*heads, "paper: score", "FM"] if kind == "scores" else heads, lines))
 
 
 def counted(content):

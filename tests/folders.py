@@ -330,10 +330,8 @@ def test_a_file_that_cannot_be_read_hides_no_other_version(tmp_path, monkeypatch
     assert "Input/output error" in found[1] and found[0] == found[2] == ""
     Run(out).path(hashes[0]).unlink()
     found = [wrong for _, wrong in commit.verify(Run(out))]
-    assert (
-        "its file is missing" in found[0]
-        and f"reads {hashes[0][:12]} twice, or before it is there" in found[1]
-    )
+    assert "its file is missing" in found[0]
+    assert f"reads {hashes[0][:12]} twice, or before it is there" in found[1]
     with refused("gone, or not readable"):
         versions[0].gating(torch.zeros(1, 6))
 
@@ -342,9 +340,7 @@ def test_a_rollback_of_the_last_version_that_was_killed_goes_on(tmp_path, monkey
     """If a kill comes between the manifest and the files, the next command takes the run folder as it is, and
     puts the file aside."""
     out = tmp_path / "run"
-    digest = fake_commit(out, "a", 0)
-
-    unlink = pathlib.Path.unlink
+    digest, unlink = fake_commit(out, "a", 0), pathlib.Path.unlink
 
     def killed(path, **how):
         if path == Run(out).path(digest):
