@@ -192,7 +192,7 @@ class AdapterBank:
         if weights is not None:           # None: `fold` has put them into B
             h = (h * weights).to(x.dtype)     # NIWF Eq. (4): times (alpha / r) w_k
         B = B.expand(len(x), -1, -1)          # an adapted probe has one gating for all sequences
-        y = torch.baddbmm(y, h, B)            # NIWF Eq. (5): y + sum_k B_{i_k} h_k
+        y = y.baddbmm_(h, B)                  # NIWF Eq. (5): y + sum_k B_{i_k} h_k, without a copy
         # fmt: on
         return y.view(given)
 
