@@ -123,8 +123,7 @@ def propose(loss, m, steps, lr):
     adam = torch.optim.Adam([m], lr=lr, fused=True)
     # Adam's first step is eta times a sign: with S = 1, as in classification, a gradient's size is lost.
     for _ in range(steps):
-        adam.zero_grad()
-        loss(m.sigmoid()).backward()
+        (m.grad,) = torch.autograd.grad(loss(m.sigmoid()), m)  # and none for the model's own parameters
         adam.step()
     return m.detach()
 
@@ -307,12 +306,12 @@ class PrivateMLPs(torch.autograd.Function):
         ctx.save_for_backward(theta, x)
         ctx.shapes, width, n = shapes, shapes[0][0], chunk_size(len(theta), shapes[0][0] * len(x))
         z = theta.new_empty(len(theta), 1, len(x))
-        inputs = x.T.expand(n, -1, -1).contiguous()                       # [n, d_in, batch]
+        inputs = x.T.contiguous()                                         # [d_in, batch], of all neurons
         even, odd = workspace(n, width, len(x), 2, x.dtype)
         for W, b, (out,) in chunks(n, *unpack(theta, shapes), [z]):
             h = inputs
             for l in range(len(shapes) - 1):                              # [n, width, batch]
-                h, even, odd = torch._add_relu_(torch.bmm(W[l], h, out=even), b[l]), odd, even
+                h, even, odd = run_layer(W[l], b[l], h, even), odd, even
             torch.bmm(W[-1], h, out=out).add_(b[-1])
         return z[:, 0]
 
@@ -324,19 +323,31 @@ class PrivateMLPs(torch.autograd.Function):
         transposed = [W.mT for W in weights]
         grads = [[p.new_empty(p.shape) for p in part] for part in (weights, biases)]
         buffer, *h = workspace(n, width, len(x), depth + 1, x.dtype)
-        h = [x.T.expand(n, -1, -1).contiguous(), *h]                      # the activations, layer by layer
+        h = [x.T.contiguous(), *h]                                        # the activations, layer by layer
         h_T, threshold = [a.mT for a in h], torch.ops.aten.threshold_backward.grad_input
         walk = chunks(n, weights, biases, transposed, *grads, [grad_z[:, None].contiguous()])
         for W, b, W_T, grad_W, grad_b, (g,) in walk:
             for l in range(depth):
-                torch._add_relu_(torch.bmm(W[l], h[l], out=h[l + 1]), b[l])
-            for l in range(depth, -1, -1):                                # g [n, width or 1, batch]
+                run_layer(W[l], b[l], h[l], h[l + 1])
+            for l in range(depth, 0, -1):                                 # g [n, width or 1, batch]
                 torch.bmm(g, h_T[l], out=grad_W[l])
                 torch.sum(g, 2, keepdim=True, out=grad_b[l])
-                if l:  # through the ReLU: it passes where the activation is positive, and takes its place
-                    g = threshold(torch.bmm(W_T[l], g, out=buffer), h[l], 0, grad_input=h[l])
+                # Through the ReLU: g passes where the activation is positive, and overwrites it.
+                g = threshold(torch.bmm(W_T[l], g, out=buffer), h[l], 0, grad_input=h[l])
+            torch.mm(g.flatten(0, 1), h_T[0], out=grad_W[0].flatten(0, 1))
+            torch.sum(g, 2, keepdim=True, out=grad_b[0])
         return torch.cat([p.flatten(1) for layer in zip(*grads) for p in layer], 1), None, None
     # fmt: on
+
+
+def run_layer(W, b, h, out):
+    """Compute relu(W h + b) of n neurons into `out` [n, width, batch], and return it. W is [n, width, d], h
+    [n, d, batch]; the first layer's h [d, batch] is the input that all neurons share, so one product does."""
+    if h.dim() == 2:
+        torch.mm(W.flatten(0, 1), h, out=out.flatten(0, 1))
+    else:
+        torch.bmm(W, h, out=out)
+    return torch._add_relu_(out, b)
 
 
 CACHE = 2**17  # floats in a core's cache: the activations of a chunk in one layer must fit
