@@ -26,7 +26,7 @@ none    The same live bank, field and dynamics with no penalty at all.
 None of these trains a basis or changes a bit of another version's file. All take `--run DIR` (default: the
 latest under runs/) and `--json`.
 
-This file covers sections 3.5 and 3.6 of the NIWF paper, Eqs. (11) and (12), and what it calls versioning.
+This file covers sections 3.5, 3.6 and 7 of the NIWF paper, Eqs. (11) and (12). The exact lock is ours.
 """
 
 import copy
@@ -100,7 +100,7 @@ class Version:
 
     task: str
     lock: str  # how it was trained: "exact", "soft", "none"; "first" had nothing to protect
-    reads: list  # hashes of the versions whose bases its first logits choose; its own follow
+    reads: list  # hashes of the versions whose bases its first logits are for; the last are for its own
     top_k: int
     dynamics: CoordinateDynamics  # under the exact lock, that of the run's first version
     region: Region
@@ -138,7 +138,7 @@ class Version:
         return self.index.to(indices.device)[indices], weights
 
     def save(self, folder):
-        """Write it to `folder` under the hash of its contents, which is set."""
+        """Write it to `folder` under the hash of its contents, and set `hash`."""
         tensors = self.tensors | {"region.mean": self.region.mean, "region.cov": self.region.cov}
         if not self.reads:  # a version that reads others has the dynamics of the first
             tensors |= {f"dynamics.{k}": t for k, t in self.dynamics.state_dict().items()}
@@ -228,9 +228,9 @@ class Composition:
 
 
 class Run(Folder):
-    """What a run folder answers. Under the exact lock every version stands for itself. Under the soft lock
-    and none, all share one live bank, field and dynamics: the last version holds their present state, and
-    answers for all (`speaker`)."""
+    """A run folder, and the gatings with which it answers. Under the exact lock every version stands for
+    itself. Under the soft lock and none, all share one live bank, field and dynamics: the last version holds
+    their present state, and answers for all (`speaker`)."""
 
     def read(self):
         """Take the manifest from disk. No version is loaded then."""
@@ -257,12 +257,12 @@ class Run(Folder):
         likeliest version ("nearest") or the bare backbone ("base")."""
         z = self.versions[-1].dynamics(h_bar)
         found = route(z, [v.region for v in self.versions])
-        asked = [self.speaker(i) for i in found.choice.tolist()]
-        layers, k = asked[0].field.layers, max(v.top_k for v in asked)
+        speakers = [self.speaker(i) for i in found.choice.tolist()]
+        layers, k = speakers[0].field.layers, max(v.top_k for v in speakers)
         indices = torch.zeros(len(z), layers, k, dtype=torch.long, device=z.device)
         weights = torch.zeros(len(z), layers, k, device=z.device)
-        for v in {id(v): v for v in asked}.values():
-            rows = [row for row, speaker in enumerate(asked) if speaker is v]
+        for v in {id(v): v for v in speakers}.values():
+            rows = [row for row, speaker in enumerate(speakers) if speaker is v]
             for whole, own in zip((indices, weights), v.gating(z[rows])):
                 whole[rows, :, : own.shape[-1]] = own
         if outside == "base":  # weight 0: the low-rank update vanishes
@@ -271,7 +271,7 @@ class Run(Folder):
 
     def open_model(self, backbone, tokenizer, targets=None):
         """Return the backbone with a bank that holds what the run has committed. targets: what a run without
-        versions adapts; others adapt what their first does."""
+        versions adapts; others adapt what their first does. Raises Refused if prompts would differ."""
         settings, versions = self.manifest["settings"], self.read_versions()
         said = settings.get("prompts")  # of a run with --template chat
         if said and said != digest_of_prompts(tokenizer, self.template, self.day):
@@ -290,10 +290,10 @@ class Run(Folder):
             versions.append(self.read_version(entry, versions))
         return versions
 
-    def load(self, model, versions=None):
+    def load(self, model, versions):
         """Put the bases of all versions (of a shared bank: the last's) read-only into the model's empty bank.
-        versions: None reads them. Raises Refused if they were made for another backbone."""
-        self.versions = versions or self.read_versions()
+        Raises Refused if they were made for another backbone."""
+        self.versions = versions
         for i, v in enumerate(self.versions):
             if v.shapes != model.bank.basis_shapes() or v.dynamics.gru.input_size != model.features:
                 raise Refused(f"{self.path(v.hash)}: made for other modules than this backbone has")
@@ -346,7 +346,7 @@ def rollback(run, name, cascade=False):
     if some do, without `cascade`."""
     gone = removable(run, name, cascade)
     hashes, tasks = {e["hash"] for e in gone}, {e["task"] for e in gone}
-    files = [path for e in gone for path in run.files(e)] + [run.state_file]  # of one that is gone, if any
+    files = [path for e in gone for path in run.files(e)] + [run.state_file]  # a kill may have left that
     run.manifest = without(copy.deepcopy(run.manifest), hashes, tasks)
     run.save(removed=files)
     return gone
@@ -360,8 +360,8 @@ def compose(run, names, weights, name, like=None, backbone=None):
     if like:
         opened = run.open_backbone(backbone or run.manifest["backbone"]["name"], pick_device(None))
         model, examples = run.open_model(*opened), read_examples(like, *opened, run.template, run.day)
-        asked = [v for v in run.versions if v.hash in hashes]
-        hashes, weights = weigh(model, asked, examples, run.probe_gating())
+        chosen = [v for v in run.versions if v.hash in hashes]
+        hashes, weights = weigh(model, chosen, examples, run.probe_gating())
     run.commit(Composition(name, hashes, list(weights)))
     return run.manifest["compositions"][-1]
 
@@ -391,7 +391,7 @@ def weigh(model, versions, examples, probe_gating=None, kept=4, steps=15, lr=0.5
 
 def merge(run, other):
     """Take in the versions of another run that this one lacks. Return their entries. Raises Refused, with
-    nothing changed, if the two have no first version in common, names clash, or one is not whole."""
+    nothing changed, if one is not whole, or as `mergeable` does."""
     new = mergeable(run, other)
     for wrong in [wrong for folder in (run, other) for _, wrong in verify(folder) if wrong]:
         raise Refused(wrong)
@@ -423,7 +423,7 @@ def change(run, args):
 
 def main(argv=None):
     args = parse_options(argv)
-    if args.command == "verify" and args.at:  # of a run folder nothing is needed
+    if args.command == "verify" and args.at:  # this asks a server, and needs no run folder
         result, text = ask_server(args.at, args.expected, args.model)
     elif not (run := Run(args.run or latest_run())).manifest_file.exists():
         raise Refused(f"{run.folder}: not a run folder")

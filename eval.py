@@ -17,7 +17,8 @@ Perplexity is over response tokens, EOS included, of the validation records kept
 chat template writes into an answer, such as the tags of an empty thought, is part of the response: it is
 trained, generated, counted in perplexity and compared in an exact match.
 
-This file covers sections 5.3 and 5.5 of the NIWF paper. Departure: its tables have the stored figure only.
+This file covers section 5.3 of the NIWF paper, and counts which inputs lie in which region, of which section
+5.5 has a picture. Departure: the paper's tables have the stored figure only.
 """
 
 import functools
@@ -95,15 +96,15 @@ def probe_all(model, examples, pool, gating=None, split=True):
 
 
 def validation_set(run, model, tokenizer, task):
-    """Return a task's validation examples in a fixed order, their h_bar, and the h_bar that routes them: of
-    the prompt alone, because a user's prompt has no response yet."""
+    """Return a task's validation examples in a fixed order, their h_bar, and the h_bar that routes them: that
+    of the prompt alone, because a user's prompt has no response yet."""
     examples = [encode(r, tokenizer, run.template, run.day) for r in run.validation(task)]
     examples.sort(key=lambda e: len(e[0]) + len(e[1]))  # stable: batches are the same every time
     gating, pool = run.probe_gating(), run.manifest["settings"]["pool"]
-    routes = h_bar = probe_all(model, examples, "prompt", gating)
+    h_prompt = h_bar = probe_all(model, examples, "prompt", gating)
     if pool == "sequence":
         h_bar = probe_all(model, examples, pool, gating)
-    return examples, h_bar, routes
+    return examples, h_bar, h_prompt
 
 
 @torch.no_grad()
@@ -113,7 +114,8 @@ def measure(run, model, tokenizer, outside="nearest"):
 
     base, stored, routed   perplexity
     routing, inside        {task: how many inputs it answers; how many lie in its region}
-    identical              [examples whose stored logits have the bits they had at commit, examples]
+    identical              [examples whose stored logits have the bits they had at commit, examples]; a task
+                           just learned is compared with itself
     gating, drift          see `describe_gating`, `describe_drift`"""
     last, digests = run.manifest["versions"][-1], {}
     row = {"task": last["task"], "version": last["hash"]}
@@ -129,14 +131,14 @@ def measure_task(run, model, tokenizer, i, outside):
     """Return task i's part of `measure`: {column: value} and digests. The perplexities are those of
     `perplexity_under`, found in one walk over the batches, of which each process takes a part."""
     task, results = run.tasks[i], run.manifest["results"]
-    examples, h_bar, routes = validation_set(run, model, tokenizer, task)
+    examples, h_bar, h_prompt = validation_set(run, model, tokenizer, task)
     base = next((row["base"][task] for row in results if task in row["base"]), None)  # it never changes
-    parts, choices, inside, gatings = [*batches(examples, h_bar, routes)], [], [], []
+    parts, choices, inside, gatings = [*batches(examples, h_bar, h_prompt)], [], [], []
     losses = torch.zeros(len(parts), 3, dtype=torch.float64)  # of each batch: base, stored, routed
     bits = torch.zeros(len(parts), EVAL_BATCH, 8, dtype=torch.uint8)
     rank, size = rank_and_size()
-    for b, (batch, h, asked) in enumerate(parts):
-        stored, (routed, found) = run.stored(i, h), run.routed(asked, outside)
+    for b, (batch, h, h_of_prompt) in enumerate(parts):
+        stored, (routed, found) = run.stored(i, h), run.routed(h_of_prompt, outside)
         choices += [v.task if v else BASE for v in answering(run, found, outside)]
         inside.append(found.inside)
         gatings.append(stored)
@@ -145,7 +147,7 @@ def measure_task(run, model, tokenizer, i, outside):
     sum_over_processes(losses)
     sum_over_processes(bits)
     digests = [bytes(row).hex() for row in bits.flatten(0, 1)[: len(examples)].tolist()]
-    nll = losses.cumsum(0)[-1].tolist()  # one batch after another: the same bits for any number of processes
+    nll = losses.cumsum(0)[-1].tolist()  # batch after batch: any number of processes gives the same bits
     tokens = sum(len(r) for _, r in examples)
     at_commit = run.digests(task) if run.measured(run.manifest["versions"][i]) else digests
     inside = torch.cat(inside).sum(0).tolist()
@@ -166,16 +168,12 @@ def measure_batch(model, batch, stored, routed, bare):
     """Return a batch's negative log-likelihoods [3]: bare (0 unless asked for), stored and routed; and
     digests of its stored logits: bytes [B, 8], which processes can sum."""
     logits, labels = model.logits(batch, stored)
-    alike = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(stored, routed))
     digests = [[*hashlib.sha256(x.float().cpu().numpy().tobytes()).digest()[:8]] for x in logits]
-    nll = torch.zeros(3, dtype=torch.float64)
-    nll[1] = nll[2] = float(response_nll(logits, labels).sum())
-    other = lambda gating: float(response_nll(*model.logits(batch, gating)).sum())
-    if not alike:
-        nll[2] = other(routed)
-    if bare:
-        nll[0] = other(None)
-    return nll, torch.tensor(digests, dtype=torch.uint8)
+    total = lambda logits, labels: float(response_nll(logits, labels).sum())
+    own, base = total(logits, labels), total(*model.logits(batch, None)) if bare else 0.0
+    alike = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(stored, routed))
+    nll = [base, own, own if alike else total(*model.logits(batch, routed))]
+    return torch.tensor(nll, dtype=torch.float64), torch.tensor(digests, dtype=torch.uint8)
 
 
 def describe_gating(gatings):
@@ -209,7 +207,7 @@ def describe_drift(run, i, h_bar):
 
 def measure_last(run, backbone, tokenizer):
     """Measure the state after the last task and keep it, unless that has been done: a kill may have come
-    between committing and measuring."""
+    between committing and measuring. Raises Refused if a perplexity is not finite."""
     last = run.manifest["versions"][-1]
     if not run.measured(last):
         model = run.open_model(backbone, tokenizer)
@@ -225,7 +223,8 @@ def measure_last(run, backbone, tokenizer):
 
 def report(run):
     """Print the table at the end: every task that the last measurement saw, stored and routed, when it was
-    learned and now. A merged version was measured in its own run, without this one's."""
+    learned and now. A merged version has a row from its own run, in which this run's other tasks are
+    missing."""
     results = run.manifest["results"]
     print_report(results, {p: forgetting(results, p) for p in ("stored", "routed")})
 
@@ -251,20 +250,20 @@ def answer(run, model, tokenizer, prompts, outside="nearest", max_new_tokens=128
 
 def exact_matches(run, model, tokenizer, args):
     """Count the validation prompts that are answered as trained. -> {task: {kind: [right, of]}}"""
-    written, shares = (tokenizer, run.template, run.day), {}
+    how, counts = (tokenizer, run.template, run.day), {}
 
     def ask(records, longest):
         for (batch,) in batches(records, size=4 * EVAL_BATCH):
             texts, found = answer(run, model, tokenizer, batch, args.outside, longest)
-            yield from zip(texts, (v.task if v else "base" for v in answering(run, found, args.outside)))
+            yield from zip(texts, (v.task if v else BASE for v in answering(run, found, args.outside)))
 
     for task in run.tasks:
-        records = sorted(run.validation(task), key=lambda record: len(prompt_of(record, *written)))
-        wanted = [encode(record, *written)[1] for record in records]
+        records = sorted(run.validation(task), key=lambda record: len(prompt_of(record, *how)))
+        wanted = [encode(record, *how)[1] for record in records]
         answers = ask(records, args.max_new_tokens or max(map(len, wanted)))
         texts = [text_of(tokenizer, ids) for ids in wanted]
-        shares[task] = exact_match(task, records, answers, texts, args.exact_match)
-    return shares
+        counts[task] = exact_match(task, records, answers, texts, args.exact_match)
+    return counts
 
 
 def gating_by_name(run, name):
@@ -319,7 +318,7 @@ def what_is_published(results):
 
 def measure_run(run, model, tokenizer, args):
     """Measure one run folder as it is now, print it, and return it as it goes to --json."""
-    run.manifest["results"].append(measure(run, model, tokenizer, args.outside)[0])
+    run.manifest["results"].append(measure(run, model, tokenizer, args.outside)[0])  # nothing is saved
     report(run)
     if args.outside == "base":
         print('\nThe bare backbone\'s answers count in the column "now", not in "learned".')
@@ -354,17 +353,16 @@ parse_options = functools.partial(parse_questions, __doc__)
 @torch.no_grad()
 def main(argv=None):
     args, outs = parse_options(argv), []
-    folders = args.run or [latest_run()]
+    folders, names = args.run or [latest_run()], args.version or ()
     if len({(*Run(folder).tasks,) for folder in folders}) > 1:
         raise Refused("the run folders hold different tasks, or in another order: no mean over them")
     for folder in folders:
-        names = args.version or ()
         run, model, tokenizer = open_run(folder, args.device, names, args.device_map, args.backbone)
         if args.web or args.talk or args.prompt is not None:
             named = functools.partial(gating_by_name, run)
-            asked = named(names[0]) if names else None
-            asked = most_like(run, model, tokenizer, args.like) if args.like else asked
-            return answer_as_asked(run, model, tokenizer, named, BARE, asked, args)
+            who = named(names[0]) if names else None
+            who = most_like(run, model, tokenizer, args.like) if args.like else who
+            return answer_as_asked(run, model, tokenizer, named, BARE, who, args)
         outs.append(measure_run(run, model, tokenizer, args))
     if len(outs) > 1:
         print_over_runs(outs)

@@ -13,11 +13,12 @@ likely.
 
 This file covers sections 3.2-3.5, 4.2, 4.3 and Appendix B of the NIWF paper, Eqs. (6)-(8), (10)-(13). It
 departs from the paper in this, and why:
-* The GRU takes one step, from z_0 = 0: the paper does not name the coordinate before the first update, and
-  an input has one h_bar, so the cell never recurs.
+* The GRU takes one step, from z_0 = 0: the paper gives its initial coordinate no value, and an input has one
+  h_bar, so the cell never recurs.
 * h_bar is standardised. Mean hidden states of a language model share a large common part (anisotropy), so
-  inputs differ little: as printed, at alpha 16, z hardly varies and the field learns one or two gatings.
-* In one pass d is 128 (train.py), not 64: layers near the first tell inputs apart in more directions.
+  inputs differ little: as printed, at alpha 16, one or two gatings serve all prompts of the tiny model.
+* In one pass d is 128 (train.py), not 64, and h_bar holds the last token beside the mean (model.py): more
+  prompts are then routed to their task.
 * A region's Gaussian is fitted to artanh(z), not to z, because coordinates pile up at the ends of (-1, 1).
   Its covariance is shrunk, and tau is a leave-one-out quantile, so that new inputs lie inside, too.
 * Routing compares regions with each other, and with a wide background, because one region's own 95 %
@@ -112,8 +113,8 @@ def unsquash(z):
 
 @dataclasses.dataclass(eq=False)
 class Region:
-    """R = {z : d_M(z; mu, Sigma) <= tau}, NIWF Eq. (11). mean [d] and cov [d, d] are those of artanh(z), in
-    float64; n coordinates were fitted."""
+    """R = {z : d_M(z; mu, Sigma) <= tau}, NIWF Eq. (11). mean [d] and cov [d, d] are those of u = artanh(z),
+    in float64; n coordinates were fitted."""
 
     mean: torch.Tensor
     cov: torch.Tensor
@@ -123,8 +124,9 @@ class Region:
     @classmethod
     def fit(cls, z, quantile=0.95):
         """Fit a Gaussian to n points z [n, d]. tau is a quantile of leave-one-out distances: of each point
-        from a Gaussian of the others, shrunk as that of all. The paper's distances, from a Gaussian of all
-        points, are too small unless n is much larger than d, so too few new points would lie inside."""
+        from a Gaussian of the other points, which is shrunk as much as that of all. The paper's distances,
+        from a Gaussian of all points, are too small unless n is much larger than d, so too few new points
+        would lie inside."""
         u = unsquash(z.cpu().double())
         mean, n, eye = u.mean(0), len(u), torch.eye(u.shape[1], dtype=u.dtype)
         x = u - mean
@@ -179,7 +181,7 @@ def mahalanobis(u, mean, whiten):
     return ((u - mean) @ whiten.mT).square().sum(-1).clamp(min=1e-12).sqrt()
 
 
-@functools.lru_cache(maxsize=1)  # the regions of a run stay, and every prompt asks
+@functools.lru_cache(maxsize=1)  # a run's regions do not change, and every prompt needs it
 def background(regions, wide=2.0):
     """Return a wide Gaussian, as a Region, for what no version has learned: it has the moments of all
     coordinates that the regions (a tuple) were fitted to, with `wide` times their covariance. The factor 2
@@ -221,9 +223,9 @@ def route(z, regions):
     discriminant analysis). The background takes part in the probabilities, so that a choice far from every
     region is not called sure (open-set recognition). -> Route"""
     # Ask all regions at once: one after another, routing would slow down with every task.
-    asked = [*regions, background((*regions,))]
-    whiten = torch.stack([r.whiten for r in asked])  # [regions + 1, d, d]
-    mean = torch.stack([r.mean for r in asked])[:, None]  # [regions + 1, 1, d]
+    gaussians = [*regions, background((*regions,))]
+    whiten = torch.stack([r.whiten for r in gaussians])  # [regions + 1, d, d]
+    mean = torch.stack([r.mean for r in gaussians])[:, None]  # [regions + 1, 1, d]
     u = unsquash(z.cpu().double())
     distance = mahalanobis(u, mean, whiten).T  # [B, regions + 1]
     # log N(z; mu, Sigma) without its constant: log |Sigma|^(-1/2) sums the logarithms of L^-1's diagonal.

@@ -169,7 +169,8 @@ def k_winners(m, k, free=None):
 
 
 def commit_mask(components, winners):
-    """Mark a mask's winners, in a grid or a pool, as taken: no later mask may have them."""
+    """Mark a mask's winners, in a grid or a pool, as taken. So they are frozen: no later mask may have them,
+    only winners get a gradient, and Adam starts anew with each task."""
     components.free[winners] = False
 
 
@@ -224,8 +225,8 @@ class LoRAPool:
     def applied(self, components, weight=None):
         """Within this block the targets compute (W + Delta W) x, FTN Eq. (1).
 
-        components {target: (A, B)} are those that `take` gave, weight [n] their entries of the mask, where
-        they are not all 1.
+        components {target: (A, B)} are those that `take` gave, weight [n] their entries of the mask; None if
+        all are 1.
         """
 
         def delta(A, B):

@@ -21,6 +21,8 @@ Departures, and why:
 * One pass. The paper runs the model twice (section 4.4), and lists that as a limitation (section 8): pass 1,
   the *probe*, gives h_bar, the mean of the last hidden states; pass 2 runs with the gating. `--passes two`
   does that, and adapts all layers.
+* In one pass h_bar is the mean and, beside it, the last token; the paper takes the mean alone, as two passes
+  do. More prompts are routed to their task so (studies/results/cost.md).
 * h_bar comes from *bare* layers (no adapters) and from the *prompt* only. The paper pools over the whole
   sequence, so pass 2 sees, through z, the tokens that it is to predict; and at generation time there is no
   response to pool. Training changes no bare layer, so h_bar can be cached for ever. Under the exact lock the
@@ -51,9 +53,9 @@ FOLDED_PARAMETERS = 2**28  # `FastBank.fold` keeps at most 1 GiB
 
 @torch.no_grad()
 def niwf(backbone, bank, dynamics, field, top_k, layer, prompt, response):
-    """NIWF, whole. prompt [1, T], response [1, R], ids -> logits [1, R, V] that predict the response. `layer`
-    is the first that is adapted; `bank` holds the bases of its projections and of those above, which ask the
-    bank for their update (`attach`)."""
+    """NIWF, whole. prompt [1, T] and response [1, R], token ids, -> logits [1, R, V] that predict the
+    response. `layer` is the first adapted layer; `bank` holds the bases of all adapted projections, which ask
+    it for their update (`attach`)."""
 
     # fmt: off
     def choose(hidden):                               # the bare layers have read the input
@@ -89,7 +91,8 @@ def detach(handles):
 
 @dataclasses.dataclass
 class Block:
-    """`count` committed bases. read() gives them when they are first asked for."""
+    """A block of `count` committed bases. read() returns their tensors, and is called when they are first
+    needed. `tensors` is a copy: `FastBank` puts what it needs on its device there."""
 
     count: int
     read: collections.abc.Callable
@@ -112,8 +115,8 @@ class AdapterBank:
         self.shapes = {name: in_out(m) for name, m in targets.items()}
         self.device = {name: device_of(m) for name, m in targets.items()}
         self.dtype = {name: m.weight.dtype for name, m in targets.items()}
-        self.layer = layer_numbers(targets)
-        self.layers = len(set(self.layer.values()))
+        self.layer = layer_numbers(targets)  # {target: its row of the gating}
+        self.layers = len(set(self.layer.values()))  # L, the rows of the gating
         self.committed, self.live = [], {}  # blocks of bases; those that are trained
         self.gating = None  # for each layer (places, weights [B, 1, K r]), see `use`; None: adapters off
 
@@ -123,13 +126,12 @@ class AdapterBank:
         return [block.count for block in self.committed] + live
 
     def __len__(self):
-        """The bases that a module holds, committed and live."""
+        """Return how many bases a module has, committed and live."""
         return sum(self.sizes())
 
     def basis_shapes(self):
         """Return {key: shape of one basis}."""
-        pairs = [(f"{name}.{part}", d) for name, ds in self.shapes.items() for part, d in zip("AB", ds)]
-        return {key: (self.rank, d) for key, d in pairs}
+        return {f"{n}.{part}": (self.rank, d) for n, ds in self.shapes.items() for part, d in zip("AB", ds)}
 
     def add(self, n):
         """Add n live bases: A Kaiming-uniform as in LoRA (bound 1/sqrt(d_in)); B is 0, so Delta W is, too."""
@@ -197,7 +199,8 @@ class AdapterBank:
         return y.view(given)
 
     def parameter_count(self, bases):
-        """NIWF Eq. (14): sum over modules of N r (d_in + d_out). Eq. (15): 335,544,320 for Mistral-7B."""
+        """NIWF Eq. (14): sum over modules of N r (d_in + d_out). Eq. (15), all layers of Mistral-7B, N 16:
+        335,544,320. The paper has 323 M, because it takes o_proj for 1024 -> 4096."""
         return sum(bases * self.rank * (d_in + d_out) for d_in, d_out in self.shapes.values())
 
 
@@ -257,7 +260,8 @@ class NIWF:
         self.checkpointed = []
 
     def checkpoint(self):
-        """Checkpoint gradients from now on: the backward pass runs layers again, see `compute_again`."""
+        """Checkpoint gradients from now on: the backward pass runs layers again. Raises Refused as
+        `compute_again` does."""
         self.checkpointed = compute_again(self.backbone, self.bank.again)
 
     @contextlib.contextmanager
@@ -272,23 +276,21 @@ class NIWF:
     @contextlib.contextmanager
     def gated_by(self, gating_of, prompts, probe_gating=None):
         """Within this block adapters run with the gating that `gating_of` makes of h_bar [B, features]. With
-        bare layers it is chosen as the first pass, over B prompts, enters layer m; with none, before that
-        pass."""
-        choose = lambda h_bar: self.bank.use(gating_of(h_bar))
+        bare layers it is chosen when the first pass, over B prompts, enters layer m. Without any, a probe
+        goes before."""
+        if not self.bare:
+            with self.gated(gating_of(self.probe(prompts, probe_gating))):
+                yield
+            return
         lengths = [len(p) for p in prompts]
-        h_bar = None if self.bare else self.probe(prompts, probe_gating)
-        with self.gated(None), contextlib.ExitStack() as hook:
-            if self.bare:
-                on_the_way = lambda hidden: choose(mean_and_last(hidden, lengths).to(self.device))
-                hook.enter_context(on_entering(self.first, on_the_way))
-            else:
-                choose(h_bar)
+        choose = lambda hidden: self.bank.use(gating_of(mean_and_last(hidden, lengths).to(self.device)))
+        with self.gated(None), on_entering(self.first, choose):
             yield
 
     @torch.no_grad()
     def probe(self, rows, gating=None):
-        """Return h_bar [B, features], float32, of B token lists. With bare layers: mean and last token of
-        what enters layer m, counted from 0, where the pass stops. With none: the mean of the last hidden
+        """Return h_bar [B, features], float32, of B token lists. With bare layers it is the mean and the last
+        token of what enters layer m, and the pass stops there. Without any it is the mean of the last hidden
         states under this gating."""
         ids, mask = pad_left(rows, self.pad_id, self.backbone)
         run = functools.partial(run_padded, body_of(self.backbone), ids, mask, use_cache=False)
@@ -330,11 +332,11 @@ class NIWF:
 #
 # A run of many tasks holds many blocks of bases, and a prompt needs few. `FastBank` reads a block when a
 # gating first names one of its bases, looks bases up block by block without joining all blocks first, and
-# gathers once for a text, because its gating stays.
+# gathers once for a text, because its gating stays. `again` and `under` serve `NIWF.checkpoint`.
 
 
 class FastBank(AdapterBank):
-    """The same bank."""
+    """The bank above. It gives the same updates."""
 
     folded = None  # what `fold` has gathered, while a text is generated
 
@@ -344,8 +346,9 @@ class FastBank(AdapterBank):
         super().use(gating)
 
     def locate(self, indices):
-        """Return for each layer a list of (block, which, number): `which` [n] of its B K bases lie in that
-        block, under which `number` [n] there. which None: all of them do."""
+        """Return for each layer a list of (block, which, number), one for each block that is needed. A gating
+        names B K bases for a layer: `which` [n] says which of them lie in the block (None: all), `number` [n]
+        where in it."""
         sizes, layers = torch.tensor(self.sizes()), indices.transpose(0, 1).flatten(1)  # [L, B K]
         if len(sizes) == 1:
             return [[(0, None, layer)] for layer in layers]

@@ -14,9 +14,10 @@ tells which task it is. Every method sees the same batches. After each task all 
                 take the stored one that has the lowest loss on it, and FixedMask is told the task
 
 R[i][j] is the score on task j after task i. ACC and MSE are means of the last row. A positive FM always means
-forgetting. This file covers section 3 and Appendices B and C of the FTN paper. Departures: the paper does not
-give its generator, and ours is `ConceptShift`; the methods with a lock are ours. EWC and SupSup stand in
-`studies/baselines.py`, experiment 2 in `studies/styles.py`.
+forgetting. This file covers section 3 and Appendix C of the FTN paper. Departures: the paper gives an outline
+of its generator alone (2 inputs, 24 latents, 8 of them a task, frequency 8), which `ConceptShift` fills in;
+the methods with a lock are ours. EWC and SupSup stand in `studies/baselines.py`, Appendix B's decomposition
+in `studies/tables.py`, experiment 2 in `studies/styles.py`.
 """
 
 import dataclasses
@@ -103,7 +104,7 @@ class Row:
     lr: float = 3e-4
     VERSION: ClassVar[int] = 1  # raise it when the code of a row gives other numbers: see plumbing/rows.py
     decay, fresh_moments, bias = 0.0, True, False  # the precautions of Appendix C
-    files = ()  # on disk, that its numbers come from
+    files = ()  # the files on disk that its numbers depend on
 
     @property
     def proposal(self):
@@ -170,7 +171,7 @@ def recall(mask, learner, t):
 class Mask:
     """A way to choose. `mask_for` a batch of task t gives indices of neurons, or of adapters, or ALL."""
 
-    place = 9  # in which order rows run: the oracle, which shows something soon, then the slow ones
+    place = 9  # rows run in this order: the oracle, which is quick, comes first, and the slowest last
 
     def recover(self, learner, t):
         """Find the mask for task t's support batch, at test time."""
@@ -305,7 +306,7 @@ class Neurons(Learner):
         self.optimizer.zero_grad()
         self.loss(self.grid.respond(x, winners, self.row.dropout), y).backward()
         self.mask.penalize(self)
-        self.optimizer.step()
+        self.optimizer.step()  # of all neurons: those that left the mask coast on until their moments decay
 
     def select(self, winners):
         return [self.grid.theta.detach()[winners], self.grid.readout.detach()[:, winners]]
@@ -423,7 +424,8 @@ def parse_options(argv=None):
     text = "when too few neurons are free, take a larger grid"
     p.add_argument("--grow", action="store_const", const=True, help=text)
     args = p.parse_args(argv)
-    choose_methods(p, args, known_methods(), [m for m in known_methods() if m != "supsup-wide"])
+    known = known_methods()
+    choose_methods(p, args, known, [m for m in known if m != "supsup-wide"])
     return args
 
 
@@ -432,8 +434,8 @@ def main(argv=None):
 
     which = Parser(__doc__, prog="synthetic.py", add_help=False)
     which.add_argument("--experiment")
-    asked, others = which.parse_known_args(argv)
-    if asked.experiment == "2":
+    known, others = which.parse_known_args(argv)
+    if known.experiment == "2":
         return styles.main(others, "synthetic.py --experiment 2")
     args = parse_options(argv)
     lines = itertools.product(seeds_of(args), dict.fromkeys(args.variant or HEAD), args.methods)
@@ -443,5 +445,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # this, too, ends the workers
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM ends the workers, too
     run_program(main)

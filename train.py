@@ -14,13 +14,16 @@ tasks, its *versions*: each has the bases that it wrote, its field and its regio
 
 Training can be killed at any moment: the same command goes on from `training.safetensors` and ends with the
 same bits. Of several processes each computes its share of every step and of the measuring, and their sums are
-those of one process. Only the first writes and prints. When one ends, all end, and the same command goes on.
+those of one process, up to rounding. Only the first writes and prints. When one ends, all end, and the same
+command goes on.
 
 This file covers sections 3.4, 3.6 and 5.1 of the NIWF paper, Eq. (9). Departures: our copy of the paper lacks
 its learning rate, so we chose 2e-4, and 1e-3 for the tiny backbone. alpha is 128 in place of 16: the weights
-of Eq. (7) sum to 1, so with 16 the update is 1/K of that of a LoRA of rank K r. Under the exact lock a later
-field starts with its own bases in the top K (`lead_with_own`), so that they are trained. The paper's own
-setting is `--lock soft --passes two --probe adapted --pool sequence --alpha 16`; h_bar stays standardised.
+of Eq. (7) sum to 1, so K bases are scaled by alpha / (K r), as a LoRA of rank K r is; with 128 that is 2, the
+paper's own alpha / r. A micro-batch holds examples of like length (`micro_batches`). Under the exact lock a
+later field starts with its own bases in the top K (`lead_with_own`), so that they are trained. The paper's
+own setting is `--lock soft --passes two --probe adapted --pool sequence --alpha 16`; h_bar stays
+standardised.
 """
 
 import collections
@@ -54,8 +57,8 @@ from plumbing.training import Training, peak_memory
 import torch
 
 MISTRAL = "mistralai/Mistral-7B-v0.1"
-MISTRAL_BYTES = 24.7e9  # 23.3 GB by count for its second task (studies.memory), the rest for CUDA
-LENGTH_WINDOW = 4  # steps whose examples are sorted by length, together
+MISTRAL_BYTES = 24.7e9  # its second task needs 23.3 GB by count (studies.memory); the rest is for CUDA
+LENGTH_WINDOW = 4  # the examples of so many steps are sorted by length together
 
 
 # -------------------------------------------------------------------------------------- what a task may write
@@ -64,9 +67,10 @@ LENGTH_WINDOW = 4  # steps whose examples are sorted by length, together
 def writable(run, model, h_bar, args):
     """Return the Learner of a new task. In training the locks differ in this alone. run: see commit.py.
 
-    The first task writes all. A later one, exact: new bases and a new field over all bases; older bases and
-    the dynamics are read only. soft, none: the bank, field and dynamics of the last version. h_bar [n,
-    features]: the first task's sets the standardisation; None in later tasks of an adapted probe."""
+    The first task writes everything. Under the exact lock a later one writes new bases and a new field over
+    all bases; it only reads older bases and the dynamics. Under the soft lock and none it goes on writing the
+    last version's bank, field and dynamics. h_bar [n, features]: a first task's sets the standardisation, an
+    exact later one's `lead_with_own`; None in later tasks of an adapted probe."""
     torch.manual_seed(args.seed + len(run.versions))
     bank = model.bank
     if run.versions and args.lock != "exact":
@@ -133,7 +137,7 @@ def lead_with_own(field, old, top_k, z):
 
 def loss_terms(learner, batch, h_bar, args, share, responses):
     """NIWF Eq. (9): L = L_LM + lambda_lock L_lock + lambda_sep L_sep + lambda_budget L_budget, its terms by
-    name. L_budget = K / N is left out: it is a constant at fixed K, and has no gradient.
+    name. L_budget is left out: the paper calls it a constant at fixed K, so it has no gradient.
 
     batch: B examples of a step, h_bar [B, features]. share: B over the examples of the step; responses:
     response tokens of the step. So the terms of a step's micro-batches add up to those of the step."""
@@ -158,8 +162,8 @@ def learning_rate(step, total, peak):
 def micro_batches(examples, step, args):
     """Return the indices of a step's examples, in lists of `--batch`: a function of seed and step.
 
-    Padding costs what text costs, so like lengths come together: the shuffled examples of LENGTH_WINDOW steps
-    are sorted by length and cut into micro-batches, which are shuffled again."""
+    A padded position costs as much as a token, so like lengths come together: the shuffled examples of
+    LENGTH_WINDOW steps are sorted by length and cut into micro-batches, which are shuffled again."""
     per_step = args.batch * args.grad_accum
     epoch, place = divmod(step, math.ceil(len(examples) / per_step))
     window, place = divmod(place, LENGTH_WINDOW)
@@ -184,7 +188,8 @@ def take_share(micros, batch):
 
 def learn(run, learner, examples, h_bar, val, args):
     """Train one task and commit it. h_bar [n, features]: of the bare backbone, for every example; an adapted
-    probe does not use it. Raises KeyboardInterrupt, with everything saved, when asked to stop."""
+    probe does not use it. Raises KeyboardInterrupt, with everything saved, when asked to stop, and Refused if
+    the saved state is of another training, or a loss or gradient is not finite."""
     total = args.epochs * math.ceil(len(examples) / (args.batch * args.grad_accum))
     about = describe_training(examples, args)
     rate = lambda step: learning_rate(step, total, args.lr)
@@ -198,7 +203,7 @@ def learn(run, learner, examples, h_bar, val, args):
             chosen = [examples[i] for micro in micros for i in micro]
             responses = sum(len(r) for _, r in chosen)
             # Forward and backward: the gradients of the micro-batches add up, over all processes.
-            losses = collections.Counter(dict.fromkeys(("lm", "lock", "sep"), 0.0))
+            losses = collections.Counter(lm=0.0, lock=0.0, sep=0.0)
             for micro in take_share(micros, args.batch):
                 batch = [examples[i] for i in micro]
                 h = learner.probe(batch, args, split=False) if args.probe == "adapted" else h_bar[micro]
@@ -207,7 +212,7 @@ def learn(run, learner, examples, h_bar, val, args):
                 values.sum().backward()
                 losses.update(dict(zip(terms, values.tolist())))
             losses = training.add_up(losses)
-            # Clip, set the learning rate, step.
+            # Clip to norm 1, set the learning rate, take a step of AdamW: see plumbing/training.py.
             training.update(losses)
             # Report, save the state, stop if asked to.
             training.after_step(losses, sum(len(p) + len(r) for p, r in chosen))
@@ -219,8 +224,8 @@ def learn(run, learner, examples, h_bar, val, args):
 
 def describe_training(examples, args):
     """Return what identifies a training, and is kept in its version: the options and a digest of the data."""
-    apart = ("data", "val_data", "val_examples", "backbone", "device", "device_map", "out")
-    apart += ("checkpointing",)  # it changes no bit
+    # A digest stands for the data; checkpointing changes no bit.
+    apart = "data val_data val_examples backbone device device_map out checkpointing".split()
     about = {k: v for k, v in sorted(vars(args).items()) if k not in apart}
     for key, value in OLDER.items():  # older versions lack these options, and had these values
         if about[key] == value:
@@ -309,8 +314,8 @@ def complete(args, run):
     if getattr(args, "passes", "one") == "two":
         preset = preset | {"coord_dim": 64}
     fixed = dict(run.manifest["settings"]) if run.tasks else {}
-    shared, held = bool(run.tasks) and args.lock != "exact", 0  # bases that are there and are trained further
-    if shared:
+    held = 0  # bases of a shared bank, which are trained further
+    if run.tasks and args.lock != "exact":
         head = run.head(run.manifest["versions"][-1])
         fixed["field_hidden"], held = head["config"].get("field_hidden", 256), head["writes"]
     if idle := [key for key in SOFT_ALONE if args.lock != "soft" and hasattr(args, key)]:
@@ -374,7 +379,7 @@ def say_known(run, args):
         said["examples"] = min(said["examples"], made["examples"])
     if other := [f"{key} {made[key]}" for key in said if said[key] != made.get(key, said[key])]:
         print(f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out")
-    run.save()  # where the backbone lies now
+    run.save()  # `open_backbone` has put into the manifest where the backbone lies now
 
 
 def train_task(run, args, backbone, tokenizer):
@@ -383,9 +388,9 @@ def train_task(run, args, backbone, tokenizer):
         args.bare_layers = default_bare(len(layers_of(backbone)))
     targets = None if run.tasks else choose_targets(backbone, tokenizer, args.targets, args.bare_layers)
     args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)
-    if asks_for_day(tokenizer, args.template):  # only then do two days give other bits
+    if asks_for_day(tokenizer, args.template):  # it writes the day into prompts: a run keeps its first day
         args.day = run.day
-    if args.template == "chat" and not run.tasks:  # a model's own template may change, see `open_model`
+    if args.template == "chat" and not run.tasks:  # `open_model` refuses if it has changed since
         args.prompts = digest_of_prompts(tokenizer, args.template, run.day)
     examples, val = load_data(args, tokenizer)
     if run.tasks:
@@ -399,8 +404,8 @@ def train_task(run, args, backbone, tokenizer):
         model.checkpoint()
     # Bare layers never change, so they run once. An adapted probe runs in every step, and its first task
     # needs the bare h_bar for the standardisation alone.
-    asked = args.probe == "bare" or not run.tasks
-    h_bar = probe_all(model, examples, args.pool) if asked else None
+    needed = args.probe == "bare" or not run.tasks
+    h_bar = probe_all(model, examples, args.pool) if needed else None
     learn(run, writable(run, model, h_bar, args), examples, h_bar, val, args)
     model.detach()
 

@@ -317,7 +317,7 @@ def opened(folder, backbone=None):
     run = Run(folder)
     bare = run.manifest["settings"].get("bare_layers", 0)
     model = NIWF(backbone or one_backbone(), pad_id=0, rank=2, alpha=16, bare=bare)
-    run.load(model)
+    run.load(model, run.read_versions())
     return run, model
 
 
