@@ -51,7 +51,7 @@ from plumbing.expected import ask_server
 from plumbing.export import export, say_export
 from plumbing.files import latest_run
 from plumbing.folder import Folder
-from plumbing.log import composable, describe, log, mergeable, parse_command, removable, show, without
+from plumbing.log import composable, describe, log, mergeable, parse_command, removable, without
 from plumbing.prompts import digest_of_prompts, pad_of
 from plumbing.records import read_examples
 from plumbing.targets import named_targets
@@ -432,7 +432,7 @@ def main(argv=None):
         text = "\n".join(log(result))
     elif args.command == "show":
         result = describe(run, run.find(args.version))
-        text = "\n".join(show(result))
+        text = "\n".join(f"{k:12} {v if isinstance(v, str) else json.dumps(v)}" for k, v in result.items())
     elif args.command == "verify":
         found = verify(run)
         result = [{"version": e["hash"], "task": e["task"], "wrong": wrong} for e, wrong in found]

@@ -43,8 +43,8 @@ import torch
 from torch import nn
 
 from field import top_k_gating
-from plumbing.passes import body_of, computed_once, continuations, decode, features_of, greedy
-from plumbing.passes import mean_and_last, mean_over, on_entering, pad_left, run_padded, until
+from plumbing.passes import body_of, computed_once, continuations, decode, greedy
+from plumbing.passes import mean_and_last, mean_over, on_entering, pad_left, run_padded, until, width_of
 from plumbing.targets import adapted_targets, compute_again, device_of, find_targets, in_out, layer_numbers
 from plumbing.targets import layers_of
 
@@ -250,7 +250,7 @@ class NIWF:
         self.handles = attach(targets, self.bank.update)
         self.checkpointed = []
         self.device = device_of(backbone.get_input_embeddings())
-        self.features = features_of(backbone, bare)
+        self.features = (2 if bare else 1) * width_of(backbone, bare)  # of h_bar: mean and last, or mean
 
     def detach(self):
         """Take the hooks off the backbone."""

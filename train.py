@@ -361,6 +361,7 @@ def run_task(run, args):
     backbone, tokenizer = run.open_backbone(args.backbone, args.device, args.device_map)
     size = sum(p.numel() for p in backbone.parameters())
     print(f"backbone  {args.backbone} on {args.device}, {size:,} frozen parameters")
+    run.manifest["backbone"]["name"] = place_of(args.backbone)  # where it lies now
     if args.task in run.tasks:
         say_known(run, args)
     else:
@@ -379,7 +380,7 @@ def say_known(run, args):
         said["examples"] = min(said["examples"], made["examples"])
     if other := [f"{key} {made[key]}" for key in said if said[key] != made.get(key, said[key])]:
         print(f"it was trained with {', '.join(other)}; to change that, roll it back or give another --out")
-    run.save()  # `open_backbone` has put into the manifest where the backbone lies now
+    run.save()  # the backbone may lie elsewhere now
 
 
 def train_task(run, args, backbone, tokenizer):
@@ -388,10 +389,11 @@ def train_task(run, args, backbone, tokenizer):
         args.bare_layers = default_bare(len(layers_of(backbone)))
     targets = None if run.tasks else choose_targets(backbone, tokenizer, args.targets, args.bare_layers)
     args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)
+    day = run.day
     if asks_for_day(tokenizer, args.template):  # it writes the day into prompts: a run keeps its first day
-        args.day = run.day
+        args.day = day
     if args.template == "chat" and not run.tasks:  # `open_model` refuses if it has changed since
-        args.prompts = digest_of_prompts(tokenizer, args.template, run.day)
+        args.prompts = digest_of_prompts(tokenizer, args.template, day)
     examples, val = load_data(args, tokenizer)
     if run.tasks:
         measure_last(run, backbone, tokenizer)

@@ -28,6 +28,4 @@ class Refused(Exception):
 
     def __init__(self, message):
         text = " ".join(str(message).split())
-        if not text.isprintable():
-            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        super().__init__(text)
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))

@@ -125,20 +125,6 @@ def forget_tokens(tokenizer, size):
     tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
-def load_tokenizer(name, backbone):
-    """Return the tokenizer of a backbone, see `load_backbone`. Raises Refused if it cannot be had, or does
-    not fit."""
-    path, options = (TINY_FOLDER, {}) if name in RANDOM else find_backbone(name)
-    size = backbone.get_input_embeddings().num_embeddings
-    with loading(name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-        if "gguf_file" in options and len(tokenizer) > size:
-            forget_tokens(tokenizer, size)
-        if tokenizer.eos_token_id is None or len(tokenizer) > size:
-            raise ValueError("its tokenizer has no end-of-sequence token, or more tokens than the model")
-    return tokenizer
-
-
 def load_backbone(name, device, device_map=None):
     """Return (backbone, tokenizer): in bfloat16 on a GPU, in float32 on a CPU and for tiny.
 
@@ -154,18 +140,23 @@ def load_backbone(name, device, device_map=None):
         raise Refused(f"--device-map spreads weights that are read, and {name} has none to read")
     if device_map:
         refuse_without("--device-map", "accelerate")
-    if name in RANDOM:
-        torch.manual_seed(0)
-        with torch.device(device):
-            backbone = from_shape(name, dtype)
-        return backbone, load_tokenizer(name, backbone)
-    path, options = find_backbone(name)
+    path, options = (TINY_FOLDER, {}) if name in RANDOM else find_backbone(name)
     weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "device_map": device_map}
     with loading(name):
-        backbone, about = transformers.AutoModelForCausalLM.from_pretrained(path, **weights, **options)
-        if about["missing_keys"]:
-            raise ValueError(f"weights are missing: {min(about['missing_keys'])}")
-    tokenizer = load_tokenizer(name, backbone)
+        if name in RANDOM:
+            torch.manual_seed(0)
+            with torch.device(device):
+                backbone = from_shape(name, dtype)
+        else:
+            backbone, about = transformers.AutoModelForCausalLM.from_pretrained(path, **weights, **options)
+            if about["missing_keys"]:
+                raise ValueError(f"weights are missing: {min(about['missing_keys'])}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        size = backbone.get_input_embeddings().num_embeddings
+        if "gguf_file" in options and len(tokenizer) > size:
+            forget_tokens(tokenizer, size)
+        if tokenizer.eos_token_id is None or len(tokenizer) > size:
+            raise ValueError("its tokenizer has no end-of-sequence token, or more tokens than the model")
     return backbone if device_map else backbone.to(device), tokenizer
 
 
@@ -182,18 +173,13 @@ def digest_of(backbone, sample, left_out=()):
     return digest.hexdigest()
 
 
-def sample_of(x):
-    """Return some 65,000 of a weight's values [n] at equal distances, or all. The distance is odd, as a
-    power of two would see few columns."""
-    return x[:: len(x) // SAMPLE | 1]
-
-
 def fingerprint(backbone):
     """Return what identifies a backbone: do adapters for one fit this one?
 
-    A sample of the values is rounded to bfloat16, so it is the same in whatever type they are held. It is
-    large enough that a slight tuning shows in spite of the rounding. A tied weight counts once."""
-    rounded = lambda x: sample_of(x).to(torch.bfloat16).view(torch.int16)
+    Some 65,000 of a weight's values are rounded to bfloat16, so they are the same in whatever type they are
+    held, and enough that a slight tuning shows in spite of the rounding. Their distance is odd, as a power of
+    two would see few columns. A tied weight counts once."""
+    rounded = lambda x: x[:: len(x) // SAMPLE | 1].to(torch.bfloat16).view(torch.int16)
     return digest_of(backbone, rounded, backbone.all_tied_weights_keys)
 
 

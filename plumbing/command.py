@@ -116,8 +116,6 @@ def output_file(text):
     results may be replaced, any other file may not."""
     path = pathlib.Path(text)
     try:
-        if path.is_dir():
-            raise OSError(0, "it is a folder")
         if path.exists() and not {"command", "rows"} <= {*read_json(path, own=False)}:
             raise ValueError
         trial = temporary(path)  # `atomic` writes under a name as long as this one

@@ -110,13 +110,8 @@ class Folder:
         return self.folder / "versions" / f"{digest}.safetensors"
 
     def measured(self, entry):
-        """Return whether there is a row of results for a version."""
-        return any(row["version"] == entry["hash"] for row in self.manifest["results"])
-
-    def refuse_unmeasured(self, entry):
-        """Raise Refused if there is no row of results for a version."""
-        if not self.measured(entry):
-            raise Refused(f"{self.manifest_file}: {entry['task']} is not measured: train.py does")
+        """Return the row of results for a version, or None."""
+        return next((row for row in self.manifest["results"] if row["version"] == entry["hash"]), None)
 
     def data_file(self, task, kind):
         """Return a file of a task. kind "val": the validation records that it is measured on, now and after
@@ -197,7 +192,6 @@ class Folder:
     def exclusive(self):
         """Within this block no other process changes the run folder. The lock dies with its process. If
         nothing comes of the block, no empty folder is left. Raises Refused if it is taken, and as `read`."""
-        self.read()
         with contextlib.ExitStack() as held:
             self.lock(held)
             self.read()  # as the other process may just have left it
@@ -269,12 +263,12 @@ class Folder:
             self.save()
 
     def open_backbone(self, name, device, device_map=None):
-        """Load the backbone, and put its name into the manifest, which `save` alone writes. Return (backbone,
+        """Load the backbone; the first is put into the manifest, which `save` alone writes. Return (backbone,
         tokenizer). Raises Refused if the run folder belongs to another backbone."""
         backbone, tokenizer = load_backbone(name, device, device_map)
         owner = self.manifest["backbone"]
         if owner and not is_backbone(backbone, owner["fingerprint"]):
             raise Refused(f"{self.folder} belongs to another backbone than {name}: {owner['name']}")
-        known = owner["fingerprint"] if owner else fingerprint(backbone)
-        self.manifest["backbone"] = {"name": place_of(name), "fingerprint": known}
+        if not owner:
+            self.manifest["backbone"] = {"name": place_of(name), "fingerprint": fingerprint(backbone)}
         return backbone, tokenizer

@@ -2,7 +2,6 @@
 of them, and asked of them on a command line."""
 
 import argparse
-import json
 
 from plumbing import Refused
 from plumbing.command import Parser, number
@@ -14,9 +13,8 @@ def describe(run, entry):
     path, head = run.path(entry["hash"]), run.head(entry)
     readers = [e["hash"] for e in dependents(run, entry["hash"])]
     about = {**head, **entry, "bytes": path.stat().st_size, "read_by": readers}
-    for row in run.manifest["results"]:
-        if row["version"] == entry["hash"]:
-            about["perplexity"] = {k: row[k][entry["task"]] for k in ("base", "stored", "routed")}
+    if row := run.measured(entry):
+        about["perplexity"] = {k: row[k][entry["task"]] for k in ("base", "stored", "routed")}
     return about
 
 
@@ -44,12 +42,6 @@ def log(abouts):
             base, stored, routed = about["perplexity"].values()
             yield f"|         perplexity {base:.3f} before, {stored:.3f} stored, {routed:.3f} routed"
         yield "|"
-
-
-def show(about):
-    """Yield the lines of `python commit.py show`. about: what `describe` says of a version."""
-    for key, value in about.items():
-        yield f"{key:12} {json.dumps(value) if isinstance(value, (dict, list)) else value}"
 
 
 def without(manifest, hashes, tasks):
@@ -106,16 +98,16 @@ def mergeable(run, other):
         raise Refused(f"{run.folder} and {other.folder} have no common first version, so no coordinates")
     if ours["backbone"]["fingerprint"] != theirs["backbone"]["fingerprint"]:
         raise Refused(f"{other.folder} belongs to another backbone than {run.folder}")
-    run.refuse_shared()
-    other.refuse_shared()
-    run.refuse_unmeasured(ours["versions"][-1])
+    for folder in (run, other):
+        folder.refuse_shared()
+        for entry in folder.manifest["versions"]:
+            if not folder.measured(entry):
+                raise Refused(f"{folder.manifest_file}: {entry['task']} is not measured: train.py does")
     known = {e["hash"] for e in run.entries}
     new = [e for e in other.entries if e["hash"] not in known]
     for entry in new:
         if run.namesake(entry["task"]):
             raise Refused(f"both runs have a version called {entry['task']}; roll one back")
-        if entry["lock"] != "composed":
-            other.refuse_unmeasured(entry)
     return new
 
 

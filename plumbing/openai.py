@@ -20,7 +20,7 @@ import torch
 from plumbing import Refused, forms
 from plumbing.files import AUTO, BASE, is_text, parse_json
 from plumbing.passes import context_of, room_for, sampler
-from plumbing.prompts import prompt_ids, refuse_left_out, system_message
+from plumbing.prompts import prompt_ids, refuse_left_out
 from plumbing.talk import pieces
 
 ROLES = {role: forms.ROLES[role] for role in ("system", "developer", "user", "assistant")}
@@ -90,11 +90,8 @@ def message_of(message, where):
 
 def read_request(body):
     """Return what a body asks for: the fields above that it has, and "messages" as `message_of` makes them.
-    Other fields are ignored. Raises Wrong if one of these is wrong."""
-    try:
-        found = parse_json(body, "the body")
-    except Refused as e:
-        raise Wrong(e) from None
+    Other fields are ignored. Raises Refused as `parse_json` does, and Wrong if one of these is wrong."""
+    found = parse_json(body, "the body")
     if not isinstance(found, dict):
         raise Wrong("the body: it is no JSON object")
     asked = {key: found[key] for key in FIELDS if found.get(key) is not None}
@@ -201,10 +198,8 @@ class Answers:
         """Return the tokens of a chat in the run's own template, and how many may follow. Raises Refused as
         `prompt_ids` does, and Wrong if there is no room for any."""
         how = self.tokenizer, self.run.template, self.run.day
-        history, last = messages[:-1], messages[-1]["content"]
-        if history and history[0]["role"] == "system":
-            history[:1] = system_message(history[0]["content"], *how)
-        record = {"instruction": last, "history": history}
+        history = [m for m in messages[:-1] if m["content"] or m["role"] != "system"]
+        record = {"instruction": messages[-1]["content"], "history": history}
         refuse_left_out([record], *how)
         ids = prompt_ids(record, *how)
         try:

@@ -26,11 +26,6 @@ def width_of(backbone, bare=0):
     return not bare and getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
-def features_of(backbone, bare=0):
-    """Return how wide h_bar is: twice as wide if some layers stay bare, see `mean_and_last`."""
-    return (2 if bare else 1) * width_of(backbone, bare)
-
-
 def context_of(backbone):
     """Return how many tokens a backbone was made to read at once, 0 if it does not say."""
     config = backbone.config.get_text_config()

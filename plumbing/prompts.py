@@ -5,7 +5,6 @@ the prompt ends. What a user wrote never becomes a control token, whatever it re
 that asks for the day is always told the run's, so that its text is the same tomorrow.
 """
 
-import contextlib
 import datetime
 import functools
 import hashlib
@@ -28,31 +27,22 @@ def asks_for_day(tokenizer, template):
     return template == "chat" and "strftime_now" in str(tokenizer.chat_template)
 
 
-@contextlib.contextmanager
-def clock_at(day):
-    """Within this block chat templates are told midnight of `day`, or the present if it is None. transformers
-    passes plain data alone to a template, so its clock is what can be replaced."""
-    clock = chat_template_utils.datetime
-    if day is not None:
-        midnight = datetime.datetime.fromisoformat(day)
-        chat_template_utils.datetime = types.SimpleNamespace(now=lambda: midnight)
-    try:
-        yield
-    finally:
-        chat_template_utils.datetime = clock
-
-
 def render_chat(messages, tokenizer, day, **how):
-    """Return what a tokenizer's chat template makes of messages. Raises Refused if it has none, or fails."""
+    """Return what a tokenizer's chat template makes of messages on a day, None: today, at midnight. Raises
+    Refused if it has none, or fails."""
     if not tokenizer.chat_template:
         raise Refused("--template chat: the backbone's tokenizer has no chat template; alpaca needs none")
+    clock = chat_template_utils.datetime  # transformers passes on no function, so its clock is replaced
     try:  # in a sandbox: a template is no code that could do more than write
-        with clock_at(day):
-            return tokenizer.apply_chat_template(messages, tokenize=False, **how)
+        midnight = datetime.datetime.fromisoformat(day or today())
+        chat_template_utils.datetime = types.SimpleNamespace(now=lambda: midnight)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
     except Exception as e:  # a template raises what it likes
         which = f"the chat that ends with {unquote(messages[-1]['content'], tokenizer)[:40]!r}"
         why = f"the tokenizer's template cannot write {which} ({unquote(str(e), tokenizer)})"
         raise Refused(f"--template chat: {why}") from e
+    finally:
+        chat_template_utils.datetime = clock
 
 
 def render(record, tokenizer, template, day, answered=False):
@@ -84,13 +74,8 @@ def end_token(tokenizer, template):
     Refused if that is no token of its own, so that generation could not stop at it."""
     if template == "alpaca":
         return tokenizer.eos_token_id
-    chat = [{"role": role, "content": "Hello."} for role in ("system", "user", "assistant")]
-    for messages in (chat[1:], chat):  # some templates cannot do without a system message
-        with contextlib.suppress(Refused):
-            ending = render_chat(messages, tokenizer, None).rpartition("Hello.")[2]
-            break
-    else:
-        raise Refused("--template chat: the tokenizer's template cannot write a prompt and its answer")
+    record = {**hello(tokenizer, template), "output": "Hello."}
+    ending = render(record, tokenizer, template, None, answered=True)[1].rpartition("Hello.")[2]
     found, control = ids_of(ending, tokenizer), control_tokens(tokenizer).values()
     added = [t for t in found if t in control] or [t for t in found if t in tokenizer.added_tokens_decoder]
     if not added:
@@ -117,7 +102,7 @@ def system_message(text, tokenizer, template, day):
     return record["history"]
 
 
-def refuse_left_out(records, tokenizer, template, day):
+def refuse_left_out(records, tokenizer, template, day, where="--template chat"):
     """Raise Refused if a chat template leaves out a system message, or what a tool said, of these records. Of
     each role one message is asked for, at the beginning of a chat and one further on."""
     if template == "alpaca" or not tokenizer.chat_template:
@@ -131,7 +116,7 @@ def refuse_left_out(records, tokenizer, template, day):
         history = [{**m, "content": mark} if j == i else m for j, m in enumerate(record["history"])]
         if mark not in prompt_of({**record, "history": history}, tokenizer, template, day):
             what = f"leaves out a message of the role {role!r}{' after the first' * later}"
-            raise Refused(f"--template chat: the tokenizer's template {what}")
+            raise Refused(f"{where}: the tokenizer's template {what}")
 
 
 def prompt_of(record, tokenizer, template, day=None):

@@ -160,10 +160,7 @@ def refuse_unwritten(source, tokenizer, template, day):
         used = any(key in holder for r in source.records for holder in (r, *r.get("history", ())))
         if used and tokenizer.chat_template and not re.search(rf"\b{key}\b", str(tokenizer.chat_template)):
             raise Refused(f"{source.path} has {key!r}, which the tokenizer's chat template does not write")
-    try:
-        refuse_left_out(source.records, tokenizer, template, day)
-    except Refused as e:
-        raise Refused(f"{source.path}: {e}") from None
+    refuse_left_out(source.records, tokenizer, template, day, source.path)
 
 
 def load_data(args, tokenizer):

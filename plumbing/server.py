@@ -205,7 +205,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.complete()
             else:
                 raise Wrong(f"{self.command} {path[:80]}: there is nothing at this path", 404)
-        except Wrong as e:
+        except Refused as e:
+            e = e if isinstance(e, Wrong) else Wrong(e)
             self.reply(e.status, e.body())
 
     do_GET = do_POST = route

@@ -11,12 +11,6 @@ def spread(values, digits=3):
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def without_empty(heads, lines):
-    """Return heads and lines of a table without the columns that are empty in all lines."""
-    shown = [i for i in range(len(heads)) if not i or any(line[i] for line in lines)]
-    return [heads[i] for i in shown], [[line[i] for i in shown] for line in lines]
-
-
 def print_table(title, heads, lines):
     """Print a title, then heads and lines: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(heads, *lines)]

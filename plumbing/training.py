@@ -95,7 +95,7 @@ class Training:
         self.before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = dict(total=self.total, initial=self.step, desc=self.about["task"], unit="step")
         self.bar = tqdm(**bar, disable=None)  # None: not where there is no terminal
-        self.began = self.saved = time.time()
+        self.began = self.saved = time.monotonic()
         self.tokens, self.save_time, self.average = 0, 0, None
         return self
 
@@ -135,18 +135,18 @@ class Training:
         asked to stop."""
         lm, self.tokens = losses["lm"], self.tokens + tokens
         self.average = lm if self.average is None else 0.9 * self.average + 0.1 * lm
-        speed = self.tokens / (time.time() - self.began)
+        speed = self.tokens / (time.monotonic() - self.began)
         self.bar.update()
         self.bar.set_postfix_str(f"loss {self.average:.3f}, {speed:.0f} tok/s")
         if self.step % max(1, self.total // 10) == 0 or self.step == self.total:
             penalties = "".join(f"  {name} {losses[name]:.1e}" for name in ("lock", "sep") if losses[name])
             tqdm.write(f"step {self.step}/{self.total}  loss {self.average:.4f}{penalties} {speed:.0f} tok/s")
         self.log.write(json.dumps({"step": self.step, "tok/s": round(speed), **losses}) + "\n")
-        due = time.time() - self.saved > max(SAVE_EVERY, 20 * self.save_time)
+        due = time.monotonic() - self.saved > max(SAVE_EVERY, 20 * self.save_time)
         if save := any_process(self.stop or due or self.step == self.total):
-            self.saved = time.time()
+            self.saved = time.monotonic()
             self.save()
-            self.save_time = time.time() - self.saved
+            self.save_time = time.monotonic() - self.saved
         if save and any_process(self.stop):
             done = f"stopped and saved at step {self.step} of {self.total}"
             raise KeyboardInterrupt(f"{done}; the same command goes on from there")

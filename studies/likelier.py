@@ -25,7 +25,8 @@ from plumbing.backbone import load_backbone, pick_device
 from plumbing.passes import pad_left, run_padded
 from plumbing.prompts import encode, prompt_ids, prompt_of
 from plumbing.records import prompt_key, read_records, take_usable
-from plumbing.tables import print_table, spread, without_empty
+from plumbing.tables import print_table, spread
+from studies.tables import without_empty
 
 BATCH = 8  # fixed, so that the same records give the same bits later
 ROUTER = "regions, prompt"  # the one that `Run.routed` is

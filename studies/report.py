@@ -18,7 +18,7 @@ from eval import report
 from plumbing import Refused
 from plumbing.command import Parser, run_program
 from plumbing.files import atomic
-from plumbing.tables import without_empty
+from studies.tables import without_empty
 from studies.architectures import VERDICTS
 from studies.likelier import accuracies, few_lines, routers
 from studies.memory import TABLE_2, memory_lines

@@ -22,6 +22,12 @@ COLUMNS = [("{} recov.", "recovered_last", 3), ("FM recov.", "recovered_fm", 3),
 # fmt: on
 
 
+def without_empty(heads, lines):
+    """Return heads and lines of a table without the columns that are empty in all lines."""
+    shown = [i for i in range(len(heads)) if not i or any(line[i] for line in lines)]
+    return [heads[i] for i in shown], [[line[i] for i in shown] for line in lines]
+
+
 def line_of(out):
     """What is printed as soon as a row is there."""
     shown = {p: [out["summary"][f"{p}_{key}"] for key in ("last", "fm")] for p in ("recovered", "stored")}

@@ -22,10 +22,11 @@ import train
 from commit import Run
 from model import NIWF, response_nll
 from plumbing.backbone import fingerprint, hub_or_cache, is_backbone, load_backbone
-from plumbing.passes import choose_targets, features_of, positions_of
+from plumbing.passes import choose_targets, positions_of, width_of
 from plumbing.targets import LINEAR, describe_targets, find_targets, kind_of
 from tests.builders import (
     HERE,
+    RECORD,
     VOCABULARY,
     asked,
     copy_of,
@@ -132,7 +133,7 @@ def test_rows_of_a_batch_have_gatings_of_their_own_everywhere(name):
     examples, gating = random_examples(3), random_gating(3, model.bank.layers, 4)
     alone = [[part[i : i + 1] for part in gating] for i in range(3)]
     logits, labels = model.logits(examples, gating)
-    assert model.probe([p for p, _ in examples]).shape == (3, model.features) == (3, features_of(backbone))
+    assert model.probe([p for p, _ in examples]).shape == (3, model.features) == (3, width_of(backbone))
     with torch.enable_grad():
         response_nll(*model.logits(examples, gating)).sum().backward()
     assert all(p.grad.any() for p in model.bank.live.values())
@@ -423,7 +424,7 @@ def test_a_gpu_with_room_takes_mistral_wherever_the_run_goes(tmp_path, monkeypat
 
 def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_path, monkeypatch, capsys):
     """Each of the three programs verifies it, and refuses another in its place. Training remembers the place;
-    to ask, as one may with a copy that does not stay, changes nothing."""
+    to ask or to compose, as one may with a copy that does not stay, does not."""
     out, old = copy_of(first, tmp_path), Run(first).manifest["backbone"]
     place = shutil.copytree(old["name"], tmp_path / "moved")
     edit_json(out / "manifest.json", lambda m: m["backbone"].update(name=str(tmp_path / "gone")))
@@ -446,6 +447,9 @@ def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_
     git(out, export + "lora", "--backbone", "moved")
     base = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == str(place) and snapshot_of(out) == before
+    (tmp_path / "few.json").write_text(json.dumps([RECORD]))
+    git(copy := copy_of(out, tmp_path / "copy"), "compose --like few.json --name few --backbone moved")
+    assert Run(copy).manifest["backbone"] == Run(out).manifest["backbone"]
     train.main(micro("alpaca", out, "--backbone", "moved"))
     assert Run(out).manifest["backbone"] == {**old, "name": str(place)}
     assert "bit-identical on 32 of 32" in capsys.readouterr().out

@@ -446,7 +446,8 @@ def test_prompt_and_answer_must_fit_into_the_context(of_chat):
 def test_the_public_openai_client_is_answered(two, of_two):
     """OpenAI's own client lists models, gets answers whole and streamed, and raises its own errors."""
     openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port_of(of_two)}/v1", api_key="none", max_retries=0)
+    how = {"api_key": "none", "max_retries": 0, "http_client": openai.DefaultHttpxClient(trust_env=False)}
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port_of(of_two)}/v1", **how)
     assert [m.id for m in client.models.list()][:2] == ["auto", "base"]
     how = {"messages": [{"role": "user", "content": "Name three fruits."}], "max_tokens": 5, "temperature": 0}
     whole = client.chat.completions.create(model="auto", **how)
