@@ -816,8 +816,8 @@ def test_unselected_components_move_only_by_decay_or_moments(decay, carried, kep
 
 # -------------------------------------------------------------------------------------------------- README.md
 
-README = (HERE / "README.md").read_text()
-PAGES = {path: path.read_text() for path in (HERE / "README.md", *report.RESULTS.glob("*.md"))}
+README = (HERE / "README.md").read_text("utf-8")
+PAGES = {path: path.read_text("utf-8") for path in (HERE / "README.md", *report.RESULTS.glob("*.md"))}
 
 
 def test_every_equation_has_a_function_and_a_test():
@@ -828,7 +828,7 @@ def test_every_equation_has_a_function_and_a_test():
         for first, last in re.findall(r"\((\d+)\)(?:-\((\d+)\))?", title):
             numbers[paper] |= {*range(int(first), int(last or first) + 1)}
         path, _, names = where.partition(": ")
-        file = (HERE / path).read_text()
+        file = (HERE / path).read_text("utf-8")
         for part in re.findall(r"\w+", names):
             assert re.search(rf"^ *(def|class) {part}\b", file, re.MULTILINE), part
         assert tests in globals(), tests
@@ -878,7 +878,7 @@ def test_every_command_of_the_readme_is_understood(command):
 def test_every_option_that_the_readme_names_is_one_of_ours():
     """Every option that the README names in its text exists in our programs, so none is out of date."""
     places = [*(HERE / f"{name}.py" for name in PROGRAMS), *(HERE / "plumbing").glob("*.py")]
-    ours = "".join(place.read_text() for place in places)
+    ours = "".join(place.read_text("utf-8") for place in places)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
     options = {option for span in spans for option in re.findall(r"(?<!\S)--[a-z][\w-]*", span)}
     assert len(options) > 10

@@ -95,8 +95,9 @@ class Gated:
         self.model.bank.add(BASES)
         for p in self.model.bank.live.values():
             p.data.normal_(std=0.01)
-        self.field = WeightField(self.model.bank.layers, BASES)
-        self.dynamics = CoordinateDynamics(self.model.features)
+        self.d = 128 if self.model.bare else 64  # train.py's default
+        self.field = WeightField(self.model.bank.layers, BASES, self.d)
+        self.dynamics = CoordinateDynamics(self.model.features, self.d)
         self.h_bar = self.model.probe([p for p, _ in examples])  # as in training, asked once
         self.dynamics.standardise(self.h_bar)
 
@@ -119,7 +120,7 @@ class Routed(Gated):
         super().__init__(*backbone)
         old = {key: p.data.clone() for key, p in self.model.bank.live.items()}
         self.model.bank.commit(BASES, lambda: old)
-        self.regions = [Region.fit(torch.tanh(torch.randn(200, 64) + i)) for i in range(2)]
+        self.regions = [Region.fit(torch.tanh(torch.randn(200, self.d) + i)) for i in range(2)]
 
     def gating(self, h_bar):
         z = self.dynamics(h_bar)
@@ -250,13 +251,14 @@ def train_second_task(backbone, layers, checkpointing, bare):
     for tensor in (*backbone.parameters(), *backbone.buffers()):
         tensor.data.fill_(0.01)  # memory that is never written takes none
     model = NIWF(backbone, pad_id=0, rank=RANK, bare=bare)
-    bank, field = model.bank, WeightField(model.bank.layers, 2 * BASES)
+    bank, d = model.bank, 128 if bare else 64
+    field = WeightField(bank.layers, 2 * BASES, d)
     old = {key: torch.randn(BASES, *shape) / 100 for key, shape in bank.basis_shapes().items()}
     bank.commit(BASES, lambda: old)
     bank.add(BASES)
     if checkpointing:
         model.checkpoint()
-    dynamics = CoordinateDynamics(model.features).requires_grad_(False)
+    dynamics = CoordinateDynamics(model.features, d).requires_grad_(False)
     optimizer = torch.optim.AdamW([*bank.live.values(), *field.parameters()], fused=True)
     for _ in range(2):
         for _ in range(2):

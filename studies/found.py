@@ -190,7 +190,7 @@ TABLES = {
 def main(argv=None):
     p = Parser(__doc__, prog="found.py")
     add = p.add_argument
-    add("table", choices=TABLES)
+    add("table", choices=TABLES, help="what is found or composed")
     add("--backbone", default="tiny", help="see train.py")
     add("--seeds", type=number(int, 1, 100), default=3, help="how many")
     add("--first-seed", type=number(int, 0, 10**6), default=0, help="the first of them")

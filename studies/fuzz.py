@@ -325,7 +325,8 @@ def lie(r, folder):
 
 def edit_json(r, folder):
     """A change in the manifest or in a task's validation files."""
-    path = r.choice([folder / "manifest.json"] * 3 + sorted((folder / "data").glob("*.*.json")))
+    data = [p for p in our_files(folder) if p.parent.name == "data"]
+    path = r.choice([folder / "manifest.json"] * 3 + data)
     text = json.dumps(damage_json(r, json.loads(path.read_text())))
     path.write_text(r.choice(["[" * 50_000, text + "x", text[:-1]]) if r.random() < 0.05 else text)
 

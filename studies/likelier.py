@@ -234,7 +234,7 @@ def accuracies(results):
         cells = [*map(said, [*figures, *ways]), *size, f"{seconds:.0f}", more]
         lines.append([f"{out['about']}, order {out['order']}", *cells])
     heads = ["%", "ACC", "exact match", "BWT", "forgotten", "FWT", "routed", "by input"]
-    heads += ["M trained", "M kept", "seconds", "in use, less the first"]
+    heads += ["M trained, no field", "M kept", "seconds", "in use, less the first"]
     return without_empty(heads, lines)
 
 

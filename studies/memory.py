@@ -65,8 +65,9 @@ def count_memory(name, depth=None, bare=0):
     with FakeTensorMode():
         model = NIWF(from_shape(name, torch.bfloat16, depth), pad_id=0, rank=RANK, bare=bare)
         model.bank.add(BASES)
-        layers, dynamics = model.bank.layers + bare, CoordinateDynamics(model.features)
-        fields = [WeightField(model.bank.layers, BASES * task) for task in (1, 2)]
+        layers, d = model.bank.layers + bare, 128 if bare else 64  # train.py's default
+        dynamics = CoordinateDynamics(model.features, d)
+        fields = [WeightField(model.bank.layers, BASES * task, d) for task in (1, 2)]
         kept = {False: count_kept(model, fields[0], dynamics)}
         model.checkpoint()
         kept[True] = count_kept(model, fields[0], dynamics)

@@ -35,9 +35,9 @@ from synthetic import row_summary
 mean = statistics.mean
 
 PAGES = pathlib.Path(__file__).parent / "pages"
+LINES = (PAGES / "names.txt").read_text("utf-8").splitlines()[1:]
 ROWS = {  # a name: (file of results, row), from a text that a person edits
-    name: tuple(where.split(": ", 1))
-    for name, where in (line.split(" = ", 1) for line in (PAGES / "names.txt").read_text().splitlines()[1:])
+    name: tuple(where.split(": ", 1)) for name, where in (line.split(" = ", 1) for line in LINES)
 }
 # fmt: off
 GENERATORS = {  # what is different in the task generator: the files that have its rows
@@ -97,7 +97,7 @@ QUANTITIES = {  # name: (head of its column, digits, function of a row with one 
     "forgotten-routed": ("routed, %", 1, forgotten("routed")),
     "home-A": ("A routed home, %", 1, home(0)), "home-B": ("B routed home, %", 1, home(1)),
     "nats": ("nats a token", 4, lambda r: math.log(r["R"]["stored"][0][0])),
-    "trained": ("trained, M", 2, lambda r: r["trained parameters"] / 1e6),
+    "trained": ("trained but for the field, M", 2, lambda r: r["trained parameters"] / 1e6),
     "size": ("kept, M", 2, lambda r: r["kept parameters"] / 1e6),
     "choices": ("choices a layer", 1, of_first("gating", "sets")),
     "bases": ("bases that carry weight", 1, of_first("gating", "bases")),

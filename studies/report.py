@@ -239,7 +239,7 @@ def commands():
 
 def results_pages(reader):
     """{path: text} of the pages in studies/results. Raises Refused if a file is no file of results."""
-    texts = {path: path.read_text() for path in sorted(PAGES.glob("*.md"))}
+    texts = {path: path.read_text("utf-8") for path in sorted(PAGES.glob("*.md"))}
     pages = {
         RESULTS / path.name: reader.page(text)
         for path, text in texts.items()
@@ -255,12 +255,9 @@ def with_blocks(text, reader):
 
     def made(block):
         begin, part, names, end = block.groups()
-        found = (
-            reader.drawn(part, *names.split())
-            if names
-            else [reader.page((PAGES / f"readme-{part}.md").read_text()).strip()]
-        )
-        return "\n".join([begin, *found, end])
+        if names:
+            return "\n".join([begin, *reader.drawn(part, *names.split()), end])
+        return "\n".join([begin, reader.page((PAGES / f"readme-{part}.md").read_text("utf-8")).strip(), end])
 
     return re.sub(r"(<!-- ([\w-]+) ?(.*?) ?-->)\n.*?(<!-- end -->)", made, text, flags=re.DOTALL)
 
@@ -269,10 +266,10 @@ def main(argv=None):
     Parser(__doc__, prog="report.py").parse_args(argv)
     reader = Reader()
     pages = results_pages(reader)
-    pages[HOME / "README.md"] = with_blocks((HOME / "README.md").read_text(), reader)
+    pages[HOME / "README.md"] = with_blocks((HOME / "README.md").read_text("utf-8"), reader)
     for path, text in pages.items():
         with atomic(path) as tmp:
-            tmp.write_text(text)
+            tmp.write_text(text, "utf-8")
         print(f"wrote {path}")
 
 

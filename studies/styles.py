@@ -14,7 +14,6 @@ import itertools
 import math
 import pathlib
 import re
-import statistics
 from typing import ClassVar
 
 import torch
@@ -27,7 +26,6 @@ from plumbing.targets import find_targets, in_out
 from plumbing.command import number, run_program
 from plumbing.prompts import pad_of
 from plumbing.rows import choose_methods, given, parser_of, run_rows, seeds_of
-from plumbing.tables import print_table
 from studies.tables import line_of, print_tables
 from synthetic import FixedMask, Learner, LockedMask, Mask, NoMask, SearchedMask, generator
 from synthetic import recall, run_row
@@ -223,25 +221,6 @@ METHODS = {
 }
 
 
-def print_overlaps(outs):
-    """FTN Table 5: |m_i and m_j| / k for every pair of tasks, the mean over seeds of one method."""
-    if outs:
-        n = outs[0]["tasks"]
-        styles = list(StyleStream.STYLES)[:n]
-        means = map(statistics.mean, zip(*(o["overlap_last"] for o in outs)))
-        shares = dict(zip(itertools.combinations(range(n), 2), means))
-        cell = lambda i, j: "." if i == j else f"{shares[min(i, j), max(i, j)]:.2f}"
-        lines = [[style, *(cell(i, j) for j in range(n))] for i, style in enumerate(styles)]
-        print_table(f"overlap of stored masks, {outs[0]['method']}", ["", *styles], lines)
-
-
-def print_all_tables(outs):
-    """Print the scores, and FTN Table 5 of the two methods that search."""
-    print_tables(outs)
-    for method in ("lora-ftn", "lora-ftn-lock"):
-        print_overlaps([o for o in outs if o["method"] == method])
-
-
 def parse_options(argv=None):
     p = parser_of(__doc__, "styles.py")
     add = p.add_argument
@@ -259,7 +238,7 @@ def main(argv=None, program="-m studies.styles"):
     args = parse_options(argv)
     more = given(args, "backbone", "reconfigure", "b_std", "tasks", "steps")
     rows = [StyleRow(method=m, seed=s, **more) for s, m in itertools.product(seeds_of(args), args.methods)]
-    run_rows(run_row, rows, METHODS, args, (program, argv), line_of, print_all_tables)
+    run_rows(run_row, rows, METHODS, args, (program, argv), line_of, print_tables)
 
 
 if __name__ == "__main__":

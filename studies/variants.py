@@ -616,32 +616,18 @@ def measure_backbone(backbone, tokenizer, examples):
 # -------------------------------------------------------------------------------- does one region tell apart?
 
 
-def training_losses(log):
-    """-> {task: the language-model loss of every step}, whatever stops and starts there were"""
-    losses = {}
-    for line in map(json.loads, log.read_text().splitlines()):
-        if "task" in line:
-            steps = losses.setdefault(line["task"], {})
-        else:
-            steps[line["step"]] = round(line["lm"], 4)
-    return {task: [steps[step] for step in sorted(steps)] for task, steps in losses.items()}
-
-
 def look_at_regions(folder):
     """Of validation prompts: the share of every task's inputs inside the region of each task alone, and the
     AUROC of the distance to it, own inputs against others'; all coordinates as they are now in a plane
-    (t-SNE, where scikit-learn is installed), and which lie in their own region; how often each basis is
-    chosen; and the loss of every training step, nats per token. ->
+    (t-SNE, where scikit-learn is installed), and which lie in their own region. ->
 
-    {"regions": {region: {task: {"inside", "AUROC"}}}, "coordinates": {task: {"tsne" [n, 2], "home" [n]}},
-    "usage": {task: [L, N]}, "losses": {task: [steps]}}"""
+    {"regions": {region: {task: {"inside", "AUROC"}}}, "coordinates": {task: {"tsne" [n, 2], "home" [n]}}}"""
     run, model, tokenizer = open_run(folder)
     last = run.versions[-1]
-    h_bar = {task: validation_set(run, model, tokenizer, task)[2] for task in run.tasks}
-    z = {task: last.dynamics(h).cpu().double() for task, h in h_bar.items()}
-    found = {"tasks": run.tasks, "lock": last.lock, "regions": {}, "coordinates": {}, "usage": {}}
-    found["losses"] = training_losses(run.folder / "log.jsonl")
-    for i, v in enumerate(run.versions):
+    h_bar = lambda task: validation_set(run, model, tokenizer, task)[2]
+    z = {task: last.dynamics(h_bar(task)).cpu().double() for task in run.tasks}
+    found = {"tasks": run.tasks, "lock": last.lock, "regions": {}, "coordinates": {}}
+    for v in run.versions:
         distance, about = {task: v.region.distance(x) for task, x in z.items()}, {}
         for task, d in distance.items():
             auroc = area_under_curve(distance[v.task], d)
@@ -649,9 +635,6 @@ def look_at_regions(folder):
             print(f"region of {v.task}: {about[task]['inside']:6.1%} of {task} inside, AUROC {auroc:.3f}")
         found["regions"][v.task] = about
         found["coordinates"][v.task] = {"home": (distance[v.task] <= v.region.tau).int().tolist()}
-        indices, _ = run.stored(i, h_bar[v.task])
-        chosen = torch.nn.functional.one_hot(indices, len(model.bank)).sum(2).double().mean(0)  # [L, N]
-        found["usage"][v.task] = [[round(x, 3) for x in layer] for layer in chosen.tolist()]
     if importlib.util.find_spec("sklearn"):
         from sklearn.manifold import TSNE
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -25,7 +26,7 @@ from plumbing.talk import pieces
 from studies import found as weighing
 from studies import memory
 from tests.builders import HERE, RECORD, a_region, a_version_of, answers, asked, copy_of, evaluate
-from tests.builders import fake_commit, git, load_in_double, micro_backbone, opened, random_bank
+from tests.builders import edit_json, fake_commit, git, load_in_double, micro_backbone, opened, random_bank
 from tests.builders import random_examples, random_gating, refused, rows_in, run_quietly, snapshot_of
 from tests.builders import tiny_tokenizer
 
@@ -124,7 +125,7 @@ def test_each_piped_prompt_is_answered_and_no_line_ends_it(two, capsys):
     assert f"[version {code}, as asked]" in out and "[the bare backbone, as asked]" in out
 
 
-def talk_on_a_terminal(run):
+def talk_on_a_terminal(run, *more):
     """Start eval.py --talk on a terminal of its own. Return the process and our end of the terminal."""
     fcntl, termios = map(pytest.importorskip, ("fcntl", "termios"))
     ours, its = os.openpty()
@@ -133,15 +134,18 @@ def talk_on_a_terminal(run):
     termios.tcsetattr(its, termios.TCSANOW, how)
     ends = dict.fromkeys(("stdin", "stdout", "stderr"), its) | {"env": os.environ | {"TERM": "dumb"}}
     own = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal
-    process = subprocess.Popen(talk_command(run, 100_000), **ends, start_new_session=True, preexec_fn=own)
+    command = talk_command(run, 100_000) + [*more]
+    process = subprocess.Popen(command, **ends, start_new_session=True, preexec_fn=own)
     os.close(its)
     return process, ours
 
 
-def test_a_talk_survives_ctrl_c_and_ends_when_told(chat):
+def test_a_talk_survives_ctrl_c_and_ends_when_told(chat, tmp_path):
     """The version says Hello; the bare backbone does not end, so there is time to stop it."""
     select = pytest.importorskip("select")
-    process, ours = talk_on_a_terminal(chat)
+    endless = shutil.copytree(chat.parent / "backbone", tmp_path / "backbone")
+    edit_json(endless / "config.json", lambda c: c.update(max_position_embeddings=10**6))
+    process, ours = talk_on_a_terminal(chat, "--backbone", str(endless))
 
     def say(text, *parts, patience=600):
         """Return what the program prints until all parts of it are there. Say the text again if that takes
@@ -189,7 +193,7 @@ def test_all_tasks_are_measured_under_named_versions(two, tmp_path, capsys):
     (found,) = rows_in(tmp_path / "u.json")
     assert all(sum(n for _, n in kinds.values()) == 32 for kinds in found["exact_match"].values())
     for task, row in found["under"].items():
-        assert row[task] == pytest.approx(stored[task], rel=1e-6)
+        assert row[task] == pytest.approx(stored[task], rel=1e-5)  # both sum in float32
         assert row["onlyA"] == pytest.approx(row["alpaca"], rel=1e-5)  # weight 0 takes code out again
     assert "as asked" in asked(out, capsys, *"--version onlyA --prompt Hi. --max-new-tokens 3".split())[1]
 
@@ -270,7 +274,7 @@ def test_the_count_of_memory_is_what_autograd_keeps(checkpointing):
             counts[type(mode)] = memory.count_kept(model, *parts)
     real, counted = counts.values()
     assert all(0 <= b - a < 2.1 * 2 * memory.TOKENS**2 for a, b in zip(real, counted))
-    assert real[-1] == counted[-1] and 0 < real[0] < real[1] or checkpointing
+    assert real[-1] == counted[-1] and (checkpointing or 0 < real[0] < real[1])
 
 
 def test_memory_is_counted_without_a_run_folder(tmp_path, capsys):
@@ -455,7 +459,7 @@ def test_the_study_counts_what_it_says(micro, tmp_path, capsys):
         return rows_in(path)
 
     rows = run("styles")
-    assert sum(row["routed home"] for row in rows) == 1 and len(rows) == 6
+    assert sorted(row["routed home"] for row in rows) == [0] * 5 + [1]
     assert all(0 <= row[f"found from {n}"] <= 1 for row in rows for n in (1, 4, 16))
     assert run("styles") == rows and "nothing to train" in capsys.readouterr().out
     (row,) = run("kinds", "--learned", "3", "--held", "1")

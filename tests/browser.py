@@ -1,13 +1,108 @@
 """The page in a real browser. It is skipped where there is none."""
 
+import contextlib
+import fcntl
 import json
+import os
+import select
+import shutil
+import subprocess
+import time
 
 import pytest
 
 from commit import Run
 from eval import answer, open_run
-from studies.page import CHROMIUM, Browser
 from tests.server import port_of
+
+
+NAMES = "chromium", "chromium-browser", "google-chrome", "chrome"
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Browser:
+    """One page. Messages are JSON that ends with a zero byte: Chromium reads file 3 and writes file 4."""
+
+    def __init__(self, folder):
+        (its_in, self.to), (self.come, its_out) = os.pipe(), os.pipe()
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (its_in, its_out)]
+        flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+        flags += " --remote-debugging-pipe --disable-component-update --disable-sync --disable-extensions"
+        command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder}", "about:blank"]
+        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        take_ends = lambda: [os.dup2(end, fd) for fd, end in enumerate(ends, 3)]
+        self.process = subprocess.Popen(command, pass_fds=(3, 4), preexec_fn=take_ends, **silent)
+        for end in (its_in, its_out, *ends):
+            os.close(end)
+        self.rest, self.last, self.session, self.said = b"", 0, {}, []
+        page = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        how = {"targetId": page["targetId"], "flatten": True}
+        self.session = {"sessionId": self.call("Target.attachToTarget", **how)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def close(self):
+        with contextlib.suppress(OSError, AssertionError):
+            self.session = {}
+            self.call("Browser.close")
+        self.process.kill()
+        self.process.wait()
+        os.close(self.to)
+        os.close(self.come)
+
+    def call(self, method, **params):
+        """Ask for something and return what comes of it. Keep what the page complains of in `said`."""
+        self.last += 1
+        message = json.dumps({"id": self.last, "method": method, "params": params, **self.session}).encode()
+        os.write(self.to, message + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                data = select.select([self.come], [], [], 600)[0] and os.read(self.come, 2**16)
+                assert data, "the browser has ended, or does not answer"
+                self.rest += data
+            message, _, self.rest = self.rest.partition(b"\0")
+            found = json.loads(message)
+            if found.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.said.append(found["params"])
+            if found.get("id") == self.last:
+                assert "error" not in found, (method, found)
+                return found["result"]
+
+    def run(self, script):
+        """Return what an expression of JavaScript gives, once its promise is kept."""
+        found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def until(self, script, seconds=300):
+        """Wait until an expression is true, and return it."""
+        wait = f"""(async () => {{
+            for (const end = Date.now() + {1000 * seconds}; Date.now() < end;) {{
+                const found = {script};
+                if (found) return found;
+                await new Promise(done => setTimeout(done, 10));
+            }} }})()"""
+        found = self.run(wait)
+        assert found, script
+        return found
+
+    def open(self, address):
+        self.call("Page.navigate", url=address)
+        self.until("document.readyState === 'complete' && typeof models === 'object' && models.length")
+
+    def ask(self, prompt):
+        """Type a prompt and press Enter."""
+        self.run("document.getElementById('prompt').focus()")
+        self.call("Input.insertText", text=prompt)
+        enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, **enter)
+
+    def size(self, width, height):
+        """Show the page at this size."""
+        how = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **how)
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 @pytest.fixture
@@ -66,8 +161,16 @@ def test_in_a_browser_each_prompt_gets_its_own_version(two, of_two, browser):
         assert browser.run("document.documentElement.scrollWidth") <= width
 
 
-def test_in_a_browser_an_answer_is_stopped_and_a_talk_goes_on(of_chat, browser):
-    """The bare backbone of this run never ends; its version says Hello."""
+def test_in_a_browser_an_answer_is_stopped_and_a_talk_goes_on(of_chat, browser, monkeypatch):
+    """The bare backbone of this run ends with its context, here after seconds; its version says Hello."""
+
+    def slowly(*how, stream=of_chat.answers.stream):
+        with contextlib.closing(stream(*how)) as steps:
+            for step in steps:
+                time.sleep(0.01)
+                yield step
+
+    monkeypatch.setattr(of_chat.answers, "stream", slowly)
     browser.open(f"http://127.0.0.1:{port_of(of_chat)}/")
     browser.run(
         "document.getElementById('model').value = 'base', document.getElementById('longest').value = 9999"

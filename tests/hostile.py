@@ -497,7 +497,7 @@ TRAIN_ARGUMENTS += """--frobnicate x | --task ../x | --task=a/b | --task=-x | --
     --data none | --data notes.txt | --data pipe | --backbone tiny | --backbone none/such
     --backbone none.gguf | --backbone notes.txt | --backbone proj""".replace("\n", "|").split("|")
 ARGUMENTS = {
-    "eval": """--device cpu:x | --device tpu | --outside x | --exact-match -1 | --max-new-tokens 0 | --bench 0
+    "eval": """--device cpu:x | --device tpu | --outside x | --exact-match -1 | --max-new-tokens 0
         --version nobody | --version nobody --prompt x | --prompt x --run run first | --run none | --run proj
         --run notes.txt | --run target | --run run none | --json none/x.json | --json proj | --json notes.txt
         --json list.json | --json run/manifest.json | --json code.json | --json run/data/code.val.json
@@ -532,14 +532,11 @@ ARGUMENTS = {
         verify --expected notes.txt | verify --model x | verify --at x --expected notes.txt
         verify --at x --expected none | verify --at= --expected list.json
         verify --at x --expected link.json | verify --at x --expected list.json""",
-    "synthetic": """--seeds 0 | --seeds x | --tasks 1 | --steps 0 | --workers 0 | --b-std -1 | --b-std nan
-        --b-std inf | --search 0 1 | --search 1 nan | --search inf 1 | --first-seed -1 | --first-seed 1{0}
-        --steps 1{0} | --seeds 1{0} | --methods x | --variant x | --experiment 3 | --inputs x
+    "synthetic": """--seeds 0 | --seeds x | --tasks 1 | --steps 0 | --workers 0 | --first-seed -1
+        --first-seed 1{0} | --steps 1{0} | --seeds 1{0} | --methods x | --variant x | --experiment 3
         --json none/x.json | --json proj | --json notes.txt | --json list.json | --json run/manifest.json
-        --experiment 2 --tasks 7 | --experiment 2 --methods ewc | --figures notes.txt | --frobnicate
-        --experiment 2 --m0 0 | --experiment 2 --generator 0 | --b-std 0
-        --b-std 0.1 | --experiment 2 --b-std -1 | --experiment 2 --b-std inf | --experiment 2 --grow
-        --steps 1e3""",
+        --experiment 2 --tasks 7 | --experiment 2 --methods ewc | --frobnicate | --experiment 2 --b-std -1
+        --experiment 2 --b-std inf | --steps 1e3""",
 }
 
 

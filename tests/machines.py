@@ -76,11 +76,14 @@ def test_without_a_terminal_no_bar_is_drawn(program, micro, tmp_path, monkeypatc
     assert len(re.findall("^(step 2/2|clf fixedmask seed 0) ", out, re.MULTILINE)) == 1
 
 
-GROUPS = "answers synthetic neurons memory compose page sequence styles report pictures make_tiny".split()
-GROUPS = dict.fromkeys([*GROUPS, "commit log", "commit verify"], ["options"])
-GROUPS |= dict.fromkeys([f"bench {c}" for c in "niwf decode first-token ftn".split()], ["options"])
+GROUPS = "answers synthetic neurons memory compose sequence styles report pictures make_tiny digits support "
+GROUPS += "settings sure depths architectures"
+GROUPS = dict.fromkeys([*GROUPS.split(), "commit log", "commit verify"], ["options"])
 GROUPS |= dict.fromkeys(
-    "stream kinds variants fuzz commit bench".split(), ["positional arguments", "options"]
+    [f"bench {c}" for c in "niwf decode first-token ftn growth memory".split()], ["options"]
+)
+GROUPS |= dict.fromkeys(
+    "stream kinds variants fuzz commit bench found".split(), ["positional arguments", "options"]
 )
 GROUPS |= {f"commit {c}": GROUPS["commit"] for c in "show rollback compose merge export".split()}
 GROUPS["train"] = ["optimisation", "bank, field and coordinate (sections 3.1-3.3)", "commitment and locks"]

@@ -68,7 +68,7 @@ def test_pictures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys
         pathlib.Path("lie.json").write_text(text)
         assert "lie.json" in run_quietly(pictures.main, ["lie.json", "--to", "new"], capsys)
     pictures.main(["--to", "all"])
-    shown = "".join(path.read_text() for path in [*report.RESULTS.glob("*.md"), HERE / "README.md"])
+    shown = "".join(path.read_text("utf-8") for path in [*report.RESULTS.glob("*.md"), HERE / "README.md"])
     drawn = {path.name for path in pathlib.Path("all").iterdir()}
     kept = {path.name for path in (HERE / "assets").glob("*.png")}
     assert drawn == kept == {*re.findall(r"[\w-]+\.png", shown)}
@@ -83,14 +83,6 @@ def test_the_table_of_architectures_judges_each_family(tmp_path, capsys):
     assert rows[0]["share"] == 0.5 and all(rows[0][name] <= 1 for name in architectures.CHECKS)
     assert "1 right, 0 in part, 1 refused, 0 wrong, 0 not built" in capsys.readouterr().out
     assert "no causal language model" in run_quietly(architectures.main, ["--only", "gpt5"], capsys)
-
-
-def test_losses_of_a_resumed_training_replace_the_lost_ones(tmp_path):
-    """Losses of steps that a resumed training repeats replace those that were logged before it was killed."""
-    lines = [{"task": "a"}, *({"step": i, "lm": i} for i in (1, 2, 3)), {"task": "a", "start": 2}]
-    lines += [{"step": 3, "lm": 0.30004}, {"task": "b"}, {"step": 1, "lm": 7}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert variants.training_losses(tmp_path / "log.jsonl") == {"a": [1, 2, 0.3], "b": [7]}
 
 
 CHOOSE = ["--data", *(DATA / f"{task}.choose.json" for task in ("alpaca", "code"))]
@@ -170,9 +162,9 @@ def test_what_else_keeps_a_task_is_trained_and_asked_as_it_says(micro, tmp_path)
 
 def tables_of_pages():
     """Return (kind, names of files) of every table on a page of results and in the README."""
-    texts = [path.read_text() for path in names.PAGES.glob("*.md")]
+    texts = [path.read_text("utf-8") for path in names.PAGES.glob("*.md")]
     found = re.findall(r"^\{\{(\S+) (.+)\}\}$", "\n".join(texts), re.MULTILINE)
-    found += re.findall(r"^<!-- (\S+) (\S+) -->$", (HERE / "README.md").read_text(), re.MULTILINE)
+    found += re.findall(r"^<!-- (\S+) (\S+) -->$", (HERE / "README.md").read_text("utf-8"), re.MULTILINE)
     return [(kind, files.split()) for kind, files in found]
 
 
@@ -180,15 +172,15 @@ def test_pages_are_what_the_files_of_results_say():
     """The pages of results and the README's blocks are up to date, and use every file of results."""
     reader = report.Reader()
     for path, text in report.results_pages(reader).items():
-        assert path.read_text() == text, path
-    text = (HERE / "README.md").read_text()
+        assert path.read_text("utf-8") == text, path
+    text = (HERE / "README.md").read_text("utf-8")
     assert report.with_blocks(text, reader) == text and text.count("<!-- end -->") == 4
     assert {*reader.files} == {path.stem for path in report.RESULTS.glob("*.json")}  # no result is kept back
 
 
 def test_every_name_is_used_by_a_page():
     """Every name, column and kind of table that is defined for the pages of results is used there."""
-    text = "".join(path.read_text() for path in names.PAGES.glob("*.md"))
+    text = "".join(path.read_text("utf-8") for path in names.PAGES.glob("*.md"))
     said = {*re.findall(r"[\w.-]+", " ".join(re.findall(r"\{([^{}\n]+)\}", text)))}
     assert {*names.OTHERS} | {*names.FUNCTIONS} <= said
     assert {*names.ROWS} <= {name.rpartition(".")[0] for name in said}
@@ -202,7 +194,7 @@ def test_a_figure_is_measured_and_not_typed():
     says what a paper says may hold any."""
     measured = r"(?<![-\w])\d+\s*%|(?<![-\w])\d\.\d\d"
     for path in names.PAGES.glob("*.md"):
-        text = re.sub(r"\{[^\n]*?\}+|`[^`]*`|\]\([^)]*\)", "", path.read_text())
+        text = re.sub(r"\{[^\n]*?\}+|`[^`]*`|\]\([^)]*\)", "", path.read_text("utf-8"))
         for line in text.splitlines():
             cells = line.split("|")
             ours = "|".join(cells[3:]) if len(cells) > 3 else line
@@ -211,7 +203,7 @@ def test_a_figure_is_measured_and_not_typed():
 
 def test_the_page_of_results_answers_in_two_minutes():
     """The page of results is short, links each of its ten findings, and gives every claim a known verdict."""
-    text = (report.RESULTS / "README.md").read_text()
+    text = (report.RESULTS / "README.md").read_text("utf-8")
     assert words_of(text) <= 1700
     first, findings, claims = re.split(r"^## .*$", text, flags=re.MULTILINE)
     assert first.count("\n|") == 2 + 8 and words_of(first) <= 330  # a screen: the answer and eight rows
@@ -223,7 +215,7 @@ def test_the_page_of_results_answers_in_two_minutes():
     assert words <= {"holds", "partly", "fails", "better", "open"}
     assert all(f"**{w}**" in claims.lower() for w in words)
     assert all(row.split(" | ")[-1] == "open" for row in rows if row.split(" | ")[-2] == "1")
-    tests = "".join(p.read_text() for p in [HERE / "test_all.py", *(HERE / "tests").glob("*.py")])
+    tests = "".join(p.read_text("utf-8") for p in [HERE / "test_all.py", *(HERE / "tests").glob("*.py")])
     for name in re.findall(r"`pytest test_all.py -k (\w+)`", text):
         assert re.search(rf"^def test_\w*{name}", tests, re.MULTILINE), name
 

@@ -280,6 +280,8 @@ def test_a_thousand_connections_leave_room_for_one_that_asks(echo, no_noise):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = 4096 if limits[1] == resource.RLIM_INFINITY else min(4096, limits[1])
+    if enough < 1500:
+        pytest.skip("too few files may be open here")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(enough, limits[0]), limits[1]))
     try:
         with contextlib.ExitStack() as idle:

@@ -265,10 +265,11 @@ def test_one_generator_serves_all_seeds_where_one_is_named():
 
 
 def test_without_the_lock_a_shared_neuron_forgets():
-    """Nothing keeps later masks off: of eight tasks some overwrite another, and those alone move."""
-    out = run_row(synthetic.Row("clf", "ftn-slow", 0, tasks=8, **SMALL))
-    hit = [False] * 8
-    for (i, _), share in zip(itertools.combinations(range(8), 2), out["overwritten"]):
+    """Nothing keeps later masks off: of nine tasks, one more than fit, some overwrite another, and those
+    alone move."""
+    out = run_row(synthetic.Row("clf", "ftn-slow", 0, tasks=9, **SMALL))
+    hit = [False] * 9
+    for (i, _), share in zip(itertools.combinations(range(9), 2), out["overwritten"]):
         hit[i] |= share > 0
     assert any(hit) and [p > 0 for p in out["parameters_moved"]] == hit
 
@@ -397,9 +398,6 @@ def test_tables_say_what_was_lost_and_what_overlaps(capsys):
         rows = made(variant, "fixedmask", 0.9, 0.9), made(variant, "ftn-slow", 0.7, 0.65)
         tables.print_decomposition(variant, rows)
         assert capsys.readouterr().out.split("\n")[-2].split() == ["ftn-slow", "0.200", "0.050"]
-    styles.print_overlaps([made("style", "lora-ftn", 0.7, 0.65)])
-    found = [line.split()[1:] for line in capsys.readouterr().out.strip().split("\n")[2:]]
-    assert found == [[".", "0.10", "0.20"], ["0.10", ".", "0.30"], ["0.20", "0.30", "."]]
 
 
 def test_rows_are_kept_and_are_the_same_for_any_workers(tmp_path, monkeypatch, capsys):
@@ -645,7 +643,7 @@ def test_labels_are_judged_as_a_literal_loop_judges_them(toy, sequences):
             for router, sent in found["choices"][task].items():
                 assert written["home"][router][i] == [sent.count(v) for v in range(3)]
                 judged = found[f"routed {task}"][router]["likelier"]
-                assert written["routed"][router]["right"][i] == 100 * sum(judged) / len(judged)
+                assert written["routed"][router]["right"][i] == pytest.approx(100 * sum(judged) / len(judged))
                 for n, version in enumerate(sent):
                     judges(model, examples[n], right[n], under(version), judged[n])
             routed = run.routed(model.probe([prompt for prompt, _ in examples]))[1].choice.tolist()
@@ -785,7 +783,8 @@ def test_a_task_that_is_left_out_is_asked_of_all_others(toy, sequences, tmp_path
     known = [lambda h: None, *(functools.partial(run.stored, i) for i in (0, 2))]
     losses = sorted((loss(gating), i) for i, gating in enumerate(known))
     judged = likelier.judge(model, *tasks.held_out["size"][:2], known[losses[0][1]])["likelier"]
-    assert losses[1][0] - losses[0][0] < 1e-3 or row["best single, 16"] == 100 * sum(judged) / len(judged)
+    right = pytest.approx(100 * sum(judged) / len(judged))
+    assert losses[1][0] - losses[0][0] < 1e-3 or row["best single, 16"] == right
     before = snapshot_of(tmp_path)
     found_study.main([str(x) for x in said[:-2]])
     with refused("--tasks sise: .* has colour, size, truth"):

@@ -555,8 +555,8 @@ def test_processes_that_torchrun_starts_speak_and_write_as_one(micro, first, tmp
     """One of two processes prints and writes, and none keeps a thread of the group, which could abort Python
     as it ends."""
     (tmp_path / "program.py").write_text(LEFT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [tmp_path / "program.py", *micro("alpaca", first)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr"]
+    command += ["127.0.0.1", "--nproc_per_node", "2", tmp_path / "program.py", *micro("alpaca", first)]
     before, env = snapshot_of(first), dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert (done.returncode, done.stderr, snapshot_of(first)) == (0, "", before)
