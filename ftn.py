@@ -264,20 +264,21 @@ class LoRAPool:
 
 # ----------------------------------------------------------------------------------------- the same, faster
 #
-# Two facts make the grid fast, and both are tested against the literal model and algorithm above:
+# Three facts make the grid fast, and all are tested against the literal model and algorithm above:
 # * z does not depend on the mask. The search needs one forward of the grid, without gradients; its steps
 #   then touch only z [H, batch] and the readout.
 # * Under a binary mask only the winners can receive a gradient. A step runs k of H neurons, both ways.
+# * All neurons read the same x. Their first layers are one product.
 
 
 class FastGrid(NeuronGrid):
-    """The same grid. `respond` and `answer` run only the neurons that they are given, winners or ALL."""
+    """The same grid. `forward_winners` and `run_neurons` run only what they are given, winners or ALL."""
 
-    def respond(self, x, winners, dropout=0.0):
+    def forward_winners(self, x, winners, dropout=0.0):
         """Compute `forward` with a binary mask, given as its winners; no other neuron runs. [batch, d_out]"""
-        return self.answer(self.theta[winners], self.readout[:, winners], x, dropout)
+        return self.run_neurons(self.theta[winners], self.readout[:, winners], x, dropout)
 
-    def answer(self, theta, readout, x, dropout=0.0):
+    def run_neurons(self, theta, readout, x, dropout=0.0):
         """Run the neurons theta [n, P] with their own readout [d_out, n]. -> [batch, d_out]"""
         return self.read(F.dropout(PrivateMLPs.apply(theta, x, self.shapes), dropout), readout)
 

@@ -304,7 +304,7 @@ class Neurons(Learner):
         winners = self.stored[t] = self.mask.mask_for(self, t, x, y)
         self.touched[t][winners] = True
         self.optimizer.zero_grad()
-        self.loss(self.grid.respond(x, winners, self.row.dropout), y).backward()
+        self.loss(self.grid.forward_winners(x, winners, self.row.dropout), y).backward()
         self.mask.penalize(self)
         self.optimizer.step()  # of all neurons: those that left the mask coast on until their moments decay
 
@@ -314,7 +314,7 @@ class Neurons(Learner):
     @torch.no_grad()
     def outputs(self, handle, x, y=None):
         weights = self.select(handle)
-        return torch.cat([self.grid.answer(*weights, part) for part in x.split(256)])
+        return torch.cat([self.grid.run_neurons(*weights, part) for part in x.split(256)])
 
     def mean_loss(self, handle, x, y):
         return self.loss(self.outputs(handle, x), y).item()

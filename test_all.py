@@ -691,7 +691,7 @@ def test_the_fast_search_and_step_are_algorithm_1_written_out(double, steps, bia
     assert winners.tolist() == literal.tolist()
 
     gradients = []
-    for y_hat in (grid.respond(x, winners), grid(x, torch.zeros(16).index_fill(0, winners, 1.0))):
+    for y_hat in (grid.forward_winners(x, winners), grid(x, torch.zeros(16).index_fill(0, winners, 1.0))):
         grid.zero_grad()
         loss(y_hat, y).backward()
         gradients.append([p.grad.clone() for p in grid.parameters()])
@@ -716,9 +716,9 @@ def test_a_grown_grid_answers_old_masks_with_the_same_bits():
     grid, (x, _) = small_grid(), shift_batch()
     winners = torch.tensor([0, 5, 6, 15])
     commit_mask(grid, winners)
-    before = grid.respond(x, winners)
+    before = grid.forward_winners(x, winners)
     larger, index = grow(grid, 6)
-    assert larger.respond(x, index[winners]).equal(before)
+    assert larger.forward_winners(x, index[winners]).equal(before)
     assert larger.free.sum() == 36 - 4 and not larger.free[index[winners]].any()
     assert [(i // 6, i % 6) for i in index[winners].tolist()] == [(i // 4, i % 4) for i in winners.tolist()]
 

@@ -25,7 +25,7 @@ class EWC(NoMask):
         theta = list(learner.grid.parameters())
         importance = [torch.zeros_like(p) for p in theta]
         for i in range(len(x)):
-            loss = learner.loss(learner.grid.respond(x[i : i + 1], ALL), y[i : i + 1])
+            loss = learner.loss(learner.grid.forward_winners(x[i : i + 1], ALL), y[i : i + 1])
             for f, g in zip(importance, torch.autograd.grad(loss, theta)):
                 f.addcmul_(g, g, value=1 / len(x))
         learner.fisher.append((importance, [p.detach().clone() for p in theta]))
@@ -84,7 +84,7 @@ class SupSup(Neurons):
         with torch.no_grad():
             for s, mask, on, w in self.views:
                 torch.mul(w, torch.gt(s, s.median() if self.mask.top else 0, out=mask), out=on)
-        loss = self.loss(self.grid.answer(*self.on, x, self.row.dropout), y)
+        loss = self.loss(self.grid.run_neurons(*self.on, x, self.row.dropout), y)
         for s, g, w in zip(self.scores, torch.autograd.grad(loss, self.on), self.weights):
             torch.mul(g, w, out=s.grad)  # straight through: d(mask)/d(score) is taken as 1
         self.optimizer.step()
