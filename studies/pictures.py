@@ -33,6 +33,17 @@ from synthetic import VARIANTS, SearchedMask
 KNOWN = neurons.KNOWN | styles.METHODS
 PNG = b"\x89PNG\r\n\x1a\n"
 BLUE, ORANGE = "#0072b2", "#e69f00"  # told apart whatever colours one sees
+REAL = {  # inputs: the files that have their rows
+    "our generator": ("ftn-experiment-1", "ftn-recall", "ftn-slow-hidden"),
+    "digits, 8 x 8": ("ftn-digits",),
+    "MNIST, 28 x 28": ("ftn-mnist",),
+}
+CHOSEN = {  # methods, and how each chooses its masks
+    "random-disjoint-recall": "random,\nrecalled",
+    "ftn-slow-lock": "searched,\nlock",
+    "ftn-slow": "searched,\nas printed",
+    "ftn-slow-hidden": "searched,\nold hidden",
+}
 
 
 def draw_ftn(rows, folder):
@@ -223,6 +234,23 @@ def draw_overlap(read):
     return figure
 
 
+def draw_real(read):
+    """A point a stream: its score, recovered, less the oracle's on the same seed."""
+    figure, axes = plt.subplots(1, len(REAL), figsize=(9.5, 3.4), sharey=True, layout="constrained")
+    for axis, (inputs, files) in zip(axes, REAL.items()):
+        rows = [row for file in files for row in read(file)]
+        oracle = {r["seed"]: r["summary"]["recovered_last"] for r in of_method(rows, "fixedmask")}
+        for x, (method, colour) in enumerate(zip(CHOSEN, (ORANGE, ORANGE, BLUE, BLUE))):
+            found = [(r["seed"], r["summary"]["recovered_last"]) for r in of_method(rows, method)]
+            points = [(x + (seed - 3.5) / 16, score - oracle[seed]) for seed, score in found]
+            axis.scatter(*zip(*points), s=18, c=colour, alpha=0.7)
+        axis.axhline(0, color="0.4", linewidth=0.8, linestyle=":")
+        axis.set(title=inputs, xticks=range(len(CHOSEN)))
+        axis.set_xticklabels(CHOSEN.values(), fontsize=8)
+    axes[0].set_ylabel("score less FixedMask's")
+    return figure
+
+
 def save(figure, path):
     """Refused: something else than a picture is already there."""
     if path.exists() and path.read_bytes()[: len(PNG)] != PNG:
@@ -251,7 +279,9 @@ def main(argv=None):
             with naming(file):
                 save(draw(read_results(file)["rows"]), args.to / f"{name}.png")
         with naming("ftn-*"):
-            save(draw_overlap(lambda name: read_results(name)["rows"]), args.to / "ftn-overlap.png")
+            read = lambda name: read_results(name)["rows"]
+            save(draw_overlap(read), args.to / "ftn-overlap.png")
+            save(draw_real(read), args.to / "ftn-real.png")
 
 
 if __name__ == "__main__":
