@@ -17,8 +17,8 @@ Perplexity is over response tokens, EOS included, of the validation records kept
 chat template writes into an answer, such as the tags of an empty thought, is part of the response: it is
 trained, generated, counted in perplexity and compared in an exact match.
 
-This file covers section 5.3 of the NIWF paper, and counts which inputs lie in which region, of which section
-5.5 has a picture. Departure: the paper's tables have the stored figure only.
+This file covers section 5.3 of the NIWF paper. It also counts which inputs lie in which region, which section
+5.5 draws. Departure: the paper's tables have the stored figure only.
 """
 
 import functools

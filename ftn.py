@@ -268,7 +268,7 @@ class LoRAPool:
 # * z does not depend on the mask. The search needs one forward of the grid, without gradients; its steps
 #   then touch only z [H, batch] and the readout.
 # * Under a binary mask only the winners can receive a gradient. A step runs k of H neurons, both ways.
-# * All neurons read the same x. Their first layers are one product.
+# * All neurons read the same x, so one product computes their first layers.
 
 
 class FastGrid(NeuronGrid):
@@ -344,7 +344,7 @@ class PrivateMLPs(torch.autograd.Function):
 
 def run_layer(W, b, h, out):
     """Compute relu(W h + b) of n neurons into `out` [n, width, batch], and return it. W is [n, width, d], h
-    [n, d, batch]; the first layer's h [d, batch] is the input that all neurons share, so one product does."""
+    [n, d, batch]; the first layer's h [d, batch] is the input, which all share, so one product is enough."""
     if h.dim() == 2:
         torch.mm(W.flatten(0, 1), h, out=out.flatten(0, 1))
     else:

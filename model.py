@@ -22,7 +22,7 @@ Departures, and why:
   the *probe*, gives h_bar, the mean of the last hidden states; pass 2 runs with the gating. `--passes two`
   does that, and adapts all layers.
 * In one pass h_bar is the mean and, beside it, the last token; the paper takes the mean alone, as two passes
-  do. More prompts are routed to their task so (studies/results/cost.md).
+  do. The last token sends more prompts to their task (studies/results/cost.md).
 * h_bar comes from *bare* layers (no adapters) and from the *prompt* only. The paper pools over the whole
   sequence, so pass 2 sees, through z, the tokens that it is to predict; and at generation time there is no
   response to pool. Training changes no bare layer, so h_bar can be cached for ever. Under the exact lock the
@@ -92,7 +92,7 @@ def detach(handles):
 @dataclasses.dataclass
 class Block:
     """A block of `count` committed bases. read() returns their tensors, and is called when they are first
-    needed. `tensors` is a copy: `FastBank` puts what it needs on its device there."""
+    needed. `tensors` is a dict of the block's own: `FastBank` replaces in it what it moves to a device."""
 
     count: int
     read: collections.abc.Callable

@@ -173,13 +173,18 @@ def digest_of(backbone, sample, left_out=()):
     return digest.hexdigest()
 
 
+def sample_of(x):
+    """Return some 65,000 of a weight's values [n] at equal distances, or all. The distance is odd, as a
+    power of two would see few columns."""
+    return x[:: len(x) // SAMPLE | 1]
+
+
 def fingerprint(backbone):
     """Return what identifies a backbone: do adapters for one fit this one?
 
-    Some 65,000 of a weight's values are rounded to bfloat16, so they are the same in whatever type they are
-    held, and enough that a slight tuning shows in spite of the rounding. Their distance is odd, as a power of
-    two would see few columns. A tied weight counts once."""
-    rounded = lambda x: x[:: len(x) // SAMPLE | 1].to(torch.bfloat16).view(torch.int16)
+    A sample of the values is rounded to bfloat16, so it is the same in whatever type they are held. It is
+    large enough that a slight tuning shows in spite of the rounding. A tied weight counts once."""
+    rounded = lambda x: sample_of(x).to(torch.bfloat16).view(torch.int16)
     return digest_of(backbone, rounded, backbone.all_tied_weights_keys)
 
 

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import save_file
 
 from plumbing import Refused
-from plumbing.backbone import fingerprint, from_shape, load_backbone, pick_device
+from plumbing.backbone import digest_of, from_shape, load_backbone, pick_device, sample_of
 from plumbing.card import base_of, check_push, label, on_hub, push, write_card
 from plumbing.expected import greedy_answers, questions, write_expected
 from plumbing.files import atomic_folder
@@ -138,14 +138,14 @@ def write_merged(update, backbone, tokenizer, template, about, folder):
     for path in folder.glob("*.safetensors"):
         label(path, about)
     stop_at(end, folder / "generation_config.json")
-    digest = fingerprint(backbone)
+    digest = digest_of(backbone, sample_of)
     backbone.to("meta")  # Free its memory for what is read back.
     try:
         saved, tokenizer = load_backbone(str(folder), "cpu")
         same = prompt_ids(record, tokenizer, template) == ids and end_token(tokenizer, template) == end
     except Refused as e:
         raise Refused(f"the checkpoint cannot be opened once it is saved: {e}") from e
-    if not same or fingerprint(saved) != digest:
+    if not same or digest_of(saved, sample_of) != digest:
         raise Refused("the checkpoint is not the same once it is saved: transformers does not save it whole")
     if not (logits_of(saved) - wanted).abs().max() <= 1e-3 * wanted.abs().max():  # or nan
         why = "the model has a use of its own for weights that were changed"

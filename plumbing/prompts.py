@@ -5,6 +5,7 @@ the prompt ends. What a user wrote never becomes a control token, whatever it re
 that asks for the day is always told the run's, so that its text is the same tomorrow.
 """
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -74,8 +75,13 @@ def end_token(tokenizer, template):
     Refused if that is no token of its own, so that generation could not stop at it."""
     if template == "alpaca":
         return tokenizer.eos_token_id
-    record = {**hello(tokenizer, template), "output": "Hello."}
-    ending = render(record, tokenizer, template, None, answered=True)[1].rpartition("Hello.")[2]
+    chat = [{"role": role, "content": "Hello."} for role in ("system", "user", "assistant")]
+    for messages in (chat[1:], chat):  # some templates cannot do without a system message
+        with contextlib.suppress(Refused):
+            ending = render_chat(messages, tokenizer, None).rpartition("Hello.")[2]
+            break
+    else:
+        raise Refused("--template chat: the tokenizer's template cannot write a prompt and its answer")
     found, control = ids_of(ending, tokenizer), control_tokens(tokenizer).values()
     added = [t for t in found if t in control] or [t for t in found if t in tokenizer.added_tokens_decoder]
     if not added:

@@ -40,7 +40,7 @@ from plumbing.targets import adapted_targets, default_bare, find_targets, layers
 from plumbing.training import peak_memory, resource
 from field import CoordinateDynamics, Region, WeightField, route, top_k_gating
 from ftn import SmoothKWTA
-from studies.memory import PARTS, TOKENS, count_memory
+from studies.memory import PARTS, TOKENS, count_memory, default_coord_dim
 from synthetic import HEAD, METHODS, Neurons, Row, generator
 
 
@@ -95,7 +95,7 @@ class Gated:
         self.model.bank.add(BASES)
         for p in self.model.bank.live.values():
             p.data.normal_(std=0.01)
-        self.d = 128 if self.model.bare else 64  # train.py's default
+        self.d = default_coord_dim(self.model.bare)
         self.field = WeightField(self.model.bank.layers, BASES, self.d)
         self.dynamics = CoordinateDynamics(self.model.features, self.d)
         self.h_bar = self.model.probe([p for p, _ in examples])  # as in training, asked once
@@ -251,7 +251,7 @@ def train_second_task(backbone, layers, checkpointing, bare):
     for tensor in (*backbone.parameters(), *backbone.buffers()):
         tensor.data.fill_(0.01)  # memory that is never written takes none
     model = NIWF(backbone, pad_id=0, rank=RANK, bare=bare)
-    bank, d = model.bank, 128 if bare else 64
+    bank, d = model.bank, default_coord_dim(bare)
     field = WeightField(bank.layers, 2 * BASES, d)
     old = {key: torch.randn(BASES, *shape) / 100 for key, shape in bank.basis_shapes().items()}
     bank.commit(BASES, lambda: old)

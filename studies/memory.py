@@ -18,11 +18,17 @@ from model import NIWF, detach, response_nll
 from plumbing.backbone import from_shape
 from plumbing.targets import default_bare, find_layers
 from plumbing.command import Parser, output_file, run_program, write_results
+from train import DEFAULTS
 
 TOKENS, RANK, BASES, TOP_K = 256, 8, 16, 8  # the paper's; a micro-batch is one sequence
 PARTS = ("backbone", "bases read", "bases written", "field, dynamics", "gradients", "moments", "activations")
 TABLE_2 = dict(zip(PARTS, (14.00, None, 1.29, 0.01, None, 2.58, 1.0)))  # the paper's, in GB
 TABLE_2["in all, the peak"] = 18.9
+
+
+def default_coord_dim(bare):
+    """Return d, the dimension of z, that train.py takes in one pass (bare > 0), or in two."""
+    return DEFAULTS["coord_dim"] if bare else 64
 
 
 def count_kept(model, field, dynamics):
@@ -65,7 +71,7 @@ def count_memory(name, depth=None, bare=0):
     with FakeTensorMode():
         model = NIWF(from_shape(name, torch.bfloat16, depth), pad_id=0, rank=RANK, bare=bare)
         model.bank.add(BASES)
-        layers, d = model.bank.layers + bare, 128 if bare else 64  # train.py's default
+        layers, d = model.bank.layers + bare, default_coord_dim(bare)
         dynamics = CoordinateDynamics(model.features, d)
         fields = [WeightField(model.bank.layers, BASES * task, d) for task in (1, 2)]
         kept = {False: count_kept(model, fields[0], dynamics)}

@@ -235,7 +235,7 @@ def draw_overlap(read):
 
 
 def draw_real(read):
-    """A point a stream: its score, recovered, less the oracle's on the same seed."""
+    """Draw a point for each stream: its score, recovered, less the oracle's on the same seed."""
     figure, axes = plt.subplots(1, len(REAL), figsize=(9.5, 3.4), sharey=True, layout="constrained")
     for axis, (inputs, files) in zip(axes, REAL.items()):
         rows = [row for file in files for row in read(file)]

@@ -193,7 +193,7 @@ def test_all_tasks_are_measured_under_named_versions(two, tmp_path, capsys):
     (found,) = rows_in(tmp_path / "u.json")
     assert all(sum(n for _, n in kinds.values()) == 32 for kinds in found["exact_match"].values())
     for task, row in found["under"].items():
-        assert row[task] == pytest.approx(stored[task], rel=1e-5)  # both sum in float32
+        assert row[task] == pytest.approx(stored[task], rel=1e-5)  # training sums a batch in float32
         assert row["onlyA"] == pytest.approx(row["alpaca"], rel=1e-5)  # weight 0 takes code out again
     assert "as asked" in asked(out, capsys, *"--version onlyA --prompt Hi. --max-new-tokens 3".split())[1]
 

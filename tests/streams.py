@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -643,7 +644,7 @@ def test_labels_are_judged_as_a_literal_loop_judges_them(toy, sequences):
             for router, sent in found["choices"][task].items():
                 assert written["home"][router][i] == [sent.count(v) for v in range(3)]
                 judged = found[f"routed {task}"][router]["likelier"]
-                assert written["routed"][router]["right"][i] == pytest.approx(100 * sum(judged) / len(judged))
+                assert written["routed"][router]["right"][i] == 100 * statistics.mean(judged)
                 for n, version in enumerate(sent):
                     judges(model, examples[n], right[n], under(version), judged[n])
             routed = run.routed(model.probe([prompt for prompt, _ in examples]))[1].choice.tolist()
@@ -783,8 +784,7 @@ def test_a_task_that_is_left_out_is_asked_of_all_others(toy, sequences, tmp_path
     known = [lambda h: None, *(functools.partial(run.stored, i) for i in (0, 2))]
     losses = sorted((loss(gating), i) for i, gating in enumerate(known))
     judged = likelier.judge(model, *tasks.held_out["size"][:2], known[losses[0][1]])["likelier"]
-    right = pytest.approx(100 * sum(judged) / len(judged))
-    assert losses[1][0] - losses[0][0] < 1e-3 or row["best single, 16"] == right
+    assert losses[1][0] - losses[0][0] < 1e-3 or row["best single, 16"] == 100 * statistics.mean(judged)
     before = snapshot_of(tmp_path)
     found_study.main([str(x) for x in said[:-2]])
     with refused("--tasks sise: .* has colour, size, truth"):
