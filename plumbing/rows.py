@@ -72,26 +72,39 @@ def leave_interrupts_to_parent():
     threading.Thread(target=follow, daemon=True).start()
 
 
+def end_workers():
+    """Kill all workers at once; the pool then raises BrokenProcessPool where it is waited for. A handler that
+    raises could leave a lock of the pool held, and then the pool's end would wait for itself."""
+    for child in multiprocessing.active_children():
+        child.kill()  # one that is just born still has this process's handlers of other signals
+
+
 def finished_rows(compute, jobs, workers):
     """Yield `finished_row` of each (row, how) as it comes, from so many processes. They end at once if this
     one does. Raises Refused if a worker was killed."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, leave_interrupts_to_parent) as pool:
-        # A worker that is just born must not run the parent's handlers.
-        before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-        futures = [pool.submit(finished_row, compute, row, how) for row, how in jobs]
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        done = concurrent.futures.as_completed(futures)
+        stopped = []
+        handler = lambda by, _: (stopped.append(by), end_workers())
+        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
+            futures = [pool.submit(finished_row, compute, row, how) for row, how in jobs]
+            if stopped:  # while they were born
+                end_workers()
+            done = concurrent.futures.as_completed(futures)
             for future in tqdm(done, total=len(jobs), unit="row", disable=None):
                 yield future.result()
         except concurrent.futures.process.BrokenProcessPool:
-            raise Refused("a worker was killed, perhaps for want of memory: try fewer --workers") from None
-        except BaseException:
-            for child in multiprocessing.active_children():
-                child.kill()  # a worker that is just born still ignores other signals
-            raise
+            if not stopped:
+                raise Refused(
+                    "a worker was killed, perhaps for want of memory: try fewer --workers"
+                ) from None
+        finally:
+            end_workers()
+            for s, former in before.items():
+                signal.signal(s, former)
+    for by in stopped[:1]:
+        signal.raise_signal(by)
 
 
 def parser_of(doc, prog):

@@ -467,6 +467,30 @@ def test_kept_rows_are_of_the_present_code():
     assert run_row(row)["R_stored"][-1] == pytest.approx([0.51136, 0.27183, 0.08664], abs=1e-3)
 
 
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_no_exception_inside_the_pool(tmp_path, monkeypatch, by):
+    """Ctrl-C and SIGTERM end the workers, but the pool's own code, which may hold a lock just then, goes on
+    to its end; only then are they raised, and the handlers are those of before."""
+    monkeypatch.chdir(tmp_path)
+    jobs = [(synthetic.Row("clf", "fixedmask", seed, **SMALL), KNOWN["fixedmask"]) for seed in range(4)]
+    went_on = []
+
+    def as_completed(futures):
+        signal.raise_signal(by)
+        went_on.append(by)
+        return iter(futures)
+
+    monkeypatch.setattr(kept.concurrent.futures, "as_completed", as_completed)
+    before = [signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(kept.finished_rows(synthetic.run_row, jobs, 2))
+        assert went_on == [by] and signal.getsignal(by) is signal.default_int_handler
+    finally:
+        for s, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(s, handler)
+
+
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path, by):
     """Ctrl-C ends an experiment and all its workers, and one line says that finished rows are kept. If it is
