@@ -24,7 +24,6 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import signal
 import statistics
 import time
 from typing import ClassVar
@@ -445,5 +444,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM ends the workers, too
     run_program(main)

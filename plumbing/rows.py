@@ -88,17 +88,20 @@ def finished_rows(compute, jobs, workers):
         handler = lambda by, _: (stopped.append(by), end_workers())
         before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            futures = [pool.submit(finished_row, compute, row, how) for row, how in jobs]
+            left = {pool.submit(finished_row, compute, row, how) for row, how in jobs}
             if stopped:  # while they were born
                 end_workers()
-            done = concurrent.futures.as_completed(futures)
-            for future in tqdm(done, total=len(jobs), unit="row", disable=None):
-                yield future.result()
+            with tqdm(total=len(jobs), unit="row", disable=None) as bar:
+                while left:
+                    # A signal that comes just before a wait does not end it, and is seen a second later.
+                    done, left = concurrent.futures.wait(left, 1, concurrent.futures.FIRST_COMPLETED)
+                    for future in done:
+                        bar.update()
+                        yield future.result()
         except concurrent.futures.process.BrokenProcessPool:
             if not stopped:
-                raise Refused(
-                    "a worker was killed, perhaps for want of memory: try fewer --workers"
-                ) from None
+                why = "a worker was killed, perhaps for want of memory: try fewer --workers"
+                raise Refused(why) from None
         finally:
             end_workers()
             for s, former in before.items():

@@ -30,7 +30,8 @@ def says_in_one_line(code, err, match):
 def test_ctrl_c_while_torch_is_imported_is_one_line(program, tmp_path):
     """Ctrl-C ends a program in one line while torch is being imported; a module in its place says when that
     has begun."""
-    (tmp_path / "torch.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)")
+    source = "import time\nprint('begun', flush=True)\nfor _ in range(600):\n    time.sleep(1)"
+    (tmp_path / "torch.py").write_text(source)
     how = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     how["env"] = os.environ | {"PYTHONPATH": str(tmp_path)}
     process = subprocess.Popen([sys.executable, str(HERE / f"{program}.py"), "--help"], **how)
