@@ -76,7 +76,7 @@ def end_workers():
     """Kill all workers at once; the pool then raises BrokenProcessPool where it is waited for. A handler that
     raises could leave a lock of the pool held, and then the pool's end would wait for itself."""
     for child in multiprocessing.active_children():
-        child.kill()  # one that is just born still has this process's handlers of other signals
+        child.kill()  # one that is just born still ignores other signals
 
 
 def finished_rows(compute, jobs, workers):
@@ -85,12 +85,12 @@ def finished_rows(compute, jobs, workers):
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, leave_interrupts_to_parent) as pool:
         stopped = []
-        handler = lambda by, _: (stopped.append(by), end_workers())
-        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+        # A worker that is just born must have no handler of this process, and not end with a traceback.
+        before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             left = {pool.submit(finished_row, compute, row, how) for row, how in jobs}
-            if stopped:  # while they were born
-                end_workers()
+            for s in before:
+                signal.signal(s, lambda by, _: (stopped.append(by), end_workers()))
             with tqdm(total=len(jobs), unit="row", disable=None) as bar:
                 while left:
                     # A signal that comes just before a wait does not end it, and is seen a second later.
