@@ -64,6 +64,12 @@ def finished_row(compute, row, how):
         return row, None, str(e)
 
 
+def reason_of(compute, row, how):
+    """Compute and keep a row, unless it is kept. Return None, or why it was refused. Its result stays in its
+    file: one that is long could be cut off by a kill on its way to another process, which then waits."""
+    return finished_row(compute, row, how)[2]
+
+
 def leave_interrupts_to_parent():
     """Let the parent alone handle Ctrl-C; it then ends its workers. If it is killed they end, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -76,28 +82,36 @@ def end_workers():
     """Kill all workers at once; the pool then raises BrokenProcessPool where it is waited for. A handler that
     raises could leave a lock of the pool held, and then the pool's end would wait for itself."""
     for child in multiprocessing.active_children():
-        child.kill()  # one that is just born still ignores other signals
+        child.kill()  # one that is just born may still ignore other signals
 
 
 def finished_rows(compute, jobs, workers):
     """Yield `finished_row` of each (row, how) as it comes, from so many processes. They end at once if this
     one does. Raises Refused if a worker was killed."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context(start := "fork" if sys.platform == "linux" else "spawn")
+    stopped = []
+    handler = lambda by, _: (stopped.append(by), end_workers())
     with concurrent.futures.ProcessPoolExecutor(workers, context, leave_interrupts_to_parent) as pool:
-        stopped = []
-        # A worker that is just born must have no handler of this process, and not end with a traceback.
-        before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+        # A worker that is spawned inherits that a signal is ignored, but no handler: it would end with a
+        # traceback. One that is forked inherits both.
+        at_first = handler if start == "fork" else signal.SIG_IGN
+        before = {s: signal.signal(s, at_first) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            left = {pool.submit(finished_row, compute, row, how) for row, how in jobs}
+            job_of = {pool.submit(reason_of, compute, *job): job for job in jobs}
             for s in before:
-                signal.signal(s, lambda by, _: (stopped.append(by), end_workers()))
+                signal.signal(s, handler)
+            if stopped:  # while workers were born
+                end_workers()
+            left = {*job_of}
             with tqdm(total=len(jobs), unit="row", disable=None) as bar:
                 while left:
-                    # A signal that comes just before a wait does not end it, and is seen a second later.
+                    # A second at a time: a signal that comes just before a wait is seen when the wait ends.
                     done, left = concurrent.futures.wait(left, 1, concurrent.futures.FIRST_COMPLETED)
                     for future in done:
                         bar.update()
-                        yield future.result()
+                        row, how = job_of[future]
+                        why = future.result()
+                        yield (row, None, why) if why else finished_row(compute, row, how)
         except concurrent.futures.process.BrokenProcessPool:
             if not stopped:
                 why = "a worker was killed, perhaps for want of memory: try fewer --workers"
@@ -106,8 +120,9 @@ def finished_rows(compute, jobs, workers):
             end_workers()
             for s, former in before.items():
                 signal.signal(s, former)
-    for by in stopped[:1]:
-        signal.raise_signal(by)
+    if stopped:
+        signal.raise_signal(stopped[0])
+        raise KeyboardInterrupt  # the signal was ignored before, but the workers have ended
 
 
 def parser_of(doc, prog):

@@ -61,9 +61,16 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.found |= {"/plane": (answers.draw_plane(),), "/v1/models": (models,)}
         self.found |= {f"/v1/models/{m[key]}": (m,) for m in models["data"] for key in ("name", "id")}
 
+    def next_job(self):
+        """Return what is next in line. Wait a second at a time: a signal that comes just before a wait is
+        seen when the wait ends."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self.line.get(timeout=1)
+
     def work(self):
         """Compute one answer after another, until there is None in line."""
-        while job := self.line.get():
+        while job := self.next_job():
             try:
                 if not job.gone:
                     self.answers.answer(job.request, job.tell)

@@ -83,7 +83,7 @@ class Training:
         for key, p in self.weights.items():
             p.data.copy_(tensors[key])
             moments = {moment: tensors[f"{moment}.{key}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {moment: t.to(p.device) for moment, t in moments.items()}
+            self.optimizer.state[p] = {moment: t.to(p.device, copy=True) for moment, t in moments.items()}
 
     def __enter__(self):
         rank, size = rank_and_size()

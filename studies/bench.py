@@ -12,6 +12,7 @@ so that each finds in the cache what it would find there in training. The median
 left out. What two forms of the same thing compute is compared as well.
 """
 
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -183,6 +184,17 @@ def make_sides(shape, passes, without=("loops",), sides=SIDES):
     return made, examples
 
 
+def in_own_process(function, *args):
+    """Return function(*args), computed in a process of its own. Raises Refused if that is killed."""
+    # Not "spawn": a process that is started by this one begins with the peak of this one.
+    context = multiprocessing.get_context("forkserver")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise Refused("the process that measures was killed, perhaps for want of memory") from None
+
+
 def memory_of(kind, shape, passes, form, arguments):
     """Peak memory of a process that has a side of this kind alone and runs its form once."""
     made = kind(*make_backbone(shape), passes)
@@ -199,9 +211,7 @@ def compare_sides(what, shape, passes, sides, turns, form, *arguments):
     print(what)
     rows = {}
     for name, spent in times.items():
-        # Not "spawn": a process that is started by this one begins with the peak of this one.
-        with multiprocessing.get_context("forkserver").Pool(1) as pool:
-            peak = pool.apply(memory_of, (kinds[name], shape, passes, form, arguments))
+        peak = in_own_process(memory_of, kinds[name], shape, passes, form, arguments)
         rows[name] = {"seconds": spent[1:], "peak memory": peak}
         ratio = statistics.median(o / t for o, t in zip(times["ours"][1:], spent[1:]))
         median = 1e3 * statistics.median(spent[1:])
@@ -292,8 +302,7 @@ def bench_memory(backbone, depths, bare):
         counts = [row for row in second if row["checkpointing"] == checkpointing]
         counted, measured = [sum(row[part] for part in PARTS) for row in counts], []
         for depth in depths:
-            with multiprocessing.get_context("forkserver").Pool(1) as pool:
-                measured.append(pool.apply(measure_memory, (backbone, depth, checkpointing, bare)))
+            measured.append(in_own_process(measure_memory, backbone, depth, checkpointing, bare))
         fit = lambda sizes: statistics.linear_regression(depths, sizes[: len(depths)])
         line, other = fit(measured), fit(counted)
         measured.append(line.slope * counts[-1]["layers"] + line.intercept)
@@ -391,8 +400,7 @@ def bench_growth(folder, turns):
                 line["commit_ms"] = timed(lambda v=version, tmp=tmp: v.save(pathlib.Path(tmp)), turns)
             line |= time_passes(run, model, tokenizer, turns)
             model.detach()
-            with multiprocessing.get_context("forkserver").Pool(1) as pool:
-                line["memory"] = pool.apply(memory_of_answers, (run.folder, run.tasks[:3]))
+            line["memory"] = in_own_process(memory_of_answers, run.folder, run.tasks[:3])
         line["learned"] = row["stored"][entry["task"]]
         for p in ("stored", "routed"):
             lost = forgetting(run.manifest["results"], p).values()

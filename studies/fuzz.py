@@ -39,7 +39,7 @@ import commit
 import eval as evaluation
 import synthetic
 import train
-from plumbing.command import Parser
+from plumbing.command import Parser, run_program
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 PROGRAMS = {"commit": commit.main, "train": train.main, "eval": evaluation.main, "synthetic": synthetic.main}
@@ -492,4 +492,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -259,7 +259,7 @@ def test_half_a_request_is_told_so(echo, no_noise, raw):
 
 def test_a_slow_request_is_ended(echo, monkeypatch, no_noise):
     """A request whose bytes come too slowly is ended with status 408, so that it cannot hold its place."""
-    monkeypatch.setattr(server, "PATIENCE", 0.5)
+    monkeypatch.setattr(server, "PATIENCE", 3)
     raw = here(post(say(), Content_Length=1000), echo)
     with socket.create_connection(echo.server_address[:2], timeout=300) as connection:
         connection.sendall(raw[:-5])
@@ -328,7 +328,7 @@ def test_answers_come_one_at_a_time_and_stop_with_the_client(stream):
             threading.Event().wait(0.01)
         third.sendall(raw[2])
         second.close()
-        while found.line.qsize() < 2 or len([1 for until in found.open.values() if until is None]) > 2:
+        while found.line.qsize() < 2 or len([1 for until in list(found.open.values()) if until is None]) > 2:
             threading.Event().wait(0.01)
         assert found.answers.log == ["begin long"]
         first.close()
