@@ -65,8 +65,8 @@ def finished_row(compute, row, how):
 
 
 def reason_of(compute, row, how):
-    """Compute and keep a row, unless it is kept. Return None, or why it was refused. Its result stays in its
-    file: one that is long could be cut off by a kill on its way to another process, which then waits."""
+    """Compute and keep a row, unless it is kept. Return None, or why it was refused. The result stays in its
+    file: a kill could cut off a long one on its way to another process, which would wait for the rest."""
     return finished_row(compute, row, how)[2]
 
 
@@ -79,8 +79,8 @@ def leave_interrupts_to_parent():
 
 
 def end_workers():
-    """Kill all workers at once; the pool then raises BrokenProcessPool where it is waited for. A handler that
-    raises could leave a lock of the pool held, and then the pool's end would wait for itself."""
+    """Kill all workers at once. Whoever waits for the pool then gets BrokenProcessPool. A handler of signals
+    calls this and does not raise, as that could leave a lock of the pool held, and the pool could not end."""
     for child in multiprocessing.active_children():
         child.kill()  # one that is just born may still ignore other signals
 
@@ -92,8 +92,8 @@ def finished_rows(compute, jobs, workers):
     stopped = []
     handler = lambda by, _: (stopped.append(by), end_workers())
     with concurrent.futures.ProcessPoolExecutor(workers, context, leave_interrupts_to_parent) as pool:
-        # A worker that is spawned inherits that a signal is ignored, but no handler: it would end with a
-        # traceback. One that is forked inherits both.
+        # Ctrl-C must not end a worker that is just born with a traceback. One that is forked inherits the
+        # handler; one that is spawned inherits only that a signal is ignored.
         at_first = handler if start == "fork" else signal.SIG_IGN
         before = {s: signal.signal(s, at_first) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -105,7 +105,7 @@ def finished_rows(compute, jobs, workers):
             left = {*job_of}
             with tqdm(total=len(jobs), unit="row", disable=None) as bar:
                 while left:
-                    # A second at a time: a signal that comes just before a wait is seen when the wait ends.
+                    # Wait a second at a time: a signal that comes just before a wait is seen when it ends.
                     done, left = concurrent.futures.wait(left, 1, concurrent.futures.FIRST_COMPLETED)
                     for future in done:
                         bar.update()

@@ -186,7 +186,7 @@ def make_sides(shape, passes, without=("loops",), sides=SIDES):
 
 def in_own_process(function, *args):
     """Return function(*args), computed in a process of its own. Raises Refused if that is killed."""
-    # Not "spawn": a process that is started by this one begins with the peak of this one.
+    # Do not spawn: a process that this one starts itself begins with the peak memory of this one.
     context = multiprocessing.get_context("forkserver")
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
         try:

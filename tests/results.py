@@ -210,6 +210,7 @@ def test_the_page_of_results_answers_in_two_minutes():
     found = re.findall(r"^\d+\. (.*)$", findings, re.MULTILINE)
     assert len(found) == 10 and findings.count("![") <= 1
     assert all(re.search(r"\*\*[\d.]+[^*]*\*\*.*\]\(\w+\.md#[\w-]+\)\)\.$", line) for line in found)
+    assert all(line.count("**") == 2 for line in found)  # one figure stands out in each
     rows = re.findall(r"^\| (?!---|NIWF |FTN \|)(.*) \|$", claims, re.MULTILINE)
     words = {row.split(" | ")[-1] for row in rows}
     assert words <= {"holds", "partly", "fails", "better", "open"}

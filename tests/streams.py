@@ -467,10 +467,12 @@ def test_kept_rows_are_of_the_present_code():
     assert run_row(row)["R_stored"][-1] == pytest.approx([0.51136, 0.27183, 0.08664], abs=1e-3)
 
 
+@pytest.mark.parametrize("former", [signal.default_int_handler, signal.SIG_IGN], ids=["heeded", "ignored"])
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_no_exception_inside_the_pool(tmp_path, monkeypatch, by):
+def test_a_signal_is_no_exception_inside_the_pool(tmp_path, monkeypatch, by, former):
     """Ctrl-C and SIGTERM end the workers, but the pool's own code, which may hold a lock just then, goes on
-    to its end; only then are they raised, and the handlers are those of before."""
+    to its end. Only then are they raised, even if they were ignored before, as rows are missing. The handlers
+    are those of before."""
     monkeypatch.chdir(tmp_path)
     jobs = [(synthetic.Row("clf", "fixedmask", seed, **SMALL), KNOWN["fixedmask"]) for seed in range(4)]
     went_on, wait = [], kept.concurrent.futures.wait
@@ -481,14 +483,25 @@ def test_a_signal_is_no_exception_inside_the_pool(tmp_path, monkeypatch, by):
         return wait(*how)
 
     monkeypatch.setattr(kept.concurrent.futures, "wait", interrupted)
-    before = [signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.signal(s, former) for s in (signal.SIGINT, signal.SIGTERM)]
     try:
         with pytest.raises(KeyboardInterrupt):
             list(kept.finished_rows(synthetic.run_row, jobs, 2))
-        assert {*went_on} == {by} and signal.getsignal(by) is signal.default_int_handler
+        assert {*went_on} == {by} and signal.getsignal(by) is former
     finally:
         for s, handler in zip((signal.SIGINT, signal.SIGTERM), before):
             signal.signal(s, handler)
+
+
+def living(group):
+    """Return the processes of a group that have not ended, where /proc tells. One that has ended stays in the
+    group until its parent, which may be init, asks for it."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it is gone since
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            found += [path.parent.name] * (int(its_group) == group and state not in "ZX")
+    return found
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -516,6 +529,7 @@ def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path, by):
     assert process.wait(600) == (1 if by == signal.SIGINT else -by) and b"Traceback" not in said
     if by == signal.SIGINT:
         assert said.strip().splitlines()[-1].startswith(b"synthetic.py: stopped; finished rows are kept")
+        assert not living(process.pid)
 
 
 @pytest.mark.parametrize(
