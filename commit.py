@@ -9,7 +9,7 @@ exact   Addresses do not move: h_bar is of bare layers, and the dynamics freeze 
         do not change: a later version may use committed bases, but it writes a field and bases of its own.
         Nothing committed has a gradient, a moment or decay, so a stored capability stays bit-identical.
 soft    The paper, Eqs. (9)-(13): one live bank, field and dynamics; a penalty holds the field's logits on the
-        anchors. The bases and the dynamics move freely, and forgetting is what it is measured to be.
+        anchors. The bases and the dynamics move freely, so older tasks are forgotten.
 none    The same live bank, field and dynamics with no penalty at all.
 
     python commit.py log                      # the versions of a run folder, newest first
@@ -23,7 +23,7 @@ none    The same live bank, field and dynamics with no penalty at all.
     python commit.py export VERSION --to DIR [--merged] [--push OWNER/NAME]   # a whole model; to the Hub, too
     python commit.py verify --at URL --expected FILE          # does a server answer as the export it serves?
 
-None of these trains a basis or changes a bit of another version's file. All take `--run DIR` (default: the
+None of these trains a basis or changes a bit of a version that stays. All take `--run DIR` (default: the
 latest under runs/) and `--json`.
 
 This file covers sections 3.5, 3.6 and 7 of the NIWF paper, Eqs. (11) and (12). The exact lock is ours.
@@ -92,7 +92,7 @@ def commit_task(run, learner, h_bar, task, lock, config, quantile=0.95, count=25
 
 @dataclasses.dataclass
 class Version:
-    """One committed capability. The bank of a run holds the bases of its versions in order of commitment.
+    """One committed capability. A run's bank holds all its versions' bases; a shared one the last one's.
 
     source: its tensors, "anchors" [count, d], "snapshot" [count, L, N], "field.*", and "bank.*", the bases it
     wrote, keyed as in AdapterBank; or the file that holds them. The file is mapped into memory when a tensor
@@ -100,7 +100,7 @@ class Version:
 
     task: str
     lock: str  # how it was trained: "exact", "soft", "none"; "first" had nothing to protect
-    reads: list  # hashes of the versions whose bases its first logits are for; the last are for its own
+    reads: list  # hashes: its first logits choose among these versions' bases, the last among its own
     top_k: int
     dynamics: CoordinateDynamics  # under the exact lock, that of the run's first version
     region: Region
@@ -156,8 +156,8 @@ class Version:
         parts = {name: part_of(tensors, name) for name in {key.partition(".")[0] for key in tensors}}
         lost = [h for i, h in enumerate(head["reads"]) if h not in known or h in head["reads"][:i]]
         if lost or head["lock"] == "composed":
-            what = f"reads {lost[0][:12]} twice, or before it is there" if lost else "is a composition"
-            raise Refused(f"{path}: {what}")
+            what = "which is damaged, missing, later or named twice"
+            raise Refused(f"{path}: {f'reads {lost[0][:12]}, {what}' if lost else 'is a composition'}")
         start = sum(v.writes for v in earlier) if head["lock"] in ("first", "exact") else 0
         own = torch.arange(start, start + head["writes"])
         index = torch.cat([*(known[h].own for h in head["reads"]), own])
@@ -182,8 +182,7 @@ class Version:
 
 
 def field_of(tensors):
-    """Return the field in a version's tensors, with a copy of its weights. Raises RuntimeError if they do not
-    fit."""
+    """Return the field in a version's tensors, with copies. Raises RuntimeError if they do not fit."""
     (_, layers, bases), (hidden, d) = tensors["snapshot"].shape, tensors["field.w1.weight"].shape
     with torch.device("meta"):  # nothing is drawn, nothing is filled
         field = WeightField(layers, bases, d, hidden)
@@ -393,8 +392,8 @@ def merge(run, other):
     """Take in the versions of another run that this one lacks. Return their entries. Raises Refused, with
     nothing changed, if one is not whole, or as `mergeable` does."""
     new = mergeable(run, other)
-    for wrong in [wrong for folder in (run, other) for _, wrong in verify(folder) if wrong]:
-        raise Refused(wrong)
+    if damage := [wrong for _, wrong in verify(run) + verify(other) if wrong]:
+        raise Refused(damage[0])
     run.take(other, new)
     return new
 

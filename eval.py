@@ -1,4 +1,4 @@
-"""What a run folder knows, measured; and a prompt to talk to.
+"""Measure what a run folder knows, and answer prompts.
 
     python eval.py                                   # every task now: base, stored, routed, forgetting
     python eval.py --exact-match                     # greedy answers to the validation prompts, per kind
@@ -11,8 +11,8 @@
     python eval.py --run runs/s0 runs/s1 runs/s2     # each, then mean and standard deviation
     python eval.py --json results.json               # all of it: R matrices, forgetting, routing, config
 
-Forgetting has two parts and every table prints both. *Stored*: the right version is given, so what is lost
-was overwritten. *Routed*: the coordinate decides, as it must when nobody says which task a prompt belongs to.
+Forgetting is measured twice, and every table prints both. *Stored*: the right version is given, so what is
+lost was overwritten. *Routed*: the coordinate decides, as it must if nobody says which task a prompt is of.
 Perplexity is over response tokens, EOS included, of the validation records kept in the run folder. What a
 chat template writes into an answer, such as the tags of an empty thought, is part of the response: it is
 trained, generated, counted in perplexity and compared in an exact match.
@@ -305,8 +305,8 @@ def perplexity_by_name(run, model, tokenizer, names):
 
 
 def what_is_published(results):
-    """Return R[i][j], the perplexity on task j after task i as measured last (None for j > i), what was
-    forgotten, and the last row's columns. results: rows as `forgetting` takes them."""
+    """Return R[i][j], the perplexity on task j after task i as measured last (None: not measured then),
+    what was forgotten, and the last row's columns. results: rows as `forgetting` takes them."""
     rows, last = {row["task"]: row for row in results}, results[-1]
     return {
         "tasks": [*rows],
@@ -334,8 +334,8 @@ def measure_run(run, model, tokenizer, args):
 
 def open_run(folder, device=None, names=(), device_map=None, backbone=None):
     """Return a run, the model that holds its versions, and the tokenizer. device: None is the best one.
-    backbone: where it lies now; None: where it was. Raises Refused if nothing has been committed there, no
-    version has one of the names, or the device is not available."""
+    backbone: where it lies now; None: where it was. Raises Refused if nothing has been committed there, a
+    name is no version's, or the device is not available."""
     device = pick_device(device)
     run = Run(folder)
     if not run.tasks:
@@ -366,8 +366,7 @@ def main(argv=None):
         outs.append(measure_run(run, model, tokenizer, args))
     if len(outs) > 1:
         print_over_runs(outs)
-    if args.json:
-        write_results(args.json, "eval.py", argv, indent=1, rows=outs)
+    write_results(args.json, "eval.py", argv, indent=1, rows=outs)
 
 
 if __name__ == "__main__":

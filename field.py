@@ -81,8 +81,8 @@ class CoordinateDynamics(nn.Module):
         self.register_buffer("z0", torch.zeros(coord_dim))
 
     def standardise(self, h_bar):
-        """Set the mean and deviation with which `forward` standardises each feature to those of h_bar [n,
-        features], of the first task's training prompts. They are saved with the weights, never trained."""
+        """Set mean and deviation, with which `forward` standardises, to those of each feature of h_bar [n,
+        features] over the first task's training prompts. They are saved with the weights, never trained."""
         self.mean.copy_(h_bar.mean(0))
         self.deviation.copy_(h_bar.std(0, correction=0).clamp(min=1e-6))
 
@@ -134,9 +134,7 @@ class Region:
         scatter, ridge = (1 - share) * x.T @ x, (share * scale + 1e-10) * eye  # 1e-10: if all z are alike
         region = cls(mean, scatter / max(n - 1, 1) + ridge, tau=0.0, n=n)
         # With two coordinates or fewer none can be left out.
-        squared = (
-            leave_one_out(x, scatter, ridge, share) if n > 2 else region.distance(z.cpu().double()).square()
-        )
+        squared = leave_one_out(x, scatter, ridge, share) if n > 2 else mahalanobis(x, 0, region.whiten) ** 2
         region.tau = float(squared.clamp(min=1e-12).sqrt().quantile(quantile))
         return region
 

@@ -208,7 +208,8 @@ class LoRAPool:
             B = torch.empty(components, rank, d_out).normal_(std=b_std)
             self.parts[name] = A, B
         self.free = torch.ones(components, dtype=torch.bool)  # not committed
-        self.silent = torch.full((components,), b_std == 0)  # B is 0: it adds nothing and passes no gradient
+        # B is 0: the component adds nothing, and its logit gets no gradient.
+        self.silent = torch.full((components,), b_std == 0)
 
     def take(self, rows):
         """Copy the components `rows`, or ALL: {target: (A, B)}."""
@@ -272,7 +273,7 @@ class LoRAPool:
 
 
 class FastGrid(NeuronGrid):
-    """The same grid. `forward_winners` and `run_neurons` run only what they are given, winners or ALL."""
+    """The same grid, on a CPU alone. `forward_winners` and `run_neurons` run winners, or ALL, alone."""
 
     def forward_winners(self, x, winners, dropout=0.0):
         """Compute `forward` with a binary mask, given as its winners; no other neuron runs. [batch, d_out]"""
@@ -356,7 +357,7 @@ CACHE = 2**17  # floats in a core's cache: the activations of a chunk in one lay
 
 
 def chunk_size(n, activations):
-    """Return how many of n neurons to walk together, a divisor, by one's activations in a layer."""
+    """Return the largest divisor of n neurons that fit CACHE with `activations` floats each in a layer."""
     return next(c for c in range(min(n, max(1, CACHE // activations)), 0, -1) if n % c == 0)
 
 

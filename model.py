@@ -336,7 +336,7 @@ class NIWF:
 
 
 class FastBank(AdapterBank):
-    """The bank above. It gives the same updates."""
+    """The bank above. It gives the same updates; once folded, up to rounding."""
 
     folded = None  # what `fold` has gathered, while a text is generated
 

@@ -10,14 +10,14 @@ The tasks are a *concept shift*: they share their inputs and differ in their tar
 tells which task it is. Every method sees the same batches. After each task all so far are scored twice:
 
     stored      with the mask of the task's last training batch
-    recovered   with a mask found from a support batch of the task: by a cold search; methods that recall
-                take the stored one that has the lowest loss on it, and FixedMask is told the task
+    recovered   with a mask found from a support batch of the task: FTN searches from a cold start, methods
+                that recall take the stored mask with the lowest loss on it, FixedMask is told the task
 
-R[i][j] is the score on task j after task i. ACC and MSE are means of the last row. A positive FM always means
-forgetting. This file covers section 3 and Appendix C of the FTN paper. Departures: the paper gives an outline
-of its generator alone (2 inputs, 24 latents, 8 of them a task, frequency 8), which `ConceptShift` fills in;
-the methods with a lock are ours. EWC and SupSup stand in `studies/baselines.py`, Appendix B's decomposition
-in `studies/tables.py`, experiment 2 in `studies/styles.py`.
+R[i][j] is the score on task j after task i. ACC and MSE are means of the last row. FM is what was lost since
+the best score, never negative. This file covers section 3 and Appendix C of the FTN paper. Departures: the
+paper only outlines its generator (2 inputs, 24 latents, 8 of them a task, frequency 8), which `ConceptShift`
+fills in; the methods with a lock are ours. EWC and SupSup stand in `studies/baselines.py`, Appendix B's
+decomposition in `studies/tables.py`, experiment 2 in `studies/styles.py`.
 """
 
 import dataclasses
@@ -168,9 +168,9 @@ def recall(mask, learner, t):
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """A way to choose. `mask_for` a batch of task t gives indices of neurons, or of adapters, or ALL."""
+    """A way to choose a mask: `mask_for` a batch of task t gives indices of neurons or adapters, or ALL."""
 
-    place = 9  # rows run in this order: the oracle, which is quick, comes first, and the slowest last
+    place = 9  # a seed's rows run in ascending order: the oracle first, then the slow methods, FTN last
 
     def recover(self, learner, t):
         """Find the mask for task t's support batch, at test time."""
@@ -244,7 +244,7 @@ class Learner:
 
     begin(t), train(t, *batch), end(t, *batch)   learn task t, batch after batch
     outputs(handle, *batch)                      answer a batch with a handle: y_hat [batch, d_out]
-    score, mean_loss(handle, *batch)             one number: accuracy, or the loss; the loss
+    score, mean_loss(handle, *batch)             accuracy (without classes the loss); the loss
     parameters(t)                                a copy of task t's own weights, without a shared bias
     """
 
@@ -291,6 +291,7 @@ class Neurons(Learner):
             self.stored = [index[winners] for winners in self.stored]
             none = torch.zeros(len(self.grid.free), dtype=torch.bool)
             self.touched = [none.index_put((index,), touched) for touched in self.touched]
+            self.optimizer = None  # it holds the weights of the old grid
         if self.optimizer is None or self.row.fresh_moments:
             settings = dict(lr=self.row.lr, weight_decay=self.row.decay, fused=True)
             self.optimizer = torch.optim.AdamW(self.grid.parameters(), **settings)

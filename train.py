@@ -69,14 +69,14 @@ def writable(run, model, h_bar, args):
 
     The first task writes everything. Under the exact lock a later one writes new bases and a new field over
     all bases; it only reads older bases and the dynamics. Under the soft lock and none it goes on writing the
-    last version's bank, field and dynamics. h_bar [n, features]: a first task's sets the standardisation, an
-    exact later one's `lead_with_own`; None in later tasks of an adapted probe."""
+    last version's bank, field and dynamics. h_bar [n, features] sets the standardisation in the first task
+    and feeds `lead_with_own` in later exact ones; it is None in later tasks of an adapted probe."""
     torch.manual_seed(args.seed + len(run.versions))
     bank = model.bank
     if run.versions and args.lock != "exact":
         bank.unlock()
         bank.add(max(0, args.bases - len(bank)))
-        field = run.versions[-1].field.grown(len(bank)).requires_grad_(True).to(model.device)
+        field = run.versions[-1].field.grown(len(bank)).to(model.device)
         dynamics = copy.deepcopy(run.versions[-1].dynamics).requires_grad_(True)
     else:
         old = len(bank)
@@ -226,10 +226,8 @@ def describe_training(examples, args):
     """Return what identifies a training, and is kept in its version: the options and a digest of the data."""
     # A digest stands for the data; checkpointing changes no bit.
     apart = "data val_data val_examples backbone device device_map out checkpointing".split()
-    about = {k: v for k, v in sorted(vars(args).items()) if k not in apart}
-    for key, value in OLDER.items():  # older versions lack these options, and had these values
-        if about[key] == value:
-            del about[key]
+    # Older versions lack the options of OLDER, and had these values.
+    about = {k: v for k, v in sorted(vars(args).items()) if k not in apart and (k, v) not in OLDER.items()}
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
     return about | {"examples": len(examples), "data": digest}
 
@@ -264,7 +262,7 @@ OPTIONS = {  # what it takes; what it is; its default; the tiny backbone's; does
         "--seed": Option(dict(type=number(int, 0, 2**31)), "of weights, data order and anchors", 0)},
     "bank, field and coordinate (sections 3.1-3.3)": {
         "--rank": Option(SIZE, "r, rank of a basis", 8, fixed=True),
-        "--bases": Option(SIZE, "N, bases that a task adds; without --lock exact, in the whole bank", 16),
+        "--bases": Option(SIZE, "N, bases that a task adds; without --lock exact, of all tasks together", 16),
         "--top-k": Option(SIZE, "K, bases active in a layer", 8),
         "--alpha": Option(WEIGHT, "alpha of Eq. (2)", 128.0, fixed=True),
         "--targets": Option(TEXT, "last names of the linear modules to adapt, commas between; all: those "
@@ -310,6 +308,12 @@ def parse_options(argv=None):
 def complete(args, run):
     """Fill in what was not said, see `fill_in`. Raises Refused if options contradict each other or the
     run."""
+    later = {v["lock"] for v in run.manifest["versions"][1:]}
+    if later and args.lock not in later:
+        raise Refused(
+            f"{run.folder} holds tasks trained with lock {'/'.join(sorted(later))}, which cannot be mixed "
+            f"with lock {args.lock} (none: without --lock); use the same or choose another --out"
+        )
     preset = TINY if args.backbone == "tiny" else {}
     if getattr(args, "passes", "one") == "two":
         preset = preset | {"coord_dim": 64}
@@ -328,16 +332,10 @@ def complete(args, run):
     if args.lock == "exact" and args.probe == "adapted":
         raise Refused("--lock exact needs --probe bare: an adapted probe moves when adapters are trained")
     if args.top_k > max(args.bases, held):
-        raise Refused(f"--top-k {args.top_k} is more than --bases {max(args.bases, held)}")
+        raise Refused(f"--top-k {args.top_k} is more than the {max(args.bases, held)} bases that it writes")
     check_name("--task", args.task)
     if taken := run.namesake(args.task):
         raise Refused(f"--task {args.task}: {run.folder} has {taken}; give it another name")
-    later = {v["lock"] for v in run.manifest["versions"][1:]}
-    if later and args.lock not in later:
-        raise Refused(
-            f"{run.folder} holds tasks trained with lock {'/'.join(sorted(later))}, which cannot be mixed "
-            f"with lock {args.lock} (none: without --lock); use the same or choose another --out"
-        )
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -359,6 +357,8 @@ def run_task(run, args):
     if args.task not in run.tasks:
         complete(args, run)
     backbone, tokenizer = run.open_backbone(args.backbone, args.device, args.device_map)
+    if hasattr(args, "max_len"):  # a committed task may leave it out
+        args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)
     size = sum(p.numel() for p in backbone.parameters())
     print(f"backbone  {args.backbone} on {args.device}, {size:,} frozen parameters")
     run.manifest["backbone"]["name"] = place_of(args.backbone)  # where it lies now
@@ -388,7 +388,6 @@ def train_task(run, args, backbone, tokenizer):
     if args.passes == "one" and not args.bare_layers:
         args.bare_layers = default_bare(len(layers_of(backbone)))
     targets = None if run.tasks else choose_targets(backbone, tokenizer, args.targets, args.bare_layers)
-    args.max_len = min(args.max_len, positions_of(backbone) or args.max_len)
     day = run.day
     if asks_for_day(tokenizer, args.template):  # it writes the day into prompts: a run keeps its first day
         args.day = day
@@ -420,7 +419,7 @@ def main(argv=None):
         return synthetic.main(argv[2:])
     args, started = parse_options(argv), time.time()
     if args.task == "synthetic":
-        raise Refused("--task synthetic comes first, then the options of synthetic.py")
+        raise Refused("write --task synthetic, with a space, before the options of synthetic.py")
     args.device = pick_device(args.device)
     if not args.out:
         args.backbone = args.backbone or default_backbone(args.device)

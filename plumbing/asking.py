@@ -6,6 +6,7 @@ prompt is routed.
 
 import functools
 
+from plumbing.files import BASE
 from plumbing.openai import Answers
 from plumbing.passes import context_of, room_for, sampler
 from plumbing.plane import Plane
@@ -32,7 +33,7 @@ def who_answers(run, h_bar, asked, outside):
     (version,) = answering(run, found, outside)
     if asked:
         version, gating = asked[0], asked[1](h_bar)
-    who = {"version": version and version.hash, "name": version.task if version else "base"}
+    who = {"version": version and version.hash, "name": version.task if version else BASE}
     who |= {"asked": bool(asked), "nearest": run.versions[found.choice[0]].task}
     who |= {"probability": float(found.probability[0]), "known": bool(found.known()[0]), "u": found.u}
     return gating, who

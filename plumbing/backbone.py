@@ -174,8 +174,8 @@ def digest_of(backbone, sample, left_out=()):
 
 
 def sample_of(x):
-    """Return some 65,000 of a weight's values [n] at equal distances, or all. The distance is odd, as a
-    power of two would see few columns."""
+    """Return 44,000 to 131,000 of a weight's values [n] at equal distances, or all. The distance is odd, as
+    a power of two would see few columns."""
     return x[:: len(x) // SAMPLE | 1]
 
 

@@ -29,7 +29,7 @@ def on_hub(name):
 
 def base_of(name):
     """Return what `base_model_name_or_path` says of a backbone: the absolute path of a folder, so that the
-    adapter opens from any working directory. And the name of a GGUF file in it, which peft is told apart."""
+    adapter opens from any working directory. And the name of a GGUF file in it, an argument of its own."""
     if name.startswith("random:"):
         return name, ""
     path, options = find_backbone(name)
@@ -39,14 +39,14 @@ def base_of(name):
 def label(path, about):
     """Write `about` into the header of a safetensors file, beside what its metadata says. safetensors itself
     writes metadata in no promised order; here the keys are sorted, so that equal files have equal bytes."""
-    with open(path, "rb") as source:
+    # `atomic` ends last: Windows replaces no file that is open.
+    with atomic(path) as tmp, open(path, "rb") as source, open(tmp, "wb") as target:
         header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
         known = header.pop("__metadata__", {})
         text = json.dumps({"__metadata__": dict(sorted({**known, **about}.items())), **header}).encode()
         text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-        with atomic(path) as tmp, open(tmp, "wb") as target:
-            target.write(len(text).to_bytes(8, "little") + text)
-            shutil.copyfileobj(source, target, 2**24)
+        target.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(source, target, 2**24)
 
 
 # --------------------------------------------------------------------------------------------- the model card

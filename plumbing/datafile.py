@@ -34,8 +34,10 @@ def text_of_file(path):
         text = data.decode(encoding)
     except UnicodeDecodeError as e:
         how = "iconv -f LATIN1 -t UTF-8 makes UTF-8 of Latin-1" if encoding.startswith("utf-8") else e.reason
-        line, byte = data.count(b"\n", 0, e.start) + 1, f"byte {data[e.start]:#04x}"
-        raise Refused(f"{path}: line {line} is not {encoding.upper()} ({byte}): {how}") from None
+        # e.object is the data without its byte-order mark.
+        line, byte = e.object.count(b"\n", 0, e.start) + 1, f"byte {e.object[e.start]:#04x}"
+        name = encoding.upper().removesuffix("-SIG")
+        raise Refused(f"{path}: line {line} is not {name} ({byte}): {how}") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise Refused(f"{path}: line {line} holds a NUL byte: the file is damaged, or no text")

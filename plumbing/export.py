@@ -115,14 +115,15 @@ def try_adapter(folder, backbone, tensors):
 
 
 @torch.no_grad()
-def write_merged(update, backbone, tokenizer, template, about, folder):
+def write_merged(update, backbone, tokenizer, run, about, folder):
     """Write a backbone, in float32 on the CPU, with an update added to its weights, and its tokenizer. What
-    was saved is opened again, compared, and returned; the backbone given is then empty. about: goes into the
-    tensors' metadata.
+    was saved is opened again, compared, and returned; the backbone given is then empty. run: says how prompts
+    are written. about: goes into the tensors' metadata.
 
     Raises Refused if the backbone has other modules, or if what was saved does not answer as the version."""
-    targets, record = targets_of(update, backbone), hello(tokenizer, template)
-    ids = prompt_ids(record, tokenizer, template)
+    targets, template = targets_of(update, backbone), run.template
+    prompt = lambda tokenizer: prompt_ids(hello(tokenizer, template), tokenizer, template, run.day)
+    ids = prompt(tokenizer)
     if len({id(module.weight) for module in targets.values()}) < len(targets):
         raise Refused("several layers share one weight, which cannot hold an update for each; an adapter can")
     logits_of = lambda backbone: backbone(torch.tensor([ids]), use_cache=False).logits
@@ -142,7 +143,7 @@ def write_merged(update, backbone, tokenizer, template, about, folder):
     backbone.to("meta")  # Free its memory for what is read back.
     try:
         saved, tokenizer = load_backbone(str(folder), "cpu")
-        same = prompt_ids(record, tokenizer, template) == ids and end_token(tokenizer, template) == end
+        same = prompt(tokenizer) == ids and end_token(tokenizer, template) == end
     except Refused as e:
         raise Refused(f"the checkpoint cannot be opened once it is saved: {e}") from e
     if not same or digest_of(saved, sample_of) != digest:
@@ -227,7 +228,7 @@ def export(run, name, folder, merged=False, backbone=None, to_hub=None):
         ask = functools.partial(greedy_answers, tokenizer=tokenizer, template=run.template, asked=asked)
         bare, tried = ask(model), True
         if merged:
-            answers = ask(write_merged(update, model, tokenizer, run.template, about, tmp))
+            answers = ask(write_merged(update, model, tokenizer, run, about, tmp))
         else:
             tried = write_adapter(update, where, tokenizer, about, tmp)
             with beside(update, model):

@@ -2,8 +2,8 @@
 
 It holds `manifest.json`, `versions/<sha256>.safetensors` (named by content, as in git), for every task
 `data/<task>.val.json` and `data/<task>.logits.json`, `training.safetensors` while a task is being trained,
-and `log.jsonl`. It trusts nobody: what is read is validated whole before it is used, no symbolic link is
-followed, and nothing is removed but what the manifest named and the temporary files of a killed command.
+`log.jsonl`, and `.lock`. It trusts nobody: what is read is validated whole before it is used, and no symbolic
+link is followed. What the manifest does not name is moved to `orphans`; temporary files are removed.
 """
 
 import contextlib
@@ -91,7 +91,9 @@ class Folder:
     def refuse_shared(self):
         """Raise Refused if versions are of another lock than the exact one."""
         if self.shared:
-            raise Refused(f"{self.folder}: its versions, not of the exact lock, do not stand for themselves")
+            raise Refused(
+                f"{self.folder}: its versions share one bank (no exact lock), so none can be taken alone"
+            )
 
     @property
     def template(self):
@@ -202,8 +204,8 @@ class Folder:
         """Take the lock of `exclusive`, until the stack `held` is closed. Raises Refused if it is taken."""
         made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        f = held.enter_context(open(self.folder / ".lock", "a"))
         if fcntl:
+            f = held.enter_context(open(self.folder / ".lock", "a"))
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.path.samestat(os.stat(self.folder / ".lock"), os.fstat(f.fileno())):
@@ -214,8 +216,8 @@ class Folder:
 
     def leave(self, made):
         """Remove the lock file and the folders that were made, if nothing else is in them."""
-        if os.listdir(self.folder) == [".lock"]:
-            (self.folder / ".lock").unlink()
+        if os.listdir(self.folder) in ([], [".lock"]):
+            (self.folder / ".lock").unlink(missing_ok=True)
             remove_empty(made)
 
     @first_alone

@@ -1,5 +1,5 @@
-"""What a run folder's manifest says of its versions, about one, in a log, and without some; what can be made
-of them, and asked of them on a command line."""
+"""Describe a run folder's versions, list them, and check what may be removed, composed or merged; the command
+line of commit.py."""
 
 import argparse
 

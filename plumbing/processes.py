@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from plumbing import Refused
 
-PATIENCE = datetime.timedelta(minutes=10)  # for a process that hangs; that one ended is noticed at once
+PATIENCE = datetime.timedelta(minutes=10)  # how long to wait for a process that hangs
 ENDED = "another process of this training ended, or torchrun; the same command goes on from what is saved"
 
 

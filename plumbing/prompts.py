@@ -110,7 +110,7 @@ def system_message(text, tokenizer, template, day):
 
 def refuse_left_out(records, tokenizer, template, day, where="--template chat"):
     """Raise Refused if a chat template leaves out a system message, or what a tool said, of these records. Of
-    each role one message is asked for, at the beginning of a chat and one further on."""
+    each role it tries one message that opens a chat, and one further on."""
     if template == "alpaca" or not tokenizer.chat_template:
         return  # `render` refuses such records
     places, mark = {}, "5309182764"

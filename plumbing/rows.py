@@ -23,6 +23,8 @@ from plumbing.command import Parser, number, output_file, write_results
 from plumbing.files import atomic
 from plumbing.processes import rank_and_size
 
+MOST = 61 if sys.platform == "win32" else 256  # processes of a pool
+
 
 def kept_file(row, how):
     """The file that keeps a row. Its name has a hash of the row, of its class's version, of `how` it is
@@ -50,8 +52,9 @@ def read_sealed(path):
     raise Refused(f"{path} is damaged or not of this row; without it the row is computed again")
 
 
-def finished_row(compute, row, how):
-    """-> (row, its result, None), from its file or else computed and kept; (row, None, why) if refused."""
+def keep_row(compute, row, how):
+    """Compute a row and keep it, unless that has been done. Return None, or why it was refused. The result
+    stays in its file: a kill could cut off a long one on its way to another process, which would wait."""
     try:
         path = kept_file(row, how)
         if not path.exists():
@@ -59,15 +62,9 @@ def finished_row(compute, row, how):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as tmp:
                 tmp.write_text(json.dumps(sealed(path, out)))
-        return row, read_sealed(path), None
+        read_sealed(path)
     except Refused as e:
-        return row, None, str(e)
-
-
-def reason_of(compute, row, how):
-    """Compute and keep a row, unless it is kept. Return None, or why it was refused. The result stays in its
-    file: a kill could cut off a long one on its way to another process, which would wait for the rest."""
-    return finished_row(compute, row, how)[2]
+        return str(e)
 
 
 def leave_interrupts_to_parent():
@@ -86,8 +83,8 @@ def end_workers():
 
 
 def finished_rows(compute, jobs, workers):
-    """Yield `finished_row` of each (row, how) as it comes, from so many processes. They end at once if this
-    one does. Raises Refused if a worker was killed."""
+    """Yield (row, its result, None) of each (row, how) as it comes, from so many processes, or (row, None,
+    why) if it is refused. They end at once if this one does. Raises Refused if a worker was killed."""
     context = multiprocessing.get_context(start := "fork" if sys.platform == "linux" else "spawn")
     stopped = []
     handler = lambda by, _: (stopped.append(by), end_workers())
@@ -97,7 +94,7 @@ def finished_rows(compute, jobs, workers):
         at_first = handler if start == "fork" else signal.SIG_IGN
         before = {s: signal.signal(s, at_first) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            job_of = {pool.submit(reason_of, compute, *job): job for job in jobs}
+            job_of = {pool.submit(keep_row, compute, *job): job for job in jobs}
             for s in before:
                 signal.signal(s, handler)
             if stopped:  # while workers were born
@@ -109,9 +106,8 @@ def finished_rows(compute, jobs, workers):
                     done, left = concurrent.futures.wait(left, 1, concurrent.futures.FIRST_COMPLETED)
                     for future in done:
                         bar.update()
-                        row, how = job_of[future]
-                        why = future.result()
-                        yield (row, None, why) if why else finished_row(compute, row, how)
+                        row, why = job_of[future][0], future.result()
+                        yield row, None if why else read_sealed(kept_file(*job_of[future])), why
         except concurrent.futures.process.BrokenProcessPool:
             if not stopped:
                 why = "a worker was killed, perhaps for want of memory: try fewer --workers"
@@ -167,7 +163,7 @@ def run_rows(compute, rows, known, args, command, line_of, print_tables):
     jobs = sorted(((row, known[row.method]) for row in rows), key=lambda job: (job[0].seed, job[1][1].place))
     outs, refused, reasons = {}, [], {}
     try:
-        for row, out, message in finished_rows(compute, jobs, min(args.workers, len(jobs))):
+        for row, out, message in finished_rows(compute, jobs, min(args.workers, len(jobs), MOST)):
             name = f"{row.variant} {row.method} seed {row.seed}"
             if out is None:
                 refused.append(f"{name}: {message}")

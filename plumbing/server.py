@@ -27,7 +27,7 @@ from plumbing.openai import Job, Wrong, chunks, completion, read_request
 
 PAGE = HOME / "assets" / "page.html"
 CONNECTIONS = 64  # open at a time, each with a thread
-PATIENCE = 10.0  # seconds that a client has to send a request, and then for every piece of the answer
+PATIENCE = 10.0  # seconds that a client has to send a request; one read or write may take twice as long
 LARGEST = 2**20  # bytes in the body of a request
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 HEADERS |= {"Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer"}
@@ -81,8 +81,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 job.events.put(e if isinstance(e, Wrong) else Wrong(e))
 
     def handle_error(self, *connection):
-        """Print the error that is being handled in one line. That a client breaks off is no error: the
-        thread of its connection then raises some OSError, and `work`, which gives none, a ConnectionError."""
+        """Print the error that is being handled in one line. That a client breaks off is no error:
+        the thread of its connection then raises some OSError, and `work` a ConnectionError."""
         e = sys.exc_info()[1]
         if not isinstance(e, OSError if connection else ConnectionError):
             print(Refused(f"[{type(e).__name__}: {e}"[:300] + "]"), file=sys.stderr, flush=True)
@@ -115,23 +115,14 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     connection.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\n\r\n")
                 return self.shutdown_request(connection)
         self.grant(connection, PATIENCE)
-        try:
-            super().process_request(connection, address)
-        except RuntimeError:  # no thread can be started now
-            self.forget(connection)
-            raise
+        super().process_request(connection, address)
 
-    def forget(self, connection):
-        """Give back the place of a connection that has ended."""
-        with self.lock:
+    def shutdown_request(self, connection):
+        """Close a connection, and give back its place if it had one. This is called once, in all cases."""
+        super().shutdown_request(connection)
+        with self.lock, contextlib.suppress(KeyError):
             del self.open[connection]
-        self.slots.release()
-
-    def process_request_thread(self, connection, address):
-        try:
-            super().process_request_thread(connection, address)
-        finally:
-            self.forget(connection)
+            self.slots.release()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -192,7 +183,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Wrong(f"Content-Type: {kind[:80]!r} is not application/json", 415)
         if self.headers.get("Transfer-Encoding") or len(lengths) != 1:
             raise Wrong("Content-Length: it must be there once, to tell where the body ends", 411)
-        if not re.fullmatch("[0-9]{1,18}", lengths[0], re.ASCII):
+        if not re.fullmatch("[0-9]{1,18}", lengths[0]):
             raise Wrong(f"Content-Length: {lengths[0][:80]!r} is no length")
         if int(lengths[0]) > LARGEST:
             raise Wrong(f"the body: {lengths[0]} bytes are more than {LARGEST}", 413)

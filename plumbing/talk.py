@@ -88,7 +88,7 @@ def pieces(tokenizer, steps):
     yield text.strip()[said:]
 
 
-def answer_prompt(run, tokenizer, stream, max_new_tokens, choose, prompt, asked=None):
+def answer_prompt(run, tokenizer, stream, max_new_tokens, choose, prompt, asked):
     """Print the answer to one prompt as it comes; then say which version gave it, and how sure the routing
     is. stream, asked: see asking.py."""
     ids, found = prompt_ids(prompt, tokenizer, run.template, run.day), []
@@ -113,8 +113,8 @@ def talk(ask, entries, named, bare, history_of, system, asked):
     `bare` the backbone, named(NAME) a version. entries: those of the versions. history_of(text): see
     `system_message`."""
     history = history_of(system)
-    if not sys.stdin:
-        raise Refused("--talk: there is no standard input to read from")
+    if not (sys.stdin and sys.stdout):
+        raise Refused("--talk: there is no standard input or output")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     sys.stdin.reconfigure(errors="replace")  # bytes that are no text are no reason to stop
     if terminal:

@@ -20,6 +20,7 @@ from model import NIWF, response_nll
 from plumbing.backbone import from_shape
 from plumbing.passes import computed_once, context_of
 from plumbing.prompts import encode
+from plumbing.tables import exact_match
 from plumbing.targets import layers_of
 from field import CoordinateDynamics, Route, WeightField
 from plumbing.talk import pieces
@@ -196,6 +197,14 @@ def test_all_tasks_are_measured_under_named_versions(two, tmp_path, capsys):
         assert row[task] == pytest.approx(stored[task], rel=1e-5)  # training sums a batch in float32
         assert row["onlyA"] == pytest.approx(row["alpaca"], rel=1e-5)  # weight 0 takes code out again
     assert "as asked" in asked(out, capsys, *"--version onlyA --prompt Hi. --max-new-tokens 3".split())[1]
+
+
+def test_an_exact_match_prints_as_many_answers_as_asked_for(capsys):
+    """Of n records it prints `show`, or all if there are fewer."""
+    record = {"instruction": "Say a."}
+    for n, show in itertools.product((1, 7, 9, 32), (0, 1, 3, 5, 8, 40)):
+        exact_match("x", [record] * n, [("a", "who")] * n, ["a"] * n, show)
+        assert capsys.readouterr().out.count("[who] Say a.") == min(show, n)
 
 
 def test_an_exact_match_waits_for_the_longest_answer(two, monkeypatch):

@@ -252,6 +252,8 @@ def test_where_positions_end_so_do_records_prompts_and_answers(on_folder, tmp_pa
     run = Run(out)
     assert run.head(run.entries[0])["config"]["max_len"] == 64
     assert "bit-identical on 4 of 4" in capsys.readouterr().out
+    train.main(on_folder(folder, out, "--max-len", "256"))
+    assert "it was trained with" not in capsys.readouterr().out  # the same command again, no other one
     with refused("tokens, which leave no room in a context of 64", out):
         evaluate(out, "--prompt", "many words " * 40)
     typed = io.TextIOWrapper(io.BytesIO(b"Hello.\n" + b"many words " * 40 + b"\nHello.\n"))

@@ -241,7 +241,7 @@ def test_merge_refuses_what_does_not_belong_together(two, first, micro, tmp_path
         (ours, other, "no common first version"),
         (ours, foreign, "another backbone"),
         (mine, clash, "both runs have a version called code"),
-        (ours, soft, "do not stand for themselves"),
+        (ours, soft, "share one bank"),
         (killed, ours, "code is not measured"),
     ):
         with refused(match, run, theirs):
@@ -331,7 +331,7 @@ def test_a_file_that_cannot_be_read_hides_no_other_version(tmp_path, monkeypatch
     Run(out).path(hashes[0]).unlink()
     found = [wrong for _, wrong in commit.verify(Run(out))]
     assert "its file is missing" in found[0]
-    assert f"reads {hashes[0][:12]} twice, or before it is there" in found[1]
+    assert f"reads {hashes[0][:12]}, which is damaged, missing, later or named twice" in found[1]
     with refused("gone, or not readable"):
         versions[0].gating(torch.zeros(1, 6))
 

@@ -1,6 +1,7 @@
 """The environment: help, signals, little memory, full disks, folders that cannot be written."""
 
 import importlib.util
+import io
 import os
 import re
 import signal
@@ -55,9 +56,10 @@ def test_closed_ends_are_no_traceback(two, monkeypatch):
     """The shell may close a program's output or input: `>&-`, `<&-`."""
     monkeypatch.setattr(sys, "stdout", None)
     run_program(lambda: print("unheard"))
-    monkeypatch.setattr(sys, "stdin", None)
-    with refused("there is no standard input", two):
-        evaluate(two, "--talk")
+    for stdin in (io.StringIO("Hi."), None):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with refused("there is no standard input or output", two):
+            evaluate(two, "--talk")
 
 
 @pytest.mark.parametrize("program", ["train", "synthetic"])

@@ -21,6 +21,7 @@ import train
 from commit import Run
 from model import NIWF
 from plumbing import Refused
+from plumbing import export as exports
 from plumbing.control import quoted
 from plumbing.forms import checked
 from plumbing.openai import Answers
@@ -251,6 +252,10 @@ def test_a_run_keeps_the_day_of_its_first_task(learn_by_chat, tmp_path, monkeypa
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.manifest["backbone"]["name"])
     text = prompt_of("Hi.", tokenizer, "chat", run.day)
     assert "Today is Saturday 28 Nov 2026, 00:00." in text
+    load = exports.load_backbone
+    later = lambda *how: set_clock(monkeypatch, 2027, 3, 4) or load(*how)
+    monkeypatch.setattr(exports, "load_backbone", later)  # midnight comes while the copy is written
+    git(out, "export one --merged --to", tmp_path / "merged")
 
 
 def test_without_a_day_in_its_template_a_run_has_none(learn_by_chat, tmp_path, monkeypatch):

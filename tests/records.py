@@ -174,6 +174,7 @@ def test_a_file_is_read_in_every_unicode_encoding(tmp_path, encoding):
 # fmt: off
 NOT_RECORDS = [
     (TEXT.encode("latin-1"), r"line 1 is not UTF-8 \(byte 0xfc\).*iconv"),
+    (b"\xef\xbb\xbf\n" + TEXT.encode("latin-1"), r"line 2 is not UTF-8 \(byte 0xfc\)"),
     (gzip.compress(TEXT.encode(), mtime=0), "packed with gzip: unpack it first"),
     (b"PK\x03\x04rest", "packed with zip"),
     (b"PAR1rest", r"is Parquet: write it as JSON lines first: pandas.read_parquet\('x'\)"),

@@ -282,6 +282,12 @@ def test_a_full_grid_and_no_finite_score_are_refused():
         run_row(synthetic.Row("clf", "ftn-slow-lock", 0, **nine))
     out = run_row(synthetic.Row("clf", "ftn-slow-lock", 0, grow=True, **nine))
     assert out["final_side"] == 12 and len(out["R_stored"]) == 9 and nothing_moved(out)
+    learner = learner_of(StudyRow("clf", "ftn-slow-lock", 0, leak="moments", grow=True, **SMALL))
+    learner.begin(0)
+    learner.grid.free.zero_()
+    learner.begin(1)
+    trained = {*map(id, learner.optimizer.param_groups[0]["params"])}
+    assert trained == {*map(id, learner.grid.parameters())}  # those of the new grid
     with refused("not finite in task 1"):
         run_row(synthetic.Row("reg", "fixedmask", 0, **dict(SMALL, lr=1e30)))
 
@@ -427,21 +433,22 @@ def test_a_damaged_or_swapped_kept_row_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     row, other = (synthetic.Row("clf", "fixedmask", seed, **SMALL) for seed in (0, 1))
     how = KNOWN["fixedmask"]
-    finished = lambda row: kept.finished_row(synthetic.run_row, row, how)
+    finished = lambda row: kept.keep_row(synthetic.run_row, row, how)
     good, bad = (kept.kept_file(r, how) for r in (row, other))
-    assert finished(row)[1] == finished(row)[1]
+    assert finished(row) is None and kept.read_sealed(good)
     text = good.read_text()
+    assert finished(row) is None and good.read_text() == text  # it is not computed again
     lies = [text, text[:-9], "", "null", "[]", "7", "{}", "[" * 100_000, text.replace("0.", "1.", 1)]
     lies += [json.dumps(json.loads(text) | {key: None}) for key in ("sha256", "result")]
     for lie in [*map(str.encode, lies), b"\xff\xfe\xff", b"\x00"]:
         bad.write_bytes(lie)
-        _, out, message = finished(other)
-        assert out is None and str(bad) in message and "\n" not in message
+        message = finished(other)
+        assert str(bad) in message and "\n" not in message
         assert bad.read_bytes() == lie and good.read_text() == text
     bad.unlink()
-    assert finished(other)[1]["seed"] == 1
+    assert finished(other) is None and kept.read_sealed(bad)["seed"] == 1
     with pytest.raises(KeyError, match="a bug"):  # an error of ours is not taken for a damaged file
-        kept.finished_row(lambda row, how: {}["a bug"], dataclasses.replace(row, seed=2), how)
+        kept.keep_row(lambda row, how: {}["a bug"], dataclasses.replace(row, seed=2), how)
 
 
 def test_a_kept_row_is_named_after_what_decides_it(tmp_path, monkeypatch):
