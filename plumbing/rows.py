@@ -67,12 +67,17 @@ def keep_row(compute, row, how):
         return str(e)
 
 
+def end_with_parent():
+    """Let this process end when the one that started it has ended, however that came."""
+    follow = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def leave_interrupts_to_parent():
     """Let the parent alone handle Ctrl-C; it then ends its workers. If it is killed they end, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    follow = lambda: (multiprocessing.parent_process().join(), os._exit(1))
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 def end_workers():

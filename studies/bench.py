@@ -36,6 +36,7 @@ from plumbing.backbone import from_shape, load_backbone, refuse_without
 from plumbing.command import number, output_file, Parser, run_program, write_results
 from plumbing.prompts import encode, pad_of
 from plumbing.records import DATA, read_records
+from plumbing.rows import end_with_parent
 from plumbing.passes import decode
 from plumbing.targets import adapted_targets, default_bare, find_targets, layers_of
 from plumbing.training import peak_memory, resource
@@ -188,7 +189,7 @@ def in_own_process(function, *args):
     """Return function(*args), computed in a process of its own. Raises Refused if that is killed."""
     # Do not spawn: a process that this one starts itself begins with the peak memory of this one.
     context = multiprocessing.get_context("forkserver")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, end_with_parent) as pool:
         try:
             return pool.submit(function, *args).result()
         except concurrent.futures.process.BrokenProcessPool:

@@ -17,6 +17,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -537,6 +538,26 @@ def test_a_stopped_experiment_leaves_one_line_and_no_process(tmp_path, by):
     if by == signal.SIGINT:
         assert said.strip().splitlines()[-1].startswith(b"synthetic.py: stopped; finished rows are kept")
         assert not living(process.pid)
+
+
+def test_the_process_that_measures_ends_with_its_benchmark(tmp_path):
+    """A benchmark that is killed leaves no process, though the one that measures is at work."""
+    pytest.importorskip("fcntl")
+    work = f"import pathlib, time; pathlib.Path({str(tmp_path / 'began')!r}).touch(); time.sleep(6000)"
+    code = f"from studies.bench import in_own_process; in_own_process(exec, {work!r})"
+    how = dict(cwd=HERE, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code], **how)
+    late = time.monotonic() + 300
+    while not (tmp_path / "began").exists() and process.poll() is None and time.monotonic() < late:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and (tmp_path / "began").exists()
+    while living(process.pid) and time.monotonic() < late:
+        time.sleep(0.02)
+    left = living(process.pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not left
 
 
 @pytest.mark.parametrize(
