@@ -92,7 +92,7 @@ def commit_task(run, learner, h_bar, task, lock, config, quantile=0.95, count=25
 
 @dataclasses.dataclass
 class Version:
-    """One committed capability. A run's bank holds all its versions' bases; a shared one the last one's.
+    """One committed capability. A run's bank holds the bases of all its versions, or, if shared, of the last.
 
     source: its tensors, "anchors" [count, d], "snapshot" [count, L, N], "field.*", and "bank.*", the bases it
     wrote, keyed as in AdapterBank; or the file that holds them. The file is mapped into memory when a tensor
@@ -155,9 +155,10 @@ class Version:
         known = {v.hash: v for v in earlier}
         parts = {name: part_of(tensors, name) for name in {key.partition(".")[0] for key in tensors}}
         lost = [h for i, h in enumerate(head["reads"]) if h not in known or h in head["reads"][:i]]
-        if lost or head["lock"] == "composed":
-            what = "which is damaged, missing, later or named twice"
-            raise Refused(f"{path}: {f'reads {lost[0][:12]}, {what}' if lost else 'is a composition'}")
+        if lost:
+            raise Refused(f"{path}: reads {lost[0][:12]}, which is damaged, missing, later or named twice")
+        if head["lock"] == "composed":
+            raise Refused(f"{path}: is a composition")
         start = sum(v.writes for v in earlier) if head["lock"] in ("first", "exact") else 0
         own = torch.arange(start, start + head["writes"])
         index = torch.cat([*(known[h].own for h in head["reads"]), own])
@@ -182,7 +183,7 @@ class Version:
 
 
 def field_of(tensors):
-    """Return the field in a version's tensors, with copies. Raises RuntimeError if they do not fit."""
+    """Return a version's field, with copies of its tensors. Raises RuntimeError if they do not fit."""
     (_, layers, bases), (hidden, d) = tensors["snapshot"].shape, tensors["field.w1.weight"].shape
     with torch.device("meta"):  # nothing is drawn, nothing is filled
         field = WeightField(layers, bases, d, hidden)

@@ -273,7 +273,7 @@ class LoRAPool:
 
 
 class FastGrid(NeuronGrid):
-    """The same grid, on a CPU alone. `forward_winners` and `run_neurons` run winners, or ALL, alone."""
+    """The same grid, on a CPU alone. `forward_winners` and `run_neurons` run only the winners, or ALL."""
 
     def forward_winners(self, x, winners, dropout=0.0):
         """Compute `forward` with a binary mask, given as its winners; no other neuron runs. [batch, d_out]"""

@@ -332,7 +332,7 @@ def complete(args, run):
     if args.lock == "exact" and args.probe == "adapted":
         raise Refused("--lock exact needs --probe bare: an adapted probe moves when adapters are trained")
     if args.top_k > max(args.bases, held):
-        raise Refused(f"--top-k {args.top_k} is more than the {max(args.bases, held)} bases that it writes")
+        raise Refused(f"--top-k {args.top_k} is more than the {max(args.bases, held)} bases a task writes")
     check_name("--task", args.task)
     if taken := run.namesake(args.task):
         raise Refused(f"--task {args.task}: {run.folder} has {taken}; give it another name")

@@ -29,7 +29,7 @@ def on_hub(name):
 
 def base_of(name):
     """Return what `base_model_name_or_path` says of a backbone: the absolute path of a folder, so that the
-    adapter opens from any working directory. And the name of a GGUF file in it, an argument of its own."""
+    adapter opens from any working directory; and a GGUF file's name in it, which peft takes separately."""
     if name.startswith("random:"):
         return name, ""
     path, options = find_backbone(name)

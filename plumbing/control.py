@@ -34,8 +34,8 @@ def one_of(texts):
 
 def quoted(record, tokenizer):
     """Return a record, or an instruction alone, with a stand-in for every control token in its texts: a user
-    wrote its name, and did not mean to steer. A stand-in holds the token's id; one without stands for LEAD
-    itself. Raises Refused if its lists lie too deep in each other."""
+    wrote its name, and did not mean to steer. A stand-in holds the token's id; without an id it stands for
+    LEAD itself. Raises Refused if its lists lie too deep in each other."""
     ids = {**control_tokens(tokenizer), LEAD: ""}
     pattern = one_of((*ids,))
 

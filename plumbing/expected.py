@@ -13,7 +13,7 @@ from plumbing.files import NAME, SHA, parse_json, read_json, validate
 from plumbing.passes import continuations, decode, positions_of
 from plumbing.prompts import pad_of, prompt_ids, prompt_of, stop_ids, text_of
 
-PROMPTS, TOKENS = 8, 32  # how many; where an answer is cut off, as rounding parts long ones
+PROMPTS, TOKENS = 8, 32  # how many; where an answer is cut off, as rounding can change long ones
 WAIT, LARGEST = 300, 2**20  # seconds and bytes that one answer of a server may take
 ANSWER = {"prompt": str, "answer": str, "base": str}
 EXPECTED = {"format": 1, "model": NAME, "version": SHA, "end_id": range(2**31), "max_tokens": range(1, 4097)}

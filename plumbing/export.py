@@ -122,7 +122,8 @@ def write_merged(update, backbone, tokenizer, run, about, folder):
 
     Raises Refused if the backbone has other modules, or if what was saved does not answer as the version."""
     targets, template = targets_of(update, backbone), run.template
-    prompt = lambda tokenizer: prompt_ids(hello(tokenizer, template), tokenizer, template, run.day)
+    record = hello(tokenizer, template)
+    prompt = lambda tokenizer: prompt_ids(record, tokenizer, template, run.day)
     ids = prompt(tokenizer)
     if len({id(module.weight) for module in targets.values()}) < len(targets):
         raise Refused("several layers share one weight, which cannot hold an update for each; an adapter can")

@@ -1,5 +1,5 @@
-"""Describe a run folder's versions, list them, and check what may be removed, composed or merged; the command
-line of commit.py."""
+"""Describe a run folder's versions, list them, and check what may be removed, composed or merged. Parse the
+command line of commit.py."""
 
 import argparse
 

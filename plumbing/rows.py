@@ -23,7 +23,7 @@ from plumbing.command import Parser, number, output_file, write_results
 from plumbing.files import atomic
 from plumbing.processes import rank_and_size
 
-MOST = 61 if sys.platform == "win32" else 256  # processes of a pool
+MOST = 61 if sys.platform == "win32" else 256  # processes of a pool: Windows can wait for no more than 61
 
 
 def kept_file(row, how):

@@ -76,7 +76,7 @@ def exact_match(task, records, answers, wanted, show):
         right = text.strip() == trained.strip()
         count = kinds[record.get("kind", task)]
         count[0], count[1] = count[0] + right, count[1] + 1
-        if i * show % len(records) < show:
+        if i * show % len(records) < show:  # so many in all, at equal distances
             asked = record["instruction"] + (f" | {record['input']}" if record.get("input") else "")
             wrong = "" if right else f"   expected {trained!r}"
             print(f"[{who}] {asked}\n    {text!r}{wrong}")

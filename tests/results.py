@@ -244,16 +244,13 @@ def test_a_verdict_follows_the_rule():
 
 
 def test_rows_of_one_table_were_measured_on_the_same_items():
-    """Rows of a table share the bare model's perplexity for a seed and task, so they can be compared. Another
-    processor's last digits may differ."""
+    """Rows of a table share the bare model's perplexity for a seed and task, so they can be compared."""
     for kind, files in tables_of_pages():
         if kind in ("one-task", "two-tasks"):
             rows = [row for name in files for row in report.read_results(name)["rows"].values()]
             runs = [(i, x) for row in rows for i, x in enumerate(row)]
-            bases = {(i, task): x["base"][task] for i, x in runs for task in x["tasks"]}
-            for i, x in runs:
-                for task in x["tasks"]:
-                    assert x["base"][task] == pytest.approx(bases[i, task], rel=1e-5), files
+            bases = {(i, task, x["base"][task]) for i, x in runs for task in x["tasks"]}
+            assert len(bases) == len({(i, task) for i, task, _ in bases}), files
 
 
 @pytest.mark.skipif(os.name != "posix" or not shutil.which("bash"), reason="no bash here")

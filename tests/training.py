@@ -303,7 +303,7 @@ def test_a_later_task_takes_what_the_shared_bank_and_field_have(tmp_path):
         fits("--lock soft --field-hidden 99")
     fits("--lock soft --top-k 16 --bare-layers 0")
     for lock in ("--lock", "--lock soft", ""):  # a version that chose more could not be read again
-        with refused("--top-k 20 is more than the 16 bases that it writes"):
+        with refused("--top-k 20 is more than the 16 bases a task writes"):
             fits(f"{lock} --top-k 20")
 
 
