@@ -100,7 +100,7 @@ class Version:
 
     task: str
     lock: str  # how it was trained: "exact", "soft", "none"; "first" had nothing to protect
-    reads: list  # hashes: its first logits choose among these versions' bases, the last among its own
+    reads: list  # hashes: its first logits choose among these versions' bases, the others among its own
     top_k: int
     dynamics: CoordinateDynamics  # under the exact lock, that of the run's first version
     region: Region
@@ -233,7 +233,7 @@ class Run(Folder):
     their present state, and answers for all (`speaker`)."""
 
     def read(self):
-        """Take the manifest from disk. No version is loaded then."""
+        """Take the manifest from disk, and forget the versions that were loaded."""
         super().read()
         self.versions, self.compositions = [], []
 
@@ -247,8 +247,8 @@ class Run(Folder):
         return last.gating(last.dynamics.z0[None]) if adapted else None
 
     def stored(self, i, h_bar):
-        """Return the gating of a prompt that is *known* to be of task i: by its dynamics as committed, and by
-        what now lies at that address. Under the exact lock this cannot change."""
+        """Return the gating of a prompt that is *known* to be of task i. Its dynamics as committed give the
+        address; `speaker` gives what now lies there. Under the exact lock this cannot change."""
         return self.speaker(i).gating(self.versions[i].dynamics(h_bar))
 
     def routed(self, h_bar, outside="nearest"):
@@ -332,8 +332,7 @@ def verify(run):
                 earlier.append(version)
                 now = take_snapshot(version.field, version.anchors)
                 alike = torch.isclose(now, version.snapshot, rtol=1e-4, atol=1e-5).flatten(1).all(1)
-                different = len(now) - int(alike.sum())
-                if different:
+                if different := len(now) - int(alike.sum()):
                     wrong = f"{different} of {len(now)} anchors give other logits than when it was committed"
         except Refused as e:
             wrong = str(e)

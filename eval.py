@@ -13,12 +13,12 @@
 
 Forgetting is measured twice, and every table prints both. *Stored*: the right version is given, so what is
 lost was overwritten. *Routed*: the coordinate decides, as it must if nobody says which task a prompt is of.
-Perplexity is over response tokens, EOS included, of the validation records kept in the run folder. What a
-chat template writes into an answer, such as the tags of an empty thought, is part of the response: it is
-trained, generated, counted in perplexity and compared in an exact match.
+Perplexity is over response tokens, the one that ends them included, of the validation records kept in the run
+folder. What a chat template writes into an answer, such as the tags of an empty thought, is part of the
+response: it is trained, generated, counted in perplexity and compared in an exact match.
 
 This file covers section 5.3 of the NIWF paper. It also counts which inputs lie in which region, which section
-5.5 draws. Departure: the paper's tables have the stored figure only.
+5.5 draws. Departure: the paper's tables have one figure, of prompts whose task is not named: routed.
 """
 
 import functools
@@ -43,7 +43,7 @@ from plumbing.talk import parse_questions
 import torch
 
 EVAL_BATCH = 16  # fixed, so that a later evaluation computes the same bits
-BARE = None, lambda h_bar: None  # no version, and the gating of none
+BARE = None, lambda h_bar: None  # the bare backbone has no version and no gating
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -58,7 +58,7 @@ def perplexity_under(model, examples, h_bar, gatings):
     routed    lambda h: run.routed(h)[0]       the coordinate decides
     """
     parts = batches(examples, h_bar)
-    nll = sum(model.nll_under(batch, h, gatings.values()).double().sum(1) for batch, h in parts)
+    nll = sum(model.nll_under(batch, h, gatings.values()).cpu().double().sum(1) for batch, h in parts)
     tokens = sum(len(response) for _, response in examples)
     return {name: perplexity(x, tokens) for name, x in zip(gatings, nll.tolist())}
 
@@ -194,7 +194,7 @@ def describe_drift(run, i, h_bar):
     logits, old = take_snapshot(speaker.field, v.anchors), v.snapshot.shape[-1]
     now_chosen = top_k_gating(logits, speaker.top_k)[0]  # [count, L, K], and K may be another now
     kept = (top_k_gating(v.snapshot, v.top_k)[0][..., None] == now_chosen[..., None, :]).any(-1)
-    share = lambda z: float((v.region.distance(z) <= v.region.tau).double().mean())
+    share = lambda z: float((v.region.distance(z) <= v.region.tau).cpu().double().mean())
     return {
         "inside_at_commit": share(then),
         "inside_now": share(now),
@@ -323,7 +323,7 @@ def measure_run(run, model, tokenizer, args):
     if args.outside == "base":
         print('\nThe bare backbone\'s answers count in the column "now", not in "learned".')
     config = {"backbone": run.manifest["backbone"], "outside": args.outside}
-    config["versions"] = {v.task: {"lock": v.lock, **v.config} for v in run.versions}
+    config["versions"] = {v.task: {**v.config, "lock": v.lock} for v in run.versions}
     out = what_is_published(run.manifest["results"]) | {"config": config}
     if args.exact_match is not None:
         out["exact_match"] = exact_matches(run, model, tokenizer, args)

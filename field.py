@@ -124,7 +124,7 @@ class Region:
     @classmethod
     def fit(cls, z, quantile=0.95):
         """Fit a Gaussian to n points z [n, d]. tau is a quantile of leave-one-out distances: of each point
-        from a Gaussian of the other points, which is shrunk as much as that of all. The paper's distances,
+        from a Gaussian of the others, with the shrinkage that was found for all. The paper's distances,
         from a Gaussian of all points, are too small unless n is much larger than d, so too few new points
         would lie inside."""
         u = unsquash(z.cpu().double())
@@ -270,8 +270,7 @@ def lock_loss(field, versions):
     move."""
     total = torch.zeros((), device=field.w3.weight.device)
     for v in versions:
-        now = field(v.anchors.to(total.device))
-        now = now[..., : v.snapshot.shape[-1]]  # a bank that has grown has more logits
+        now = field(v.anchors.to(total.device))[..., : v.snapshot.shape[-1]]  # a grown bank has more logits
         total = total + (now - v.snapshot.to(total.device)).square().sum((1, 2)).mean()
     return total
 

@@ -123,7 +123,7 @@ def propose(loss, m, steps, lr):
     adam = torch.optim.Adam([m], lr=lr, fused=True)
     # Adam's first step is eta times a sign: with S = 1, as in classification, a gradient's size is lost.
     for _ in range(steps):
-        (m.grad,) = torch.autograd.grad(loss(m.sigmoid()), m)  # and none for the model's own parameters
+        (m.grad,) = torch.autograd.grad(loss(m.sigmoid()), m)  # the model's own parameters get none
         adam.step()
     return m.detach()
 
@@ -229,12 +229,9 @@ class LoRAPool:
         components {target: (A, B)} are those that `take` gave, weight [n] their entries of the mask; None if
         all are 1.
         """
-
-        def delta(A, B):
-            B = B if weight is None else B * weight.to(B)[:, None, None]
-            return B.flatten(0, 1).T @ A.flatten(0, 1)  # [d_out, n r] @ [n r, d_in]
-
-        self.delta = {name: delta(A, B) for name, (A, B) in components.items()}
+        masked = lambda B: B if weight is None else B * weight.to(B)[:, None, None]
+        stacked = lambda t: t.flatten(0, 1)  # [n r, d_in] or [n r, d_out]
+        self.delta = {name: stacked(masked(B)).T @ stacked(A) for name, (A, B) in components.items()}
         try:
             yield
         finally:

@@ -92,7 +92,7 @@ def detach(handles):
 @dataclasses.dataclass
 class Block:
     """A block of `count` committed bases. read() returns their tensors, and is called when they are first
-    needed. `tensors` is a dict of the block's own: `FastBank` replaces in it what it moves to a device."""
+    needed. `tensors` is a copy of that dict: `FastBank` replaces in it what it moves to a device."""
 
     count: int
     read: collections.abc.Callable
@@ -238,8 +238,9 @@ def perplexity(nll, tokens):
 
 
 class NIWF:
-    """A frozen backbone and its bank, run on padded batches. An example is (prompt ids, response ids with
-    EOS). bare: m, how many layers stay bare; with 0 all are adapted, and h_bar takes a pass of its own."""
+    """A frozen backbone and its bank, run on padded batches. An example is (prompt ids, response ids, the
+    end token included). bare: m, how many layers stay bare; with 0 all are adapted, and h_bar takes a pass of
+    its own."""
 
     def __init__(self, backbone, pad_id, rank=8, alpha=16, targets=None, bare=0):
         self.backbone = backbone.requires_grad_(False).eval()
@@ -253,7 +254,7 @@ class NIWF:
         self.features = (2 if bare else 1) * width_of(backbone, bare)  # of h_bar: mean and last, or mean
 
     def detach(self):
-        """Take the hooks off the backbone."""
+        """Take the hooks off the backbone, and undo `checkpoint`."""
         detach(self.handles)
         for layer in self.checkpointed:
             layer.forward = layer.forward.args[0]

@@ -244,7 +244,7 @@ class Learner:
 
     begin(t), train(t, *batch), end(t, *batch)   learn task t, batch after batch
     outputs(handle, *batch)                      answer a batch with a handle: y_hat [batch, d_out]
-    score, mean_loss(handle, *batch)             accuracy (without classes the loss); the loss
+    score, mean_loss(handle, *batch)             accuracy, in regression the loss; the loss
     parameters(t)                                a copy of task t's own weights, without a shared bias
     """
 
@@ -368,10 +368,7 @@ def answers(learner, t):
 
 def bits_moved(before, after):
     """Return the shares of parameters and of outputs that are not the same to the last bit."""
-
-    def share(a, b):
-        return sum((x != y).sum().item() for x, y in zip(a, b)) / sum(x.numel() for x in a)
-
+    share = lambda a, b: sum((x != y).sum().item() for x, y in zip(a, b)) / sum(x.numel() for x in a)
     return [share(a, b) for a, b in zip(before, after)]
 
 

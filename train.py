@@ -12,10 +12,9 @@ step the task is committed (commit.py), every task is measured (eval.py), and th
 locks share one loop: `writable` alone decides what a new task may write. A *run* is a folder of committed
 tasks, its *versions*: each has the bases that it wrote, its field and its region.
 
-Training can be killed at any moment: the same command goes on from `training.safetensors` and ends with the
-same bits. Of several processes each computes its share of every step and of the measuring, and their sums are
-those of one process, up to rounding. Only the first writes and prints. When one ends, all end, and the same
-command goes on.
+Training can be killed at any moment: the same command, given again, goes on from `training.safetensors` and
+ends with the same bits. Of several processes each computes its share of every step and of the measuring, and
+their sums are those of one process, up to rounding. Only the first writes and prints. When one ends, all end.
 
 This file covers sections 3.4, 3.6 and 5.1 of the NIWF paper, Eq. (9). Departures: our copy of the paper lacks
 its learning rate, so we chose 2e-4, and 1e-3 for the tiny backbone. alpha is 128 in place of 16: the weights
@@ -57,7 +56,7 @@ from plumbing.training import Training, peak_memory
 import torch
 
 MISTRAL = "mistralai/Mistral-7B-v0.1"
-MISTRAL_BYTES = 24.7e9  # its second task needs 23.3 GB by count (studies.memory); the rest is for CUDA
+MISTRAL_BYTES = 24.7e9  # task 2 needs 23.3 GB by count, in two passes (studies.memory); the rest is for CUDA
 LENGTH_WINDOW = 4  # the examples of so many steps are sorted by length together
 
 
@@ -331,6 +330,8 @@ def complete(args, run):
         raise Refused("--bare-layers goes with --passes one: two passes adapt all layers")
     if args.lock == "exact" and args.probe == "adapted":
         raise Refused("--lock exact needs --probe bare: an adapted probe moves when adapters are trained")
+    if args.lock != "exact" and run.manifest["compositions"]:
+        raise Refused(f"{run.folder} has compositions, whose bases this would change; roll them back first")
     if args.top_k > max(args.bases, held):
         raise Refused(f"--top-k {args.top_k} is more than the {max(args.bases, held)} bases a task writes")
     check_name("--task", args.task)
@@ -403,8 +404,8 @@ def train_task(run, args, backbone, tokenizer):
     print(f"adapts    {describe_targets(backbone, model.bank.shapes)}")
     if args.checkpointing:
         model.checkpoint()
-    # Bare layers never change, so they run once. An adapted probe runs in every step, and its first task
-    # needs the bare h_bar for the standardisation alone.
+    # Bare layers never change, so h_bar is found once. An adapted probe runs in every step, and its first
+    # task needs the bare h_bar for the standardisation alone.
     needed = args.probe == "bare" or not run.tasks
     h_bar = probe_all(model, examples, args.pool) if needed else None
     learn(run, writable(run, model, h_bar, args), examples, h_bar, val, args)

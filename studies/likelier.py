@@ -232,8 +232,9 @@ def accuracies(results):
         more = paired(out, firsts.setdefault(out["order"], out))
         more = "{:+.1f} ± {:.1f}".format(*more) if more else ""
         cells = [*map(said, [*figures, *ways]), *size, f"{seconds:.0f}", more]
-        lines.append([f"{out['about']}, order {out['order']}", *cells])
-    heads = ["%", "ACC", "exact match", "BWT", "forgotten", "FWT", "routed", "by input"]
+        rate = out.get("rate", "") if out["method"] != "bare" else ""
+        lines.append([out["about"], rate, out["order"], *cells])
+    heads = ["%", "rate", "order", "ACC", "exact match", "BWT", "forgotten", "FWT", "routed", "by input"]
     heads += ["M trained, no field", "M kept", "seconds", "in use, less the first"]
     return without_empty(heads, lines)
 

@@ -184,7 +184,8 @@ def answers(content):
 
 KINDS = counted, families, timings, depths, decomposed, overlaps, answers, quick_start
 TABLES = {draw.__name__.replace("_", "-"): draw for draw in KINDS}  # tables of one file each
-rows_of = lambda files: [row for content in files for row in content["rows"]]
+rate = lambda command: (re.search(r"--lr (\S+)", command) or ["", ""])[1]
+rows_of = lambda files: [row | {"rate": rate(file["command"])} for file in files for row in file["rows"]]
 TABLES["sequence"] = lambda *files: table(*accuracies(rows_of(files)))  # rows of studies.sequence
 TABLES["routed"] = lambda *files: table(*routers(rows_of(files)))
 TABLES["kinds"] = lambda content: table(*few_lines(3, content["rows"]))  # rows of studies.found

@@ -557,7 +557,7 @@ def parameters(run):
 def describe(run):
     """What is published of a row: as of `eval.py --json`, and how large it is."""
     trained, kept = parameters(run)
-    config = {e["task"]: {"lock": e["lock"], **run.head(e)["config"]} for e in run.manifest["versions"]}
+    config = {e["task"]: {**run.head(e)["config"], "lock": e["lock"]} for e in run.manifest["versions"]}
     about = {"trained parameters": trained, "kept parameters": kept, "config": config}
     return what_is_published(run.manifest["results"]) | about
 

@@ -154,6 +154,7 @@ def test_the_papers_own_setting_runs_and_is_read_back(micro, tmp_path):
     both = {kind: [rows[1][kind][t] for t in ("alpaca", "code")] for kind in ("stored", "routed")}
     assert again["R"]["stored"] == [[rows[0]["stored"]["alpaca"], None], both["stored"]]
     assert again["R"]["routed"][1] == both["routed"] and again["routing"] == rows[1]["routing"]
+    assert [made["lock"] for made in again["config"].values()] == ["first", "soft"]
 
 
 def test_routing_is_measured_on_prompts_alone(micro, tmp_path, monkeypatch):
@@ -290,7 +291,7 @@ def test_a_kill_between_commit_and_the_end_leaves_no_state(micro, first, two, tm
 
 def test_a_later_task_takes_what_the_shared_bank_and_field_have(tmp_path):
     """Under the soft lock a later task has the field of the last, and as many bases as the bank; the exact
-    lock has no penalty to weigh; and what is to be found may be said again."""
+    lock has no penalty to weigh; what is to be found may be said again; and no composition is changed."""
     a_task = ["--backbone", "tiny", "--task", "x"]
     run = Run(tmp_path / "run")
     fake_commit(run.folder, "first", 0)
@@ -305,6 +306,12 @@ def test_a_later_task_takes_what_the_shared_bank_and_field_have(tmp_path):
     for lock in ("--lock", "--lock soft", ""):  # a version that chose more could not be read again
         with refused("--top-k 20 is more than the 16 bases a task writes"):
             fits(f"{lock} --top-k 20")
+    git(run.folder, "compose first --weights 1 --name half")
+    run.read()
+    for lock in ("--lock soft", ""):
+        with refused("has compositions, whose bases this would change"):
+            fits(f"{lock} --bare-layers 0")
+    fits("--lock --bare-layers 0")
 
 
 def test_a_chat_is_learned_and_asked_in_the_chat_template(chat, micro, tmp_path, capsys):
