@@ -42,8 +42,9 @@ def pick_device(wanted):
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if kind not in ("cpu", found) or colon and index not in map(str, range(count)):
         raise Refused(f"--device {wanted} is not available here; {found} is")
-    if kind == "cuda" and rank_and_size()[1] > 1:
-        own = int(os.environ["LOCAL_RANK"])
+    rank, size = rank_and_size()
+    if kind == "cuda" and size > 1:
+        own = int(os.environ.get("LOCAL_RANK", rank))  # torchrun says it; of one machine it is the rank
         if index or own >= count:
             raise Refused(f"each process needs a GPU of its own: {count} here, and no --device {kind}:NUMBER")
         torch.cuda.set_device(own)

@@ -10,6 +10,7 @@ Every function here that is told `where` raises Refused, naming it, if what it i
 keys that have no use are added to the set `ignored`."""
 
 import json
+import re
 
 from plumbing import Refused
 
@@ -236,13 +237,15 @@ def is_said(value, name, plain):
     """Return whether a value changes nothing of what a plain record asks: all its texts stand there, or it is
     one text that holds the instruction whole."""
     said = [plain["instruction"], plain.get("input", ""), *(m["content"] for m in plain.get("history", ()))]
+    # As whole words, in ASCII: not every script has spaces.
+    stands = lambda text: re.search(rf"(?a)(?<!\w){re.escape(text)}(?!\w)", "\n".join(said))
     if name in (*ASKED, "text") and isinstance(value, str) and said[0].strip() and said[0].strip() in value:
         return True
     parts = [value]
     for part in parts:  # the list grows by what is nested
         if isinstance(part, (list, dict)):
             parts += part.values() if isinstance(part, dict) else part
-        elif not any(str(part).strip() in text for text in said):
+        elif str(part).strip() and not stands(str(part).strip()):
             return False
     return True
 

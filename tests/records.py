@@ -50,6 +50,8 @@ FORMS = [  # a record, and what the rest of the program has of it
     ({"prompt": "Say.", "input": "", "context": "hello", "completion": "Hello."},
      {"instruction": "Say.", "input": "hello", "output": "Hello."}),
     ({"input": "Say hello.", "output": "Hello."}, HELLO),
+    ({"question": "苹果还是梨? A or B?", "choices": ["苹果", "梨", "A", "B"], "answer": "A"},
+     {"instruction": "苹果还是梨? A or B?", "output": "A"}),
     ({"query": "Say hello.", "response": "Hello.", "history": [["Hi.", "Yes?"]], "system": "Be kind."},
      {**HELLO, "history": [*BE_KIND, *messages("Hi.", "Yes?")]}),
     ({**RECORD, "prompt": FRAMED, "text": FRAMED + "Hello."}, RECORD),
@@ -134,6 +136,7 @@ BAD_RECORDS = [
     ({**RECORD, "text": "Hello."}, "has 'text' beside what is asked"),  # to be repeated
     ({**RECORD, "tools": '[{"most": 1e999}]'}, "a number that JSON cannot write"),
     ({**RECORD, "choices": {"text": ["bye"], "label": [1]}}, "has 'choices' beside what is asked"),
+    ({"question": "2 + 2, in 1984?", "choices": ["1", "4", "8"], "answer": "4"}, "has 'choices' beside"),
     ({**RECORD, "Input": "In French."}, "has 'Input' in place of 'input'"),
     ({**RECORD, " Tools": [TOOL]}, "has ' Tools' in place of 'tools'"),
     *(({**RECORD, key: ["x"]}, f"has {key!r}, which would be lost")

@@ -154,7 +154,7 @@ def test_the_papers_own_setting_runs_and_is_read_back(micro, tmp_path):
     both = {kind: [rows[1][kind][t] for t in ("alpaca", "code")] for kind in ("stored", "routed")}
     assert again["R"]["stored"] == [[rows[0]["stored"]["alpaca"], None], both["stored"]]
     assert again["R"]["routed"][1] == both["routed"] and again["routing"] == rows[1]["routing"]
-    assert [made["lock"] for made in again["config"].values()] == ["first", "soft"]
+    assert [made["lock"] for made in again["config"]["versions"].values()] == ["first", "soft"]
 
 
 def test_routing_is_measured_on_prompts_alone(micro, tmp_path, monkeypatch):
@@ -440,7 +440,8 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr("plumbing.backbone.rank_and_size", lambda: (1, 2))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert [pick_device(wanted) for wanted in (None, "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
-    assert taken == [1, 1]
+    monkeypatch.delenv("LOCAL_RANK")  # as with mpirun on one machine
+    assert pick_device("cuda") == "cuda:1" and taken == [1, 1, 1]
     for rank, wanted in (("1", "cuda:0"), ("2", None)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with refused("a GPU of its own: 2 here"):
