@@ -12,7 +12,7 @@ DIGEST, LIST = re.compile("[0-9a-f]{16}"), re.compile(r"[\w.]+(,[\w.]+)*")
 LOCKS = ("first", "exact", "soft", "none")  # of a version; the first had nothing to protect
 # fmt: off
 VERSION = {"task": NAME, "lock": LOCKS, "reads": [SHA], "writes": COUNT, "top_k": COUNT, "n": COUNT,
-           "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed?": False, "config": {NAME: (None, bool, float, str)}}
+           "tau": NOT_NEGATIVE, "anchors": COUNT, "fixed?": False, "config": {NAME: (str, float, bool, None)}}
 COMPOSITION = {"task": NAME, "lock": "composed", "reads": [SHA], "weights": [float]}
 
 SETTINGS = {"rank": COUNT, "alpha": NOT_NEGATIVE, "coord_dim": COUNT, "pool": ("prompt", "sequence"),

@@ -143,8 +143,12 @@ def as_many_threads_as_before():
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
     """Return the options of a small run on a micro backbone, whose folder they know."""
-    folder, data = tmp_path_factory.mktemp("micro") / "backbone", HERE / "assets" / "data"
+    data = tmp_path_factory.mktemp("micro")
+    folder = data / "backbone"
     saved(micro_backbone(VOCABULARY, layers=3), folder)
+    for task in ("alpaca", "code"):  # every training reads and checks all records of its file
+        records = json.loads((HERE / "assets" / "data" / f"{task}.train.json").read_text())
+        (data / f"{task}.train.json").write_text(json.dumps(records[::10]))
     small = "--device cpu --examples 96 --val-examples 32 --batch 8 --grad-accum 2 --lr 0.02 --epochs 2"
     small += " --bases 4 --top-k 2 --rank 2 --field-hidden 16 --coord-dim 8 --anchors 32"
 

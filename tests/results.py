@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -53,7 +54,8 @@ def test_rows_that_train_differently_have_run_folders_of_their_own():
 def test_pictures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys):
     """Pictures are drawn from files of results, or a line says why not, and no stranger's file is lost."""
     monkeypatch.chdir(tmp_path)
-    synthetic.main(["--variant", "clf", "--methods", "ftn-slow", "--steps", "2", "--json", "out.json"])
+    small = ["--variant", "clf", "--methods", "ftn-slow", "--tasks", "2", "--steps", "1"]
+    synthetic.main([*small, "--json", "out.json"])
     with monkeypatch.context() as m:
         m.setattr(pictures, "matplotlib", None)
         with refused("pip install matplotlib"):
@@ -67,7 +69,11 @@ def test_pictures_are_drawn_or_say_what_is_missing(tmp_path, monkeypatch, capsys
     for text in ("", "null", '{"rows": []}', "[" * 100_000, pathlib.Path("out.json").read_text()[:-9]):
         pathlib.Path("lie.json").write_text(text)
         assert "lie.json" in run_quietly(pictures.main, ["lie.json", "--to", "new"], capsys)
-    pictures.main(["--to", "all"])
+    draw = pictures.plt.Figure.savefig  # coarsely: every artist is drawn all the same
+    coarse = lambda figure, *where, **how: draw(figure, *where, **how | {"dpi": 10})
+    with monkeypatch.context() as m:
+        m.setattr(pictures.plt.Figure, "savefig", coarse)
+        pictures.main(["--to", "all"])
     shown = "".join(path.read_text("utf-8") for path in [*report.RESULTS.glob("*.md"), HERE / "README.md"])
     drawn = {path.name for path in pathlib.Path("all").iterdir()}
     kept = {path.name for path in (HERE / "assets").glob("*.png")}
@@ -148,8 +154,14 @@ def test_what_a_soft_lock_freezes_does_not_move(micro, tmp_path):
             assert (now == before) == ("field" in name)  # stored: what has become of field and bases
 
 
-def test_what_else_keeps_a_task_is_trained_and_asked_as_it_says(micro, tmp_path):
+def test_what_else_keeps_a_task_is_trained_and_asked_as_it_says(micro, tmp_path, monkeypatch):
     """Rows with replay train on more records, and rows that sum LoRAs are asked without any routing."""
+    few = tmp_path / "data"  # each training reads and checks all records
+    few.mkdir()
+    for task, part in itertools.product(("alpaca", "code"), ("train", "val", "choose")):
+        records = json.loads((DATA / f"{task}.{part}.json").read_text())
+        (few / f"{task}.{part}.json").write_text(json.dumps(records[:100]))
+    monkeypatch.setattr(variants, "DATA", few)
     rows = ["one, replay of 5 %", "one, EWC 10000", "O-LoRA, 0.5", "mean of one a task"]
     found = run_variants("fair", rows, micro, tmp_path, data=[])
     sizes = {name: row["config"]["code"]["examples"] for name, row in found.items()}
@@ -309,5 +321,6 @@ def test_a_damaged_file_of_results_is_one_line(program, name, rows, tmp_path, mo
     if program is pictures:
         pytest.importorskip("matplotlib")
         argv = ["--to", str(tmp_path / "new")]
+        monkeypatch.setattr(pictures, "draw_ftn", lambda *_: None)
     with refused("not what its command writes", results):
         program.main(argv)

@@ -10,6 +10,7 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -95,6 +96,14 @@ def of_two(two):
 def of_chat(chat):
     with serving(answers_of(chat)) as found:
         yield found
+
+
+def wait_until(true, seconds=300):
+    """Wait until something is true, and see that it comes to be."""
+    late = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < late
+        threading.Event().wait(0.01)
 
 
 def port_of(found):
@@ -259,9 +268,10 @@ def test_half_a_request_is_told_so(echo, no_noise, raw):
 
 def test_a_slow_request_is_ended(echo, monkeypatch, no_noise):
     """A request whose bytes come too slowly is ended with status 408, so that it cannot hold its place."""
-    monkeypatch.setattr(server, "PATIENCE", 3)
     raw = here(post(say(), Content_Length=1000), echo)
-    with socket.create_connection(echo.server_address[:2], timeout=300) as connection:
+    with monkeypatch.context() as m, contextlib.ExitStack() as stack:
+        m.setattr(server, "PATIENCE", 3)
+        connection = stack.enter_context(socket.create_connection(echo.server_address[:2], timeout=300))
         connection.sendall(raw[:-5])
         connection.settimeout(0.1)
         for byte in itertools.repeat(b" "):
@@ -321,18 +331,17 @@ def test_answers_come_one_at_a_time_and_stop_with_the_client(stream):
         connect = lambda: socket.create_connection(found.server_address[:2], timeout=300)
         first, second, third = (stack.enter_context(connect()) for _ in raw)
         first.sendall(raw[0])
-        while found.answers.log != ["begin long"]:
-            threading.Event().wait(0.01)
+        wait_until(lambda: found.answers.log == ["begin long"])
         second.sendall(raw[1])
-        while not found.line.qsize():
-            threading.Event().wait(0.01)
+        wait_until(lambda: found.line.qsize())
         third.sendall(raw[2])
         second.close()
-        while found.line.qsize() < 2 or len([1 for until in list(found.open.values()) if until is None]) > 2:
-            threading.Event().wait(0.01)
+        asking = lambda: [1 for until in list(found.open.values()) if until is None]
+        wait_until(lambda: found.line.qsize() >= 2 and len(asking()) <= 2)
         assert found.answers.log == ["begin long"]
         first.close()
         assert read_reply(third)[0] == 200
+        wait_until(lambda: len(found.answers.log) > 3)  # the reply is there before the answer has ended
         assert found.answers.log == ["begin long", "end long", "begin short", "end short"]
 
 
@@ -521,7 +530,8 @@ def test_when_no_thread_can_start_no_place_is_lost(monkeypatch, capfd):
                 with socket.create_connection(found.server_address[:2], timeout=300) as client:
                     with contextlib.suppress(ConnectionError):
                         assert client.recv(1) == b""
-        assert not found.open and ask(found, say())["choices"][0]["message"]["content"] == "Hi."
+        wait_until(lambda: not found.open)  # which comes just after a client has seen the end
+        assert ask(found, say())["choices"][0]["message"]["content"] == "Hi."
     assert capfd.readouterr().err.count("can't start new thread") == server.CONNECTIONS + 1
 
 

@@ -36,7 +36,8 @@ from studies import found as found_study
 from studies import sure as sure_study
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
-from tests.builders import HERE, micro_model, refused, rows_in, run_quietly, snapshot_of, tiny_tokenizer
+from tests.builders import HERE, VOCABULARY, micro_model, refused, rows_in, run_quietly, snapshot_of
+from tests.builders import tiny_tokenizer
 
 SMALL = dict(steps=12, batch=32, side=8, k=8, layers=3, width=4)
 SMALL_STYLE = dict(steps=2, tasks=2, side=4, k=4, rank=2, support=4)
@@ -135,7 +136,7 @@ def test_recall_changes_what_is_recovered_and_no_training():
     """Recall changes the scores of recovery alone: masks, training and stored scores keep every bit."""
     told, recalled = (run_row(synthetic.Row("clf", m, 0, **SMALL)) for m in ("fixedmask", "fixedmask-recall"))
     assert told["R_stored"] == recalled["R_stored"] == told["R_recovered"]
-    rows = [synthetic.Row("clf", f"ftn-slow-hidden{how}", 0, **SMALL) for how in ("", "-recall")]
+    rows = [synthetic.Row("reg", f"ftn-slow-hidden{how}", 0, **SMALL) for how in ("", "-recall")]
     searched, recalled = map(run_row, rows)
     assert all(searched[key] == recalled[key] for key in ("R_stored", "winners", "overwritten"))
     assert searched["R_recovered"] != recalled["R_recovered"]
@@ -676,15 +677,18 @@ def row_of(toy, out, method):
     return sequence.Row(method, args.orders[0], likelier.Tasks([*LABELS], args, rest), args, rest)
 
 
-def judges(model, example, right, gating_of, judged):
-    """See that a label is judged as it is by the log-probabilities of all, each in a pass of its own, without
-    a batch or a cache. Return these."""
+def scores_alone(model, example, gating_of):
+    """Return the log-probabilities of all labels, each in a pass of its own, without a batch or a cache."""
     prompt, labels = example
     gating = gating_of(model.probe([prompt]))
-    scores = [-float(response_nll(*model.logits([(prompt, label)], gating))) for label in labels]
+    return [-float(response_nll(*model.logits([(prompt, label)], gating))) for label in labels]
+
+
+def see_judged(scores, right, judged):
+    """See that a label is judged as it is by the log-probabilities of all."""
     best, second, *_ = sorted(scores, reverse=True)
-    assert best - second < 0.01 or judged == (scores[right] == best)  # else rounding decides
-    return scores
+    if best - second >= 0.01 or best - scores[right] >= 0.01:  # else rounding decides
+        assert judged == (scores[right] == best)
 
 
 def test_labels_are_judged_as_a_literal_loop_judges_them(toy, sequences):
@@ -697,12 +701,13 @@ def test_labels_are_judged_as_a_literal_loop_judges_them(toy, sequences):
         for i, task in enumerate(LABELS):
             examples, right, records = row.tasks.held_out[task]
             assert [sorted(LABELS[task])[n] for n in right] == [r["output"] for r in records]
+            alone = functools.cache(lambda v, n, some=examples: scores_alone(model, some[n], under(v)))
             batch, _ = likelier.label_scores(model, examples, under(i))
             for n, (prompt, _) in enumerate(examples):
-                wanted = judges(model, examples[n], right[n], under(i), found[f"last {task}"]["likelier"][n])
-                torch.testing.assert_close(batch[n], torch.tensor(wanted), rtol=1e-3, atol=1e-3)
+                see_judged(alone(i, n), right[n], found[f"last {task}"]["likelier"][n])
+                torch.testing.assert_close(batch[n], torch.tensor(alone(i, n)), rtol=1e-3, atol=1e-3)
                 (said,) = model.generate([prompt], under(i), -1, 4)
-                other = [*said[:2], said[2] + 1, said[3]]
+                other = [*said[:2], (said[2] + 1) % VOCABULARY, said[3]]
                 _, greedy = likelier.label_scores(model, [(prompt, [said, other])], under(i))
                 assert greedy.tolist() == [[True, False]]
             for router, sent in found["choices"][task].items():
@@ -710,7 +715,7 @@ def test_labels_are_judged_as_a_literal_loop_judges_them(toy, sequences):
                 judged = found[f"routed {task}"][router]["likelier"]
                 assert written["routed"][router]["right"][i] == 100 * statistics.mean(judged)
                 for n, version in enumerate(sent):
-                    judges(model, examples[n], right[n], under(version), judged[n])
+                    see_judged(alone(version, n), right[n], judged[n])
             routed = run.routed(model.probe([prompt for prompt, _ in examples]))[1].choice.tolist()
             assert routed == found["choices"][task]["regions, prompt"]
 
@@ -847,8 +852,9 @@ def test_a_task_that_is_left_out_is_asked_of_all_others(toy, sequences, tmp_path
 
     known = [lambda h: None, *(functools.partial(run.stored, i) for i in (0, 2))]
     losses = sorted((loss(gating), i) for i, gating in enumerate(known))
-    judged = likelier.judge(model, *tasks.held_out["size"][:2], known[losses[0][1]])["likelier"]
-    assert losses[1][0] - losses[0][0] < 1e-3 or row["best single, 16"] == 100 * statistics.mean(judged)
+    best = [known[i] for nll, i in losses if nll - losses[0][0] < 1e-3]  # of several rounding decides
+    judged = [likelier.judge(model, *tasks.held_out["size"][:2], gating)["likelier"] for gating in best]
+    assert row["best single, 16"] in [100 * statistics.mean(each) for each in judged]
     before = snapshot_of(tmp_path)
     found_study.main([str(x) for x in said[:-2]])
     with refused("--tasks sise: .* has colour, size, truth"):
