@@ -13,12 +13,14 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 
 import synthetic
 from plumbing import Refused
 from plumbing.records import read_records
 from studies import architectures, names, pictures, report, variants
-from tests.builders import HERE, refused, rows_in, run_quietly, tiny_tokenizer
+from tests.builders import HERE, micro_model, random_examples, random_gating, refused, rows_in, run_quietly
+from tests.builders import tiny_tokenizer
 
 DATA = HERE / "assets" / "data"
 
@@ -112,6 +114,40 @@ def test_every_variant_is_another_training(micro, tmp_path, capsys):
     again = run_variants("choose", rows, micro, tmp_path, CHOOSE[:2])  # nothing is trained again
     assert again == found and "nothing to train" in capsys.readouterr().out
     assert "no such" in run_quietly(variants.main, ["choose", "--rows", "no such"], capsys)
+
+
+OTHERS = {  # rows that differ by a patch alone from the one before them, or from the first
+    "choose-passes": ["two passes", "read, then write", "one pass", "one pass, mean alone"]
+    + ["one pass, d 64", "one pass, d 64, aimed"],
+    "worth": ["NIWF, N 16, K 8", "fixed z, N 16, K 8", "random dynamics"],
+    "ablations": ["exact lock", "dense gating", "soft lock", "soft, anchors a sample"],
+}
+
+
+@pytest.mark.parametrize("table", OTHERS)
+def test_every_patch_of_a_table_changes_what_is_learned(micro, tmp_path, table):
+    """No row of a table is another one under a second name."""
+    data = CHOOSE if table == "ablations" else CHOOSE[:2]  # two tasks, or one
+    found = run_variants(table, OTHERS[table], micro, tmp_path, data)
+    losses = [tuple(map(tuple, row["R"]["stored"])) for row in found.values()]
+    assert len({*losses}) == len(OTHERS[table]), found
+
+
+@torch.no_grad()
+def test_read_then_write_adapts_from_the_last_token_of_the_prompt_on(double):
+    """The rest of the prompt is read by the bare model, whose keys and values are kept."""
+    with variants.patched("read, then write"):
+        model = micro_model(dtype=torch.float64)
+        gating, examples = random_gating(4, model.bank.layers, 6), random_examples(4)
+        found, _ = model.logits(examples, gating)
+    model.detach()
+    model = micro_model(dtype=torch.float64)
+    for i, (prompt, response) in enumerate(examples):
+        read = model.backbone(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
+        with model.gated([part[i : i + 1] for part in gating]):
+            ids = torch.tensor([[prompt[-1], *response[:-1]]])
+            written = model.backbone(ids, past_key_values=read).logits[0]
+        torch.testing.assert_close(found[i, -len(response) :], written)
 
 
 def test_two_task_rows_keep_or_lose_what_they_must(micro, tmp_path):
