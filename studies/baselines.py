@@ -35,9 +35,10 @@ class EWC(NoMask):
 class Supermask(Mask):
     """A mask over weights: `SupSup` learns it, so here it is only recalled.
 
-    lr: of the scores. top: a weight is on where its score is among the larger half of its layer, as the
-    paper says, in place of where it is positive. wide: twice the width, and signed constants +-sqrt(gain /
-    fan_in) in place of normal weights; Kaiming-He's gain is 2, and 4 allows for the half that is off.
+    lr: of the scores. top: a weight is on where its score is among the larger half of its layer (the paper:
+    the k best), in place of where it is positive. wide: twice the width, and signed constants
+    +-sqrt(gain / fan_in) in place of normal weights; Kaiming-He's gain is 2, and 4 allows for the half that
+    is off.
     """
 
     lr: float = 3e-4
