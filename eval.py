@@ -207,13 +207,14 @@ def describe_drift(run, i, h_bar):
 
 def measure_last(run, backbone, tokenizer):
     """Measure the state after the last task and keep it, unless that has been done: a kill may have come
-    between committing and measuring. Raises Refused if a perplexity is not finite."""
+    between committing and measuring. Raises Refused if a figure is not finite."""
     last = run.manifest["versions"][-1]
     if not run.measured(last):
         model = run.open_model(backbone, tokenizer)
         row, digests = measure(run, model, tokenizer)
-        if not all(math.isfinite(x) for key in ("base", "stored", "routed") for x in row[key].values()):
-            raise Refused(f"after {last['task']} a perplexity is not finite: roll it back, take a lower --lr")
+        figures = [row["base"], row["stored"], row["routed"], *row["drift"].values()]
+        if not all(math.isfinite(x) for part in figures for x in part.values()):
+            raise Refused(f"after {last['task']} a figure is not finite: roll it back, take a lower --lr")
         with atomic(run.data_file(last["task"], "logits")) as tmp:
             tmp.write_text(json.dumps(digests[last["task"]]))
         run.manifest["results"].append(row)

@@ -264,8 +264,9 @@ OPTIONS = {  # what it takes; what it is; its default; the tiny backbone's; does
         "--bases": Option(SIZE, "N, bases that a task adds; without --lock exact, of all tasks together", 16),
         "--top-k": Option(SIZE, "K, bases active in a layer", 8),
         "--alpha": Option(WEIGHT, "alpha of Eq. (2)", 128.0, fixed=True),
-        "--targets": Option(TEXT, "last names of the linear modules to adapt, commas between; all: those "
-                            "in the layers of the text model, routers apart", "all", fixed=True),
+        "--targets": Option(dict(type=lambda text: text.replace(" ", "")), "last names of the linear modules "
+                            "to adapt, commas between; all: those in the layers of the text model, routers "
+                            "apart", "all", fixed=True),
         "--coord-dim": Option(SIZE, "d, dimension of z; in two passes the paper's 64", 128, fixed=True),
         "--field-hidden": Option(SIZE, "hidden width of Phi", 256),
         "--pool": Option(one_of("prompt", "sequence"), "tokens in the mean h_bar; the paper's: sequence",

@@ -96,6 +96,8 @@ def find_backbone(name):
     elif os.path.isfile(path):
         raise Refused(f"backbone {name} is a file: name its folder, or a .gguf file")
     if not os.path.exists(path):
+        if os.path.isabs(path):
+            raise Refused(f"backbone {name} is not there; --backbone names another, or its new place")
         hub_or_cache()
     with loading(name):
         if find_adapter_config_file(path):  # transformers would attach it without a word

@@ -87,7 +87,8 @@ def ways_to_open(about, name, at):
 def measured(run, entry):
     """Return what the run folder knows of a version's perplexity, with the command that measures it and the
     date, as text. Nothing is kept of a composition."""
-    folder, task = run.folder.name if run.folder.is_absolute() else run.folder, entry["task"]
+    folder = shlex.quote(run.folder.name if run.folder.is_absolute() else str(run.folder))
+    task = entry["task"]
     command = f"`python eval.py --run {folder}{f' --version {task}' * (entry['lock'] == 'composed')}`"
     row = next((row for row in reversed(run.manifest["results"]) if task in row["stored"]), None)
     if not row:

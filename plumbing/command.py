@@ -23,6 +23,10 @@ from plumbing.files import atomic, is_text, read_json, temporary
 from plumbing.processes import joined_processes
 
 
+# Options that name something. An empty name is none, and would be taken for an option that is not given.
+NAMES = "run out data val_data backbone device like push json at model expected".split()
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Show every default in one way, " [default]", unless the help text says it in words."""
 
@@ -50,7 +54,11 @@ class Parser(argparse.ArgumentParser):
         for text in sys.argv[1:] if args is None else args:
             if not is_text(text):  # Python reads a byte that is no UTF-8 as half a surrogate pair
                 self.error(f"{ascii(text)} is not text")
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        for key in NAMES:  # as where a shell's variable is not set
+            if getattr(found, key, None) == "":
+                self.error(f"--{key.replace('_', '-')}: its value is empty")
+        return found, rest
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
@@ -114,7 +122,7 @@ def fill_in(args, defaults, preset, fixed, where):
 def output_file(text):
     """Check a JSON file to write results to, before anything is computed; an argparse type. An older file of
     results may be replaced, any other file may not."""
-    path = pathlib.Path(text)
+    path = pathlib.Path(text).resolve()  # of a link, what it leads to
     try:
         if path.exists() and not {"command", "rows"} <= {*read_json(path, own=False)}:
             raise ValueError

@@ -137,10 +137,12 @@ def atomic(path):
 def atomic_folder(folder):
     """Give a temporary folder beside `folder`; on success fsync what is in it and rename it, else remove it
     with the parents that were made for it. A kill can leave the temporary folder, never a part under the
-    final name. Raises Refused if `folder` is there and not empty."""
+    final name. Raises Refused if `folder` is there and not empty, or cannot be replaced."""
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Refused(f"{folder} is not empty, or no folder")
+    if folder.exists() and (os.path.ismount(folder) or os.path.samefile(folder, ".")):
+        raise Refused(f"{folder} is a mount point, or where you are: name a new folder, such as one in it")
     folder = folder.resolve()
     tmp = temporary(folder)
     made = [p for p in folder.parents if not p.exists()]

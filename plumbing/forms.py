@@ -96,7 +96,8 @@ def take_turns(rest, where):
     for key in CHATS:
         if key in rest:
             return from_json(rest.pop(key)), key
-    asked = next((key for key in ASKED if key in rest), "input" if rest.get("input") else ASKED[0])
+    given = "input" if rest.get("input") else ""  # with no question, or an empty one, this is it
+    asked = next((key for key in ASKED if rest.get(key) or key in rest and not given), given or ASKED[0])
     said = next((key for key in SAID if key in rest), "completion" if asked == "prompt" else SAID[0])
     texts, turns = not any(isinstance(rest.get(key), list) for key in (asked, said)), []
     for key in (asked, said) if texts else ():

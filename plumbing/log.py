@@ -75,8 +75,10 @@ def composable(run, names, weights, name):
     or one for each. Raises Refused if nothing can be made of them, or not under this name."""
     entries = [run.find(n) for n in names] or run.manifest["versions"]
     check_name("--name", name)
-    if not entries or weights is not None and len(weights) != len(entries):
-        raise Refused(f"--weights: there are {len(entries)} versions, and {len(weights or ())} weights")
+    if not entries:
+        raise Refused(f"{run.folder}: nothing has been committed there yet")
+    if weights is not None and len(weights) != len(entries):
+        raise Refused(f"--weights: there are {len(entries)} versions, and {len(weights)} weights")
     if weights is not None and not any(weights):
         raise Refused("--weights: all are 0, and nothing would be composed")
     run.refuse_shared()

@@ -54,6 +54,8 @@ def render(record, tokenizer, template, day, answered=False):
     asked, given = unquote(record["instruction"], tokenizer)[:40], record.get("input")
     if template == "alpaca":
         if kept := next((key for key in ("history", "tools") if record.get(key)), None):
+            system = [m["role"] for m in record.get("history") or ()] == ["system"]
+            kept = "a system message" if system else kept
             raise Refused(f"{asked!r} has {kept}, which alpaca has no place for: --template chat takes it")
         given = f"\n\n### Input:\n{given}" if given else ""
         prompt = f"### Instruction:\n{record['instruction']}{given}\n\n### Response:\n"

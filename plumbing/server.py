@@ -113,6 +113,11 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if not self.hurry(math.inf, 1) or not self.slots.acquire(timeout=1):
                 with contextlib.suppress(OSError):
                     connection.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\n\r\n")
+                    connection.shutdown(socket.SHUT_WR)
+                    connection.settimeout(0.1)
+                    late = time.monotonic() + 0.5
+                    while time.monotonic() < late and connection.recv(2**16):
+                        pass  # What is left unread would reset the connection, and the answer with it.
                 return self.shutdown_request(connection)
         self.grant(connection, PATIENCE)
         super().process_request(connection, address)

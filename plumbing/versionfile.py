@@ -14,10 +14,15 @@ from plumbing.targets import layer_numbers
 
 
 def write_version(folder, head, tensors):
-    """Write a version file under the hash of its contents. Return the hash."""
+    """Write a version file under the hash of its contents. Return the hash. Raises Refused if the header
+    holds a number that is not finite."""
+    try:
+        header = json.dumps(head, sort_keys=True, allow_nan=False)
+    except ValueError:
+        raise Refused(f"{head['task']} is not committed: a weight or a setting of it is not finite") from None
     # One metadata key: safetensors does not promise an order, and the bytes are the name.
     tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    data = save(tensors, {"version": json.dumps(head, sort_keys=True)})
+    data = save(tensors, {"version": header})
     digest = hashlib.sha256(data).hexdigest()
     with atomic(folder / f"{digest}.safetensors") as tmp:
         tmp.write_bytes(data)

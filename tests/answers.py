@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import sys
 import pytest
 import torch
 
+import commit
 import eval as evaluation
 import train
 from commit import Run, weigh
@@ -418,7 +420,7 @@ def test_the_bare_backbone_answers_if_it_loses_least(five, monkeypatch, capsys):
     assert capsys.readouterr().out == "[perplexity on FILE: the bare backbone 2.000, t1 2.500, t0 3.000]\n\n"
 
 
-def test_a_found_composition_is_an_ordinary_one(two, tmp_path, capsys):
+def test_a_found_composition_is_an_ordinary_one(two, tmp_path, monkeypatch, capsys):
     """A composition weighed on labelled records can be verified and asked, and moves no earlier version."""
     out = copy_of(two, tmp_path)
     run, model, tokenizer = open_run(out, "cpu")
@@ -440,6 +442,9 @@ def test_a_found_composition_is_an_ordinary_one(two, tmp_path, capsys):
     assert all(torch.equal(now[digest], logits) for digest, logits in was.items()) and len(now) == 4
     git(out, "verify")
     assert "as asked" in asked(out, capsys, *"--version AB --prompt Hi. --max-new-tokens 2".split())[1]
+    monkeypatch.setattr(commit, "weigh", lambda *_: (hashes, [math.nan, 1.0]))
+    with refused("worse is not committed: a weight", out):  # as after a training that diverged
+        git(out, "compose --name worse --like", tmp_path / "few.json")
 
 
 UNLIKE = [([], "there are none"), ([RECORD, {"instruction": "x"}], "record 2")]

@@ -185,7 +185,7 @@ def test_targets_are_named_at_the_first_task_and_then_stay(on_folder, tmp_path, 
     for wrong, why in (("x", "no such linear module, but down_proj, gate_up_proj"), ("o_proj,", "no such")):
         with refused(why, tmp_path):
             train.main(on_folder(folder, out, "--targets", wrong))
-    train.main(on_folder(folder, out, "--targets", "self_attn.o_proj,down_proj"))
+    train.main(on_folder(folder, out, "--targets", "self_attn.o_proj, down_proj"))
     assert "adapts    2 of 4 kinds of projection" in capsys.readouterr().out
     assert Run(out).manifest["settings"]["targets"] == "self_attn.o_proj,down_proj"
     old = copy_of(out, tmp_path, "old")
@@ -436,7 +436,7 @@ def test_a_backbone_that_was_moved_is_verified_and_remembered(first, micro, tmp_
     edit_json(out / "manifest.json", lambda m: m["backbone"].update(name=str(tmp_path / "gone")))
     other, export = saved(micro_of("Llama"), tmp_path / "other"), f"export alpaca --to {tmp_path}/"
     for wrong, why in (
-        ([], "cannot be loaded"),
+        ([], "is not there; --backbone names another, or its new place"),
         (["--backbone", other], "another backbone"),
         (["--backbone", "nowhere"], "cannot be loaded"),
     ):

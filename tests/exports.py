@@ -143,6 +143,10 @@ def test_what_is_exported_is_the_version_at_its_mean_coordinate(tmp_path, name, 
         assert "eos_token_id=1" in card_of(where)[0]
     with refused("not empty", tmp_path):
         export(folder, name, lora)
+    here = tmp_path / "here"
+    here.mkdir()
+    with contextlib.chdir(here), refused("where you are", tmp_path):
+        export(folder, name, ".")
     alike(peft_opened(lora))
 
 

@@ -50,6 +50,7 @@ FORMS = [  # a record, and what the rest of the program has of it
     ({"prompt": "Say.", "input": "", "context": "hello", "completion": "Hello."},
      {"instruction": "Say.", "input": "hello", "output": "Hello."}),
     ({"input": "Say hello.", "output": "Hello."}, HELLO),
+    ({"instruction": "", "input": "Say hello.", "output": "Hello."}, HELLO),
     ({"question": "苹果还是梨? A or B?", "choices": ["苹果", "梨", "A", "B"], "answer": "A"},
      {"instruction": "苹果还是梨? A or B?", "output": "A"}),
     ({"query": "Say hello.", "response": "Hello.", "history": [["Hi.", "Yes?"]], "system": "Be kind."},

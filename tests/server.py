@@ -304,6 +304,16 @@ def test_a_thousand_connections_leave_room_for_one_that_asks(echo, no_noise):
     assert ask(echo, say())["object"] == "chat.completion"
 
 
+def test_one_too_many_is_told_so(monkeypatch, no_noise):
+    """A request for which there is no place is answered with status 503, which it can read to the end."""
+    monkeypatch.setattr(server, "CONNECTIONS", 0)
+    with serving(Echo()) as found:
+        for _ in range(20):
+            with socket.create_connection(found.server_address[:2], timeout=300) as client:
+                client.sendall(here(post(say("x" * 10**5)), found))
+                assert read_reply(client)[0] == 503
+
+
 class Endless(Echo):
     """Answers for as long as somebody listens."""
 
@@ -434,9 +444,9 @@ def test_a_chat_is_written_in_the_run_s_own_template(of_two, of_chat):
     """A run with --template alpaca has no place for what was said before; one with --template chat has."""
     said = say() | {"messages": messages("a", "b", "c")}
     told = say() | {"messages": messages("Be kind.", "c", first="system")}
-    for wrong in (said, told):
+    for wrong, what in ((said, "history"), (told, "a system message")):
         error = ask(of_two, wrong)["error"]
-        assert "alpaca" in error["message"] and error["type"] == "invalid_request_error"
+        assert f"has {what}, which alpaca" in error["message"] and error["type"] == "invalid_request_error"
     parts = say([{"type": "text", "text": "Say"}, {"type": "text", "text": "x."}])
     developer = told | {"messages": [{"role": "developer", "content": "x"}, said["messages"][0]]}
     for right in (said, told, parts, developer):

@@ -23,6 +23,7 @@ import types
 import pytest
 import torch
 
+import commit
 import eval as evaluation
 import synthetic
 import train
@@ -574,6 +575,11 @@ def test_the_process_that_measures_ends_with_its_benchmark(tmp_path):
         (neurons.main, "--search 1", "expected 2"),
         (neurons.main, "--frequency 0", "--frequency: 0 is out of range"),
         (train.main, "--lr 1", "--task"),
+        (train.main, "--task alpaca --data=", "--data: its value is empty"),
+        (train.main, "--task alpaca --out=", "--out: its value is empty"),
+        (commit.main, "log --run=", "--run: its value is empty"),
+        (commit.main, "compose a --name b --like=", "--like: its value is empty"),
+        (evaluation.main, "--prompt x --like=", "--like: its value is empty"),
         (train.main, "--task poems --backbone tiny --device cpu", "brings no data of its own"),
     ],
 )
