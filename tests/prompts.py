@@ -154,9 +154,13 @@ def test_a_control_token_called_ordinary_is_still_text():
 def test_alpaca_has_no_place_for_a_history_or_tools():
     """Under --template alpaca a record with a history or tools is refused, as they would be lost."""
     tokenizer = chat_tokenizer()
-    for more in ({"history": messages("Be kind.", first="system")}, {"tools": [{"name": "f"}]}):
-        with refused("'Say hello.' has (history|tools).*--template chat takes it"):
-            encode({**RECORD, **more}, tokenizer)
+    for key, value, what in (
+        ("history", messages("Be kind.", first="system"), "a system message"),
+        ("history", messages("Hi.", "Yes?"), "history"),
+        ("tools", [{"name": "f"}], "tools"),
+    ):
+        with refused(f"'Say hello.' has {what}, .*--template chat takes it"):
+            encode({**RECORD, key: value}, tokenizer)
     assert encode({**RECORD, "history": [], "tools": []}, tokenizer) == encode(RECORD, tokenizer)
 
 
