@@ -18,7 +18,7 @@ folder. What a chat template writes into an answer, such as the tags of an empty
 response: it is trained, generated, counted in perplexity and compared in an exact match.
 
 This file covers section 5.3 of the NIWF paper. It also counts which inputs lie in which region, which section
-5.5 draws. Departure: the paper's tables have one figure, of prompts whose task is not named: routed.
+5.5 draws. Departure: the paper's tables have the routed figure alone, as it names no task.
 """
 
 import functools

@@ -44,7 +44,7 @@ def pick_device(wanted):
         raise Refused(f"--device {wanted} is not available here; {found} is")
     rank, size = rank_and_size()
     if kind == "cuda" and size > 1:
-        own = int(os.environ.get("LOCAL_RANK", rank))  # torchrun says it; of one machine it is the rank
+        own = int(os.environ.get("LOCAL_RANK", rank))  # without torchrun, on one machine, it is the rank
         if index or own >= count:
             raise Refused(f"each process needs a GPU of its own: {count} here, and no --device {kind}:NUMBER")
         torch.cuda.set_device(own)
