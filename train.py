@@ -332,9 +332,7 @@ def complete(args, run):
     if args.lock == "exact" and args.probe == "adapted":
         raise Refused("--lock exact needs --probe bare: an adapted probe moves when adapters are trained")
     if args.lock != "exact" and run.manifest["compositions"]:
-        raise Refused(
-            f"{run.folder} has compositions, whose bases this would change: take --lock, or roll back"
-        )
+        raise Refused(f"{run.folder} has compositions, whose bases this would change (use --lock)")
     if args.top_k > max(args.bases, held):
         raise Refused(f"--top-k {args.top_k} is more than the {max(args.bases, held)} bases a task writes")
     check_name("--task", args.task)
