@@ -20,6 +20,7 @@ import eval as evaluation
 import train
 from commit import Run
 from model import FastBank, perplexity, response_nll
+from plumbing import Refused
 from plumbing.backbone import pick_device
 from plumbing.command import run_program
 from plumbing.processes import ENDED
@@ -155,6 +156,20 @@ def test_the_papers_own_setting_runs_and_is_read_back(micro, tmp_path):
     assert again["R"]["stored"] == [[rows[0]["stored"]["alpaca"], None], both["stored"]]
     assert again["R"]["routed"][1] == both["routed"] and again["routing"] == rows[1]["routing"]
     assert [made["lock"] for made in again["config"]["versions"].values()] == ["first", "soft"]
+    (tmp_path / "link.json").symlink_to(tmp_path / "e.json")
+    (tmp_path / "e.json").write_text('{"command": "", "rows": []}')
+    evaluate(out, "--json", tmp_path / "link.json")
+    assert rows_in(tmp_path / "e.json") == [again] and (tmp_path / "link.json").is_symlink()
+
+
+def test_a_figure_that_is_not_finite_is_said(micro, first, tmp_path, monkeypatch):
+    """After a training that diverged the figures say so, not the manifest in which they cannot stand."""
+    out = copy_of(first, tmp_path)
+    monkeypatch.setattr(evaluation, "describe_drift", lambda *_: {"lock_loss": math.inf})
+    with pytest.raises(Refused, match="after code a figure is not finite: roll it back"):
+        train.main(micro("code", out, "--lock", "soft"))
+    git(out, "rollback code")
+    assert Run(out).tasks == ["alpaca"]
 
 
 def test_routing_is_measured_on_prompts_alone(micro, tmp_path, monkeypatch):
