@@ -96,7 +96,7 @@ def take_turns(rest, where):
     for key in CHATS:
         if key in rest:
             return from_json(rest.pop(key)), key
-    given = "input" if rest.get("input") else ""  # the question, where there is none or an empty one
+    given = "input" if rest.get("input") else ""  # It holds the question if no other key does.
     asked = next((key for key in ASKED if rest.get(key) or key in rest and not given), given or ASKED[0])
     said = next((key for key in SAID if key in rest), "completion" if asked == "prompt" else SAID[0])
     texts, turns = not any(isinstance(rest.get(key), list) for key in (asked, said)), []

@@ -117,7 +117,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     connection.settimeout(0.1)
                     late = time.monotonic() + 0.5
                     while time.monotonic() < late and connection.recv(2**16):
-                        pass  # What is left unread would reset the connection, and the answer with it.
+                        pass  # To close with something unread would undo the reply, see `Handler.finish`.
                 return self.shutdown_request(connection)
         self.grant(connection, PATIENCE)
         super().process_request(connection, address)

@@ -260,7 +260,7 @@ def where_adapted(self, name, x, y):
     """Update the tokens that are adapted, and no other."""
     if self.gating is None:
         return y
-    # A copy of y, as the bank adds to it in place.
+    # Give the bank a copy of y, because it adds to y in place.
     return torch.where(self.adapted[..., None], BANK_UPDATE(self, name, x, y.clone()), y)
 
 

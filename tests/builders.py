@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import shutil
+import time
 
 import pytest
 import torch
@@ -390,3 +391,11 @@ def run_quietly(main, argv, capsys):
     line = str(e.value) if e.type is Refused else capsys.readouterr().err.strip()
     assert line and "\n" not in line and "Traceback" not in line
     return line
+
+
+def wait_until(true, seconds=300):
+    """Wait until something is true, and see that it comes to be."""
+    late = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < late
+        time.sleep(0.01)

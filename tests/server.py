@@ -10,7 +10,6 @@ import socketserver
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from plumbing.openai import Wrong, read_request, send_until
 from plumbing.plane import Plane
 from plumbing.records import read_records
 from tests.builders import HERE, asked, copy_of, evaluate, git, load_in_double, messages, run_quietly
+from tests.builders import wait_until
 
 
 class Echo:
@@ -96,14 +96,6 @@ def of_two(two):
 def of_chat(chat):
     with serving(answers_of(chat)) as found:
         yield found
-
-
-def wait_until(true, seconds=300):
-    """Wait until something is true, and see that it comes to be."""
-    late = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < late
-        threading.Event().wait(0.01)
 
 
 def port_of(found):

@@ -17,7 +17,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import types
 
 import pytest
@@ -38,7 +37,7 @@ from studies import sure as sure_study
 from studies.neurons import StudyRow
 from studies.styles import StyleRow, StyleStream
 from tests.builders import HERE, VOCABULARY, micro_model, refused, rows_in, run_quietly, snapshot_of
-from tests.builders import tiny_tokenizer
+from tests.builders import tiny_tokenizer, wait_until
 
 SMALL = dict(steps=12, batch=32, side=8, k=8, layers=3, width=4)
 SMALL_STYLE = dict(steps=2, tasks=2, side=4, k=4, rank=2, support=4)
@@ -549,17 +548,14 @@ def test_the_process_that_measures_ends_with_its_benchmark(tmp_path):
     code = f"from studies.bench import in_own_process; in_own_process(exec, {work!r})"
     how = dict(cwd=HERE, start_new_session=True, stderr=subprocess.DEVNULL)
     process = subprocess.Popen([sys.executable, "-c", code], **how)
-    late = time.monotonic() + 300
-    while not (tmp_path / "began").exists() and process.poll() is None and time.monotonic() < late:
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL and (tmp_path / "began").exists()
-    while living(process.pid) and time.monotonic() < late:
-        time.sleep(0.02)
-    left = living(process.pid)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    assert not left
+    try:
+        wait_until(lambda: (tmp_path / "began").exists() or process.poll() is not None)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL and (tmp_path / "began").exists()
+        wait_until(lambda: not living(process.pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

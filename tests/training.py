@@ -517,6 +517,7 @@ def test_two_processes_learn_what_one_learns(micro, tmp_path, monkeypatch, more)
     (row,), (other,) = (Run(folder).manifest["results"] for folder in (two, one))
     for key in ("base", "stored", "routed"):
         assert row[key]["alpaca"] == pytest.approx(other[key]["alpaca"], rel=1e-3)
+    assert row["identical"] == other["identical"] and row["routing"] == other["routing"]
     assert row["gating"]["alpaca"] == pytest.approx(other["gating"]["alpaca"], rel=1e-3)
     assert out.count("data  ") == out.count("in all, peak memory") == 1 and silent == "" and codes == [0, 0]
 
